@@ -1,0 +1,9 @@
+"""Errors that are the input's fault, told to the user without a traceback."""
+
+
+class InputError(Exception):
+    """Something the user gave is wrong: the message names it and says what to do next (exit code 2)."""
+
+
+class MediaError(InputError):
+    """One medium or sample is missing, broken or unusable: training skips it, counts it and lists it."""

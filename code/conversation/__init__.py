@@ -1,0 +1,1 @@
+"""Conversations: what the system reads, and how a conversation becomes token ids."""
