@@ -1,0 +1,39 @@
+"""What the parity tests share: the recorded cases, weights by recipe, and the error they are held to."""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from parity.recipe import recipe_tensor
+from safetensors.torch import load_file
+from torch import nn
+
+PARITY = Path(__file__).parent / "parity"
+MEDIA = PARITY / "media"
+
+
+@cache
+def cases() -> dict[str, torch.Tensor]:
+    """Every recorded input and output by its name. Shared between tests: do not write into them."""
+    return load_file(PARITY / "cases.safetensors")
+
+
+def recipe_state(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter's own name, and what the recipe gives it under the name `prefix` + its name."""
+    for name, parameter in module.named_parameters():
+        yield name, recipe_tensor(prefix + name, parameter.shape)
+
+
+@torch.no_grad()
+def fill_by_recipe(module: nn.Module, prefix: str = "") -> None:
+    """Overwrite every parameter of `module` in place; buffers keep their values."""
+    parameters = dict(module.named_parameters())
+    for name, value in recipe_state(module, prefix):
+        parameters[name].copy_(value)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The Euclidean length of the difference over the length of `expected`."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return ((found - expected).norm() / expected.norm()).item()
