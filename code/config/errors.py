@@ -2,8 +2,8 @@
 
 
 class InputError(Exception):
-    """Something the user gave is wrong: the message names it and says what to do next (exit code 2)."""
+    """Something the user gave is wrong: the message names it and says what to do next."""
 
 
 class MediaError(InputError):
-    """One medium or sample is missing, broken or unusable: training skips it, counts it and lists it."""
+    """One medium or sample is missing, broken or unusable: training skips and counts it."""

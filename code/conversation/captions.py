@@ -1,4 +1,4 @@
-"""The form in which captions are read everywhere: in prompts, and by the decoders' text encoders."""
+"""The form in which captions are read: in prompts, and by the decoders' text encoders."""
 
 _TO_SPACE = str.maketrans(dict.fromkeys('"()*#:;~', " "))
 

@@ -1,4 +1,4 @@
-"""A conversation is turns of a human and the assistant; a turn is a list of parts, text or media."""
+"""A conversation is turns of a human and the assistant; a turn is parts, text or media."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,8 +18,9 @@ class Text:
 class Media:
     """A picture, a video or a sound.
 
-    A human's medium has a `path` and enters through the encoder. An assistant's medium becomes a run
-    of signal tokens; its `caption`, or the `embedding` computed from it ahead, is the alignment target.
+    A human's medium has a `path` and enters through the encoder. An assistant's medium becomes a
+    run of signal tokens; its `caption`, or the `embedding` computed from it ahead, is the target
+    of the alignment loss.
 
     Attributes:
         modality: which of the three.

@@ -1,0 +1,132 @@
+"""Reads the configuration: base.yaml, the stage's YAML, the named YAML, then `--set key=value`.
+
+A named YAML may hold sections `stage_1`, `stage_2`, `stage_3`, which count for that stage alone.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from config.errors import InputError
+from config.schema import Config
+
+CONFIG_DIR = Path(__file__).parent
+PROJECT_ROOT = CONFIG_DIR.parent.parent
+STAGES = (1, 2, 3)
+
+
+def project_path(path: str) -> Path:
+    """`path` from the configuration, which may be relative to the project's root."""
+    return PROJECT_ROOT / path
+
+
+def load_config(name: str, stage: int | None = None, overrides: list[str] | None = None) -> Config:
+    """The checked configuration called `name` (a YAML beside this file, or a path to one).
+
+    Args:
+        name: `mini`, `7b`, or the path of a YAML file of your own.
+        stage: 1, 2 or 3 for training; none for inference.
+        overrides: `section.key=value`, the value in YAML.
+
+    Raises:
+        InputError: an unknown or ill-typed key; names the file, the key and the nearest right one.
+    """
+    layers = [_read_yaml(CONFIG_DIR / "base.yaml")]
+    if stage is not None:
+        layers.append(_read_yaml(CONFIG_DIR / f"stage_{stage}.yaml"))
+    source, named = _read_yaml(_find(name))
+    by_stage = {number: named.pop(f"stage_{number}", None) or {} for number in STAGES}
+    layers.append((source, named))
+    if stage is not None:
+        layers.append((f"{source}, section stage_{stage}", by_stage[stage]))
+    layers += [_parse_override(override) for override in overrides or []]
+
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for source, layer in layers:
+        _merge(values, layer, source, origins)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError("\n".join(_explain(item, origins) for item in error.errors())) from None
+
+
+def _find(name: str) -> Path:
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CONFIG_DIR / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml"))
+        shipped = [stem for stem in known if stem != "base" and not stem.startswith("stage_")]
+        raise InputError(f"no config {name!r}: give one of {', '.join(shipped)} or a YAML file")
+    return path
+
+
+def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no keys: expected `section:` lines")
+    return str(path), content
+
+
+def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"--set {override}: write it as section.key=value")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"--set {override}: the value is not YAML: {error}") from error
+    for name in reversed(key.split(".")):
+        nested = {name: nested}
+    return f"--set {override}", nested
+
+
+def _merge(into: dict, layer: dict, source: str, origins: dict[str, str], prefix: str = "") -> None:
+    """Lay `layer` over `into`, section by section, remembering in `origins` who set each key."""
+    for key, value in layer.items():
+        path = f"{prefix}{key}"
+        origins[path] = source
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value, source, origins, f"{path}.")
+        elif isinstance(value, dict):
+            into[key] = {}
+            _merge(into[key], value, source, origins, f"{path}.")
+        else:
+            into[key] = value
+
+
+def _explain(error: ErrorDetails, origins: dict[str, str]) -> str:
+    location = [str(item) for item in error["loc"]]
+    key = ".".join(location)
+    source = next(
+        (origins[path] for n in range(len(location), 0, -1)
+         if (path := ".".join(location[:n])) in origins),
+        "the configuration",
+    )  # fmt: skip
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0)
+        return f"{source}: unknown key {key}; did you mean {'.'.join([*location[:-1], *nearest])}?"
+    if error["type"] == "missing":
+        return f"key {key} is missing: add it to a YAML file or give --set {key}=VALUE"
+    if not key:
+        return error["msg"].removeprefix("Value error, ")
+    return f"{source}: {key}: {error['msg']} (found {error['input']!r})"
+
+
+def _known_keys(location: list[str]) -> list[str]:
+    """The keys of the section at `location`; a mapping of modalities counts as its sections."""
+    section: type[BaseModel] = Config
+    for name in location:
+        field = section.model_fields.get(name)
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)

@@ -1,0 +1,134 @@
+"""Every key of the configuration, with its type, unit and meaning; the YAML files fill it.
+
+Paths are relative to the project's root unless absolute.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from conversation.parts import Modality
+
+Part = Literal["input_projection", "output_projections", "lora", "vocabulary"]
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of keys: unknown ones are errors, and it does not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EncoderConfig(Section):
+    """ImageBind, frozen: one vector per picture, video or sound."""
+
+    path: str  # folder of the mini encoder, or the published imagebind_huge.pth
+    width: Positive  # length of a feature
+
+
+class LanguageModelConfig(Section):
+    """The language model and its low-rank adapters (LoRA, arXiv 2106.09685)."""
+
+    path: str  # Hugging Face folder, or a hub name
+    template: Literal["published", "chatml"]  # how turns are written: "### Human:", or <|im_start|>
+    lora_rank: Positive
+    lora_alpha: Positive
+    lora_dropout: Fraction
+    lora_targets: list[str]  # names of the linear layers that get an adapter
+    train_vocabulary: Literal["new", "all"]  # rows of the new tokens only, or both whole matrices
+
+
+class OutputProjectionConfig(Section):
+    """The transformer between signal tokens and a decoder's caption embedding."""
+
+    width: Positive  # model dimension
+    encoder_layers: Positive
+    decoder_layers: Positive
+    heads: Positive
+    feedforward: Positive  # hidden width of the feed-forward layers
+
+
+class DecoderConfig(Section):
+    """A diffusion pipeline, frozen, and how many signal tokens call it."""
+
+    path: str  # diffusers folder, or a hub name
+    signal_tokens: Positive
+    caption_shape: list[Positive]  # of one caption embedding: [tokens, width], or [width] for sound
+    steps: Positive  # of denoising
+    guidance_scale: Annotated[float, Field(ge=0)]
+    height: Positive | None = None  # pixels; none: the pipeline's own
+    width: Positive | None = None
+    frames: Positive | None = None  # video only
+    fps: Positive | None = None  # video only, frames per second
+    seconds: Annotated[float, Field(gt=0)] | None = None  # sound only
+
+
+class DataConfig(Section):
+    """Where samples come from and how batches are made of them."""
+
+    root: str  # folder of the course's data tree
+    embeddings: str  # folder of the .npy caption embeddings
+    cache: str  # folder of the row indexes and media features
+    datasets: list[str] = []  # names from dataset/catalog.py
+    batching: Literal["mixed", "one_dataset_in_turn"]
+    caption_embeddings: Literal["precomputed", "online"]
+    max_length: Positive  # tokens of one conversation
+    workers: Annotated[int, Field(ge=0)]  # loader processes a rank
+
+
+class TrainingConfig(Section):
+    """One stage: what trains, for how long, how fast."""
+
+    trains: list[Part] = []
+    learning_rate: Annotated[float, Field(gt=0)]  # peak
+    learning_rates: dict[Part, float] = {}  # peaks of parts that differ
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: Annotated[float, Field(ge=0)]
+    warmup: Fraction  # share of the steps with a rising rate; then linear decay to 0
+    gradient_clipping: Annotated[float, Field(gt=0)]  # of the global L2 norm
+    epochs: Positive
+    max_steps: Positive | None = None  # ends earlier
+    global_batch_size: Positive  # samples an optimizer step over all processes
+    micro_batch_size: Positive  # samples a forward pass of one process
+    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware has it
+    activation_checkpointing: bool
+    alignment_weights: dict[Modality, float]
+    save_every: Positive  # steps between resumable checkpoints
+    keep_checkpoints: Positive
+    seed: int
+    deepspeed: str = ""  # DeepSpeed's own JSON: ZeRO stage, offload
+
+
+class GenerationConfig(Section):
+    """How answers are sampled."""
+
+    top_p: Annotated[float, Field(gt=0, le=1)]
+    temperature: Annotated[float, Field(ge=0)]  # 0: always the likeliest token
+    max_new_tokens: Positive
+
+
+class Config(Section):
+    """The whole configuration."""
+
+    name: str  # of the system: the folder of its tuned parameters
+    save_path: str  # stage N is written to save_path/stage_N
+    encoder: EncoderConfig
+    language_model: LanguageModelConfig
+    output_projection: OutputProjectionConfig
+    decoders: dict[Modality, DecoderConfig]
+    data: DataConfig
+    training: TrainingConfig
+    generation: GenerationConfig
+
+    @model_validator(mode="after")
+    def check_divisible(self) -> "Config":
+        """A global batch is a whole number of micro batches."""
+        training = self.training
+        if training.global_batch_size % training.micro_batch_size:
+            raise ValueError(
+                f"training.global_batch_size {training.global_batch_size} is not a multiple of "
+                f"training.micro_batch_size {training.micro_batch_size}"
+            )
+        return self
