@@ -1,0 +1,1 @@
+"""The frozen encoder, by itself: it knows nothing of the system that uses it."""

@@ -1,0 +1,46 @@
+"""The figures of ImageBind's vision and audio trunks (paper: arXiv 2305.05665)."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """One transformer."""
+
+    width: int
+    blocks: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class ImageBindConfig:
+    """Everything that decides the encoder's shapes. The defaults are the published figures."""
+
+    vision: TrunkConfig = TrunkConfig(width=1280, blocks=32, heads=16)
+    audio: TrunkConfig = TrunkConfig(width=768, blocks=12, heads=12)
+    output_dim: int = 1024
+    mlp_ratio: int = 4
+    image_size: int = 224  # pixels, both sides
+    patch_size: int = 14  # pixels, both sides
+    frames: int = 2  # of a video clip; a picture is shown this often
+    mel_bins: int = 128
+    audio_frames: int = 204  # of 10 ms
+    audio_kernel: int = 16  # mel bins and frames that one audio patch spans
+    audio_stride: int = 10  # so neighbouring audio patches overlap
+
+    @property
+    def vision_patches(self) -> int:
+        """Positions without the CLS token."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def audio_patches(self) -> int:
+        """Positions without the CLS token."""
+        rows, columns = (
+            (size - self.audio_kernel) // self.audio_stride + 1
+            for size in (self.mel_bins, self.audio_frames)
+        )
+        return rows * columns
+
+
+IMAGEBIND_HUGE = ImageBindConfig()

@@ -1,0 +1,181 @@
+"""ImageBind's vision and audio encoders: one unit-length vector per picture, clip or sound.
+
+Two vision transformers over patches (arXiv 2305.05665). A picture becomes a still clip of two
+frames, a sound the spectrogram picture of its mel bins. Parameter names are those of the published
+`imagebind_huge.pth`, so its tensors load by name. Published figures: 632 M parameters see and 86 M
+hear; a view costs about 0.33 TFLOP (picture or clip) or 0.04 TFLOP (sound), a video is 15 views,
+a sound 3.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from model.imagebind.config import ImageBindConfig, TrunkConfig
+
+Modality = Literal["image", "video", "audio"]
+_EPS = 1e-6  # of every layer norm but the audio stem's, which keeps torch's 1e-5
+
+
+class _Block(nn.Module):
+    """Pre-norm transformer block, (N, T, W) -> (N, T, W)."""
+
+    def __init__(self, trunk: TrunkConfig, mlp_ratio: int, *, bias_kv: bool) -> None:
+        super().__init__()
+        width = trunk.width
+        self.attn = nn.MultiheadAttention(width, trunk.heads, add_bias_kv=bias_kv, batch_first=True)
+        self.norm_1 = nn.LayerNorm(width, eps=_EPS)
+        self.mlp = nn.Sequential()
+        self.mlp.add_module("fc1", nn.Linear(width, mlp_ratio * width))
+        self.mlp.add_module("act", nn.GELU())
+        self.mlp.add_module("fc2", nn.Linear(mlp_ratio * width, width))
+        self.norm_2 = nn.LayerNorm(width, eps=_EPS)
+
+    def forward(self, x_NTW: Tensor) -> Tensor:
+        normed = self.norm_1(x_NTW)
+        x_NTW = x_NTW + self.attn(normed, normed, normed, need_weights=False)[0]
+        return x_NTW + self.mlp(self.norm_2(x_NTW))
+
+
+class _Trunk(nn.Module):
+    """The blocks; vision has a layer norm before them, audio a learned key and value in each."""
+
+    def __init__(self, trunk: TrunkConfig, mlp_ratio: int, *, is_vision: bool) -> None:
+        super().__init__()
+        self.pre_transformer_layer = nn.Sequential()
+        if is_vision:
+            self.pre_transformer_layer.append(nn.LayerNorm(trunk.width, eps=_EPS))
+        self.blocks = nn.Sequential(
+            *(_Block(trunk, mlp_ratio, bias_kv=not is_vision) for _ in range(trunk.blocks))
+        )
+
+    def forward(self, x_NTW: Tensor) -> Tensor:
+        return self.blocks(self.pre_transformer_layer(x_NTW))
+
+
+class _Preprocessor(nn.Module):
+    """Patches, the CLS token before them, and learned positions: views -> (N, 1 + patches, W)."""
+
+    def __init__(self, stem: nn.Module, patches: int, width: int) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.rgbt_stem = stem
+        self.pos_embedding_helper = nn.Module()
+        self.pos_embedding_helper.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, width))
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embedding_helper.pos_embed, std=0.02)
+
+    def forward(self, views: Tensor) -> Tensor:
+        x_NTW = self.rgbt_stem(views)
+        cls_N1W = self.cls_token.expand(x_NTW.shape[0], -1, -1)
+        return torch.cat([cls_N1W, x_NTW], dim=1) + self.pos_embedding_helper.pos_embed
+
+
+class _VisionStem(nn.Module):
+    """(N, 3, 224, 224) or (N, 3, 2, 224, 224) -> (N, patches, W) by one 3-D convolution."""
+
+    def __init__(self, config: ImageBindConfig) -> None:
+        super().__init__()
+        kernel = (config.frames, config.patch_size, config.patch_size)
+        convolution = nn.Conv3d(3, config.vision.width, kernel, stride=kernel, bias=False)
+        self.frames = config.frames
+        self.proj = nn.Sequential(nn.Identity(), convolution)  # the published name is proj.1
+
+    def forward(self, views: Tensor) -> Tensor:
+        if views.ndim == 4:  # a picture is a clip that stands still
+            views = views.unsqueeze(2).expand(-1, -1, self.frames, -1, -1)
+        return self.proj(views).flatten(2).transpose(1, 2)
+
+
+class _AudioStem(nn.Module):
+    """(N, 1, 128, 204) -> (N, patches, W) by one convolution over overlapping patches."""
+
+    def __init__(self, config: ImageBindConfig) -> None:
+        super().__init__()
+        width = config.audio.width
+        self.proj = nn.Conv2d(1, width, config.audio_kernel, config.audio_stride, bias=False)
+        self.norm_layer = nn.LayerNorm(width)
+
+    def forward(self, views: Tensor) -> Tensor:
+        return self.norm_layer(self.proj(views).flatten(2).transpose(1, 2))
+
+
+class _FirstToken(nn.Module):
+    """(N, T, W) -> (N, W): the CLS token."""
+
+    def forward(self, x_NTW: Tensor) -> Tensor:
+        return x_NTW[:, 0]
+
+
+def _head(width: int, output_dim: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(width, eps=_EPS), _FirstToken(), nn.Linear(width, output_dim, bias=False)
+    )
+
+
+class _LogitScale(nn.Module):
+    """Only keeps the published file's value: features are compared at unit length, unscaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("log_logit_scale", torch.tensor(math.log(20.0)))
+
+
+class ImageBind(nn.Module):
+    """Pictures, videos and sounds into one space of `config.output_dim` dimensions (D)."""
+
+    def __init__(self, config: ImageBindConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision, audio = config.vision, config.audio
+        self.modality_preprocessors = nn.ModuleDict(
+            {
+                "vision": _Preprocessor(_VisionStem(config), config.vision_patches, vision.width),
+                "audio": _Preprocessor(_AudioStem(config), config.audio_patches, audio.width),
+            }
+        )
+        self.modality_trunks = nn.ModuleDict(
+            {
+                "vision": _Trunk(vision, config.mlp_ratio, is_vision=True),
+                "audio": _Trunk(audio, config.mlp_ratio, is_vision=False),
+            }
+        )
+        self.modality_heads = nn.ModuleDict(
+            {
+                "vision": _head(vision.width, config.output_dim),
+                "audio": _head(audio.width, config.output_dim),
+            }
+        )
+        self.modality_postprocessors = nn.ModuleDict(
+            {"audio": nn.Sequential(nn.Identity(), _LogitScale())}
+        )
+
+    def forward_views(self, modality: Modality, views: Tensor) -> Tensor:
+        """Unit-length features (N, D) of N single views.
+
+        Args:
+            modality: what the views are.
+            views: normalised; (N, 3, 224, 224) image, (N, 3, 2, 224, 224) video or
+                (N, 1, 128, 204) audio.
+        """
+        trunk = "audio" if modality == "audio" else "vision"
+        x_NTW = self.modality_trunks[trunk](self.modality_preprocessors[trunk](views))
+        return normalize(self.modality_heads[trunk](x_NTW), dim=-1)
+
+    def encode(self, modality: Modality, views: Tensor) -> Tensor:
+        """Features (B, D) of B media: the mean over each one's views, not made unit length again.
+
+        Args:
+            modality: what the media are.
+            views: (B, 3, 224, 224) image, (B, V, 3, 2, 224, 224) video or (B, V, 1, 128, 204)
+                audio.
+        """
+        if modality == "image":
+            return self.forward_views(modality, views)
+        features_ND = self.forward_views(modality, views.flatten(0, 1))
+        return features_ND.unflatten(0, views.shape[:2]).mean(dim=1)
+
+    forward = encode

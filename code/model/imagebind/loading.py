@@ -1,0 +1,144 @@
+"""ImageBind from and to disk: the published `imagebind_huge.pth`, or our own small format.
+
+The model is laid out on the meta device and takes the file's tensors themselves, mapped from disk:
+it costs its memory once, and the published file's left-out trunks (0.4 B parameters) are never read.
+Our format is a folder with `config.json` (the figures) and `model.safetensors`.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from config.errors import InputError
+from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
+from model.imagebind.encoder import ImageBind
+
+PUBLISHED_NAME = "imagebind_huge.pth"
+_LEFT_OUT = tuple(
+    f"modality_{part}.{modality}."
+    for part in ("preprocessors", "trunks", "heads", "postprocessors")
+    for modality in ("text", "depth", "thermal", "imu")
+)
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+def is_left_out(name: str) -> bool:
+    """Whether a published tensor belongs to the text, depth, thermal or IMU part."""
+    return name.startswith(_LEFT_OUT)
+
+
+def load_imagebind(path: Path | str, dtype: torch.dtype = torch.float32) -> ImageBind:
+    """The encoder in evaluation mode, its parameters frozen, on the CPU.
+
+    Args:
+        path: `imagebind_huge.pth`, the folder it lies in, or a folder written by `save_imagebind`.
+        dtype: of the weights in memory. In the file's own dtype they stay mapped from it.
+
+    Raises:
+        InputError: no such file, not readable, or its tensors are not exactly the model's.
+    """
+    weights = _weights_file(Path(path))
+    if weights.suffix == ".safetensors":
+        config = _read_config(weights.with_name("config.json"))
+        tensors = _read_safetensors(weights)
+    else:
+        config = IMAGEBIND_HUGE
+        tensors = {n: t for n, t in _read_published(weights).items() if not is_left_out(n)}
+    with torch.device("meta"):
+        model = ImageBind(config)
+    _check(weights, model.state_dict(), tensors)
+    model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def save_imagebind(model: ImageBind, folder: Path | str, dtype: torch.dtype) -> None:
+    """Write `config.json` and `model.safetensors` with weights of `dtype`, each in one rename."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in model.state_dict().items()}
+    aside = folder / "model.safetensors.tmp"
+    save_file(tensors, aside)
+    os.replace(aside, folder / "model.safetensors")
+    aside = folder / "config.json.tmp"
+    aside.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, folder / "config.json")
+
+
+def fingerprint(path: Path | str) -> str:
+    """16 hex digits that change with the encoder's weights or figures: the key of a feature cache.
+
+    Hashed are the figures, the weight file's size and 64 stretches of 64 KiB spread evenly from its
+    first byte to its last (a file of up to 4 MiB whole): milliseconds even for 4.5 GB. Training moves
+    every weight, so samples tell two trainings apart; a copy of a file keeps its fingerprint.
+    """
+    weights = _weights_file(Path(path))
+    size = weights.stat().st_size
+    config = _read_config(weights.with_name("config.json")) if weights.suffix != ".pth" else None
+    digest = hashlib.sha256(f"{asdict(config or IMAGEBIND_HUGE)} {size}".encode())
+    last = max(size - _SAMPLE_BYTES, 0)
+    with weights.open("rb") as file:
+        for sample in range(_SAMPLES):
+            file.seek(last * sample // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _weights_file(path: Path) -> Path:
+    candidates = [path] if path.is_file() else [path / "model.safetensors", path / PUBLISHED_NAME]
+    for candidate in candidates:
+        if candidate.is_file() and candidate.suffix in (".safetensors", ".pth"):
+            return candidate
+    raise InputError(
+        f"{path}: no ImageBind weights. Give {PUBLISHED_NAME}, or a folder with it or with "
+        "config.json and model.safetensors."
+    )
+
+
+def _read_config(path: Path) -> ImageBindConfig:
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+        trunks = {name: TrunkConfig(**figures.pop(name)) for name in ("vision", "audio")}
+        missing = {field.name for field in fields(ImageBindConfig)} - set(figures) - set(trunks)
+        if missing:
+            raise InputError(f"{path}: lacks {', '.join(sorted(missing))}")
+        return ImageBindConfig(**trunks, **figures)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{path}: not the figures of an ImageBind encoder: {error!r}") from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: not readable, fetch or build it again: {error}") from error
+
+
+def _read_published(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}: not readable, download it again: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise InputError(f"{path}: not a table of tensors as published, download it again")
+    return tensors
+
+
+def _check(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    faults = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    faults += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
+    faults += [
+        f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in wanted.keys() & found.keys()
+        if wanted[name].shape != found[name].shape
+    ]
+    if faults:
+        listed = "\n  ".join(sorted(faults))
+        raise InputError(f"{path}: not this encoder's weights, {len(faults)} faults:\n  {listed}")
