@@ -1,0 +1,96 @@
+"""Reads a JSON array row by row, however long the file.
+
+Holds one chunk (1 M characters) and the row at hand, so memory does not grow with the file; about
+100 MB a second.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from config.errors import InputError
+
+_CHUNK = 1 << 20  # characters read at once
+_LONGEST_ROW = 1 << 26  # characters; an error this far on is the file's, not the chunk's end
+_EDGE = 16  # a fault this near the chunk's end may be a literal or number that the end cut
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+def iter_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every object of the array in `file`, decoded and as it is written there.
+
+    Raises:
+        InputError: no such file, not UTF-8, not a JSON array of objects; names the row.
+    """
+    row = 0
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            window = _Window(stream)
+            if window.peek() != "[":
+                raise InputError(f"{file} is not a JSON array: expected '[' at its beginning")
+            window.at += 1
+            closed = window.peek() == "]"
+            window.at += closed
+            while not closed:
+                if (first := window.peek()) != "{":
+                    found = f"found {first!r}" if first else "the file ends: is it whole?"
+                    raise InputError(f"{file}: row {row} is not a JSON object, {found}")
+                yield window.value()
+                row += 1
+                separator = window.peek()
+                if separator not in (",", "]"):
+                    found = f"found {separator!r}" if separator else "the file ends: is it whole?"
+                    raise InputError(f"{file}: expected ',' or ']' before row {row}, {found}")
+                window.at += 1
+                closed = separator == "]"
+            if window.peek():
+                raise InputError(f"{file}: something follows the array's end, after row {row - 1}")
+    except json.JSONDecodeError as error:
+        near = error.doc[max(0, error.pos - 30) : error.pos + 30]
+        raise InputError(f"{file}: row {row} is not JSON: {error.msg}, near {near!r}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: not UTF-8 text, after row {row - 1}: {error}") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+
+
+class _Window:
+    """The part of the stream at hand; `at` is the next character in `text`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.text = ""
+        self.at = 0
+        self.decode = json.JSONDecoder().raw_decode
+
+    def peek(self) -> str:
+        """The next character that is not white space, or nothing at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self._more():
+                return ""
+
+    def value(self) -> tuple[Any, str]:
+        """Decodes the value at `at`; reads on while the chunk's end cuts it."""
+        while True:
+            try:
+                value, end = self.decode(self.text, self.at)
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _EDGE
+                if cut and len(self.text) - self.at < _LONGEST_ROW and self._more():
+                    continue
+                raise
+            source = self.text[self.at : end]
+            self.at = end
+            return value, source
+
+    def _more(self) -> bool:
+        # As much again as is at hand: a long row is decoded a logarithmic number of times.
+        chunk = self.stream.read(max(_CHUNK, len(self.text) - self.at))
+        self.text = self.text[self.at :] + chunk
+        self.at = 0
+        return bool(chunk)

@@ -1,0 +1,256 @@
+"""Every annotation format becomes the conversation it means; what is wrong is named."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from config.errors import InputError
+from conversation.parts import Conversation, Media, Text, Turn
+from dataset.json_rows import iter_rows
+from dataset.readers import Kind, iter_captions, read_record
+
+FILE = Path("some.json")
+
+
+def rounds(*sides: tuple) -> Conversation:
+    roles = ("human", "assistant")
+    return Conversation(tuple(Turn(roles[i % 2], side) for i, side in enumerate(sides)))
+
+
+def test_a_caption_pair_read_towards_its_caption_shows_the_medium_first() -> None:
+    record = {"caption": 'A "Red" Circle; big', "image_name": "a/1.png"}
+    assert read_record(record, "caption_in", FILE, 0) == rounds(
+        (Media("image", path="a/1.png"), Text("generate a caption")),
+        (Text("a  red  circle  big"),),
+    )
+
+
+def test_a_caption_pair_read_from_its_caption_ends_with_the_output_medium() -> None:
+    record = {"caption": "Rain falls.", "audio_name": "sub/7.wav"}
+    medium = Media("audio", caption="rain falls.", embedding="7.wav.npy")
+    assert read_record(record, "caption_out", FILE, 0) == rounds(
+        (Text("rain falls."),), (Text("rain falls."), medium)
+    )
+
+
+@pytest.mark.parametrize("value", ["What is it?\n<image>", "<image>\nWhat is it?"])
+def test_the_later_release_shows_its_input_where_the_placeholder_stands(value: str) -> None:
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "A ring."}]
+    read = read_record({"input_image": "1.png", "conversations": turns}, "caption_in", FILE, 0)
+    parts = (Text("What is it?"), Media("image", path="1.png"))
+    parts = parts if value.endswith("<image>") else parts[::-1]
+    assert read == rounds(parts, (Text("A ring."),))
+
+
+def test_the_later_release_puts_its_output_where_the_placeholder_stands() -> None:
+    record = {
+        "output_video": "3.mp4",
+        "video_captions": "A Kite",
+        "video_caption_embeddings": "3.mp4.npy",
+        "conversations": [
+            {"from": "human", "value": "Show a kite"},
+            {"from": "gpt", "value": "Sure! <video>"},
+        ],
+    }
+    medium = Media("video", caption="a kite", embedding="3.mp4.npy")
+    expected = rounds((Text("Show a kite"),), (Text("Sure!"), medium))
+    assert read_record(record, "caption_out", FILE, 0) == expected
+
+
+def instruction(human: dict, gpt: dict, **names: str) -> dict:
+    return {"conversation": [{"from": "human", **human}, {"from": "gpt", **gpt}], **names}
+
+
+@pytest.mark.parametrize("field", ["image_name", "mm_name"])
+def test_an_instruction_shows_its_medium_before_the_first_text(field: str) -> None:
+    record = instruction(
+        {"value": "What shape?", "input_modality": "image"},
+        {"value": "A star.", "caption": "", "output_modality": "text"},
+        **{field: "1.png"},
+    )
+    more = [
+        {"from": "human", "value": "And its colour?", "input_modality": "image"},
+        {"from": "gpt", "value": "Blue.", "output_modality": "text"},
+    ]
+    record["conversation"] += more
+    assert read_record(record, "instruction", FILE, 0) == rounds(
+        (Media("image", path="1.png"), Text("What shape?")),
+        (Text("A star."),),
+        (Text("And its colour?"),),
+        (Text("Blue."),),
+    )
+
+
+def test_an_instruction_puts_its_output_after_the_answer() -> None:
+    record = instruction(
+        {"value": "Ring a bell", "input_modality": "text"},
+        {"value": "Here:", "caption": "A Bell", "output_modality": "audio"},
+        mm_name="b.wav",
+    )
+    medium = Media("audio", caption="a bell", embedding="b.wav.npy")
+    assert read_record(record, "instruction", FILE, 0) == rounds(
+        (Text("Ring a bell"),), (Text("Here:"), medium)
+    )
+
+
+@pytest.mark.parametrize("text", ["3 < 5 > 2", "<Image>/etc/passwd</Image>", "say <image> twice "])
+def test_text_stays_verbatim_where_placeholders_mean_nothing(text: str) -> None:
+    record = instruction({"value": text}, {"value": text})
+    assert read_record(record, "instruction", FILE, 0) == rounds((Text(text),), (Text(text),))
+
+
+MOSIT = {
+    "conversation": [
+        {
+            "from": "human",
+            "value": "Here: <image> what does it sound like if 3 < 5?",
+            "media": [{"modality": "image", "name": "x.png", "caption": "a bell"}],
+        },
+        {
+            "from": "gpt",
+            "value": "<audio> and, seen:<video>",
+            "media": [
+                {"modality": "audio", "name": "x.wav", "caption": "Ding"},
+                {"modality": "video", "name": "x.mp4", "caption": "a bell rings"},
+            ],
+        },
+    ]
+}
+
+
+def test_mosit_has_any_number_of_media_in_place_on_both_sides() -> None:
+    assert read_record(MOSIT, "interleaved", FILE, 0) == rounds(
+        (
+            Text("Here:"),
+            Media("image", path="x.png"),
+            Text("what does it sound like if 3 < 5?"),
+        ),
+        (
+            Media("audio", caption="ding", embedding="x.wav.npy"),
+            Text("and, seen:"),
+            Media("video", caption="a bell rings", embedding="x.mp4.npy"),
+        ),
+    )
+
+
+HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}
+PICTURE = {"modality": "image", "name": "x.png"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "named"),
+    [
+        ("caption_in", {"caption": "a"}, "image_name, video_name, audio_name"),
+        ("caption_in", {"caption": None, "image_name": "1.png"}, "caption"),
+        ("caption_in", {"caption": '"();', "image_name": "1.png"}, "caption"),
+        ("caption_in", {"caption": "a", "image_name": "../1.png"}, "image_name"),
+        ("caption_in", {"caption": "a", "image_name": "/etc/passwd"}, "image_name"),
+        ("caption_out", {"output_video": "1.mp4", "conversations": [HUMAN, GPT]}, "video_captions"),
+        ("caption_in", {"input_image": "1.png", "conversations": [HUMAN, GPT]}, "<image>"),
+        (
+            "caption_in",
+            {"conversations": [{"from": "human", "value": "<image>"}, GPT]},
+            r"conversations\[0\]",
+        ),
+        ("instruction", {"conversations": [HUMAN, GPT]}, "preprocess_dataset"),
+        ("instruction", {"conversation": []}, "alternation"),
+        ("instruction", {"conversation": [HUMAN]}, "alternation"),
+        ("instruction", {"conversation": [HUMAN, {"from": "bot", "value": ""}]}, r"\[1\].from"),
+        ("instruction", {"conversation": [HUMAN, {"from": "gpt", "value": " "}]}, "empty"),
+        ("instruction", {"conversation": [{"from": "human"}, GPT]}, r"\[0\].value"),
+        (
+            "instruction",
+            instruction({"value": "a", "input_modality": "sound"}, GPT),
+            "input_modality",
+        ),
+        ("instruction", instruction({"value": "a", "input_modality": "image"}, GPT), "mm_name"),
+        ("instruction", instruction(HUMAN, GPT, mm_name="1.png"), "no turn says"),
+        (
+            "instruction",
+            instruction(HUMAN, {**GPT, "output_modality": "image"}, mm_name="1.png"),
+            r"\[1\].caption",
+        ),
+        (
+            "instruction",
+            instruction(
+                {"value": "again", "input_modality": "image"},
+                {**GPT, "output_modality": "image", "caption": "a"},
+                mm_name="1.png",
+            ),
+            "second image",
+        ),
+        ("interleaved", {"conversation": [{**HUMAN, "value": "<image>"}, GPT]}, r"\[0\].value"),
+        ("interleaved", {"conversation": [{**HUMAN, "media": [PICTURE]}, GPT]}, r"\[0\].value"),
+        (
+            "interleaved",
+            {"conversation": [{**HUMAN, "value": "<video>", "media": [PICTURE]}, GPT]},
+            r"\[0\].value",
+        ),
+        (
+            "interleaved",
+            {"conversation": [HUMAN, {**GPT, "value": "<image>", "media": [PICTURE]}]},
+            r"\[1\].media\[0\].caption",
+        ),
+    ],
+)
+def test_a_wrong_record_is_named_by_file_row_and_field(
+    kind: Kind, record: dict, named: str
+) -> None:
+    with pytest.raises(InputError, match=rf"some\.json: row 41 .*{named}"):
+        read_record(record, kind, FILE, 41)
+
+
+def test_captions_of_output_media_are_found_in_every_format(tmp_path: Path) -> None:
+    pairs = [{"caption": "A (B)", "image_name": "1.png"}, {"caption": "c", "image_name": "2.png"}]
+    request = instruction(
+        HUMAN, {**GPT, "output_modality": "audio", "caption": "D"}, mm_name="x.wav"
+    )
+    for name, rows, modality, expected in [
+        ("pairs", pairs, "image", [("1.png", "a  b"), ("2.png", "c")]),
+        ("request", [request, instruction(HUMAN, GPT)], "audio", [("x.wav", "d")]),
+        ("mosit", [MOSIT], "video", [("x.mp4", "a bell rings")]),
+    ]:
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(rows))
+        assert list(iter_captions(file, modality)) == expected
+    with pytest.raises(InputError, match="no captions of video"):
+        list(iter_captions(tmp_path / "pairs.json", "video"))
+
+
+def test_rows_longer_than_a_chunk_and_cut_by_its_end_are_read_whole(tmp_path: Path) -> None:
+    rows = [{"n": i, "text": 'ü\\"' * size} for i, size in enumerate([1, 900_000, 7, 400_000, 3])]
+    rows += [{"x": -1.5e-7, "flags": [True, None], "pad": "y" * i} for i in range(3000)]
+    for indent in (None, 2):
+        file = tmp_path / "rows.json"
+        file.write_text(json.dumps(rows, indent=indent, ensure_ascii=indent is None))
+        read = list(iter_rows(file))
+        assert [record for record, _ in read] == rows
+        assert json.loads(read[1][1]) == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a JSON array"),
+        ('{"a": 1}', "not a JSON array"),
+        ('[{"a": 1} {"a": 2}]', "before row 1"),
+        ('[{"a": 1}, 5]', "row 1 is not a JSON object"),
+        ('[{"a": 1}, {"a": tru}]', "row 1 is not JSON"),
+        ('[{"a": 1},', "row 1.*is it whole"),
+        ('[{"a": 1}', "is it whole"),
+        ('[{"a": 1}] x', "follows the array's end"),
+        ('[{"a": "b', "row 0 is not JSON"),
+    ],
+)
+def test_a_file_that_is_not_json_says_where(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=f"bad.json.*{message}"):
+        list(iter_rows(file))
+
+
+def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:
+    file = tmp_path / "empty.json"
+    file.write_text(" [ ] ")
+    assert list(iter_rows(file)) == []
