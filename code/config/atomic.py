@@ -1,0 +1,26 @@
+"""Files and folders that are either whole or not there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """Give a path beside `path`, same suffix, to be made by the caller; rename it to `path` at the end.
+
+    The block may make a file, which replaces an older one, or a folder, which must not be there yet.
+    If the block raises, what it made is removed and `path` stays as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{os.getpid()}.partial.{path.name}")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)

@@ -1,0 +1,207 @@
+"""The three frozen diffusion decoders behind one door: Stable Diffusion, ZeroScope and AudioLDM.
+
+An embedding from an output projection takes the place of the pipeline's own prompt embedding. The
+pipelines are diffusers' own; the video and sound ones live among its deprecated ones, which is why
+diffusers is pinned and why no other file names them. Cost: one network pass a step, two with guidance.
+No safety checker is loaded, as in the published system: put one behind anything that is public.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers.pipelines.deprecated.audioldm.pipeline_audioldm import AudioLDMPipeline
+from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_synth import (
+    TextToVideoSDPipeline,
+)
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from config.errors import InputError
+from conversation.parts import Modality
+from model.caption_encoders import default_dtype, embedding_shape, encode_captions
+from model.media_files import Frames, Output, Sound
+from model.pretrained_folder import loading, require_files, resolve
+
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+PIPELINES: dict[Modality, type[DiffusionPipeline]] = {
+    "image": StableDiffusionPipeline,
+    "video": TextToVideoSDPipeline,
+    "audio": AudioLDMPipeline,
+}
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How to decode. The defaults are the published system's; none: the pipeline's own figure."""
+
+    steps: int = 40
+    guidance_scale: float = 7.5  # 1 or less: no guidance, half the cost
+    height: int | None = None  # pixels, a multiple of 8; image and video
+    width: int | None = None
+    frames: int = 24  # video
+    fps: int = 8  # video, frames per second
+    seconds: float | None = 5.0  # sound
+    seed: int | None = None  # sample i of a batch has seed + i; none: another result every time
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        """Check what a user can set.
+
+        Raises:
+            InputError: naming the option.
+        """
+        for name in ("height", "width"):
+            if (getattr(self, name) or 0) % 8:
+                raise InputError(f"{name} {getattr(self, name)}: give a multiple of 8")
+        for name in ("steps", "frames", "fps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)}: give 1 or more")
+
+
+class Decoder:
+    """One frozen pipeline, loaded when first used and kept."""
+
+    def __init__(
+        self,
+        modality: Modality,
+        path: str,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Remember where the pipeline is: a diffusers folder or hub name; `dtype` none: half on CUDA."""
+        self.modality: Modality = modality
+        self.path = resolve(path)
+        self.device = device
+        self.dtype = dtype or default_dtype(device)
+
+    @cached_property
+    def pipeline(self) -> DiffusionPipeline:
+        """The diffusers pipeline, on the device.
+
+        Raises:
+            InputError: it cannot be loaded.
+        """
+        require_files(self.path, "", ("model_index.json",))
+        unchecked: dict[str, Any] = {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+        with loading(self.path):
+            pipeline = PIPELINES[self.modality].from_pretrained(
+                self.path,
+                torch_dtype=self.dtype,
+                **(unchecked if self.modality == "image" else {}),
+            )
+        if self.device.type == "cuda":
+            pipeline.vae.enable_slicing()  # 24 large frames at once would be the peak of memory
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.device)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one embedding: (tokens, width), or (width,) for sound. Loads the pipeline."""
+        return embedding_shape(self.modality, self.pipeline.tokenizer, self.pipeline.text_encoder)
+
+    def decode(
+        self,
+        embeddings: Tensor,
+        options: DecodeOptions | None = None,
+        progress: Progress | None = None,
+    ) -> list[Output]:
+        """Decode a batch of embeddings into media, one each.
+
+        Args:
+            embeddings: (B, T, D), or (B, D) for sound, whose length is brought to 1 as AudioLDM does.
+            options: see there.
+            progress: called after every step; what it raises ends the decoding.
+
+        Returns:
+            PIL images, `Frames` or `Sound`. The same seed gives the same media.
+
+        Raises:
+            InputError: the embeddings have another shape than this pipeline's.
+        """
+        options = options or DecodeOptions()
+        if tuple(embeddings.shape[1:]) != self.shape:
+            raise InputError(
+                f"{self.path} takes {self.modality} embeddings of shape {self.shape}, "
+                f"not {tuple(embeddings.shape[1:])}: set caption_shape to match"
+            )
+        embeddings = embeddings.to(self.device, self.dtype)
+        common = self._common(len(embeddings), options)
+        if self.modality == "image":
+            return self._images(embeddings, options, common, progress)
+        if self.modality == "video":
+            return self._videos(embeddings, options, common, progress)
+        return self._sounds(embeddings, options, common, progress)
+
+    def _common(self, count: int, options: DecodeOptions) -> dict[str, Any]:
+        """Arguments that the three pipelines share, for a batch of `count`."""
+        arguments: dict[str, Any] = {
+            "num_inference_steps": options.steps,
+            "guidance_scale": options.guidance_scale,
+        }
+        if options.seed is not None:  # on the CPU: the same noise for every device
+            seeds = range(options.seed, options.seed + count)
+            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if options.guidance_scale > 1:
+            tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+            negative = encode_captions(self.modality, tokenizer, encoder, [options.negative_prompt])
+            arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
+        return arguments
+
+    def _images(
+        self, embeds: Tensor, options: DecodeOptions, common: dict, progress: Progress | None
+    ) -> list[Output]:
+        def on_step_end(_: Any, step: int, __: Any, tensors: dict) -> dict:
+            if progress:  # some schedulers take one step more than asked for
+                progress(min(step + 1, options.steps), options.steps)
+            return tensors
+
+        return self.pipeline(
+            prompt_embeds=embeds,
+            height=options.height,
+            width=options.width,
+            callback_on_step_end=on_step_end,
+            **common,
+        ).images
+
+    def _videos(
+        self, embeds: Tensor, options: DecodeOptions, common: dict, progress: Progress | None
+    ) -> list[Output]:
+        videos_BTHWC = self.pipeline(
+            prompt_embeds=embeds,
+            height=options.height,
+            width=options.width,
+            num_frames=options.frames,
+            callback=_old_callback(options.steps, progress),
+            **common,
+        ).frames
+        return [Frames((v * 255).round().astype("uint8"), options.fps) for v in videos_BTHWC]
+
+    def _sounds(
+        self, embeds: Tensor, options: DecodeOptions, common: dict, progress: Progress | None
+    ) -> list[Output]:
+        samples_BN = self.pipeline(
+            prompt_embeds=normalize(embeds.float(), dim=-1).to(self.dtype),
+            audio_length_in_s=options.seconds,
+            callback=_old_callback(options.steps, progress),
+            **common,
+        ).audios
+        rate = self.pipeline.vocoder.config.sampling_rate
+        return [Sound(samples, rate) for samples in samples_BN]
+
+
+def _old_callback(steps: int, progress: Progress | None) -> Callable[[int, Any, Tensor], None]:
+    """The per-step callback of the deprecated pipelines."""
+
+    def on_step_end(step: int, _: Any, __: Tensor) -> None:
+        if progress:
+            progress(min(step + 1, steps), steps)
+
+    return on_step_end
