@@ -1,0 +1,162 @@
+"""Turns a conversation into token ids, media slots, signal runs and targets.
+
+The one place where prompts are made: training and inference call the same function, so what the
+model reads when it answers is what it read when it learned.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from config.errors import MediaError
+from conversation.parts import Conversation, Media, Part, Text
+from conversation.pieces import Piece, PieceList, split_conversation
+from conversation.signal_tokens import SignalTokens
+from conversation.templates import Markup, Template
+
+IGNORE = -100  # target of a position without a loss, as torch's cross entropy has it
+
+
+@dataclass
+class EncodedConversation:
+    """One conversation of L tokens.
+
+    Attributes:
+        input_ids: L ids; a medium's place holds `SLOT`.
+        targets: L ids, `IGNORE` where there is no loss; not shifted.
+        slots: (position, medium) of every input medium.
+        runs: (position of its first signal token, medium) of every output medium.
+        cut_tokens: text tokens left out to fit the maximal length.
+    """
+
+    input_ids: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    slots: list[tuple[int, Media]] = field(default_factory=list)
+    runs: list[tuple[int, Media]] = field(default_factory=list)
+    cut_tokens: int = 0
+
+
+class ConversationEncoder:
+    """Encodes conversations for one language model.
+
+    Args:
+        tokenizer: of the language model; a fast one, since shortening asks it for offsets.
+        signals: the new tokens.
+        template: what is written around the turns.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, signals: SignalTokens, template: Template
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.signals = signals
+        self.template = template
+        self.stop_sequences = self._stop_sequences()
+
+    def encode(
+        self, conversation: Conversation, max_length: int | None = None
+    ) -> EncodedConversation:
+        """Token ids of `conversation`; one that ends with a human turn is left open for the answer.
+
+        Args:
+            conversation: begins with a human turn.
+            max_length: with it, the longest texts lose their last tokens until all fits; markup,
+                media and signal tokens always stay.
+
+        Raises:
+            MediaError: what must stay is longer than `max_length`.
+        """
+        pieces = split_conversation(conversation, self.tokenizer, self.signals, self.template)
+        for piece in pieces:
+            piece.ids = piece.ids or self._tokenize(piece.text)
+        excess = sum(len(piece.ids) for piece in pieces) - (max_length or 0)
+        if max_length is None or excess <= 0:
+            return _assemble(pieces, cut_tokens=0)
+        self._shorten(pieces, excess, max_length)
+        return _assemble(pieces, cut_tokens=excess)
+
+    def decode_answer(self, ids: list[int]) -> tuple[Part, ...]:
+        """The parts that an answer's ids stand for; an end sequence at their end is left out."""
+        for stop in self.stop_sequences:
+            if ids[-len(stop) :] == stop:
+                ids = ids[: -len(stop)]
+                break
+        parts: list[Part] = []
+        words: list[int] = []
+
+        def finish_text() -> None:
+            text = self.tokenizer.decode(words, skip_special_tokens=True).strip()
+            if text:
+                parts.append(Text(text))
+            words.clear()
+
+        for token_id in ids:
+            if not self.signals.first_id <= token_id < self.signals.end_id:
+                words.append(token_id)
+            elif modality := self.signals.modality_starting_with(token_id):
+                finish_text()
+                parts.append(Media(modality))
+        finish_text()
+        return tuple(parts)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Ids of `text`; what looks like a special token in it is text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def _stop_sequences(self) -> list[list[int]]:
+        """What ends an answer: the end after text, the end after signal tokens, and EOS."""
+        word = self._tokenize("a")
+        after_text = self._markup_ids(("a", *self.template.end_after_text))[len(word) :]
+        stops = [after_text, self._markup_ids(self.template.end_after_media)]
+        if self.tokenizer.eos_token_id is not None:
+            stops.append([self.tokenizer.eos_token_id])
+        return [stop for index, stop in enumerate(stops) if stop not in stops[:index]]
+
+    def _markup_ids(self, markup: Markup) -> list[int]:
+        pieces = PieceList(self.tokenizer)
+        pieces.add_markup(markup, target=True)
+        return [i for piece in pieces.pieces for i in piece.ids or self._tokenize(piece.text)]
+
+    def _shorten(self, pieces: list[Piece], excess: int, max_length: int) -> None:
+        """Take `excess` tokens off the ends of the longest texts."""
+        spans = {index: self._words_span(piece) for index, piece in enumerate(pieces) if piece.text}
+        lengths = {index: end - start for index, (start, end) in spans.items()}
+        if sum(lengths.values()) < excess:
+            raise MediaError(
+                f"markup, media and signal tokens alone are longer than {max_length} tokens: "
+                "raise data.max_length or split the conversation"
+            )
+        for _ in range(excess):
+            longest = max(lengths, key=lambda index: lengths[index])
+            lengths[longest] -= 1
+        for index, (start, end) in spans.items():
+            ids = pieces[index].ids
+            pieces[index].ids = ids[: start + lengths[index]] + ids[end:]
+
+    def _words_span(self, piece: Piece) -> tuple[int, int]:
+        """The range of `piece.ids` that are somebody's words and nothing else."""
+        offsets = self.tokenizer(
+            piece.text,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_offsets_mapping=True,
+        ).offset_mapping
+        inside = [
+            index
+            for index, (start, end) in enumerate(offsets)
+            if piece.words_start <= start < end <= piece.words_end
+        ]
+        return (inside[0], inside[-1] + 1) if inside else (0, 0)
+
+
+def _assemble(pieces: list[Piece], cut_tokens: int) -> EncodedConversation:
+    encoded = EncodedConversation(cut_tokens=cut_tokens)
+    for piece in pieces:
+        position = len(encoded.input_ids)
+        if piece.slot is not None:
+            encoded.slots.append((position + 1, piece.slot))
+        if piece.run is not None:
+            encoded.runs.append((position, piece.run))
+        encoded.input_ids += piece.ids
+        encoded.targets += piece.ids if piece.target else [IGNORE] * len(piece.ids)
+    return encoded

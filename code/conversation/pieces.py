@@ -1,0 +1,127 @@
+"""A conversation cut into pieces: what is tokenized at once, and what is ids already.
+
+Where the cuts fall decides the token ids, so the rule stands here alone: neighbouring strings of
+the same kind (with or without a loss) are tokenized together, as in the published prompts.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from conversation.parts import Conversation, Media, Text, Turn
+from conversation.signal_tokens import SignalTokens
+from conversation.templates import Markup, Special, Template
+
+SLOT = 0  # id that holds a medium's place until its feature is put there
+
+
+@dataclass
+class Piece:
+    """Text to be tokenized, or ids that are ready.
+
+    `text[words_start:words_end]` is somebody's words, which may give way when a conversation is too
+    long; the rest of the text is the template's.
+    """
+
+    target: bool
+    text: str = ""
+    words_start: int = 0
+    words_end: int = 0
+    sealed: bool = False  # nothing is joined to it
+    ids: list[int] = field(default_factory=list)
+    slot: Media | None = None  # an input medium: ids are <Img>, SLOT, </Img>
+    run: Media | None = None  # an output medium: ids are its signal tokens
+
+
+class PieceList:
+    """The pieces of one conversation, in order."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.pieces: list[Piece] = []
+
+    def add_ids(
+        self, ids: list[int], *, target: bool, slot: Media | None = None, run: Media | None = None
+    ) -> None:
+        """Append `ids` as they are."""
+        self.pieces.append(Piece(target, ids=ids, sealed=True, slot=slot, run=run))
+
+    def add_markup(self, markup: Markup, *, target: bool, sealed: bool = False) -> None:
+        """Append the template's strings and special tokens."""
+        for item in markup:
+            if isinstance(item, Special):
+                token_id = self.tokenizer.convert_tokens_to_ids(item.token)
+                self.add_ids([token_id], target=target)
+            elif piece := self._joinable(target):
+                piece.text += item
+            else:
+                self.pieces.append(Piece(target, text=item, sealed=sealed))
+
+    def add_words(self, words: str, *, target: bool) -> None:
+        """Append somebody's words, without spaces at their ends."""
+        words = words.strip()
+        if not words:
+            return
+        piece = self._joinable(target)
+        if piece is None:
+            piece = Piece(target)
+            self.pieces.append(piece)
+        if piece.words_end and piece.words_end == len(piece.text):
+            piece.text += " "
+        else:
+            piece.words_start = len(piece.text)
+        piece.text += words
+        piece.words_end = len(piece.text)
+
+    def drop_trailing_space(self) -> None:
+        """Before an input medium the template's last space goes, as in the published prompts."""
+        if self.pieces and self.pieces[-1].text:
+            self.pieces[-1].text = self.pieces[-1].text.rstrip(" ")
+
+    def _joinable(self, target: bool) -> Piece | None:
+        last = self.pieces[-1] if self.pieces else None
+        return last if last and not last.sealed and last.target == target else None
+
+
+def split_conversation(
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    signals: SignalTokens,
+    template: Template,
+) -> list[Piece]:
+    """The pieces of `conversation`, left open for the answer if it ends with a human turn."""
+    pieces = PieceList(tokenizer)
+    if template.begins_with_bos:
+        pieces.add_ids([tokenizer.bos_token_id], target=False)
+    for index, turn in enumerate(conversation.turns):
+        if turn.role == "human":
+            if index == 0:
+                pieces.add_markup(template.first_human, target=False, sealed=True)
+            else:
+                pieces.add_markup(template.next_human, target=False)
+            _add_human_parts(turn, pieces, signals)
+            pieces.add_markup(template.answer_opening, target=False)
+        else:
+            _add_answer_parts(turn, pieces, signals)
+            ends_with_text = bool(turn.parts) and isinstance(turn.parts[-1], Text)
+            end = template.end_after_text if ends_with_text else template.end_after_media
+            pieces.add_markup(end, target=True)
+            pieces.add_markup(template.after_answer, target=False)
+    return pieces.pieces
+
+
+def _add_human_parts(turn: Turn, pieces: PieceList, signals: SignalTokens) -> None:
+    for part in turn.parts:
+        if isinstance(part, Text):
+            pieces.add_words(part.text, target=False)
+        else:
+            pieces.drop_trailing_space()
+            pieces.add_ids([signals.open, SLOT, signals.close], target=False, slot=part)
+
+
+def _add_answer_parts(turn: Turn, pieces: PieceList, signals: SignalTokens) -> None:
+    for part in turn.parts:
+        if isinstance(part, Text):
+            pieces.add_words(part.text, target=True)
+        else:
+            pieces.add_ids(signals.run(part.modality), target=True, run=part)
