@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def written_aside(path: Path) -> Iterator[Path]:
-    """Give a path beside `path`, same suffix, to be made by the caller; rename it to `path` at the end.
+    """Give a path beside `path`, same suffix, for the caller to make; rename it at the end.
 
-    The block may make a file, which replaces an older one, or a folder, which must not be there yet.
-    If the block raises, what it made is removed and `path` stays as it was.
+    The block may make a file, which replaces an older one, or a folder, which must not be there
+    yet. If the block raises, what it made is removed and `path` stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{os.getpid()}.partial.{path.name}")

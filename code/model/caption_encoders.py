@@ -1,7 +1,7 @@
-"""The decoders' own text encoders: a caption in, the embedding that the projections learn to imitate out.
+"""The decoders' own text encoders: from a caption to the embedding that a projection imitates.
 
-Only the tokenizer and the text encoder of a pipeline are loaded (0.25 GB of Stable Diffusion's 2.1 GB,
-half precision). What comes out equals the pipeline's own `encode_prompt`.
+Only the tokenizer and the text encoder of a pipeline are loaded: 0.25 GB of Stable Diffusion's
+2.1 GB in half precision. What comes out equals the pipeline's own `encode_prompt`.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from model.pretrained_folder import TOKENIZER, WEIGHTS, loading, require_files, 
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """Half precision on CUDA, single elsewhere: the frozen parts are published for half precision."""
+    """Half precision on CUDA, single elsewhere."""
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
@@ -48,7 +48,7 @@ def encode_captions(
 
     Returns:
         image, video: CLIP's last hidden state (B, T, D); audio: CLAP's text projection brought to
-        unit length (B, D), as AudioLDM (arXiv 2301.12503) takes it. On the encoder's device and dtype.
+        unit length (B, D), as AudioLDM (arXiv 2301.12503) takes it. In the encoder's dtype.
     """
     tokens = tokenizer(
         list(captions),
@@ -97,8 +97,8 @@ class CaptionEncoder:
         if report["missing_keys"] or report["mismatched_keys"]:
             missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
             raise InputError(
-                f"{self.path}/text_encoder: {len(missing)} weights are missing or of another shape, "
-                f"first {missing[0]}; is this a pipeline for {modality}?"
+                f"{self.path}/text_encoder: {len(missing)} weights are missing or of another "
+                f"shape, first {missing[0]}; is this a pipeline for {modality}?"
             )
         self.encoder = encoder.to(device).eval().requires_grad_(False)
 

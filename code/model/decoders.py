@@ -2,7 +2,8 @@
 
 An embedding from an output projection takes the place of the pipeline's own prompt embedding. The
 pipelines are diffusers' own; the video and sound ones live among its deprecated ones, which is why
-diffusers is pinned and why no other file names them. Cost: one network pass a step, two with guidance.
+diffusers is pinned and why no other file names them. A step costs one network pass, two with
+guidance.
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
@@ -72,7 +73,7 @@ class Decoder:
         device: torch.device,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Remember where the pipeline is: a diffusers folder or hub name; `dtype` none: half on CUDA."""
+        """Remember the pipeline's diffusers folder or hub name; `dtype` none: half on CUDA."""
         self.modality: Modality = modality
         self.path = resolve(path)
         self.device = device
@@ -116,7 +117,7 @@ class Decoder:
         """Decode a batch of embeddings into media, one each.
 
         Args:
-            embeddings: (B, T, D), or (B, D) for sound, whose length is brought to 1 as AudioLDM does.
+            embeddings: (B, T, D), or (B, D) for sound; those are brought to unit length.
             options: see there.
             progress: called after every step; what it raises ends the decoding.
 

@@ -53,7 +53,7 @@ def require_files(path: str, subfolder: str, *alternatives: tuple[str, ...]) -> 
 
 @contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Turn what the libraries raise for missing or broken files into an InputError naming `path`."""
+    """Turn what the libraries raise for missing or broken files into an InputError with `path`."""
     try:
         yield
     except (OSError, ValueError) as error:
