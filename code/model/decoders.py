@@ -95,7 +95,7 @@ class Decoder:
         with loading(self.path):
             pipeline = PIPELINES[self.modality].from_pretrained(
                 self.path,
-                torch_dtype=self.dtype,
+                dtype=self.dtype,
                 **(unchecked if self.modality == "image" else {}),
             )
         if self.device.type == "cuda":

@@ -31,7 +31,7 @@ SUFFIXES: dict[Modality, str] = {"image": ".png", "video": ".mp4", "audio": ".wa
 
 
 def save_medium(output: Output, path: Path) -> None:
-    """Write PNG, MP4 (H.264, yuv420p) or WAV (16 bit) by the kind of `output`, whole or not at all."""
+    """Write PNG, MP4 (H.264, yuv420p) or WAV (16 bit) by the kind of `output`; whole or not."""
     with written_aside(path) as aside:
         if isinstance(output, Frames):
             _write_video(output, aside)
