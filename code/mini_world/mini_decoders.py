@@ -4,7 +4,7 @@ The same diffusers pipelines as the real ones in the same folder format, 6 to 8 
 in half precision 16 MB or less. `MiniFigures` holds every size.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -84,17 +84,21 @@ MINI = MiniFigures()
 
 
 def build_mini_decoder(
-    modality: Modality, folder: Path, seed: int, words: Iterable[str], figures: MiniFigures = MINI
+    modality: Modality,
+    folder: Path,
+    seed: int,
+    captions: Sequence[str],
+    figures: MiniFigures = MINI,
 ) -> None:
     """Write one untrained pipeline to `folder` (diffusers format, float16), whole or not at all.
 
     Args:
         seed: of the weights; the global random state is left alone.
-        words: what the tokenizer shall know whole.
+        captions: the tokenizer knows their words whole.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _PARTS[modality](figures, words)
+        parts = _PARTS[modality](figures, captions)
         pipeline: DiffusionPipeline = PIPELINES[modality](scheduler=scheduler(), **parts)
     with written_aside(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
@@ -118,8 +122,8 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def _image_parts(f: MiniFigures, words: Iterable[str]) -> dict[str, Any]:
-    tokenizer = clip_tokenizer(words, f.text_tokens)
+def _image_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
+    tokenizer = clip_tokenizer(captions, f.text_tokens)
     unet = UNet2DConditionModel(
         sample_size=_latent_size(f.size, f.image_vae),
         in_channels=f.image_latents,
@@ -139,8 +143,8 @@ def _image_parts(f: MiniFigures, words: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _video_parts(f: MiniFigures, words: Iterable[str]) -> dict[str, Any]:
-    tokenizer = clip_tokenizer(words, f.text_tokens)
+def _video_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
+    tokenizer = clip_tokenizer(captions, f.text_tokens)
     unet = UNet3DConditionModel(
         sample_size=_latent_size(f.size, f.video_vae),
         in_channels=f.video_latents,
@@ -157,8 +161,8 @@ def _video_parts(f: MiniFigures, words: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _audio_parts(f: MiniFigures, words: Iterable[str]) -> dict[str, Any]:
-    tokenizer = roberta_tokenizer(words, f.text_tokens)
+def _audio_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
+    tokenizer = roberta_tokenizer(captions, f.text_tokens)
     unet = UNet2DConditionModel(
         sample_size=_latent_size(f.sound_frames, f.audio_vae),
         in_channels=f.audio_latents,
@@ -193,7 +197,7 @@ def _audio_parts(f: MiniFigures, words: Iterable[str]) -> dict[str, Any]:
     }
 
 
-_PARTS: dict[Modality, Callable[[MiniFigures, Iterable[str]], dict[str, Any]]] = {
+_PARTS: dict[Modality, Callable[[MiniFigures, Sequence[str]], dict[str, Any]]] = {
     "image": _image_parts,
     "video": _video_parts,
     "audio": _audio_parts,
