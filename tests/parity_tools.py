@@ -1,4 +1,4 @@
-"""What the parity tests share: the recorded cases, weights by recipe, and the error they are held to."""
+"""What the parity tests share: recorded cases, weights by recipe, the measure of error."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -20,7 +20,7 @@ def cases() -> dict[str, torch.Tensor]:
 
 
 def recipe_state(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter's own name, and what the recipe gives it under the name `prefix` + its name."""
+    """Each parameter's name, and its value by the recipe under the name `prefix` + name."""
     for name, parameter in module.named_parameters():
         yield name, recipe_tensor(prefix + name, parameter.shape)
 

@@ -2,13 +2,15 @@
 
 Decoding only: `dataset.media` makes encoder inputs of it. A picture and a sound cost their whole
 decoding (a minute of sound holds 4 MB at 16 kHz). Of a video every packet is read once, undecoded,
-to number the frames; decoded are the frames asked for and those since the key frame before each.
+to number the frames; decoded are the frames asked for and those since the key frame before each
+(in the few formats that cannot be sought exactly, such as MPEG-TS, all up to the last asked for).
 """
 
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -133,55 +135,68 @@ def read_video_frames(
         MediaError: missing, broken or without moving pictures.
     """
     path = Path(path)
-    with _naming(path, "a video"), _open_container(path) as container:
-        streams = [
-            s for s in container.streams.video if not s.disposition & Disposition.attached_pic
-        ]
-        if not streams or not streams[0].average_rate:
-            raise MediaError(f"{path}: no moving pictures in it")
-        stream = streams[0]
-        _check_aspect(path, stream.width, stream.height)
-        stream.thread_type = "AUTO"
-        packets = [
-            (p.pts if p.pts is not None else p.dts, p.is_keyframe, p.is_discard)
-            for p in container.demux(stream)
-        ]
-        stamps = sorted(t for t, _, hidden in packets if t is not None and not hidden)
-        keys = sorted(t for t, is_key, _ in packets if t is not None and is_key)
-        if not keys or not stamps:
-            raise MediaError(f"{path}: a video without frames")
-        wanted = [stamps[index] for index in choose(len(stamps), float(stream.average_rate))]
-        frames, is_exact = _decode(container, stream, sorted(set(wanted)), keys)
-        if not is_exact:  # seeking is unreliable in this file: once more, from the start
-            frames, _ = _decode(container, stream, sorted(set(wanted)), keys[:1])
-        if not frames:
+    with _naming(path, "a video"):
+        with _open_container(path) as container:
+            stream = _moving_pictures(path, container)
+            packets = [
+                (p.pts, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size
+            ]
+            stamps = [pts for pts, _, is_hidden in packets if not is_hidden]
+            if not stamps:
+                raise MediaError(f"{path}: a video without frames")
+            indices = choose(len(stamps), float(stream.average_rate))
+            pictures = None
+            if None not in stamps:
+                stamps.sort()
+                keys = sorted(pts for pts, is_key, _ in packets if is_key and pts is not None)
+                pictures = _by_seeking(container, stream, {i: stamps[i] for i in indices}, keys)
+        if pictures is None:  # a format without time stamps, or one in which seeking is inexact
+            with _open_container(path) as container:
+                pictures = _by_counting(container, _moving_pictures(path, container), indices)
+        if not pictures:
             raise MediaError(f"{path}: a video without readable frames")
-        return [frames[stamp] for stamp in wanted]
+        last = pictures[max(pictures)]
+        return [pictures.get(index, last) for index in indices]
 
 
-def _decode(
-    container: InputContainer, stream: VideoStream, wanted: list[int], keys: list[int]
-) -> tuple[dict[int, np.ndarray], bool]:
-    """The frames at the time stamps `wanted` (ascending), and whether each was met exactly.
+def _moving_pictures(path: Path, container: InputContainer) -> VideoStream:
+    for stream in container.streams.video:
+        if stream.average_rate and not stream.disposition & Disposition.attached_pic:
+            _check_aspect(path, stream.width, stream.height)
+            stream.thread_type = "AUTO"
+            return stream
+    raise MediaError(f"{path}: no moving pictures in it")
 
-    Where there is no such frame, the next one stands in, at the end the last one.
-    """
+
+def _by_seeking(
+    container: InputContainer, stream: VideoStream, stamps: dict[int, int], keys: list[int]
+) -> dict[int, np.ndarray] | None:
+    """Pictures by index, `stamps` being the time stamp of each; None if one is not met exactly."""
     pictures: dict[int, np.ndarray] = {}
-    frame, is_exact = None, True
-    for stamp in wanted:
-        key = keys[max(bisect_right(keys, stamp) - 1, 0)]
+    frame = None
+    for index, stamp in sorted(stamps.items()):
+        key = keys[max(bisect_right(keys, stamp) - 1, 0)] if keys else stamp
         if frame is None or key > frame.pts:
             container.seek(key, stream=stream)
             frames = container.decode(stream)
             frame = next(frames, None)
-        while frame is not None and frame.pts < stamp:
-            following = next(frames, None)
-            if following is None:
-                break
-            frame = following
-        if frame is None:
-            return {}, False
-        is_exact = is_exact and frame.pts == stamp
-        upright = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
-        pictures[stamp] = upright
-    return pictures, is_exact
+        while frame is not None and frame.pts is not None and frame.pts < stamp:
+            frame = next(frames, None)
+        if frame is None or frame.pts != stamp:
+            return None
+        pictures[index] = _upright(frame)
+    return pictures
+
+
+def _by_counting(
+    container: InputContainer, stream: VideoStream, indices: Sequence[int]
+) -> dict[int, np.ndarray]:
+    """Pictures by index, decoded from the start; those after the last readable one are left out."""
+    wanted, end = set(indices), max(indices) + 1
+    frames = enumerate(islice(container.decode(stream), end))
+    return {index: _upright(frame) for index, frame in frames if index in wanted}
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, 3) uint8, turned as the file asks for (telephones film on their side)."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)

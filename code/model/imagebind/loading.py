@@ -1,13 +1,12 @@
 """ImageBind from and to disk: the published `imagebind_huge.pth`, or our own small format.
 
 The model is laid out on the meta device and takes the file's tensors themselves, mapped from disk:
-it costs its memory once, and the published file's left-out trunks (0.4 B parameters) are never read.
+it costs its memory once, and the published file's left-out trunks are never read.
 Our format is a folder with `config.json` (the figures) and `model.safetensors`.
 """
 
 import hashlib
 import json
-import os
 import pickle
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -66,18 +65,18 @@ def save_imagebind(model: ImageBind, folder: Path | str, dtype: torch.dtype) -> 
     tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in model.state_dict().items()}
     aside = folder / "model.safetensors.tmp"
     save_file(tensors, aside)
-    os.replace(aside, folder / "model.safetensors")
+    aside.replace(folder / "model.safetensors")
     aside = folder / "config.json.tmp"
     aside.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, folder / "config.json")
+    aside.replace(folder / "config.json")
 
 
 def fingerprint(path: Path | str) -> str:
     """16 hex digits that change with the encoder's weights or figures: the key of a feature cache.
 
-    Hashed are the figures, the weight file's size and 64 stretches of 64 KiB spread evenly from its
-    first byte to its last (a file of up to 4 MiB whole): milliseconds even for 4.5 GB. Training moves
-    every weight, so samples tell two trainings apart; a copy of a file keeps its fingerprint.
+    Hashed are the figures, the weight file's size and 64 stretches of 64 KiB spread evenly over it
+    (a file of up to 4 MiB whole): milliseconds even for 4.5 GB. Training moves every weight, so the
+    samples tell two trainings apart; a copy of a file keeps its fingerprint.
     """
     weights = _weights_file(Path(path))
     size = weights.stat().st_size

@@ -1,0 +1,182 @@
+"""ImageBind against the recorded numbers, the published names, and its own files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from parity_tools import PARITY, cases, fill_by_recipe, relative_error
+from safetensors.torch import load_file, save_file
+
+from config.errors import InputError
+from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
+from model.imagebind.encoder import ImageBind
+from model.imagebind.loading import fingerprint, is_left_out, load_imagebind, save_imagebind
+
+TINY = ImageBindConfig(
+    vision=TrunkConfig(width=64, blocks=2, heads=4),
+    audio=TrunkConfig(width=48, blocks=2, heads=4),
+    output_dim=32,
+)
+PUBLISHED = {
+    name: tuple(shape)
+    for name, shape in json.loads((PARITY / "imagebind_huge_keys.json").read_text()).items()
+}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ImageBind:
+    model = ImageBind(TINY).eval()
+    fill_by_recipe(model, "visual_encoder.")
+    return model
+
+
+def published_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """The full file's names and shapes in a few kilobytes: every tensor repeats one number."""
+    torch.save({name: torch.ones(()).expand(shape) for name, shape in shapes.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize("modality", ["image", "video", "audio"])
+def test_features_are_the_recorded_ones(tiny: ImageBind, modality: str) -> None:
+    with torch.no_grad():
+        features = tiny.encode(modality, cases()[f"in.{modality}"].float())
+    assert relative_error(features, cases()[f"imagebind.{modality}"]) < 1e-5
+
+
+def test_each_view_has_unit_length_and_a_video_is_their_mean(tiny: ImageBind) -> None:
+    clips = cases()["in.video"].float()[:1]
+    with torch.no_grad():
+        views = tiny.forward_views("video", clips[0])
+        video = tiny.encode("video", clips)
+    torch.testing.assert_close(views.norm(dim=-1), torch.ones(len(views)))
+    torch.testing.assert_close(video[0], views.mean(0))
+
+
+def test_huge_has_the_published_names_and_shapes() -> None:
+    with torch.device("meta"):
+        model = ImageBind(IMAGEBIND_HUGE)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes == {name: shape for name, shape in PUBLISHED.items() if not is_left_out(name)}
+
+
+def test_left_out_are_exactly_text_depth_thermal_and_imu() -> None:
+    kept = {name.split(".")[1] for name in PUBLISHED if not is_left_out(name)}
+    left_out = {name.split(".")[1] for name in PUBLISHED if is_left_out(name)}
+    assert kept == {"vision", "audio"}
+    assert left_out == {"text", "depth", "thermal", "imu"}
+
+
+def test_published_file_loads_by_itself_or_by_its_folder(tmp_path: Path) -> None:
+    path = published_file(tmp_path / "imagebind_huge.pth", PUBLISHED)
+    for given in (path, tmp_path):
+        model = load_imagebind(given)
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert all(tensor.flatten()[0] == 1 for tensor in model.state_dict().values())
+
+
+def test_published_file_with_wrong_names_lists_every_one(tmp_path: Path) -> None:
+    wrong = dict(PUBLISHED)
+    wrong["modality_heads.visual.2.weight"] = wrong.pop("modality_heads.vision.2.weight")
+    wrong["modality_heads.audio.2.weight"] = (512, 768)
+    path = published_file(tmp_path / "imagebind_huge.pth", wrong)
+    with pytest.raises(InputError) as raised:
+        load_imagebind(path)
+    message = str(raised.value)
+    assert "3 faults" in message
+    assert "missing modality_heads.vision.2.weight" in message
+    assert "unexpected modality_heads.visual.2.weight" in message
+    assert "modality_heads.audio.2.weight is (512, 768), not (1024, 768)" in message
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.float16, 2e-3)])
+def test_own_format_round_trip(
+    tiny: ImageBind, tmp_path: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    save_imagebind(tiny, tmp_path / "mini", dtype)
+    loaded = load_imagebind(tmp_path / "mini")
+    assert loaded.config == TINY
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+    stored = load_file(tmp_path / "mini" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    assert sorted(path.name for path in (tmp_path / "mini").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    with torch.no_grad():
+        views = cases()["in.image"]
+        error = relative_error(loaded.encode("image", views), tiny.encode("image", views))
+    assert error <= tolerance
+
+
+def test_fingerprint_follows_weights_and_figures_and_survives_copying(
+    tiny: ImageBind, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        save_imagebind(tiny, tmp_path / name, torch.float16)
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+
+    weights = tmp_path / "b" / "model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(weights).items()}, weights)
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "b")
+
+    before = fingerprint(tmp_path / "a")
+    config = tmp_path / "a" / "config.json"
+    config.write_text(config.read_text().replace('"heads": 4', '"heads": 2'))
+    assert fingerprint(tmp_path / "a") != before
+
+
+def test_nothing_there_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"imagebind_huge\.pth"):
+        load_imagebind(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not an archive", b"PK\x03\x04 cut off"], ids=["empty", "text", "cut"]
+)
+def test_unreadable_published_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "imagebind_huge.pth"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="download it again"):
+        load_imagebind(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "not the figures"),
+        ("[]", "not the figures"),
+        ('{"vision": {"width": 64}}', "not the figures"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_figures_are_named(
+    tiny: ImageBind, tmp_path: Path, content: str | None, said: str
+) -> None:
+    save_imagebind(tiny, tmp_path, torch.float16)
+    config = tmp_path / "config.json"
+    if content is None:
+        config.unlink()
+    else:
+        config.write_text(content)
+    with pytest.raises(InputError, match=said):
+        load_imagebind(tmp_path)
+
+
+def test_a_figure_that_is_lacking_is_named(tiny: ImageBind, tmp_path: Path) -> None:
+    save_imagebind(tiny, tmp_path, torch.float16)
+    config = tmp_path / "config.json"
+    figures = json.loads(config.read_text())
+    del figures["mel_bins"]
+    config.write_text(json.dumps(figures))
+    with pytest.raises(InputError, match="mel_bins"):
+        load_imagebind(tmp_path)
+
+
+def test_a_cut_weight_file_is_named(tiny: ImageBind, tmp_path: Path) -> None:
+    save_imagebind(tiny, tmp_path, torch.float16)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        load_imagebind(tmp_path)
