@@ -1,66 +1,20 @@
 """Conversations become the published token ids, and truncation keeps what must stay."""
 
-import json
-from pathlib import Path
-
 import pytest
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from parity_tools import cases
+from tiny_system import ask, recorded_conversation, tiny_encoder
 
 from config.errors import MediaError
-from conversation.captions import clean_caption
 from conversation.encoding import IGNORE, ConversationEncoder
-from conversation.parts import MODALITIES, Conversation, Media, Modality, Text, Turn
-from conversation.signal_tokens import SignalTokens
-from conversation.templates import TEMPLATES
+from conversation.parts import MODALITIES, Conversation, Media, Text, Turn
 
-PARITY = Path(__file__).parent / "parity"
-CASES = load_file(PARITY / "cases.safetensors")
-TEXTS = json.loads((PARITY / "texts.json").read_text())
-PUBLISHED_COUNTS: dict[Modality, int] = {"image": 4, "video": 24, "audio": 8}
+CASE_NAMES = [f"stage{stage}.{modality}" for stage in (1, 2, 3) for modality in MODALITIES]
+CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]
 
 
 @pytest.fixture(scope="module")
 def encoder() -> ConversationEncoder:
-    tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
-    return ConversationEncoder(
-        tokenizer, SignalTokens(PUBLISHED_COUNTS, 1000), TEMPLATES["published"]
-    )
-
-
-def ask(question: str, answer: str, shown: Media | None = None, made: Media | None = None) -> list:
-    return [
-        Turn("human", (*([shown] if shown else []), Text(question))),
-        Turn("assistant", (Text(answer), *([made] if made else []))),
-    ]
-
-
-def published_conversation(case: str, row: int) -> Conversation:
-    """The conversation behind row `row` of the parity case called `case`."""
-    stage, kind = case.split(".")
-    if stage == "stage1":
-        return Conversation(
-            tuple(ask("generate a caption", clean_caption(TEXTS[kind][row]), shown=Media(kind)))
-        )
-    if stage == "stage2":
-        caption = clean_caption(TEXTS[kind][row])
-        return Conversation(tuple(ask(caption, caption, made=Media(kind))))
-    turns = TEXTS["conv"][row]
-    if kind == "image_to_text":
-        return Conversation(tuple(ask(*turns, shown=Media("image"))))
-    if kind == "multiturn":
-        question, answer = turns
-        other_answer, other_question = reversed(TEXTS["conv"][1 - row])
-        return Conversation(
-            tuple(
-                ask(question, answer, shown=Media("image")) + ask(other_answer, other_question)
-            )
-        )
-    return Conversation(tuple(ask(*turns, made=Media(kind))))
-
-
-CASE_NAMES = [f"stage{stage}.{m}" for stage in (1, 2, 3) for m in MODALITIES]
-CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]
+    return tiny_encoder()
 
 
 @pytest.mark.parametrize("case", CASE_NAMES)
@@ -68,15 +22,104 @@ CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]
 def test_token_ids_targets_and_masks_are_the_published_ones(
     encoder: ConversationEncoder, case: str, row: int
 ) -> None:
-    encoded = encoder.encode(published_conversation(case, row))
-    recorded_length = int(CASES[f"{case}.attention_mask"][row].sum())
+    encoded = encoder.encode(recorded_conversation(case, row))
+    recorded_length = int(cases()[f"{case}.attention_mask"][row].sum())
     opening = len(encoded.input_ids) - recorded_length
-    assert encoded.input_ids[opening:] == CASES[f"{case}.input_ids"][row, :recorded_length].tolist()
-    assert encoded.targets[opening:] == CASES[f"{case}.targets"][row, :recorded_length].tolist()
+    recorded_ids = cases()[f"{case}.input_ids"][row, :recorded_length].tolist()
+    assert encoded.input_ids[opening:] == recorded_ids
+    recorded_targets = cases()[f"{case}.targets"][row, :recorded_length].tolist()
+    assert encoded.targets[opening:] == recorded_targets
     tokens = encoder.tokenizer.convert_ids_to_tokens
     if encoded.slots:
         assert tokens(encoded.input_ids[:4]) == ["<s>", "▁###", "▁Human", ":"]
-        assert encoded.input_ids[4] == encoder.signals.open and encoded.slots[0][0] == 5
+        assert encoded.input_ids[4] == encoder.signals.open
+        assert [position for position, _ in encoded.slots] == [5]
     else:
         assert tokens(encoded.input_ids[:opening]) == ["<s>", "▁###", "▁Human", ":", "▁"]
     assert set(encoded.targets[:opening]) == {IGNORE}
+
+
+def test_an_open_conversation_is_the_beginning_of_the_answered_one(
+    encoder: ConversationEncoder,
+) -> None:
+    question, answer = ask("What is this?", "A lake.", shown=Media("video"))
+    prompt = encoder.encode(Conversation((question,)))
+    answered = encoder.encode(Conversation((question, answer)))
+    assert answered.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+    assert set(prompt.targets) == {IGNORE}
+    first_target = next(i for i, target in enumerate(answered.targets) if target != IGNORE)
+    assert first_target == len(prompt.input_ids)
+
+
+def test_media_stand_where_they_are_in_any_turn_of_either_side(
+    encoder: ConversationEncoder,
+) -> None:
+    conversation = Conversation(
+        (
+            Turn("human", (Text("Compare"), Media("image"), Text("and"), Media("audio"))),
+            Turn("assistant", (Text("Both:"), Media("video"), Text("and"), Media("audio"))),
+            Turn("human", (Media("video"), Text("Again."))),
+            Turn("assistant", (Media("image"),)),
+        )
+    )
+    encoded = encoder.encode(conversation)
+    assert [medium.modality for _, medium in encoded.slots] == ["image", "audio", "video"]
+    assert [medium.modality for _, medium in encoded.runs] == ["video", "audio", "image"]
+    for position, _ in encoded.slots:
+        around = encoded.input_ids[position - 1], encoded.input_ids[position + 1]
+        assert around == (encoder.signals.open, encoder.signals.close)
+    for position, medium in encoded.runs:
+        run = encoder.signals.run(medium.modality)
+        assert encoded.input_ids[position : position + len(run)] == run
+        assert encoded.targets[position : position + len(run)] == run
+
+
+@pytest.mark.parametrize(
+    "typed", ["[IMG0][IMG1]", "<Img>/etc/passwd</Img>", "</s> ### Human: 3 < 5", "<s>"]
+)
+def test_what_is_typed_stays_text(encoder: ConversationEncoder, typed: str) -> None:
+    encoded = encoder.encode(Conversation((Turn("human", (Text(typed),)),)))
+    assert all(token < encoder.signals.first_id for token in encoded.input_ids)
+    specials = {encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id}
+    assert not specials & set(encoded.input_ids[1:])
+    assert encoded.slots == [] and encoded.runs == []
+    assert typed in encoder.tokenizer.decode(encoded.input_ids[1:])
+
+
+@pytest.mark.parametrize("max_length", [60, 80, 120])
+def test_truncation_cuts_text_only_and_counts_it(
+    encoder: ConversationEncoder, max_length: int
+) -> None:
+    long_text = "It looks like an ordinary day by the lake; nothing unusual happens. " * 20
+    conversation = Conversation(ask(long_text, long_text, Media("image"), Media("video")))
+    whole = encoder.encode(conversation)
+    cut = encoder.encode(conversation, max_length)
+    assert len(cut.input_ids) == max_length
+    assert cut.cut_tokens == len(whole.input_ids) - max_length
+    run = encoder.signals.run("video")
+    assert cut.input_ids[-1 - len(run) : -1] == run
+    assert cut.input_ids[-1] == whole.input_ids[-1]
+    assert cut.input_ids[cut.runs[0][0] :][: len(run)] == run
+    assert cut.input_ids[cut.slots[0][0] - 1] == encoder.signals.open
+    decoded = encoder.tokenizer.decode([i for i in cut.input_ids if i < encoder.signals.first_id])
+    assert "### Assistant:" in decoded
+
+
+def test_a_conversation_whose_markup_alone_is_too_long_is_refused(
+    encoder: ConversationEncoder,
+) -> None:
+    with pytest.raises(MediaError, match=r"raise data\.max_length"):
+        encoder.encode(Conversation(ask("a", "b", made=Media("video"))), max_length=20)
+
+
+def test_generation_stops_at_both_published_ends(encoder: ConversationEncoder) -> None:
+    tokens = [encoder.tokenizer.convert_ids_to_tokens(s) for s in encoder.stop_sequences]
+    assert tokens == [["<0x0A>", "###"], ["▁###"], ["</s>"]]
+
+
+def test_an_answer_is_read_back_as_its_parts(encoder: ConversationEncoder) -> None:
+    parts = (Text("Sure, here it is."), Media("image"), Media("audio"), Text("Enjoy."))
+    question = Turn("human", (Text("Both, please."),))
+    prompt = encoder.encode(Conversation((question,)))
+    whole = encoder.encode(Conversation((question, Turn("assistant", parts))))
+    assert encoder.decode_answer(whole.input_ids[len(prompt.input_ids) :]) == parts

@@ -1,4 +1,4 @@
-"""The new tokens: `<Img>`, `</Img>` around every input medium, and the signal tokens of each decoder.
+"""The new tokens: `<Img>`, `</Img>` around every input medium, and every decoder's signal tokens.
 
 They are ids behind the language model's own vocabulary and are never looked up in text: whoever
 types `[IMG0]` has typed six characters.

@@ -1,0 +1,81 @@
+"""Encoded conversations side by side, as the tensors that the model reads."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from conversation.encoding import IGNORE, EncodedConversation
+from conversation.parts import Media, Modality
+
+
+@dataclass
+class Batch:
+    """B conversations, padded on the right to L tokens.
+
+    Attributes:
+        input_ids: (B, L) int64.
+        attention_mask: (B, L) int64, 0 on padding.
+        targets: (B, L) int64, `IGNORE` where there is no loss; not shifted.
+        slots: (S, 2) int64, row and position of every input medium.
+        features: (S, E) float32, the encoder's vectors of those media.
+        runs: by modality (R, 2) int64, row and first position of the signal runs to be projected.
+        captions: by modality (R, *caption_shape) float32, what the projections should give.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    targets: torch.Tensor
+    slots: torch.Tensor
+    features: torch.Tensor
+    runs: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    captions: dict[Modality, torch.Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on `device`."""
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.targets.to(device),
+            self.slots.to(device),
+            self.features.to(device),
+            {modality: runs.to(device) for modality, runs in self.runs.items()},
+            {modality: captions.to(device) for modality, captions in self.captions.items()},
+        )
+
+
+def pad_conversations(encoded: list[EncodedConversation], pad_id: int) -> Batch:
+    """The batch of `encoded`, with its features and captions still empty."""
+    length = max(len(one.input_ids) for one in encoded)
+    input_ids = torch.full((len(encoded), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.full_like(input_ids, IGNORE)
+    for row, one in enumerate(encoded):
+        size = len(one.input_ids)
+        input_ids[row, :size] = torch.tensor(one.input_ids)
+        attention_mask[row, :size] = 1
+        targets[row, :size] = torch.tensor(one.targets)
+    slots = [(row, position) for row, one in enumerate(encoded) for position, _ in one.slots]
+    return Batch(
+        input_ids,
+        attention_mask,
+        targets,
+        slots=torch.tensor(slots, dtype=torch.int64).view(-1, 2),
+        features=torch.empty(0, 0),
+    )
+
+
+def locate_runs(
+    encoded: list[EncodedConversation], *, aligned_only: bool
+) -> dict[Modality, list[tuple[int, int, Media]]]:
+    """Row, first position and medium of the signal runs, by modality, in reading order.
+
+    Args:
+        encoded: the conversations of one batch.
+        aligned_only: leave out the media that say no caption, which have no alignment target.
+    """
+    located: dict[Modality, list[tuple[int, int, Media]]] = {}
+    for row, one in enumerate(encoded):
+        for position, medium in one.runs:
+            if medium.caption or medium.embedding or not aligned_only:
+                located.setdefault(medium.modality, []).append((row, position, medium))
+    return located

@@ -1,0 +1,64 @@
+"""Puts the model together from the configuration: what a run uses, and nothing else."""
+
+import torch
+
+from config.loader import project_path
+from config.schema import Config
+from conversation.encoding import ConversationEncoder
+from conversation.parts import Modality
+from conversation.signal_tokens import SignalTokens
+from conversation.templates import TEMPLATES
+from model.language_model import load_language_model, load_tokenizer, vocabulary_size
+from model.nextgpt import NextGPT
+from model.output_projection import OutputProjection
+
+
+def resolve_model_path(path: str) -> str:
+    """The folder `path` under the project's root if it exists, else `path` as a hub name."""
+    local = project_path(path)
+    return str(local) if local.exists() else path
+
+
+def build_conversation_encoder(config: Config) -> ConversationEncoder:
+    """The encoder of conversations; loads the tokenizer but no weights."""
+    path = resolve_model_path(config.language_model.path)
+    signals = SignalTokens(signal_counts(config), vocabulary_size(path))
+    template = TEMPLATES[config.language_model.template]
+    return ConversationEncoder(load_tokenizer(path), signals, template)
+
+
+def signal_counts(config: Config) -> dict[Modality, int]:
+    """Signal tokens of each modality."""
+    return {modality: decoder.signal_tokens for modality, decoder in config.decoders.items()}
+
+
+def build_model(
+    config: Config, dtype: torch.dtype, *, lora: bool, output_projections: bool
+) -> NextGPT:
+    """The model with new weights in the tuned parts; load a delta over it.
+
+    Args:
+        config: the whole configuration.
+        dtype: of the frozen weights.
+        lora: whether the run uses the adapters.
+        output_projections: whether the run uses them.
+    """
+    path = resolve_model_path(config.language_model.path)
+    counts = signal_counts(config)
+    new_tokens = len(SignalTokens(counts, first_id=0))
+    language_model = load_language_model(config.language_model, path, new_tokens, dtype, lora=lora)
+    hidden_size = language_model.config.hidden_size
+    projections = build_output_projections(config, hidden_size) if output_projections else {}
+    return NextGPT(language_model, config.encoder.width, projections, counts)
+
+
+def build_output_projections(config: Config, hidden_size: int) -> dict[Modality, OutputProjection]:
+    """One output projection for each decoder."""
+    return {
+        modality: OutputProjection(
+            hidden_size,
+            caption_shape=tuple(decoder.caption_shape),
+            **config.output_projection.model_dump(),
+        )
+        for modality, decoder in config.decoders.items()
+    }

@@ -1,0 +1,146 @@
+"""The tuned parameters as a file: `delta.safetensors`, the same names as in the model.
+
+Everything is checked name by name: a part is loaded whole or is not in the file at all.
+"""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from config.errors import InputError
+from config.schema import Part
+from model.nextgpt import NextGPT
+from model.parts import PARTS, is_own_vocabulary, part_of, tuned_parameters
+from model.published import is_published, published_to_delta
+
+Tensors = dict[str, torch.Tensor]
+DELTA_FILE = "delta.safetensors"
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Tuned tensors and what they belong to.
+
+    Attributes:
+        tensors: by the names of the model's parameters.
+        vocabulary_size: rows of the language model that they were tuned with, without new ones.
+        source: where they were read.
+    """
+
+    tensors: Tensors
+    vocabulary_size: int
+    source: Path
+
+    @property
+    def holds_own_vocabulary(self) -> bool:
+        """Whether the language model's own vocabulary rows are among the tensors."""
+        return any(is_own_vocabulary(name) for name in self.tensors)
+
+
+def read_delta(path: Path) -> Delta:
+    """The delta in a file of ours, in a published `.pt` file, or in a folder that holds either.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read.
+    """
+    if path.is_dir():
+        found = [path / DELTA_FILE, path / "pytorch_model.pt"]
+        path = next((file for file in found if file.is_file()), found[0])
+    if not path.is_file():
+        raise InputError(f"no tuned parameters at {path}: train the stage before, or give another")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                rows = int(file.metadata()["vocabulary_size"])
+                return Delta({name: file.get_tensor(name) for name in file.keys()}, rows, path)  # noqa: SIM118
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError,
+        EOFError, OSError,
+    ) as error:  # fmt: skip
+        raise InputError(f"{path} is no readable checkpoint, fetch it again: {error}") from error
+    if not is_published(tensors):
+        raise InputError(f"{path} does not carry the names of the published tuned parameters")
+    tensors = published_to_delta(tensors, path)
+    matrix = next(tensor for name, tensor in tensors.items() if is_own_vocabulary(name))
+    return Delta(tensors, len(matrix), path)
+
+
+def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
+    """Write a delta to `path` aside and rename: the old file stays whole until the new one is.
+
+    Raises:
+        InputError: the disk is full or not writable.
+    """
+    aside = path.with_name(path.name + ".partial")
+    metadata = {"vocabulary_size": str(vocabulary_size)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        aside.replace(path)
+    except (OSError, SafetensorError) as error:
+        aside.unlink(missing_ok=True)
+        raise InputError(f"could not save {path} (is the disk full?): {error}") from error
+
+
+def load_delta(model: NextGPT, delta: Delta, required: set[Part]) -> list[str]:
+    """Load `delta` into `model` and say, a line a part, what was loaded and what starts new.
+
+    A part that the model has and the file does not starts new, unless it is in `required`. A part
+    that the file has and the model does not is left out (`carried_over` keeps it for the next).
+
+    Raises:
+        InputError: another vocabulary, a name too many or too few, a wrong shape; lists them all.
+    """
+    rows = model.language_model.config.vocab_size
+    if delta.vocabulary_size != rows:
+        raise InputError(
+            f"{delta.source} was tuned with a language model of {delta.vocabulary_size} tokens, "
+            f"this one has {rows}: set language_model.path to the one it belongs to"
+        )
+    parameters = dict(tuned_parameters(model, own_vocabulary=delta.holds_own_vocabulary))
+    report, problems = [], [f"unknown name {n}" for n in delta.tensors if part_of(n) is None]
+    for part in PARTS:
+        wanted, given = _of_part(parameters, part), _of_part(delta.tensors, part)
+        if wanted and given:
+            problems += _compare(wanted, given)
+            report.append(f"{part}: {len(given)} tensors loaded")
+        elif given:
+            report.append(f"{part}: not used by this run, kept for the next file")
+        elif part in required:
+            problems.append(f"nothing of {part}")
+        elif wanted:
+            report.append(f"{part}: not in the file, starts new")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise InputError(f"{delta.source} does not fit this model (check --config):\n  {listed}")
+    with torch.no_grad():
+        for name, tensor in delta.tensors.items():
+            if name in parameters:
+                parameters[name].copy_(tensor)
+    return report
+
+
+def carried_over(model: NextGPT, delta: Delta) -> Tensors:
+    """What of `delta` belongs to parts that `model` does not have."""
+    present = {part_of(name) for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in delta.tensors.items() if part_of(name) not in present}
+
+
+def _of_part(named: dict, part: Part) -> dict:
+    return {name: value for name, value in named.items() if part_of(name) == part}
+
+
+def _compare(wanted: dict, given: dict) -> list[str]:
+    problems = [f"missing {name}" for name in wanted if name not in given]
+    for name, tensor in given.items():
+        if name not in wanted:
+            problems.append(f"unexpected {name}")
+        elif wanted[name].shape != tensor.shape:
+            expected = tuple(wanted[name].shape)
+            problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
+    return problems

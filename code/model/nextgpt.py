@@ -1,0 +1,132 @@
+"""The any-to-any model: media in, language model, signal tokens out to the decoders.
+
+One forward pass serves the three stages. It costs the language model's forward pass, logits at the
+positions that have targets only, and the output projections of the signal runs only.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from conversation.batch import Batch
+from conversation.encoding import IGNORE
+from conversation.parts import Modality
+from model.output_projection import OutputProjection, alignment_distance
+
+
+@dataclass
+class Losses:
+    """Sums over a batch with their counts, so that ranks and micro batches can be averaged right.
+
+    Attributes:
+        text: scalar, cross entropy summed over target tokens.
+        tokens: how many target tokens.
+        alignment: by modality a scalar, the alignment loss summed over signal runs.
+        runs: by modality how many runs.
+        unused: scalar 0 that hangs on the parameters this batch did not need: every rank then has
+            a gradient for every parameter, in the same order, whatever its samples hold.
+    """
+
+    text: torch.Tensor
+    tokens: int
+    alignment: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    runs: dict[Modality, int] = field(default_factory=dict)
+    unused: torch.Tensor | float = 0.0
+
+
+class NextGPT(nn.Module):
+    """What trains, and the language model between.
+
+    The frozen encoder and decoders stay outside: they are never trained, wrapped or saved with it.
+
+    Args:
+        language_model: with grown vocabulary, hidden size H.
+        feature_width: E, the length of an encoder's vector.
+        output_projections: by modality; none where the run needs none.
+        signal_counts: signal tokens of each modality.
+    """
+
+    def __init__(
+        self,
+        language_model: PreTrainedModel,
+        feature_width: int,
+        output_projections: dict[Modality, OutputProjection],
+        signal_counts: dict[Modality, int],
+    ) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.input_projection = nn.Linear(feature_width, language_model.config.hidden_size)
+        self.output_projections = nn.ModuleDict(output_projections)
+        self.signal_counts = signal_counts
+
+    def embed(
+        self, input_ids: torch.Tensor, slots: torch.Tensor, features: torch.Tensor
+    ) -> torch.Tensor:
+        """Input embeddings (B, L, H): tokens by their rows, media by the input projection.
+
+        Args:
+            input_ids: (B, L).
+            slots: (S, 2) row and position of the media.
+            features: (S, E) their vectors.
+        """
+        embeddings = self.language_model.get_input_embeddings()(input_ids)
+        if len(slots):
+            projected = self.input_projection(features).to(embeddings.dtype)  # (S, H)
+            embeddings = embeddings.index_put((slots[:, 0], slots[:, 1]), projected)
+        return embeddings
+
+    def read(
+        self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Last hidden states (B, L, H), after the final norm, of embeddings (B, L, H)."""
+        return self.language_model.model(
+            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def project_runs(
+        self,
+        modality: Modality,
+        runs: torch.Tensor,
+        hidden: torch.Tensor,
+        embeddings: torch.Tensor,
+    ) -> torch.Tensor:
+        """Caption embeddings (R, *caption_shape) of the signal runs at `runs` (R, 2)."""
+        rows = runs[:, :1]  # (R, 1)
+        columns = runs[:, 1:] + torch.arange(self.signal_counts[modality], device=runs.device)
+        projection = self.output_projections[modality]
+        return projection(hidden[rows, columns], embeddings[rows, columns])
+
+    def forward(self, batch: Batch) -> Losses:
+        """The losses of `batch`."""
+        embeddings = self.embed(batch.input_ids, batch.slots, batch.features)
+        hidden = self.read(embeddings, batch.attention_mask)
+
+        next_targets = batch.targets[:, 1:]
+        has_target = next_targets != IGNORE
+        logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_target])
+        text = F.cross_entropy(logits.float(), next_targets[has_target], reduction="sum")
+        losses = Losses(text, int(has_target.sum()), unused=self._unused(batch))
+
+        for modality in self.output_projections:
+            runs = batch.runs.get(modality)
+            if runs is None or not len(runs):
+                continue
+            found = self.project_runs(modality, runs, hidden, embeddings)
+            losses.alignment[modality] = alignment_distance(found, batch.captions[modality])
+            losses.runs[modality] = len(runs)
+        return losses
+
+    def _unused(self, batch: Batch) -> torch.Tensor | float:
+        """Zero, by way of every trained projection that this batch has no use for."""
+        total: torch.Tensor | float = 0.0
+        into, out = self.input_projection, self.output_projections
+        if not len(batch.slots) and into.weight.requires_grad:
+            total = total + 0 * into(into.weight.new_zeros(1, into.in_features)).sum()
+        for modality, projection in out.items():
+            if modality not in batch.runs and projection.fc.weight.requires_grad:
+                nothing = projection.fc.weight.new_zeros(1, 1, projection.fc.in_features)
+                total = total + 0 * projection(nothing, nothing).sum()
+        return total

@@ -1,0 +1,72 @@
+"""From the signal tokens of one modality to the caption embedding that its decoder reads."""
+
+import torch
+from torch import nn
+
+
+class OutputProjection(nn.Module):
+    """Linear, transformer with learned queries, linear (arXiv 2309.05519, section 3).
+
+    The names of its parameters are those of the published files.
+
+    Args:
+        hidden_size: H of the language model.
+        width: of the transformer.
+        caption_shape: (Q, D) of one caption embedding, or (D,) where the decoder reads one vector.
+        encoder_layers, decoder_layers, heads, feedforward: figures of the transformer.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        caption_shape: tuple[int, ...],
+        encoder_layers: int,
+        decoder_layers: int,
+        heads: int,
+        feedforward: int,
+    ) -> None:
+        super().__init__()
+        self.caption_shape = caption_shape
+        queries = caption_shape[0] if len(caption_shape) == 2 else 1
+        self.query_embs = nn.Parameter(torch.randn(1, queries, width))
+        self.fc = nn.Linear(hidden_size, width)
+        layer = {"dropout": 0.0, "norm_first": True, "batch_first": True}
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(width, heads, feedforward, **layer),
+            encoder_layers,
+            nn.LayerNorm(width),
+            enable_nested_tensor=False,  # not to be had with norm_first; without this, it warns
+        )
+        self.tfm = nn.Transformer(
+            width,
+            heads,
+            num_decoder_layers=decoder_layers,
+            dim_feedforward=feedforward,
+            custom_encoder=encoder,
+            **layer,
+        )
+        self.model = nn.Linear(width, caption_shape[-1])
+
+    def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        """Caption embeddings (R, *caption_shape) of R signal runs.
+
+        Args:
+            hidden: (R, T, H) last hidden states of the runs' T tokens.
+            embeddings: (R, T, H) input embeddings of the same tokens.
+        """
+        x = self.fc(hidden + embeddings)  # (R, T, width)
+        queries = self.query_embs.expand(len(x), -1, -1)
+        return self.model(self.tfm(x, queries)).view(len(x), *self.caption_shape)
+
+
+def alignment_distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The alignment loss, summed over samples: mean over queries of the Euclidean distance.
+
+    Args:
+        found: (R, *caption_shape) from an output projection.
+        wanted: (R, *caption_shape) from the decoder's own text encoder.
+    """
+    difference = found.float() - wanted.float()
+    difference = difference.view(len(found), -1, found.shape[-1])  # (R, Q, D)
+    return torch.linalg.vector_norm(difference, dim=-1).mean(dim=1).sum()

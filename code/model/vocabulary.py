@@ -1,0 +1,73 @@
+"""The language model's vocabulary, grown by the new tokens.
+
+The new rows stand beside the frozen matrices instead of inside them, so that they alone train: no
+gradient of a whole matrix is made (with 49152 x 576 rows that would cost as much as the logits),
+and the optimizer holds 38 rows instead of two matrices.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class GrownEmbedding(nn.Module):
+    """Token embedding whose ids from V on are looked up in `new_rows`.
+
+    Args:
+        weight: (V, H), the language model's own rows.
+        new_rows: (N, H) float32, the rows of the new tokens.
+    """
+
+    def __init__(self, weight: nn.Parameter, new_rows: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.new_rows = new_rows
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings (B, L, H) of ids (B, L), in the dtype of the language model's rows."""
+        first_new = self.weight.shape[0]
+        is_new = ids >= first_new
+        own = F.embedding(ids.masked_fill(is_new, 0), self.weight)
+        new = F.embedding((ids - first_new).clamp(min=0), self.new_rows)
+        return torch.where(is_new.unsqueeze(-1), new.to(own.dtype), own)
+
+
+class GrownHead(nn.Module):
+    """Logits over the language model's own tokens and, behind them, the new ones.
+
+    Args:
+        weight: (V, H), the language model's own rows.
+        new_rows: (N, H) float32, the rows of the new tokens; those of the embedding if it is tied.
+    """
+
+    def __init__(self, weight: nn.Parameter, new_rows: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+        self.new_rows = new_rows
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (..., V + N) of hidden states (..., H)."""
+        own = F.linear(hidden, self.weight)
+        new = F.linear(hidden, self.new_rows.to(hidden.dtype))
+        return torch.cat([own, new.to(own.dtype)], dim=-1)
+
+
+def grow_vocabulary(language_model: nn.Module, count: int) -> None:
+    """Replace the embedding and the head of a Hugging Face causal model by grown ones, in place.
+
+    A new row starts as a small random step from the mean of the own rows, so that no new token is
+    likelier than the words are. Tied matrices stay tied.
+    """
+    embedding = language_model.get_input_embeddings()
+    head = language_model.get_output_embeddings()
+    new_embedding = nn.Parameter(_new_rows(embedding.weight, count))
+    tied = head.weight is embedding.weight
+    new_head = new_embedding if tied else nn.Parameter(_new_rows(head.weight, count))
+    language_model.set_input_embeddings(GrownEmbedding(embedding.weight, new_embedding))
+    language_model.set_output_embeddings(GrownHead(head.weight, new_head))
+
+
+def _new_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
+    rows = weight.detach().float()
+    noise = torch.randn(count, rows.shape[1]) * rows.std()
+    return rows.mean(dim=0) + noise.to(rows.device)

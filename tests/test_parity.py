@@ -1,0 +1,131 @@
+"""Losses and gradients are the published system's, on its recorded small parts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from parity.recipe import recipe_tensor
+from parity_tools import PARITY, cases, relative_error
+from test_conversation import CASE_NAMES
+from tiny_system import recorded_batch, tiny_config, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from config.errors import InputError
+from config.loader import load_config
+from conversation.parts import MODALITIES
+from model.build import build_model, build_output_projections, signal_counts
+from model.delta import load_delta, read_delta
+from model.language_model import fit_language_model
+from model.nextgpt import Losses, NextGPT
+from model.parts import PARTS, set_trainable
+from model.published import model_to_published
+
+
+def losses_of(case: str) -> tuple[NextGPT, Losses]:
+    model = tiny_model(lora=case.startswith("stage3"))
+    set_trainable(model, list(PARTS), own_vocabulary=False)
+    return model, model(recorded_batch(case))
+
+
+def weighted_loss(losses: Losses, video_weight: float) -> torch.Tensor:
+    total = losses.text / losses.tokens
+    for modality, distance in losses.alignment.items():
+        weight = video_weight if modality == "video" else 1.0
+        total = total + weight * distance / losses.runs[modality]
+    return total
+
+
+def test_batches_are_padded_and_masked_as_recorded() -> None:
+    for case in CASE_NAMES:
+        batch = recorded_batch(case)
+        recorded = cases()[f"{case}.attention_mask"]
+        opening = batch.input_ids.shape[1] - recorded.shape[1]
+        assert torch.equal(batch.attention_mask[:, opening:], recorded), case
+        assert torch.equal(batch.input_ids[:, opening:], cases()[f"{case}.input_ids"]), case
+        assert torch.equal(batch.targets[:, opening:], cases()[f"{case}.targets"]), case
+
+
+@pytest.mark.parametrize("case", CASE_NAMES)
+def test_losses_and_gradients_are_the_published_ones(case: str) -> None:
+    model, losses = losses_of(case)
+    loss = weighted_loss(losses, video_weight=2.0 if case == "stage3.video" else 1.0)
+    assert relative_error(loss, cases()[f"{case}.loss"]) < 1e-5
+    modality = case.split(".")[1]
+    if modality in losses.alignment:
+        found = losses.alignment[modality] / losses.runs[modality]
+        assert relative_error(found, cases()[f"{case}.mse"]) < 1e-4
+    loss.backward()
+    if f"{case}.grad_llama_proj" in cases():
+        grad = model.input_projection.weight.grad
+        assert relative_error(grad, cases()[f"{case}.grad_llama_proj"]) < 1e-4
+    if f"{case}.grad_fc_in" in cases():
+        grad = model.output_projections[modality].fc.weight.grad
+        assert relative_error(grad, cases()[f"{case}.grad_fc_in"]) < 1e-4
+    if f"{case}.lora_A_grad_norms" in cases():
+        norms = [p.grad.norm() for n, p in model.named_parameters() if ".lora_A." in n]
+        assert relative_error(torch.stack(norms), cases()[f"{case}.lora_A_grad_norms"]) < 1e-4
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_output_projections_give_the_recorded_embeddings(modality: str) -> None:
+    projection = tiny_model(lora=False).output_projections[modality]
+    recorded = {
+        k: cases()[f"output_projection.{modality}.{k}"] for k in ("hidden", "embeds", "out")
+    }
+    found = projection(recorded["hidden"], recorded["embeds"])
+    assert relative_error(found.view_as(recorded["out"]), recorded["out"]) < 1e-5
+
+
+def published_file(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The recorded stage 3 file, completed by the recipe as its notes say."""
+    tensors = torch.load(PARITY / "delta_stage3_tiny.pt", weights_only=True)
+    for name, shape in json.loads((PARITY / "delta_keys_tiny.json").read_text()).items():
+        if name not in tensors:
+            tensors[name] = recipe_tensor(name, tuple(shape))
+    torch.save(tensors, folder / "pytorch_model.pt")
+    return folder, tensors
+
+
+def empty_model() -> NextGPT:
+    return build_model(tiny_config(), torch.float32, lora=True, output_projections=True)
+
+
+def test_the_published_file_loads_and_is_written_back_name_by_name(tmp_path: Path) -> None:
+    folder, tensors = published_file(tmp_path)
+    model = empty_model()
+    report = load_delta(model, read_delta(folder), required=set(PARTS))
+    assert len(report) == len(PARTS) and all("loaded" in line for line in report)
+    written = model_to_published(model)
+    assert written.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(written[name], tensor.float()), name
+
+
+def test_a_published_file_with_wrong_names_or_shapes_is_refused_with_their_list(
+    tmp_path: Path,
+) -> None:
+    folder, tensors = published_file(tmp_path)
+    tensors["gen_text_hidden_fcs.0.fc.extra"] = torch.zeros(1)
+    del tensors["llama_proj.bias"]
+    tensors["gen_text_hidden_fcs_audio.0.fc.weight"] = torch.zeros(512, 64)
+    torch.save(tensors, folder / "pytorch_model.pt")
+    with pytest.raises(InputError) as refusal:
+        load_delta(empty_model(), read_delta(folder), required=set(PARTS))
+    message = str(refusal.value)
+    assert "unexpected output_projections.image.fc.extra" in message
+    assert "missing input_projection.bias" in message
+    assert "output_projections.audio.fc.weight: shape (512, 64), expected (512, 128)" in message
+
+
+def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
+    """On the meta device, so that 7 billion parameters cost no memory."""
+    config = load_config("7b")
+    with torch.device("meta"):
+        llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=2048))
+        fit_language_model(llama, config.language_model, new_tokens=38, lora=True)
+        projections = build_output_projections(config, hidden_size=4096)
+        model = NextGPT(llama, config.encoder.width, projections, signal_counts(config))
+    written = model_to_published(model)
+    recorded = json.loads((PARITY / "delta_keys_7b.json").read_text())
+    assert {name: list(tensor.shape) for name, tensor in written.items()} == recorded

@@ -1,0 +1,91 @@
+"""The published system on the recorded small parts: built by the real builder, filled by recipe."""
+
+import json
+
+import torch
+from parity.recipe import new_vocabulary_rows, recipe_tensor
+from parity_tools import PARITY, cases
+
+from config.loader import load_config
+from config.schema import Config
+from conversation.batch import Batch, locate_runs, pad_conversations
+from conversation.captions import clean_caption
+from conversation.encoding import ConversationEncoder
+from conversation.parts import Conversation, Media, Text, Turn
+from model.build import build_conversation_encoder, build_model
+from model.nextgpt import NextGPT
+from model.parts import part_of, tuned_parameters
+from model.published import published_name
+
+TEXTS = json.loads((PARITY / "texts.json").read_text())
+TINY_OVERRIDES = [
+    f"language_model.path={PARITY / 'llama_tiny'}",
+    "encoder.width=32",
+    "language_model.lora_dropout=0.0",
+    "training.activation_checkpointing=false",
+]
+
+
+def tiny_config(stage: int | None = None, overrides: list[str] | None = None) -> Config:
+    """The published configuration with the recorded small language model and encoder."""
+    return load_config("7b", stage, TINY_OVERRIDES + (overrides or []))
+
+
+def tiny_encoder() -> ConversationEncoder:
+    return build_conversation_encoder(tiny_config())
+
+
+@torch.no_grad()
+def tiny_model(*, lora: bool) -> NextGPT:
+    """The model of the recorded cases in float32: every tuned tensor by its published name."""
+    model = build_model(tiny_config(), torch.float32, lora=lora, output_projections=True)
+    lm = model.language_model
+    lm.get_input_embeddings().new_rows.copy_(new_vocabulary_rows("embed_tokens"))
+    lm.get_output_embeddings().new_rows.copy_(new_vocabulary_rows("lm_head"))
+    for name, parameter in tuned_parameters(model, own_vocabulary=False):
+        if part_of(name) != "vocabulary":
+            parameter.copy_(recipe_tensor(published_name(name), parameter.shape))
+    return model
+
+
+def ask(
+    question: str, answer: str, shown: Media | None = None, made: Media | None = None
+) -> tuple[Turn, Turn]:
+    """One round, with a medium before the question or after the answer."""
+    return (
+        Turn("human", (*([shown] if shown else []), Text(question))),
+        Turn("assistant", (Text(answer), *([made] if made else []))),
+    )
+
+
+def recorded_conversation(case: str, row: int) -> Conversation:
+    """The conversation behind row `row` of the recorded case, e.g. `stage2.video`."""
+    stage, kind = case.split(".")
+    if stage == "stage3":
+        question, answer = TEXTS["conv"][row]
+        if kind == "image_to_text":
+            return Conversation(ask(question, answer, shown=Media("image")))
+        if kind == "multiturn":
+            other_question, other_answer = TEXTS["conv"][1 - row]
+            first = ask(question, answer, shown=Media("image"))
+            return Conversation(first + ask(other_answer, other_question))
+        return Conversation(ask(question, answer, made=Media(kind, caption="recorded")))
+    caption = clean_caption(TEXTS[kind][row])
+    if stage == "stage1":
+        return Conversation(ask("generate a caption", caption, shown=Media(kind)))
+    return Conversation(ask(caption, caption, made=Media(kind, caption=caption)))
+
+
+def recorded_batch(case: str) -> Batch:
+    """The batch of the recorded case, with the recorded features and caption embeddings."""
+    kind = case.split(".")[1]
+    encoder = tiny_encoder()
+    encoded = [encoder.encode(recorded_conversation(case, row)) for row in (0, 1)]
+    batch = pad_conversations(encoded, pad_id=encoder.tokenizer.eos_token_id)
+    shown = "image" if kind in ("image_to_text", "multiturn") else kind
+    if len(batch.slots):
+        batch.features = cases()[f"imagebind.{shown}"]
+    for modality, runs in locate_runs(encoded, aligned_only=True).items():
+        batch.runs[modality] = torch.tensor([[row, position] for row, position, _ in runs])
+        batch.captions[modality] = cases()[f"in.caption_emb.{modality}"]
+    return batch
