@@ -1,0 +1,76 @@
+"""An album: the media of one data set, those that are shown and the names of those answered with.
+
+A medium's nuisances are seeded by the data set's seed and its file name, so that neither the order
+of rendering nor the number of media changes a single byte. A picture costs 5 ms, a video 25 ms, a
+sound 5 ms.
+"""
+
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from conversation.parts import Modality
+from mini_world.render_image import render_image, write_image
+from mini_world.render_sound import render_sound, write_sound
+from mini_world.render_video import render_video, write_video
+from mini_world.things import Split, Thing, sample_thing
+
+SUFFIX: dict[Modality, str] = {"image": "png", "video": "mp4", "audio": "wav"}
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """Random numbers for one purpose, the same wherever and whenever they are drawn."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def write_medium(path: Path, modality: Modality, thing: Thing, seed: int) -> None:
+    """Render `thing` into `path`; the same seed and file name give the same bytes."""
+    rng = generator(seed, path.name)
+    if modality == "image":
+        write_image(path, render_image(thing, rng))
+    elif modality == "video":
+        write_video(path, render_video(thing, rng))
+    else:
+        write_sound(path, render_sound(thing, rng))
+
+
+class Album:
+    """The media of one data set.
+
+    Args:
+        prefix: what its file names begin with.
+        sizes: how many media of each modality there are to be shown.
+        split: whether the things shown are held out.
+    """
+
+    def __init__(
+        self, prefix: str, seed: int, sizes: Mapping[Modality, int], split: Split = "training"
+    ) -> None:
+        self.shown: dict[Modality, list[tuple[str, Thing]]] = {}
+        self._prefix = prefix
+        self._answers: dict[tuple[Modality, str], str] = {}
+        for modality, size in sizes.items():
+            rng = generator(seed, f"{prefix}/{modality}")
+            self.shown[modality] = [
+                (f"{prefix}_{modality}_{number:06d}.{SUFFIX[modality]}", sample_thing(rng, split))
+                for number in range(1, size + 1)
+            ]
+
+    def __iter__(self) -> Iterator[tuple[str, Modality, Thing]]:
+        """All media to be rendered: file name, modality, thing."""
+        for modality, media in self.shown.items():
+            for name, thing in media:
+                yield name, modality, thing
+
+    def draw(self, modality: Modality, rng: np.random.Generator) -> tuple[str, Thing]:
+        """A medium to show: its file name and what is on it."""
+        media = self.shown[modality]
+        return media[rng.integers(len(media))]
+
+    def answer_name(self, modality: Modality, caption: str) -> str:
+        """The name under which an answer's caption embedding is kept: one for each caption."""
+        number = len(self._answers) + 1
+        name = f"{self._prefix}_answer_{number:06d}.{SUFFIX[modality]}"
+        return self._answers.setdefault((modality, caption), name)

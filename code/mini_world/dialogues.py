@@ -1,0 +1,239 @@
+"""Dialogues with media on both sides, in place: what MosIT files are made of. Costs microseconds.
+
+A dialogue walks through scenes: a thing, what both sides know of it, and how it was last shown.
+Every request asks for one of text, picture, video and sound; some ask for several at once. An edit
+("the same in green") keeps the modality of the last medium, anything else names what it wants.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from conversation.parts import MODALITIES, Modality
+from mini_world.album import Album
+from mini_world.captions import caption
+from mini_world.phrasing import (
+    COURSE_REQUESTS,
+    EDITS,
+    HEAR,
+    HEAR_COUNTED,
+    LEADS,
+    OPENINGS,
+    REVERSE,
+    SHOW,
+    VIEWED,
+)
+from mini_world.questions import ask, ask_world
+from mini_world.things import ATTRIBUTES, OPPOSITE_MOTION, Split, Thing, changes, sample_thing
+from mini_world.words import choose, say, sentence
+
+OUTPUTS: tuple[str, ...] = ("text", *MODALITIES)
+# The course's four cases, and what the human shows in each.
+CASE_INPUT: dict[str, Modality | None] = {
+    "T+I→T+A": "image",
+    "T+V→T+A": "video",
+    "T+I→T+I+V": "image",
+    "T→T+I+V+A": None,
+}
+Turn = dict[str, Any]
+
+_KNOWN: dict[Modality, tuple[str, ...]] = {
+    "image": ATTRIBUTES["image"],
+    "video": ATTRIBUTES["video"],
+    "audio": ("size", "shape"),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Where a dialogue stands: the thing, which of its attributes are known, how it was shown."""
+
+    thing: Thing
+    known: frozenset[str]
+    last: Modality | None
+
+    def showing(self, thing: Thing, modality: Modality, *told: str) -> "Scene":
+        """The scene after a medium with `thing`, of which `told` was said besides."""
+        return Scene(thing, self.known | set(told), modality)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A request, its answer (words and media, in order), and the scene after it."""
+
+    request: str
+    answer: tuple[str | tuple[Modality, str], ...]
+    scene: Scene
+
+
+def shown(thing: Thing, modality: Modality) -> Scene:
+    """The scene after the human has shown a medium."""
+    return Scene(thing, frozenset(_KNOWN[modality]), modality)
+
+
+def step(scene: Scene, output: str, rng: np.random.Generator, split: Split = "training") -> Step:
+    """The next request for `output`, leaning on `scene`, and its answer."""
+    if output == "text":
+        if scene.last is None:
+            question, answer = ask_world(scene.thing, rng, split)
+        else:
+            question, answer = ask(scene.thing, scene.last, rng, scene.known, split)
+        return Step(question, (answer,), scene)
+    if output == scene.last:
+        request, after = _edit(scene, output, rng, split)
+    elif output == "audio":
+        request, after = _hear(scene, rng, split)
+    else:
+        request, after = _show(scene, output, rng, split)
+    return Step(request, _present(after, output, rng), after)
+
+
+def opening(output: str, rng: np.random.Generator, split: Split = "training") -> Step:
+    """A first request in words alone, and its answer."""
+    thing = sample_thing(rng, split)
+    scene = Scene(thing, frozenset({"size", "shape"}), None)
+    if output == "text":
+        return step(scene, output, rng, split)
+    request = sentence(say(OPENINGS[output].pick(rng, split), rng, thing))
+    after = scene.showing(thing, output, *_KNOWN[output])
+    return Step(request, _present(after, output, rng), after)
+
+
+def course_case(
+    case: str, thing: Thing, rng: np.random.Generator, split: Split = "training"
+) -> Step:
+    """One of the course's four cases (`CASE_INPUT`): several things asked for at once."""
+    if case == "T+I→T+I+V":
+        thing = choose(rng, changes(thing, "colour", split) or [thing])
+    elif case != "T→T+I+V+A":
+        thing = replace(thing, count=1)
+    request = sentence(say(COURSE_REQUESTS[case].pick(rng, split), rng, thing))
+    scene = shown(thing, "video")
+    if case == "T→T+I+V+A":
+        parts = sum((_present(scene, m, rng, course=True) for m in MODALITIES), ())
+        return Step(request, parts, replace(scene, last="audio"))
+    if case == "T+I→T+I+V":
+        parts = _present(scene, "image", rng) + _present(scene, "video", rng, course=True)
+        return Step(request, parts, replace(scene, last="video"))
+    source = CASE_INPUT[case] or "image"
+    words = sentence(caption(thing, source, rng))
+    scene = shown(thing, source)
+    answer = (words, *_present(scene, "audio", rng, course=True))
+    return Step(request, answer, replace(scene, last="audio"))
+
+
+def dialogue(
+    source: Modality | None,
+    goal: str,
+    rounds: int,
+    album: Album,
+    rng: np.random.Generator,
+    split: Split = "training",
+) -> list[Turn]:
+    """Turns of a dialogue, in MosIT's in-place format.
+
+    Args:
+        source: what the human shows first; None for words alone.
+        goal: what is asked for first: one of `OUTPUTS`, or a case of `CASE_INPUT`.
+        rounds: how many; in later ones the human sometimes shows something new.
+        album: the media to show, and the names of the answers.
+    """
+    turns: list[Turn] = []
+    scene: Scene | None = None
+    for number in range(rounds):
+        if number > 0:
+            source = choose(rng, MODALITIES) if rng.random() < 0.2 else None
+            goal = choose(rng, OUTPUTS)
+        media: list[tuple[str, Modality, Thing]] = []
+        if source is not None:
+            name, thing = album.draw(source, rng)
+            scene, media = shown(thing, source), [(name, source, thing)]
+        made = _take(scene, goal, rng, split)
+        scene = made.scene
+        turns += [_human(made.request, media, rng), _assistant(made.answer, album)]
+    return turns
+
+
+def _take(scene: Scene | None, goal: str, rng: np.random.Generator, split: Split) -> Step:
+    if goal in CASE_INPUT:
+        thing = sample_thing(rng, split) if scene is None else scene.thing
+        return course_case(goal, thing, rng, split)
+    return opening(goal, rng, split) if scene is None else step(scene, goal, rng, split)
+
+
+def _human(
+    request: str, media: list[tuple[str, Modality, Thing]], rng: np.random.Generator
+) -> Turn:
+    """Mostly the medium stands before the words, as in the prompt; sometimes within or after."""
+    value = request
+    for _, modality, _ in media:
+        value = choose(rng, VIEWED).format(medium=f"<{modality}>", request=request)
+    entries = [
+        {"modality": modality, "name": name, "caption": caption(thing, modality, rng)}
+        for name, modality, thing in media
+    ]
+    return {"from": "human", "value": value, "media": entries}
+
+
+def _assistant(answer: tuple[str | tuple[Modality, str], ...], album: Album) -> Turn:
+    media = [part for part in answer if not isinstance(part, str)]
+    return {
+        "from": "gpt",
+        "value": " ".join(part if isinstance(part, str) else f"<{part[0]}>" for part in answer),
+        "media": [
+            {"modality": modality, "name": album.answer_name(modality, text), "caption": text}
+            for modality, text in media
+        ],
+    }
+
+
+def _present(
+    scene: Scene, modality: Modality, rng: np.random.Generator, course: bool = False
+) -> tuple[str | tuple[Modality, str], ...]:
+    """A few words that tell what comes, and the medium; a course case says which medium it is."""
+    text = caption(scene.thing, modality, rng, scene.known)
+    lead = LEADS[modality][0] if course else choose(rng, LEADS[modality])
+    return sentence(f"{lead} {text}".strip()), (modality, text)
+
+
+def _edit(
+    scene: Scene, output: Modality, rng: np.random.Generator, split: Split
+) -> tuple[str, Scene]:
+    """The same medium with one attribute changed."""
+    if output == "video" and "motion" in scene.known and rng.random() < 0.3:
+        other = replace(scene.thing, motion=OPPOSITE_MOTION[str(scene.thing.motion)])
+        return REVERSE.pick(rng, split), scene.showing(other, output)
+    possible = {
+        attribute: others
+        for attribute in EDITS[output]
+        if (others := changes(scene.thing, attribute, split))
+    }
+    attribute = choose(rng, list(possible))
+    thing = choose(rng, possible[attribute])
+    request = sentence(say(EDITS[output][attribute].pick(rng, split), rng, thing))
+    told = () if attribute == "count" else (attribute,)
+    return request, scene.showing(thing, output, *told)
+
+
+def _hear(scene: Scene, rng: np.random.Generator, split: Split) -> tuple[str, Scene]:
+    """The sound of what was shown: once, unless the request says how often."""
+    counted = rng.random() < 0.5
+    thing = scene.thing if counted else replace(scene.thing, count=1)
+    wording = HEAR_COUNTED if counted else HEAR
+    return sentence(say(wording.pick(rng, split), rng, thing)), scene.showing(thing, "audio")
+
+
+def _show(
+    scene: Scene, output: Modality, rng: np.random.Generator, split: Split
+) -> tuple[str, Scene]:
+    """A picture or a video of what was shown or heard; what is open, it may say."""
+    told = {"motion"} if output == "video" else set()
+    open_ = {"colour", "place"} - scene.known
+    if open_ and rng.random() < 0.6:
+        told |= open_
+    request = SHOW[scene.last, output].pick(rng, split)
+    if told & open_:
+        details = " ".join(f"{{{name}}}" for name in sorted(told & open_))
+        request = f"{request.rstrip('.')}, {details.replace('{colour}', 'in {colour}')}."
+    return sentence(say(request, rng, scene.thing)), scene.showing(scene.thing, output, *told)

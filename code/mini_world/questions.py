@@ -1,0 +1,212 @@
+"""Questions that are answered in words: about a medium, or about the world. Costs microseconds."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from conversation.parts import Modality
+from mini_world.captions import caption
+from mini_world.things import SHAPES, SIZES, Split, Thing
+from mini_world.words import Wording, choose, say, sentence
+
+
+@dataclass(frozen=True)
+class Topic:
+    """Something to ask for.
+
+    Attributes:
+        needs: what must be known of the thing.
+        questions: ways to ask.
+        answers: ways to answer, in plain words; none where the answer is a caption.
+    """
+
+    needs: tuple[str, ...]
+    questions: Wording
+    answers: tuple[str, ...]
+
+
+_IMAGE = {
+    "describe": Topic(
+        needs=("size", "shape"),
+        questions=Wording(
+            ("What do you see?", "Describe it.", "What is shown here?", "Tell me what this is."),
+            ("Put into words what is there.", "Give me a description."),
+        ),
+        answers=(),
+    ),
+    "shape": Topic(
+        needs=("shape",),
+        questions=Wording(
+            ("What shape is it?", "Which shape do you see?", "What is its shape?"),
+            ("Name the shape.",),
+        ),
+        answers=("It is a {shape}.", "A {shape}."),
+    ),
+    "colour": Topic(
+        needs=("colour",),
+        questions=Wording(
+            ("What colour is it?", "Which colour does it have?", "What is its colour?"),
+            ("Name the colour.",),
+        ),
+        answers=("It is {colour}.", "The colour is {colour}."),
+    ),
+    "size": Topic(
+        needs=("size",),
+        questions=Wording(
+            ("How big is it?", "What size is it?", "Is it small or big?"),
+            ("Name the size.",),
+        ),
+        answers=("It is {size}.",),
+    ),
+    "place": Topic(
+        needs=("place",),
+        questions=Wording(
+            ("Where is it?", "Where do you see it?", "In which place is it?"),
+            ("Name the place.",),
+        ),
+        answers=("It is {place}.",),
+    ),
+    "sound": Topic(
+        needs=("shape", "size"),
+        questions=Wording(
+            ("Say in words how it sounds.", "Which sound belongs to it? Only name it."),
+            ("Name the sound that it would make.",),
+        ),
+        answers=("It sounds like a {pitch} {timbre}.",),
+    ),
+}
+_MOTION = Topic(
+    needs=("motion",),
+    questions=Wording(
+        ("What does it do?", "How does it change?", "What happens to it?"),
+        ("Name the motion.",),
+    ),
+    answers=("It {moves}.",),
+)
+_AUDIO = {
+    "describe": Topic(
+        needs=(),
+        questions=Wording(
+            ("What do you hear?", "Describe this sound.", "Tell me what you hear."),
+            ("Put into words what is to be heard.",),
+        ),
+        answers=(),
+    ),
+    "timbre": Topic(
+        needs=(),
+        questions=Wording(
+            ("Which instrument is it?", "What kind of sound is it?"), ("Name the instrument.",)
+        ),
+        answers=("It is a {timbre}.", "A {timbre}."),
+    ),
+    "pitch": Topic(
+        needs=(),
+        questions=Wording(("Is it high or low?", "How high is the sound?"), ("Name the pitch.",)),
+        answers=("It is {pitch}.",),
+    ),
+    "count": Topic(
+        needs=(),
+        questions=Wording(
+            ("How many times does it sound?", "How often do you hear it?"), ("Count the sounds.",)
+        ),
+        answers=("It sounds {count}.",),
+    ),
+    "maker": Topic(
+        needs=(),
+        questions=Wording(
+            (
+                "What made this sound?",
+                "Which thing sounds like this?",
+                "Who makes this sound?",
+            ),
+            ("Name the thing that is heard.",),
+        ),
+        answers=("A {size} {shape}.", "It is a {size} {shape}."),
+    ),
+}
+TOPICS: dict[Modality, dict[str, Topic]] = {
+    "image": _IMAGE,
+    "video": _IMAGE | {"motion": _MOTION},
+    "audio": _AUDIO,
+}
+
+
+def ask(
+    thing: Thing,
+    modality: Modality,
+    rng: np.random.Generator,
+    named: Collection[str] | None = None,
+    split: Split = "training",
+    topic: str | None = None,
+) -> tuple[str, str]:
+    """A question about a medium and its answer.
+
+    Args:
+        named: what is known of the thing; None for everything.
+        topic: what to ask for; None for any that can be answered, describing as often as the rest.
+    """
+    topics = TOPICS[modality]
+    if topic is None:
+        known = [n for n, t in topics.items() if named is None or set(t.needs) <= set(named)]
+        topic = "describe" if rng.random() < 0.4 and "describe" in known else choose(rng, known)
+    question = topics[topic].questions.pick(rng, split)
+    if topic == "describe":
+        return question, sentence(caption(thing, modality, rng, named))
+    return question, say(choose(rng, topics[topic].answers), None, thing)
+
+
+# About the world: question, answer; both may name size and shape, timbre and pitch.
+_WORLD = (
+    (
+        Wording(
+            (
+                "What does a {size} {shape} sound like?",
+                "How does a {size} {shape} sound?",
+                "Tell me what a {size} {shape} sounds like.",
+            ),
+            ("Which sound does a {size} {shape} make?",),
+        ),
+        ("It sounds like a {pitch} {timbre}.", "Like a {pitch} {timbre}."),
+    ),
+    (
+        Wording(
+            (
+                "Which thing sounds like a {pitch} {timbre}?",
+                "What makes the sound of a {pitch} {timbre}?",
+            ),
+            ("Whose sound is a {pitch} {timbre}?",),
+        ),
+        ("A {size} {shape}.", "That is a {size} {shape}."),
+    ),
+    (
+        Wording(("Which shape sounds like a {timbre}?",), ("Which shape is heard as a {timbre}?",)),
+        ("The {shape}.", "A {shape}."),
+    ),
+    (
+        Wording(
+            ("Is the sound of a {size} {shape} high or low?",),
+            ("How high does a {size} {shape} sound?",),
+        ),
+        ("It is {pitch}.", "A {size} {shape} sounds {pitch}."),
+    ),
+)
+
+
+def ask_world(thing: Thing, rng: np.random.Generator, split: Split = "training") -> tuple[str, str]:
+    """A question about how the world's things sound, without a medium, and its answer."""
+    questions, answers = choose(rng, _WORLD)
+    question = sentence(say(questions.pick(rng, split), rng, thing))
+    return question, say(choose(rng, answers), None, thing)
+
+
+def world_facts() -> list[tuple[str, str]]:
+    """Every plain training question about the world with its first answer, each once."""
+    facts = {}
+    for shape in SHAPES:
+        for size in SIZES:
+            thing = Thing(shape, "yellow", size, "middle", None, 1)
+            for questions, answers in _WORLD:
+                for question in questions.training:
+                    facts[say(question, None, thing)] = say(answers[0], None, thing)
+    return list(facts.items())

@@ -1,0 +1,123 @@
+"""Sounds: 2 s, mono, 16 kHz: one to three soundings of one of six timbres; about 3 ms each.
+
+| timbre | made of |
+| --- | --- |
+| bell | inharmonic partials, struck, dying away |
+| buzzer | many strong harmonics, steady and rattling |
+| flute | nearly one harmonic, soft start, vibrato, breath |
+| chime | three glassy notes, one after the other, dying away |
+| drum | a falling low tone and a burst of noise |
+| whistle | one high tone, trilling |
+
+What nobody names varies: loudness, phase, the silence before, 1 % in pitch, and light noise.
+"""
+
+import wave
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from mini_world.things import Thing
+
+RATE = 16_000  # samples a second
+SECONDS = 2.0
+SOUNDING = 0.40  # seconds that one sounding lasts
+PERIOD = 0.60  # seconds from one sounding to the next: a gap of 0.2 s
+SILENCE_BEFORE = (0.02, 0.20)  # seconds
+FREQUENCY = {  # Hz: low for big things, high for small ones
+    "bell": {"low": 480.0, "high": 1080.0},
+    "buzzer": {"low": 130.0, "high": 320.0},
+    "flute": {"low": 330.0, "high": 760.0},
+    "chime": {"low": 900.0, "high": 2000.0},
+    "drum": {"low": 85.0, "high": 200.0},
+    "whistle": {"low": 1350.0, "high": 2900.0},
+}
+
+
+def render_sound(thing: Thing, rng: np.random.Generator) -> np.ndarray:
+    """The sound of `thing`: (32000,) float32 in -1..1 at 16 kHz."""
+    frequency = FREQUENCY[thing.timbre][thing.pitch] * rng.uniform(0.99, 1.01)
+    loudness, before = rng.uniform(0.35, 0.9), rng.uniform(*SILENCE_BEFORE)
+    time = np.arange(int(SOUNDING * RATE)) / RATE
+    samples = np.zeros(int(SECONDS * RATE))
+    for index in range(thing.count):
+        sounding = _RECIPES[thing.timbre](time, frequency, rng) * _ramp(time, 0.004, 0.02)
+        start = int((before + index * PERIOD) * RATE)
+        samples[start : start + len(time)] = loudness * sounding / np.abs(sounding).max()
+    samples += rng.uniform(0.0003, 0.002) * rng.standard_normal(len(samples))
+    return np.clip(samples, -1.0, 1.0).astype(np.float32)
+
+
+def write_sound(path: Path, samples: np.ndarray) -> None:
+    """Write (N,) float samples in -1..1 as a 16-bit mono WAV file at 16 kHz."""
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(RATE)
+        file.writeframes(np.rint(samples * 32767).astype("<i2").tobytes())
+
+
+def _ramp(time: np.ndarray, attack: float, release: float) -> np.ndarray:
+    """From 0 up to 1 within `attack` seconds, and down to 0 within the last `release` seconds."""
+    return np.clip(np.minimum(time / attack, (SOUNDING - time) / release), 0.0, 1.0)
+
+
+def _tone(cycles: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A sine at any phase; `cycles` is frequency times time."""
+    return np.sin(2 * np.pi * (cycles + rng.uniform()))
+
+
+def _bell(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
+    partials = ((1.0, 1.0), (2.0, 0.55), (2.76, 0.45), (4.07, 0.3), (5.4, 0.25))
+    return sum(
+        strength * np.exp(-5.0 * np.sqrt(ratio) * time) * _tone(ratio * frequency * time, rng)
+        for ratio, strength in partials
+    )
+
+
+def _buzzer(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
+    harmonics = range(1, int(5000 / frequency) + 1)
+    wave_ = sum(_tone(k * frequency * time, rng) / k**0.5 for k in harmonics)
+    return wave_ * (0.75 + 0.25 * np.sign(np.sin(2 * np.pi * 25 * time)))
+
+
+def _flute(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
+    cycles = frequency * (time + 0.0006 * np.sin(2 * np.pi * 5.5 * time))
+    tone = sum(a * _tone(k * cycles, rng) for k, a in ((1, 1.0), (2, 0.2), (3, 0.06)))
+    breath = 0.03 * rng.standard_normal(len(time))
+    return (tone + breath) * _ramp(time, 0.09, 0.09)
+
+
+def _chime(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
+    sound = np.zeros(len(time))
+    for delay, ratio, strength in ((0.0, 1.0, 1.0), (0.08, 1.26, 0.8), (0.16, 1.587, 0.7)):
+        late = np.maximum(time - delay, 0.0)
+        struck = np.minimum(late / 0.003, 1.0) * np.exp(-7.0 * late)
+        note = _tone(ratio * frequency * late, rng) + 0.25 * _tone(
+            3 * ratio * frequency * late, rng
+        )
+        sound += strength * struck * note
+    return sound
+
+
+def _drum(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
+    fall = 1.2 * (1 - np.exp(-25.0 * time)) / 25.0  # seconds gained while the tone falls to rest
+    tone = np.exp(-8.0 * time) * _tone(frequency * (time + fall), rng)
+    return tone + 0.5 * np.exp(-50.0 * time) * rng.standard_normal(len(time))
+
+
+def _whistle(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
+    trill = 0.07 / (2 * np.pi * 15) * np.sin(2 * np.pi * (15 * time + rng.uniform()))
+    tone = _tone(frequency * (time + trill), rng) + 0.02 * rng.standard_normal(len(time))
+    return tone * _ramp(time, 0.03, 0.04)
+
+
+_RECIPES: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
+    "bell": _bell,
+    "buzzer": _buzzer,
+    "flute": _flute,
+    "chime": _chime,
+    "drum": _drum,
+    "whistle": _whistle,
+}

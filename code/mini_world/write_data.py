@@ -1,0 +1,219 @@
+"""Writes the mini world in the course's data layout: `python -m mini_world.write_data --out DIR`.
+
+At scale 1 it takes about a minute on one core, and about 45 MB. The folder appears whole or not at
+all, is left alone if it holds the same world already, and otherwise is replaced with all that is in
+it, because caption embeddings kept there belong to the old captions.
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from config.atomic import written_aside
+from config.entry import run_entry
+from config.errors import InputError
+from conversation.parts import MODALITIES, Modality
+from mini_world.album import SUFFIX, Album, generator, write_medium
+from mini_world.captions import caption
+from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening
+from mini_world.phrasing import COURSE_REQUESTS
+from mini_world.plain_talk import plain_talk
+from mini_world.questions import ask, ask_world, world_facts
+from mini_world.things import HELD_OUT_PAIRS, changes, sample_thing
+from mini_world.words import choose, say
+
+VERSION = 1  # of the world: raise it when the same seed gives something else
+COUNTS = {  # at scale 1
+    "pair_image": 1200,
+    "pair_video": 800,
+    "pair_audio": 240,
+    "question": 1500,
+    "question_image": 250,
+    "question_video": 160,
+    "question_audio": 72,
+    "request": 1200,
+    "mosit": 2400,
+    "mosit_image": 250,
+    "mosit_video": 160,
+    "mosit_audio": 72,
+    "text_world": 300,
+    "text_plain": 400,
+}
+FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
+Rows = list[dict[str, Any]]
+_Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
+_CELLS: list[tuple[Modality | None, str]] = [
+    *((source, goal) for source in (None, *MODALITIES) for goal in OUTPUTS),
+    *((source, case) for case, source in CASE_INPUT.items()),
+]
+
+
+def write_world(out: Path, seed: int = 0, scale: float = 1.0, progress: bool = True) -> None:
+    """Write the whole world into the folder `out`, unless it is there already.
+
+    Raises:
+        InputError: `out` holds something else than a mini world, or `scale` is not positive.
+    """
+    if scale <= 0:
+        raise InputError(f"--scale {scale}: expected a number above 0")
+    if out.exists() and not (out / "world.json").is_file() and any(out.iterdir()):
+        raise InputError(f"{out} holds no mini world (no world.json): name an empty or new folder")
+    counts = {name: max(1, round(count * scale)) for name, count in COUNTS.items()}
+    world = {"version": VERSION, "seed": seed, "scale": scale, "counts": counts}
+    world["held_out_pairs"] = sorted(map(list, HELD_OUT_PAIRS))
+    if (out / "world.json").is_file():
+        if json.loads((out / "world.json").read_text(encoding="utf-8")) == world:
+            print(f"{out} holds this world already")
+            return
+        print(f"{out} holds another world, which is replaced")
+    with written_aside(out) as aside:
+        media = [
+            *_write_pairs(aside / "T-X_pair_data", seed, counts),
+            *_write_instructions(aside / "IT_data", seed, counts),
+        ]
+        _render(media, seed, progress)
+        _write_examples(aside / "examples", seed)
+        _write_json(aside / "world.json", world)
+        if out.exists():
+            shutil.rmtree(out)
+
+
+def _write_pairs(folder: Path, seed: int, counts: dict[str, int]) -> _Media:
+    media: _Media = []
+    for modality in MODALITIES:
+        album = Album("mini_pair", seed, {modality: counts[f"pair_{modality}"]})
+        rng = generator(seed, f"pair captions {modality}")
+        rows = [
+            {"caption": caption(thing, modality, rng), f"{modality}_name": name}
+            for name, _, thing in album
+        ]
+        _write_json(folder / modality / f"{modality}.json", rows)
+        media.append((folder / modality / FOLDERS[modality], album))
+    return media
+
+
+def _write_instructions(folder: Path, seed: int, counts: dict[str, int]) -> _Media:
+    albums = {
+        name: Album(f"mini_{name}", seed, {m: counts[f"{name}_{m}"] for m in MODALITIES})
+        for name in ("question", "mosit")
+    }
+    question = folder / "T+X-T_data" / "mini_question"
+    mosit = folder / "MosIT_data" / "mini_mosit"
+    request = folder / "T-T+X_data" / "mini_request"
+    _write_json(
+        question / "mini_question.json", questions(albums["question"], seed, counts["question"])
+    )
+    _write_json(request / "mini_request.json", requests(seed, counts["request"]))
+    _write_json(mosit / "mini_mosit.json", dialogues(albums["mosit"], seed, counts["mosit"]))
+    _write_json(
+        folder / "text" / "mini_text.json",
+        texts(seed, counts["text_world"], counts["text_plain"]),
+    )
+    return [(question, albums["question"]), (mosit, albums["mosit"])]
+
+
+def questions(album: Album, seed: int, count: int) -> Rows:
+    """Instruction rows: a medium and a question, answered in words."""
+    rng = generator(seed, "questions")
+    rows = []
+    for _ in range(count):
+        modality = choose(rng, MODALITIES)
+        name, thing = album.draw(modality, rng)
+        question, answer = ask(thing, modality, rng)
+        rows.append(
+            {f"{modality}_name": name, "conversation": _round(question, answer, given=modality)}
+        )
+    return rows
+
+
+def requests(seed: int, count: int) -> Rows:
+    """Instruction rows: words that ask for one picture, video or sound."""
+    rng, album = generator(seed, "requests"), Album("mini_request", seed, {})
+    rows = []
+    for _ in range(count):
+        made = opening(choose(rng, MODALITIES), rng)
+        words, (modality, text) = made.answer
+        turns = _round(made.request, words, made=modality, caption=text)
+        rows.append({"mm_name": album.answer_name(modality, text), "conversation": turns})
+    return rows
+
+
+def dialogues(album: Album, seed: int, count: int) -> Rows:
+    """In-place rows of one to four rounds; all 16 cells and the course's four cases come first."""
+    rng = generator(seed, "dialogues")
+    rows = []
+    for index in range(count):
+        source, goal = _CELLS[index % len(_CELLS)]
+        rounds = int(rng.choice(4, p=(0.3, 0.35, 0.2, 0.15))) + 1
+        rows.append({"conversation": dialogue(source, goal, rounds, album, rng)})
+    return rows
+
+
+def texts(seed: int, world: int, plain: int) -> Rows:
+    """Instruction rows in words alone: about the world's sounds, and plain talk."""
+    rng = generator(seed, "texts")
+    pairs = world_facts() + [ask_world(sample_thing(rng), rng) for _ in range(world)]
+    pairs = list(dict(pairs).items()) + plain_talk(rng, plain)
+    return [{"conversation": _round(*pairs[index])} for index in rng.permutation(len(pairs))]
+
+
+def _round(
+    question: str, answer: str, given: str = "text", made: str = "text", caption: str = ""
+) -> Rows:
+    """One round in the course's instruction format."""
+    return [
+        {"from": "human", "value": question, "input_modality": given},
+        {"from": "gpt", "value": answer, "caption": caption, "output_modality": made},
+    ]
+
+
+def _render(media: _Media, seed: int, progress: bool) -> None:
+    total = sum(len(list(album)) for _, album in media)
+    with tqdm(total=total, desc="rendering", unit="file", disable=not progress) as bar:
+        for folder, album in media:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, modality, thing in album:
+                write_medium(folder / name, modality, thing, seed)
+                bar.update()
+
+
+def _write_examples(folder: Path, seed: int) -> None:
+    """One input for each of the course's four cases, with its medium."""
+    folder.mkdir(parents=True)
+    rng = generator(seed, "examples")
+    outputs = {"T": "text", "I": "image", "V": "video", "A": "audio"}
+    cases = []
+    for number, (name, source) in enumerate(CASE_INPUT.items(), start=1):
+        thing = sample_thing(rng)
+        shown: dict[str, str | None] = dict.fromkeys(MODALITIES)
+        if source is not None:
+            file = f"mini_example_{source}_{number:06d}.{SUFFIX[source]}"
+            write_medium(folder / file, source, thing, seed)
+            shown[source] = file
+        text = say(COURSE_REQUESTS[name].pick(rng), None, choose(rng, changes(thing, "colour")))
+        expects = [outputs[letter] for letter in name.split("→")[1].split("+")]
+        cases.append({"name": name, "text": text, **shown, "expects": expects})
+    _write_json(folder / "cases.json", cases)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Read the arguments and write the world."""
+    parser = argparse.ArgumentParser(description="Write the mini world in the course's layout.")
+    parser.add_argument("--out", type=Path, default=Path("../data/mini_world"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=float, default=1.0, help="how many samples; 1 is usual")
+    arguments = parser.parse_args()
+    write_world(arguments.out, arguments.seed, arguments.scale)
+
+
+if __name__ == "__main__":
+    run_entry(main)
