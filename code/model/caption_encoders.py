@@ -5,6 +5,7 @@ Only the tokenizer and the text encoder of a pipeline are loaded: 0.25 GB of Sta
 """
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -106,6 +107,14 @@ class CaptionEncoder:
     def shape(self) -> tuple[int, ...]:
         """Shape of one caption's embedding: (tokens, width), or (width,) for sound."""
         return embedding_shape(self.modality, self.tokenizer, self.encoder)
+
+    def fingerprint(self) -> str:
+        """Hex digest of the text encoder's weights in half precision, whatever their path."""
+        digest = sha256()
+        for name, tensor in sorted(self.encoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.to("cpu", torch.float16).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Embed captions: (B, T, D), or (B, D) for sound; see `encode_captions`."""

@@ -1,0 +1,44 @@
+"""Computes caption embeddings ahead of training.
+
+    python process_embeddings.py CAPTIONS.json image|video|audio OUT_DIR MODEL
+
+Starts on one process, or on several with `torchrun` or `deepspeed`. Goes on where it was stopped.
+"""
+
+import argparse
+import os
+from pathlib import Path
+
+import torch
+
+from config.entry import run_entry
+from conversation.parts import MODALITIES
+from training.embed_captions import embed_captions
+
+
+def main() -> None:
+    """Arguments in, one call."""
+    parser = argparse.ArgumentParser(description="compute the embeddings of captions")
+    parser.add_argument("captions", type=Path, help="annotation file, JSON")
+    parser.add_argument("modality", choices=MODALITIES)
+    parser.add_argument("out", type=Path, help="folder for the .npy files")
+    parser.add_argument("model", help="the decoder: a diffusers folder or a hub name")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    arguments = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    embed_captions(
+        arguments.captions,
+        arguments.modality,
+        arguments.out,
+        arguments.model,
+        device=torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"),
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        batch_size=arguments.batch_size,
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+    )
+
+
+if __name__ == "__main__":
+    run_entry(main)
