@@ -194,9 +194,7 @@ PICTURE = {"modality": "image", "name": "x.png"}
         ),
     ],
 )
-def test_a_wrong_record_is_named_by_file_row_and_field(
-    kind: Kind, record: dict, named: str
-) -> None:
+def test_a_wrong_record_is_named_by_row_and_field(kind: Kind, record: dict, named: str) -> None:
     with pytest.raises(InputError, match=rf"some\.json: row 41 .*{named}"):
         read_record(record, kind, FILE, 41)
 
@@ -232,22 +230,23 @@ def test_rows_longer_than_a_chunk_and_cut_by_its_end_are_read_whole(tmp_path: Pa
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a JSON array"),
-        ('{"a": 1}', "not a JSON array"),
-        ('[{"a": 1} {"a": 2}]', "before row 1"),
-        ('[{"a": 1}, 5]', "row 1 is not a JSON object"),
-        ('[{"a": 1}, {"a": tru}]', "row 1 is not JSON"),
-        ('[{"a": 1},', "row 1.*is it whole"),
-        ('[{"a": 1}', "is it whole"),
-        ('[{"a": 1}] x', "follows the array's end"),
-        ('[{"a": "b', "row 0 is not JSON"),
+        ("", "row 0: expected ["),
+        ('{"a": 1}', "row 0: expected ["),
+        ('[{"a": 1} {"a": 2}]', "row 0: expected , or ]"),
+        ('[{"a": 1}, 5]', "row 1: expected {"),
+        ('[{"a": 1}, {"a": tru}]', "row 1: Expecting value"),
+        ('[{"a": 1},', "row 1: expected {, near the end"),
+        ('[{"a": 1}', "row 0: expected , or ]"),
+        ('[{"a": 1}] x', "more than one array"),
+        ('[{"a": "b', "row 0: Unterminated"),
     ],
 )
 def test_a_file_that_is_not_json_says_where(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.json"
     file.write_text(text)
-    with pytest.raises(InputError, match=f"bad.json.*{message}"):
+    with pytest.raises(InputError, match=r"bad\.json") as raised:
         list(iter_rows(file))
+    assert message in str(raised.value)
 
 
 def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Reads a JSON array row by row, however long the file.
 
-Holds one chunk (1 M characters) and the row at hand, so memory does not grow with the file; about
-100 MB a second.
+Holds a chunk (1 M characters) and the row at hand: memory does not grow with the file.
 """
 
 import json
@@ -28,30 +27,25 @@ def iter_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         with file.open(encoding="utf-8-sig") as stream:
             window = _Window(stream)
-            if window.peek() != "[":
-                raise InputError(f"{file} is not a JSON array: expected '[' at its beginning")
-            window.at += 1
+            window.expect("[")
             closed = window.peek() == "]"
-            window.at += closed
             while not closed:
-                if (first := window.peek()) != "{":
-                    found = f"found {first!r}" if first else "the file ends: is it whole?"
-                    raise InputError(f"{file}: row {row} is not a JSON object, {found}")
+                window.expect("{", step=0)
                 yield window.value()
+                closed = window.expect(",]") == "]"
                 row += 1
-                separator = window.peek()
-                if separator not in (",", "]"):
-                    found = f"found {separator!r}" if separator else "the file ends: is it whole?"
-                    raise InputError(f"{file}: expected ',' or ']' before row {row}, {found}")
-                window.at += 1
-                closed = separator == "]"
+            if not row:
+                window.at += 1  # the ] of an empty array
             if window.peek():
-                raise InputError(f"{file}: something follows the array's end, after row {row - 1}")
+                raise json.JSONDecodeError("more than one array", window.text, window.at)
     except json.JSONDecodeError as error:
-        near = error.doc[max(0, error.pos - 30) : error.pos + 30]
-        raise InputError(f"{file}: row {row} is not JSON: {error.msg}, near {near!r}") from None
+        at_end = error.pos == len(error.doc)
+        near = "the end" if at_end else repr(error.doc[max(0, error.pos - 30) : error.pos + 30])
+        raise InputError(
+            f"{file}: not a JSON array of objects at row {row}: {error.msg}, near {near}"
+        ) from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: not UTF-8 text, after row {row - 1}: {error}") from None
+        raise InputError(f"{file}: not UTF-8 text after row {row}: {error}") from None
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
 
@@ -69,10 +63,15 @@ class _Window:
         """The next character that is not white space, or nothing at the end."""
         while True:
             self.at = _SPACE.match(self.text, self.at).end()  # type: ignore[union-attr]
-            if self.at < len(self.text):
-                return self.text[self.at]
-            if not self._more():
-                return ""
+            if self.at < len(self.text) or not self._more():
+                return self.text[self.at : self.at + 1]
+
+    def expect(self, characters: str, step: int = 1) -> str:
+        """Moves `step` on from the next character, which is to be one of `characters`."""
+        if not (found := self.peek()) or found not in characters:
+            raise json.JSONDecodeError(f"expected {' or '.join(characters)}", self.text, self.at)
+        self.at += step
+        return found
 
     def value(self) -> tuple[Any, str]:
         """Decodes the value at `at`; reads on while the chunk's end cuts it."""

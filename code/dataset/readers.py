@@ -9,8 +9,8 @@ Four kinds of files:
 
 Placeholders mean something in the later release's form and in `interleaved` only, where white space
 around one separates it from the words and is dropped; all other text stays as it is. Names of media
-are relative to their data set's folder. An output medium has no path: its caption embedding is named
-after it, `<base name>.npy`. Costs about 5 microseconds a record.
+are relative to their data set's folder. An output medium has no path: its caption embedding is
+named after it, `<base name>.npy`. Costs about 5 microseconds a record.
 """
 
 import re

@@ -1,0 +1,107 @@
+"""The data sets by name: what kind of file each is and where it lies in the data tree."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from config.errors import InputError
+from conversation.parts import Modality
+from dataset.readers import Kind
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """One data set; paths are relative to the data root.
+
+    Attributes:
+        kind: how its records are read.
+        annotation: the JSON file.
+        media: the folder of the media that the records name.
+        modality: the one of all its media; none if it has several, or none at all.
+    """
+
+    kind: Kind
+    annotation: str
+    media: str
+    modality: Modality | None = None
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """A data set in its place: the entry with whole paths, and where its caption embeddings lie."""
+
+    name: str
+    kind: Kind
+    annotation: Path
+    media: Path
+    embeddings: Path
+
+
+def _pairs(name: str, file: str, modality: Modality) -> dict[str, DatasetEntry]:
+    """A caption file, read from medium to caption (`_enc`) and from caption to medium (`_dec`)."""
+    media = str(Path(file).parent / f"{modality}s")
+    return {
+        f"{name}_enc": DatasetEntry("caption_in", file, media, modality),
+        f"{name}_dec": DatasetEntry("caption_out", file, media, modality),
+    }
+
+
+def _instruction(
+    file: str, modality: Modality | None = None, media: str = "media", kind: Kind = "instruction"
+) -> DatasetEntry:
+    return DatasetEntry(kind, file, str(Path(file).parent / media), modality)
+
+
+_IT, _MINI = "IT_data", "mini_world/IT_data"
+
+CATALOG: dict[str, DatasetEntry] = {
+    **_pairs("cc3m", "T-X_pair_data/cc3m/cc3m.json", "image"),
+    **_pairs("webvid", "T-X_pair_data/webvid/webvid.json", "video"),
+    **_pairs("audiocap", "T-X_pair_data/audiocap/audiocap.json", "audio"),
+    "llava_instruction": _instruction(f"{_IT}/T+X-T_data/llava/llava.json", "image", "images"),
+    "alpaca_instruction": _instruction(f"{_IT}/T+X-T_data/alpaca/alpaca.json"),
+    "videochat_instruction": _instruction(
+        f"{_IT}/T+X-T_data/videochat/videochat.json", "video", "videos"
+    ),
+    "image_instruction": _instruction(f"{_IT}/T-T+X_data/image_instruction.json", "image"),
+    "video_instruction": _instruction(f"{_IT}/T-T+X_data/video_instruction.json", "video"),
+    "audio_instruction": _instruction(f"{_IT}/T-T+X_data/audio_instruction.json", "audio"),
+    "mosit_instruction": _instruction(f"{_IT}/MosIT_data/mosit.json", kind="interleaved"),
+    **_pairs("mini_image", "mini_world/T-X_pair_data/image/image.json", "image"),
+    **_pairs("mini_video", "mini_world/T-X_pair_data/video/video.json", "video"),
+    **_pairs("mini_audio", "mini_world/T-X_pair_data/audio/audio.json", "audio"),
+    "mini_question": _instruction(f"{_MINI}/T+X-T_data/mini_question/mini_question.json"),
+    "mini_request": _instruction(f"{_MINI}/T-T+X_data/mini_request/mini_request.json"),
+    "mini_mosit": _instruction(
+        f"{_MINI}/MosIT_data/mini_mosit/mini_mosit.json", kind="interleaved"
+    ),
+    "mini_text": _instruction(f"{_MINI}/text/mini_text.json"),
+}
+
+
+def resolve_entry(
+    name: str,
+    data_root: Path,
+    embed_root: Path,
+    overrides: Mapping[str, DatasetEntry] | None = None,
+) -> DatasetSource:
+    """Where the data set `name` lies; `overrides` are entries laid over the catalog.
+
+    Raises:
+        InputError: an unknown name (says the nearest right one), or its annotations are missing.
+    """
+    catalog = {**CATALOG, **(overrides or {})}
+    if name not in catalog:
+        nearest = difflib.get_close_matches(name, catalog, n=1, cutoff=0)[0]
+        raise InputError(
+            f"data set {name!r} is unknown: is {nearest!r} meant? Known: {', '.join(catalog)}"
+        )
+    entry = catalog[name]
+    annotation = data_root.resolve() / entry.annotation
+    if not annotation.is_file():
+        raise InputError(
+            f"data set {name!r}: {annotation} is missing; its prepare.md says how to get it"
+        )
+    media = data_root.resolve() / entry.media
+    return DatasetSource(name, entry.kind, annotation, media, embed_root.resolve())

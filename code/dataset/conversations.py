@@ -1,0 +1,76 @@
+"""The samples of all data sets of a run, by data set and row."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch.utils.data import Dataset
+
+from config.errors import MediaError
+from conversation.parts import Conversation, Media, Part, Turn
+from dataset.catalog import DatasetSource
+from dataset.index import open_index
+from dataset.readers import READER_VERSION, Kind, Record, read_record
+
+
+class ConversationDataset(Dataset[Conversation]):
+    """Map-style: `dataset[name, row]` is a conversation with absolute paths.
+
+    Opening makes the row indexes that are missing (see `dataset.index`); a lookup costs tens of
+    microseconds, media are not opened.
+
+    Args:
+        sources: the data sets, from `dataset.catalog.resolve_entry`.
+        cache_dir: folder of the row indexes.
+
+    Raises:
+        InputError: an annotation file is missing or has a wrong record.
+    """
+
+    def __init__(self, sources: Sequence[DatasetSource], cache_dir: Path) -> None:
+        self.sources = {source.name: source for source in sources}
+        self.indexes = {
+            source.name: open_index(
+                source.annotation,
+                cache_dir,
+                check=partial(_check, kind=source.kind, file=source.annotation),
+                version=f"{source.kind}-{READER_VERSION}",
+            )
+            for source in sources
+        }
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Rows of each data set."""
+        return {name: len(index) for name, index in self.indexes.items()}
+
+    def __len__(self) -> int:
+        return sum(self.sizes.values())
+
+    def __getitem__(self, key: tuple[str, int]) -> Conversation:
+        """The conversation at (data set, row).
+
+        Raises:
+            MediaError: a medium to be shown is missing.
+        """
+        name, row = key
+        source = self.sources[name]
+        read = read_record(self.indexes[name][row], source.kind, source.annotation, row)
+
+        def placed(part: Part) -> Part:
+            if not isinstance(part, Media):
+                return part
+            if part.embedding is not None:
+                return replace(part, embedding=str(source.embeddings / part.embedding))
+            path = source.media / (part.path or "")
+            if not path.is_file():
+                raise MediaError(f"{path} is missing: row {row} of {source.annotation} shows it")
+            return replace(part, path=str(path))
+
+        turns = (Turn(turn.role, tuple(placed(part) for part in turn.parts)) for turn in read.turns)
+        return Conversation(tuple(turns))
+
+
+def _check(record: Record, row: int, kind: Kind, file: Path) -> None:
+    read_record(record, kind, file, row)

@@ -1,0 +1,153 @@
+"""Turns downloaded instruction data into the common instruction format.
+
+    python dataset/preprocess_dataset.py alpaca    .../alpaca/alpaca_data.json
+    python dataset/preprocess_dataset.py llava     .../llava/llava_instruct_150k.json
+    python dataset/preprocess_dataset.py videochat .../videochat/videochat_instruct_11k.json
+
+writes `alpaca.json`, `llava.json`, `videochat.json` beside the input, where the catalog looks.
+What cannot be used is left out, counted by reason, and listed with row and reason in
+`<output>.dropped.jsonl`. Reads row by row: memory does not grow with the file.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+if __package__ in (None, ""):  # run as a script: this folder is on the path instead of code/
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from config.entry import run_entry
+from config.errors import InputError
+from dataset.json_rows import iter_rows
+from dataset.readers import Record, read_record
+
+
+class _Dropped(Exception):
+    """Why a record cannot be used."""
+
+
+def preprocess(kind: str, raw: Path, output: Path) -> tuple[int, Counter[str]]:
+    """Writes the usable records of `raw` (alpaca, llava or videochat) to `output`, all or nothing.
+
+    Returns:
+        How many records were written, and how many were dropped for each reason.
+
+    Raises:
+        InputError: `raw` is not a JSON array, is also the output, or has nothing usable.
+    """
+    if raw.resolve() == output.resolve():
+        raise InputError(f"{raw} would be overwritten: give another output")
+    targets = output, output.with_suffix(".dropped.jsonl")
+    aside = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in targets]
+    written, dropped = 0, Counter[str]()
+    try:
+        with aside[0].open("w") as rows_out, aside[1].open("w") as dropped_out:
+            for row, (record, _) in enumerate(tqdm(iter_rows(raw), unit=" rows", delay=2)):
+                try:
+                    converted = _CONVERTERS[kind](record)
+                except _Dropped as why:
+                    dropped[str(why)] += 1
+                    line = {"row": row, "reason": str(why), "record": record}
+                    dropped_out.write(json.dumps(line) + "\n")
+                    continue
+                read_record(converted, "instruction", raw, row)
+                rows_out.write((",\n" if written else "[\n") + json.dumps(converted))
+                written += 1
+            rows_out.write("\n]\n")
+        if not written:
+            raise InputError(f"{raw}: no record is usable as {kind}: {_listed(dropped)}")
+        for path, target in zip(aside, targets, strict=True):
+            path.replace(target)
+    finally:
+        for path in aside:
+            path.unlink(missing_ok=True)
+    return written, dropped
+
+
+def _alpaca(record: Record) -> Record:
+    question = f"{_text(record, 'instruction')}\n{record.get('input') or ''}".strip()
+    return _conversation([question, _text(record, "output")])
+
+
+def _llava(record: Record) -> Record:
+    turns = _list(record, "conversations")
+    if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
+        raise _Dropped("human and gpt do not take turns")
+    texts = [_text(turn, "value") for turn in turns]
+    shown = _name(record, "image") if "image" in record else None
+    if [text.count("<image>") for text in texts] != [int(shown is not None)] + [0] * len(texts[1:]):
+        raise _Dropped("not one <image>, in the first question, for the one image")
+    texts[0] = texts[0].replace("<image>", "").strip()
+    return _conversation(texts, "image", shown)
+
+
+def _videochat(record: Record) -> Record:
+    texts = []
+    for entry in _list(record, "QA"):
+        texts += [f"{entry.get('i') or ''}\n{_text(entry, 'q')}".strip(), _text(entry, "a")]
+    return _conversation(texts, "video", _name(record, "video"))
+
+
+_CONVERTERS: dict[str, Callable[[Record], Record]] = {
+    "alpaca": _alpaca,
+    "llava": _llava,
+    "videochat": _videochat,
+}
+
+
+def _conversation(texts: list[str], modality: str = "text", name: str | None = None) -> Record:
+    """Questions and answers in turn; the medium, if there is one, is shown in the first turn."""
+    turns = []
+    for question, answer in zip(texts[::2], texts[1::2], strict=True):
+        shown = modality if name and not turns else "text"
+        turns.append({"from": "human", "value": question, "input_modality": shown})
+        turns.append({"from": "gpt", "value": answer, "caption": "", "output_modality": "text"})
+    return ({f"{modality}_name": name} if name else {}) | {"conversation": turns}
+
+
+def _text(record: Record, key: str) -> str:
+    if not isinstance(text := record.get(key), str) or not text.strip():
+        raise _Dropped(f"no {key}")
+    return text.strip()
+
+
+def _name(record: Record, key: str) -> str:
+    if (name := _text(record, key)).startswith("/") or ".." in name.split("/"):
+        raise _Dropped(f"{key} outside the media folder")
+    return name
+
+
+def _list(record: Record, key: str) -> list[Record]:
+    entries = record.get(key)
+    if (
+        not entries
+        or not isinstance(entries, list)
+        or not all(isinstance(e, dict) for e in entries)
+    ):
+        raise _Dropped(f"no {key}")
+    return entries
+
+
+def _listed(dropped: Counter[str]) -> str:
+    return ", ".join(f"{count} ({why})" for why, count in dropped.most_common()) or "none"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("kind", choices=_CONVERTERS)
+    parser.add_argument("raw", type=Path, help="the downloaded JSON file")
+    parser.add_argument("output", type=Path, nargs="?", help="default: KIND.json beside it")
+    arguments = parser.parse_args()
+    output = arguments.output or arguments.raw.with_name(f"{arguments.kind}.json")
+    written, dropped = preprocess(arguments.kind, arguments.raw, output)
+    print(f"{output}: {written} records; dropped: {_listed(dropped)}")
+
+
+if __name__ == "__main__":
+    run_entry(main)

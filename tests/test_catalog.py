@@ -1,0 +1,74 @@
+"""Data sets are found by name, and their samples by data set and row."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from config.errors import InputError, MediaError
+from config.loader import load_config
+from conversation.parts import Media, Text
+from dataset.catalog import CATALOG, DatasetEntry, resolve_entry
+from dataset.conversations import ConversationDataset
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "data/mini_world/T-X_pair_data/image"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images/1.png").write_bytes(b"a picture")
+    rows = [{"caption": "A Ring", "image_name": f"{i}.png"} for i in (1, 2)]
+    (folder / "image.json").write_text(json.dumps(rows))
+    return tmp_path / "data"
+
+
+def test_the_same_pairs_are_read_both_ways_with_absolute_paths(root: Path) -> None:
+    embed = root / "embed"
+    sources = [resolve_entry(f"mini_image_{way}", root, embed) for way in ("enc", "dec")]
+    dataset = ConversationDataset(sources, root / "cache")
+    assert dataset.sizes == {"mini_image_enc": 2, "mini_image_dec": 2}
+    assert len(dataset) == 4
+    picture = root / "mini_world/T-X_pair_data/image/images/1.png"
+    question, _ = dataset["mini_image_enc", 0].turns
+    assert question.parts == (Media("image", path=str(picture)), Text("generate a caption"))
+    _, answer = dataset["mini_image_dec", 1].turns
+    medium = Media("image", caption="a ring", embedding=str(embed / "2.png.npy"))
+    assert answer.parts == (Text("a ring"), medium)
+
+
+def test_a_missing_medium_is_one_samples_error(root: Path) -> None:
+    dataset = ConversationDataset([resolve_entry("mini_image_enc", root, root)], root / "cache")
+    with pytest.raises(MediaError, match=r"images/2\.png is missing: row 1"):
+        dataset["mini_image_enc", 1]
+
+
+def test_a_wrong_record_ends_the_start(root: Path) -> None:
+    source = resolve_entry("mini_image_enc", root, root)
+    source.annotation.write_text('[{"caption": "a", "image_name": "1.png"}, {"caption": "b"}]')
+    with pytest.raises(InputError, match=r"image\.json: row 1 .*image_name"):
+        ConversationDataset([source], root / "cache")
+
+
+def test_an_unknown_name_says_the_nearest_and_all(root: Path) -> None:
+    with pytest.raises(InputError, match=r"'cc3m_end'.*'cc3m_enc' meant.*mosit_instruction"):
+        resolve_entry("cc3m_end", root, root)
+
+
+def test_missing_annotations_are_named(root: Path) -> None:
+    with pytest.raises(InputError, match=r"cc3m_enc.*T-X_pair_data/cc3m/cc3m\.json is missing"):
+        resolve_entry("cc3m_enc", root, root)
+
+
+def test_an_override_adds_a_data_set(root: Path) -> None:
+    folder = "mini_world/T-X_pair_data/image"
+    mine = DatasetEntry("caption_in", f"{folder}/image.json", f"{folder}/images")
+    source = resolve_entry("mine", root, root, {"mine": mine})
+    assert (source.name, source.media) == ("mine", root / folder / "images")
+
+
+@pytest.mark.parametrize("name", ["7b", "mini"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_catalog_has_what_the_configurations_name(name: str, stage: int) -> None:
+    names = load_config(name, stage=stage).data.datasets
+    assert names
+    assert set(names) <= set(CATALOG)

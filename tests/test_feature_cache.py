@@ -1,0 +1,141 @@
+"""Features are found by content, survive other processes, and are never another encoder's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config.errors import InputError, MediaError
+from dataset.feature_cache import FeatureCache
+
+WIDTH = 8
+CODE = Path(__file__).parent.parent / "code"
+
+
+def feature(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(WIDTH, dtype=np.float32)
+
+
+@pytest.fixture
+def media(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / f"{i}.bin" for i in range(3)]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 1000)
+    return paths
+
+
+def test_a_feature_comes_back_bit_by_bit_also_in_a_new_process(
+    media: list[Path], tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
+    assert cache.get(media[0]) is None
+    cache.put_many([(path, feature(i)) for i, path in enumerate(media)])
+    for again in (cache, FeatureCache(tmp_path / "cache", "encoder", WIDTH)):
+        for i, path in enumerate(media):
+            np.testing.assert_array_equal(again.get(path), feature(i))
+        again.get(media[0])[:] = 0  # the caller's copy
+        np.testing.assert_array_equal(again.get(str(media[0])), feature(0))
+
+
+def test_a_copy_finds_the_feature_and_a_changed_file_does_not(
+    media: list[Path], tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path, "encoder", WIDTH)
+    cache.put_many([(media[0], feature(0))])
+    copy = tmp_path / "copy.bin"
+    copy.write_bytes(media[0].read_bytes())
+    np.testing.assert_array_equal(cache.get(copy), feature(0))
+    assert cache.digest(copy) == cache.digest(media[0]) != cache.digest(media[1])
+    media[0].write_bytes(b"new" * 1000)
+    assert cache.get(media[0]) is None
+    cache.put_many([(media[0], feature(5))])
+    np.testing.assert_array_equal(cache.get(media[0]), feature(5))
+    np.testing.assert_array_equal(cache.get(copy), feature(0))
+
+
+def test_another_encoder_has_features_of_its_own(media: list[Path], tmp_path: Path) -> None:
+    FeatureCache(tmp_path, "one", WIDTH).put_many([(media[0], feature(0))])
+    other = FeatureCache(tmp_path, "other", WIDTH + 1)
+    assert other.get(media[0]) is None
+    with pytest.raises(InputError, match="expected 9"):
+        FeatureCache(tmp_path, "one", WIDTH + 1).get(media[0])
+
+
+def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
+    media: list[Path], tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path, "encoder", WIDTH)
+    for wrong in (np.zeros(WIDTH - 1), np.full(WIDTH, np.nan)):
+        with pytest.raises(ValueError, match=r"0\.bin"):
+            cache.put_many([(media[0], wrong)])
+    with pytest.raises(MediaError, match="gone"):
+        cache.get(tmp_path / "gone.png")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/features.sqlite").write_bytes(b"not a database, not at all" * 100)
+    with pytest.raises(InputError, match="delete it"):
+        FeatureCache(tmp_path / "bad", "encoder", WIDTH).get(media[0])
+
+
+def test_a_forked_process_opens_a_connection_of_its_own(media: list[Path], tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, "encoder", WIDTH)
+    cache.put_many([(media[0], feature(0))])
+    child = os.fork()
+    if child == 0:
+        cache.put_many([(media[1], feature(1))])
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    np.testing.assert_array_equal(cache.get(media[1]), feature(1))
+
+
+def test_memory_stays_bounded(media: list[Path], tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, "encoder", WIDTH, memory=2 * WIDTH * 4)
+    cache.put_many([(path, feature(i)) for i, path in enumerate(media)])
+    for i, path in enumerate(media):
+        np.testing.assert_array_equal(cache.get(path), feature(i))
+    assert len(cache._known) == 2
+
+
+WRITER = """
+import sys
+from pathlib import Path
+import numpy as np
+from dataset.feature_cache import FeatureCache
+
+folder, first = Path(sys.argv[1]), int(sys.argv[2])
+cache = FeatureCache(folder, "encoder", 8)
+for n in range(first, first + 100000):
+    path = folder / f"{n}.medium"
+    path.write_bytes(n.to_bytes(4, "little"))
+    cache.put_many([(path, np.full(8, n))])
+    print(n, flush=True)
+"""
+
+
+def test_writers_side_by_side_and_killed_in_a_write_lose_nothing_that_was_said_to_be_kept(
+    tmp_path: Path,
+) -> None:
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(tmp_path), str(first)],
+            env={**os.environ, "PYTHONPATH": str(CODE)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for first in (0, 1_000_000)
+    ]
+    said = [int(writer.stdout.readline()) for writer in writers]  # both are at work
+    time.sleep(0.5)
+    for writer in writers:
+        writer.send_signal(signal.SIGKILL)
+    for writer in writers:
+        said += [int(line) for line in writer.communicate()[0].split()]
+    cache = FeatureCache(tmp_path, "encoder", WIDTH)
+    assert len(said) > 10
+    for n in said:
+        np.testing.assert_array_equal(cache.get(tmp_path / f"{n}.medium"), np.full(WIDTH, n))
+    cache.put_many([(tmp_path / f"{said[0]}.medium", feature(0))])

@@ -1,0 +1,97 @@
+"""The row index: made once, in bounded memory, by one process of several, and never stale."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from config.errors import InputError
+from dataset.index import open_index
+
+ROWS = [{"caption": f"thing {i} ü", "image_name": f"{i}.png"} for i in range(10_000)]
+
+
+def accept(record: dict, row: int) -> None:
+    assert record["image_name"] == f"{row}.png"
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps(ROWS, indent=1))
+    return path
+
+
+def test_every_row_comes_back_and_is_checked_once(file: Path, tmp_path: Path) -> None:
+    checked = []
+    index = open_index(file, tmp_path / "cache", lambda record, row: checked.append(row), "v1")
+    assert checked == list(range(len(ROWS)))
+    assert len(index) == len(ROWS)
+    assert [index[row] for row in (0, 4095, 4096, 9999)] == [ROWS[r] for r in (0, 4095, 4096, 9999)]
+    again = open_index(file, tmp_path / "cache", lambda record, row: checked.append(row), "v1")
+    assert len(checked) == len(ROWS)
+    assert pickle.loads(pickle.dumps(again))[7] == ROWS[7]  # noqa: S301
+
+
+def test_a_changed_file_or_reader_or_a_damaged_index_makes_a_new_one(
+    file: Path, tmp_path: Path
+) -> None:
+    index = open_index(file, tmp_path, accept, "v1")
+    file.write_text(json.dumps(ROWS[:5]))
+    changed = open_index(file, tmp_path, accept, "v1")
+    assert (len(index), len(changed)) == (len(ROWS), 5)
+    assert changed.path == index.path  # the stale one does not pile up
+    assert open_index(file, tmp_path, accept, "v2").path != index.path
+    changed.path.write_bytes(changed.path.read_bytes()[:100])
+    assert len(open_index(file, tmp_path, accept, "v1")) == 5
+
+
+def test_a_refused_row_or_an_empty_file_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
+    def refuse(record: dict, row: int) -> None:
+        if row == 5000:
+            raise InputError("row 5000 is wrong")
+
+    cache = tmp_path / "cache"
+    with pytest.raises(InputError, match="row 5000"):
+        open_index(file, cache, refuse, "v1")
+    file.write_text("[]")
+    with pytest.raises(InputError, match="no rows"):
+        open_index(file, cache, accept, "v1")
+    with pytest.raises(InputError, match="does not exist"):
+        open_index(tmp_path / "other.json", cache, accept, "v1")
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "long.json"
+    file.write_text("[" + ",".join(json.dumps({"text": "x" * 1000}) for _ in range(40_000)) + "]")
+    tracemalloc.start()
+    index = open_index(file, tmp_path, lambda record, row: None, "v1")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(index) == 40_000
+    assert peak < 16e6 < file.stat().st_size
+
+
+def test_processes_that_start_together_make_it_once(file: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from dataset.index import open_index\n"
+        "checked = []\n"
+        "file, cache = map(Path, sys.argv[1:])\n"
+        "index = open_index(file, cache, lambda *a: checked.append(a), 'v')\n"
+        "print(len(checked), len(index), index[9999]['image_name'])"
+    )
+    code = Path(__file__).parent.parent / "code"
+    command = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]
+    environment = {**os.environ, "PYTHONPATH": str(code)}
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    told = sorted(process.communicate(timeout=60)[0].split() for process in started)
+    assert told == [["0", "10000", "9999.png"]] * 2 + [["10000", "10000", "9999.png"]]
