@@ -27,7 +27,7 @@ from config.errors import MediaError
 
 # Named, because FFmpeg and Pillow also read playlists, scripts and text, which may lead elsewhere.
 _CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
-_PICTURES = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF")
+_PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _DECODING_ERRORS = (OSError, ValueError, EOFError, SyntaxError, av.FFmpegError)
 _MAX_ASPECT = 50  # beyond it, one side scaled to the encoder's size makes the other one huge
 
@@ -86,11 +86,11 @@ def read_audio(path: Path | str, rate: int = 16000) -> Tensor:
         if not container.streams.audio:
             raise MediaError(f"{path}: no sound in it")
         stream = container.streams.audio[0]
-        mono = av.AudioResampler(format="fltp", layout="mono")
+        planar = av.AudioResampler(format="fltp")
         blocks = [
-            block.to_ndarray()[0]
+            block.to_ndarray().mean(axis=0)  # FFmpeg's own mixing would be 3 dB louder
             for frame in (*container.decode(stream), None)
-            for block in mono.resample(frame)
+            for block in planar.resample(frame)
         ]
         found_rate = stream.codec_context.sample_rate
     if not blocks or not sum(len(block) for block in blocks):
@@ -146,7 +146,7 @@ def read_video_frames(
                 raise MediaError(f"{path}: a video without frames")
             indices = choose(len(stamps), float(stream.average_rate))
             pictures = None
-            if None not in stamps:
+            if None not in stamps and container.format.name != "avi":  # AVI's are decoding order
                 stamps.sort()
                 keys = sorted(pts for pts, is_key, _ in packets if is_key and pts is not None)
                 pictures = _by_seeking(container, stream, {i: stamps[i] for i in indices}, keys)

@@ -1,0 +1,283 @@
+"""Media decoding and preprocessing against the recorded tensors, and bad files."""
+
+import struct
+import wave
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
+from PIL import Image
+from test_imagebind import TINY
+
+from config.errors import MediaError
+from dataset.decoding import read_audio, read_image, read_video_frames
+from dataset.media import load_views, video_frame_indices
+from model.imagebind.encoder import ImageBind
+
+RECORDED = [
+    ("image", "gray.png", 1e-3, 1e-3),
+    ("image", "landscape.png", 1e-3, 1e-3),
+    ("image", "portrait.jpg", 1e-3, 1e-3),
+    ("audio", "short_16k.wav", 1e-3, 1e-3),
+    ("audio", "tone_16k.wav", 1e-3, 1e-3),
+    ("audio", "tone_44k.wav", 1e-3, 1e-3),
+    ("video", "move_tall.mp4", 2e-2, 1e-2),
+    ("video", "move_wide.mp4", 2e-2, 1e-2),
+]
+SHAPES = {"image": (3, 224, 224), "video": (15, 3, 2, 224, 224), "audio": (3, 1, 128, 204)}
+
+
+@pytest.mark.parametrize(("modality", "name", "tolerance", "embed_tolerance"), RECORDED)
+def test_views_and_features_are_the_recorded_ones(
+    modality: str, name: str, tolerance: float, embed_tolerance: float
+) -> None:
+    views = load_views(modality, MEDIA / name)
+    assert views.shape == SHAPES[modality]
+    assert views.dtype == torch.float32
+    recorded = cases()[f"media.{name}.tensor"][0]
+    thinned = views if modality == "audio" else views[..., ::4, ::4]
+    torch.testing.assert_close(thinned, recorded, atol=tolerance, rtol=0)
+
+    encoder = ImageBind(TINY).eval()
+    fill_by_recipe(encoder, "visual_encoder.")
+    with torch.no_grad():
+        features = encoder.encode(modality, views[None])
+    assert relative_error(features, cases()[f"media.{name}.embed"]) < embed_tolerance
+
+
+def test_clips_cover_the_frames_as_recorded() -> None:
+    # 160 frames at 25 fps: 0.88 s * 25 is a hair above 22, so the second clip starts at 23
+    assert video_frame_indices(160, 25.0) == [0, 49, 23, 71, 45, 93, 66, 116, 89, 137]
+    assert video_frame_indices(1, 25.0) == [0] * 10
+    assert video_frame_indices(10, 25.0) == [0, 9] * 5
+    assert max(video_frame_indices(3, 0.1)) == 2
+
+
+# --- pictures
+
+
+def save_picture(path: Path, picture: Image.Image, **options: object) -> Path:
+    picture.save(path, **options)
+    return path
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (60, 40), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by a quarter to be upright
+    path = save_picture(tmp_path / "phone.jpg", picture, exif=exif)
+    assert read_image(path).size == (40, 60)
+
+
+def test_transparent_is_white_with_alpha_and_with_palette(tmp_path: Path) -> None:
+    clear = Image.new("RGBA", (30, 30), (255, 0, 0, 0))
+    palette = Image.new("P", (30, 30), 0)
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    for path in (
+        save_picture(tmp_path / "alpha.png", clear),
+        save_picture(tmp_path / "palette.png", palette, transparency=0),
+    ):
+        assert read_image(path).getpixel((5, 5)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "CMYK", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((40, 50), 128 << 8, dtype=np.uint16))
+    else:
+        picture = Image.new("L", (50, 40), 128).convert(mode)
+    path = save_picture(tmp_path / ("x.tiff" if mode == "CMYK" else "x.png"), picture)
+    read = read_image(path)
+    assert (read.mode, read.size) == ("RGB", (50, 40))
+    assert np.asarray(read).mean() == pytest.approx(128, abs=2)
+    assert load_views("image", path).shape == SHAPES["image"]
+
+
+# --- videos
+
+
+def numbered_frame(number: int, width: int = 128, height: int = 96) -> np.ndarray:
+    """Red on the left, and the frame's number as eight bars, white for a set bit."""
+    frame = np.zeros((height, width, 3), np.uint8)
+    frame[:, : width // 2, 0] = 200
+    for bit in range(8):
+        frame[height // 2 :, bit * 16 : bit * 16 + 16] = 255 * (number >> bit & 1)
+    return frame
+
+
+def read_number(frame: np.ndarray) -> int:
+    return sum(int(frame[72, bit * 16 + 8].mean() > 128) << bit for bit in range(8))
+
+
+def write_video(path: Path, codec: str, frames: int, rate: int = 25) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 128, 96, "yuv420p", 24
+        for number in range(frames):
+            picture = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [
+        ("v.mp4", "libx264"),
+        ("v.mkv", "libx264"),
+        ("v.webm", "libvpx-vp9"),
+        ("v.avi", "mpeg4"),
+        ("no_stamps.avi", "libx264"),
+        ("inexact_seek.ts", "libx264"),
+        ("v.mpg", "mpeg2video"),
+    ],
+)
+def test_chosen_frames_are_those_and_in_that_order(tmp_path: Path, name: str, codec: str) -> None:
+    path = write_video(tmp_path / name, codec, 100)
+    wanted = [3, 49, 0, 99, 49, 77, 25, 24]
+
+    def choose(count: int, rate: float) -> list[int]:
+        assert (count, rate) == (100, 25.0)
+        return wanted
+
+    assert [read_number(frame) for frame in read_video_frames(path, choose)] == wanted
+
+
+@pytest.mark.parametrize("frames", [1, 7])
+def test_short_video_has_all_its_views(tmp_path: Path, frames: int) -> None:
+    views = load_views("video", write_video(tmp_path / "short.mp4", "libx264", frames))
+    assert views.shape == SHAPES["video"]
+
+
+def test_video_filmed_sideways_is_turned_upright(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "phone.mp4", "libx264", 3)
+    content = path.read_bytes()
+    matrix = content.index(b"tkhd") + 44  # version 0: the display matrix, 9 numbers of 32 bits
+    quarter_clockwise = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 96 << 16, 0, 1 << 30)
+    path.write_bytes(content[:matrix] + quarter_clockwise + content[matrix + 36 :])
+    (frame,) = read_video_frames(path, lambda count, rate: [0])
+    assert frame.shape == (128, 96, 3)
+    assert frame[10, 80, 0] > 150 > frame[120, 80, 0]  # what was left is now above
+
+
+def test_video_cut_off_in_the_middle_gives_what_is_there(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mkv", "libx264", 100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert load_views("video", path).isfinite().all()
+
+
+# --- sounds
+
+
+def write_wav(path: Path, samples: np.ndarray, rate: int = 16000) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1 if samples.ndim == 1 else samples.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate)
+        file.writeframes(samples.astype("<i2").tobytes())
+    return path
+
+
+def sine(seconds: float, rate: int, hertz: float = 440.0) -> np.ndarray:
+    return 8192 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
+
+
+def test_stereo_is_mixed(tmp_path: Path) -> None:
+    right_only = np.stack([np.zeros(16000), sine(1, 16000)], axis=1)
+    mixed = read_audio(write_wav(tmp_path / "stereo.wav", right_only))
+    mono = read_audio(write_wav(tmp_path / "mono.wav", sine(1, 16000)))
+    torch.testing.assert_close(mixed, mono / 2, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000])
+def test_resampling_keeps_tone_and_length(tmp_path: Path, rate: int) -> None:
+    samples = read_audio(write_wav(tmp_path / "tone.wav", sine(1, rate), rate))
+    assert samples.shape == (16000,)
+    expected = torch.from_numpy(sine(1, 16000) / 32768).float()
+    torch.testing.assert_close(samples[500:-500], expected[500:-500], atol=1e-3, rtol=0)
+
+
+def test_the_sound_track_of_a_video_is_heard(tmp_path: Path) -> None:
+    path = tmp_path / "talk.mkv"
+    with av.open(str(path), "w") as container:
+        picture = container.add_stream("libx264", rate=25)
+        picture.width, picture.height, picture.pix_fmt = 128, 96, "yuv420p"
+        sound = container.add_stream("pcm_s16le", rate=16000, layout="mono")
+        container.mux(picture.encode(av.VideoFrame.from_ndarray(numbered_frame(1), "rgb24")))
+        block = av.AudioFrame.from_ndarray(sine(1, 16000).astype(np.int16)[None], "s16", "mono")
+        block.sample_rate = 16000
+        container.mux(sound.encode(block))
+        for stream in (picture, sound):
+            container.mux(stream.encode(None))
+    assert read_audio(path).shape == (16000,)
+    assert load_views("video", path).shape == SHAPES["video"]
+
+
+# --- files that are not what they should be
+
+
+def bad_file(folder: Path, name: str) -> Path:
+    path = folder / name
+    if name == "cut.png":
+        path.write_bytes((MEDIA / "landscape.png").read_bytes()[:2000])
+    elif name == "cut.mp4":
+        path.write_bytes((MEDIA / "move_wide.mp4").read_bytes()[:9000])
+    elif name.startswith("text"):
+        path.write_text("these are words, and no medium\n" * 20)
+    elif name == "picture.mp4":
+        path.write_bytes((MEDIA / "landscape.png").read_bytes())
+    elif name == "sound.mp4":
+        path.write_bytes((MEDIA / "tone_16k.wav").read_bytes())
+    elif name == "silent.mp4":
+        path.write_bytes((MEDIA / "move_tall.mp4").read_bytes())
+    elif name == "no_samples.wav":
+        write_wav(path, np.zeros(0))
+    elif name == "blink.wav":
+        write_wav(path, np.zeros(300))
+    elif name == "odd_rate.wav":
+        write_wav(path, np.zeros(16000), 15999)
+    elif name == "playlist.mp4":
+        path.write_text("#EXTM3U\n#EXTINF:1,\nhttp://localhost/secret.ts\n#EXT-X-ENDLIST\n")
+    elif name == "thread.png":
+        Image.new("RGB", (1, 500)).save(path)
+    elif name.startswith("empty"):
+        path.touch()
+    return path
+
+
+@pytest.mark.parametrize(
+    ("modality", "name", "said"),
+    [
+        ("image", "missing.png", "no such file"),
+        ("image", "empty.png", "empty file"),
+        ("image", "cut.png", "not readable as a picture"),
+        ("image", "text.png", "not readable as a picture"),
+        ("image", "thread.png", "too long and thin"),
+        ("video", "missing.mp4", "no such file"),
+        ("video", "empty.mp4", "empty file"),
+        ("video", "cut.mp4", "not readable as a video"),
+        ("video", "text.mp4", "not readable as a video"),
+        ("video", "text.txt", "not readable as a video"),
+        ("video", "picture.mp4", "not readable as a video"),
+        ("video", "playlist.mp4", "not readable as a video"),
+        ("video", "sound.mp4", "no moving pictures"),
+        ("audio", "missing.wav", "no such file"),
+        ("audio", "empty.wav", "empty file"),
+        ("audio", "text.wav", "not readable as a sound"),
+        ("audio", "silent.mp4", "no sound"),
+        ("audio", "no_samples.wav", "without samples"),
+        ("audio", "blink.wav", "shorter than 25 ms"),
+        ("audio", "odd_rate.wav", "15999 Hz"),
+    ],
+)
+def test_bad_file_is_named_with_the_reason(
+    tmp_path: Path, modality: str, name: str, said: str
+) -> None:
+    path = bad_file(tmp_path, name)
+    with pytest.raises(MediaError, match=said) as raised:
+        load_views(modality, path)
+    assert str(path) in str(raised.value)
+    assert "\n" not in str(raised.value)
