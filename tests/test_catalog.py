@@ -57,6 +57,8 @@ def test_an_unknown_name_says_the_nearest_and_all(root: Path) -> None:
 def test_missing_annotations_are_named(root: Path) -> None:
     with pytest.raises(InputError, match=r"cc3m_enc.*T-X_pair_data/cc3m/cc3m\.json is missing"):
         resolve_entry("cc3m_enc", root, root)
+    with pytest.raises(InputError, match=r"mini_text\.json is missing: .*write_data"):
+        resolve_entry("mini_text", root, root)
 
 
 def test_an_override_adds_a_data_set(root: Path) -> None:

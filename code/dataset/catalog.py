@@ -48,7 +48,7 @@ def _pairs(name: str, file: str, modality: Modality) -> dict[str, DatasetEntry]:
 
 
 def _instruction(
-    file: str, modality: Modality | None = None, media: str = "media", kind: Kind = "instruction"
+    file: str, modality: Modality | None = None, media: str = "", kind: Kind = "instruction"
 ) -> DatasetEntry:
     return DatasetEntry(kind, file, str(Path(file).parent / media), modality)
 
@@ -67,7 +67,9 @@ CATALOG: dict[str, DatasetEntry] = {
     "image_instruction": _instruction(f"{_IT}/T-T+X_data/image_instruction.json", "image"),
     "video_instruction": _instruction(f"{_IT}/T-T+X_data/video_instruction.json", "video"),
     "audio_instruction": _instruction(f"{_IT}/T-T+X_data/audio_instruction.json", "audio"),
-    "mosit_instruction": _instruction(f"{_IT}/MosIT_data/mosit.json", kind="interleaved"),
+    "mosit_instruction": _instruction(
+        f"{_IT}/MosIT_data/mosit.json", media="media", kind="interleaved"
+    ),
     **_pairs("mini_image", "mini_world/T-X_pair_data/image/image.json", "image"),
     **_pairs("mini_video", "mini_world/T-X_pair_data/video/video.json", "video"),
     **_pairs("mini_audio", "mini_world/T-X_pair_data/audio/audio.json", "audio"),
@@ -100,8 +102,8 @@ def resolve_entry(
     entry = catalog[name]
     annotation = data_root.resolve() / entry.annotation
     if not annotation.is_file():
-        raise InputError(
-            f"data set {name!r}: {annotation} is missing; its prepare.md says how to get it"
-        )
+        mini = "`python -m mini_world.write_data` writes it"
+        hint = mini if name.startswith("mini_") else "its folder's prepare.md says how to get it"
+        raise InputError(f"data set {name!r}: {annotation} is missing: {hint}")
     media = data_root.resolve() / entry.media
     return DatasetSource(name, entry.kind, annotation, media, embed_root.resolve())

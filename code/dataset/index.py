@@ -1,13 +1,12 @@
 """Random access to the rows of an annotation file of any length.
 
 The JSON array is parsed once, row by row, each row is checked, and all are written to an Arrow file
-in the cache folder, which every process then memory-maps. The first start costs about 10 s for a
+in the cache folder, which every process then memory-maps. The first start costs 10 to 20 s for a
 million caption pairs, later ones milliseconds; memory does not grow (`benchmarks/index.py`).
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow as pa
 from filelock import FileLock
 from tqdm import tqdm
 
+from config.atomic import written_aside
 from config.errors import InputError
 from dataset.json_rows import iter_rows
 
@@ -68,12 +68,8 @@ def open_index(
     with FileLock(f"{path}.lock"):
         if found := _current(path, source):
             return found
-        aside = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with written_aside(path) as aside:
             _write(file, aside, check, source)
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
     return RowIndex(path)
 
 

@@ -11,7 +11,6 @@ What cannot be used is left out, counted by reason, and listed with row and reas
 
 import argparse
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a script: this folder is on the path instead of code/
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from config.atomic import written_aside
 from config.entry import run_entry
 from config.errors import InputError
 from dataset.json_rows import iter_rows
@@ -43,30 +43,28 @@ def preprocess(kind: str, raw: Path, output: Path) -> tuple[int, Counter[str]]:
     """
     if raw.resolve() == output.resolve():
         raise InputError(f"{raw} would be overwritten: give another output")
-    targets = output, output.with_suffix(".dropped.jsonl")
-    aside = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in targets]
+    dropped_file = output.with_suffix(".dropped.jsonl")
     written, dropped = 0, Counter[str]()
-    try:
-        with aside[0].open("w") as rows_out, aside[1].open("w") as dropped_out:
-            for row, (record, _) in enumerate(tqdm(iter_rows(raw), unit=" rows", delay=2)):
-                try:
-                    converted = _CONVERTERS[kind](record)
-                except _Dropped as why:
-                    dropped[str(why)] += 1
-                    line = {"row": row, "reason": str(why), "record": record}
-                    dropped_out.write(json.dumps(line) + "\n")
-                    continue
-                read_record(converted, "instruction", raw, row)
-                rows_out.write((",\n" if written else "[\n") + json.dumps(converted))
-                written += 1
-            rows_out.write("\n]\n")
+    with (
+        written_aside(dropped_file) as dropped_aside,
+        written_aside(output) as rows_aside,
+        dropped_aside.open("w") as dropped_out,
+        rows_aside.open("w") as rows_out,
+    ):
+        for row, (record, _) in enumerate(tqdm(iter_rows(raw), unit=" rows", delay=2)):
+            try:
+                converted = _CONVERTERS[kind](record)
+            except _Dropped as why:
+                dropped[str(why)] += 1
+                line = {"row": row, "reason": str(why), "record": record}
+                dropped_out.write(json.dumps(line) + "\n")
+                continue
+            read_record(converted, "instruction", raw, row)
+            rows_out.write((",\n" if written else "[\n") + json.dumps(converted))
+            written += 1
+        rows_out.write("\n]\n")
         if not written:
             raise InputError(f"{raw}: no record is usable as {kind}: {_listed(dropped)}")
-        for path, target in zip(aside, targets, strict=True):
-            path.replace(target)
-    finally:
-        for path in aside:
-            path.unlink(missing_ok=True)
     return written, dropped
 
 
