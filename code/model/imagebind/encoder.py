@@ -2,12 +2,13 @@
 
 Two vision transformers over patches (arXiv 2305.05665). A picture becomes a still clip of two
 frames, a sound the spectrogram picture of its mel bins. Parameter names are those of the published
-`imagebind_huge.pth`, so its tensors load by name. Published figures: 632 M parameters see and 86 M
+`imagebind_huge.pth`, so its tensors load by name. Published figures: 633 M parameters see and 86 M
 hear; a view costs about 0.33 TFLOP (picture or clip) or 0.04 TFLOP (sound), a video is 15 views,
 a sound 3.
 """
 
 import math
+from collections import OrderedDict
 from typing import Literal
 
 import torch
@@ -28,10 +29,8 @@ class _Block(nn.Module):
         width = trunk.width
         self.attn = nn.MultiheadAttention(width, trunk.heads, add_bias_kv=bias_kv, batch_first=True)
         self.norm_1 = nn.LayerNorm(width, eps=_EPS)
-        self.mlp = nn.Sequential()
-        self.mlp.add_module("fc1", nn.Linear(width, mlp_ratio * width))
-        self.mlp.add_module("act", nn.GELU())
-        self.mlp.add_module("fc2", nn.Linear(mlp_ratio * width, width))
+        fc1, fc2 = nn.Linear(width, mlp_ratio * width), nn.Linear(mlp_ratio * width, width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
         self.norm_2 = nn.LayerNorm(width, eps=_EPS)
 
     def forward(self, x_NTW: Tensor) -> Tensor:
@@ -103,25 +102,10 @@ class _AudioStem(nn.Module):
         return self.norm_layer(self.proj(views).flatten(2).transpose(1, 2))
 
 
-class _FirstToken(nn.Module):
-    """(N, T, W) -> (N, W): the CLS token."""
-
-    def forward(self, x_NTW: Tensor) -> Tensor:
-        return x_NTW[:, 0]
-
-
 def _head(width: int, output_dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(width, eps=_EPS), _FirstToken(), nn.Linear(width, output_dim, bias=False)
-    )
-
-
-class _LogitScale(nn.Module):
-    """Only keeps the published file's value: features are compared at unit length, unscaled."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("log_logit_scale", torch.tensor(math.log(20.0)))
+    """(N, W) -> (N, D); the published names are 0 and 2, between them stood the choice of CLS."""
+    norm, linear = nn.LayerNorm(width, eps=_EPS), nn.Linear(width, output_dim, bias=False)
+    return nn.Sequential(norm, nn.Identity(), linear)
 
 
 class ImageBind(nn.Module):
@@ -149,9 +133,9 @@ class ImageBind(nn.Module):
                 "audio": _head(audio.width, config.output_dim),
             }
         )
-        self.modality_postprocessors = nn.ModuleDict(
-            {"audio": nn.Sequential(nn.Identity(), _LogitScale())}
-        )
+        scale = nn.Module()  # only keeps the published file's value: features stay at unit length
+        scale.register_buffer("log_logit_scale", torch.tensor(math.log(20.0)))
+        self.modality_postprocessors = nn.ModuleDict({"audio": nn.Sequential(nn.Identity(), scale)})
 
     def forward_views(self, modality: Modality, views: Tensor) -> Tensor:
         """Unit-length features (N, D) of N single views.
@@ -163,7 +147,7 @@ class ImageBind(nn.Module):
         """
         trunk = "audio" if modality == "audio" else "vision"
         x_NTW = self.modality_trunks[trunk](self.modality_preprocessors[trunk](views))
-        return normalize(self.modality_heads[trunk](x_NTW), dim=-1)
+        return normalize(self.modality_heads[trunk](x_NTW[:, 0]), dim=-1)  # of the CLS token
 
     def encode(self, modality: Modality, views: Tensor) -> Tensor:
         """Features (B, D) of B media: the mean over each one's views, not made unit length again.

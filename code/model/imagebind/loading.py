@@ -7,9 +7,9 @@ Our format is a folder with `config.json` (the figures) and `model.safetensors`.
 
 import hashlib
 import json
-import pickle
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
@@ -45,12 +45,7 @@ def load_imagebind(path: Path | str, dtype: torch.dtype = torch.float32) -> Imag
         InputError: no such file, not readable, or its tensors are not exactly the model's.
     """
     weights = _weights_file(Path(path))
-    if weights.suffix == ".safetensors":
-        config = _read_config(weights.with_name("config.json"))
-        tensors = _read_safetensors(weights)
-    else:
-        config = IMAGEBIND_HUGE
-        tensors = {n: t for n, t in _read_published(weights).items() if not is_left_out(n)}
+    config, tensors = _read_config(weights), _read_tensors(weights)
     with torch.device("meta"):
         model = ImageBind(config)
     _check(weights, model.state_dict(), tensors)
@@ -80,8 +75,7 @@ def fingerprint(path: Path | str) -> str:
     """
     weights = _weights_file(Path(path))
     size = weights.stat().st_size
-    config = _read_config(weights.with_name("config.json")) if weights.suffix != ".pth" else None
-    digest = hashlib.sha256(f"{asdict(config or IMAGEBIND_HUGE)} {size}".encode())
+    digest = hashlib.sha256(f"{asdict(_read_config(weights))} {size}".encode())
     last = max(size - _SAMPLE_BYTES, 0)
     with weights.open("rb") as file:
         for sample in range(_SAMPLES):
@@ -101,33 +95,26 @@ def _weights_file(path: Path) -> Path:
     )
 
 
-def _read_config(path: Path) -> ImageBindConfig:
+def _read_config(weights: Path) -> ImageBindConfig:
+    if weights.suffix == ".pth":
+        return IMAGEBIND_HUGE
+    path = weights.with_name("config.json")
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))
         trunks = {name: TrunkConfig(**figures.pop(name)) for name in ("vision", "audio")}
-        missing = {field.name for field in fields(ImageBindConfig)} - set(figures) - set(trunks)
-        if missing:
-            raise InputError(f"{path}: lacks {', '.join(sorted(missing))}")
         return ImageBindConfig(**trunks, **figures)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not the figures of an ImageBind encoder: {error!r}") from error
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(weights: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: not readable, fetch or build it again: {error}") from error
-
-
-def _read_published(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not readable, download it again: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise InputError(f"{path}: not a table of tensors as published, download it again")
-    return tensors
+        if weights.suffix == ".safetensors":
+            return load_file(weights)
+        tensors = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+        return {name: tensor for name, tensor in tensors.items() if not is_left_out(name)}
+    except (OSError, RuntimeError, EOFError, AttributeError, UnpicklingError, SafetensorError) as e:
+        raise InputError(f"{weights}: not readable, download or build it again: {e}") from e
 
 
 def _check(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
