@@ -21,7 +21,7 @@ from transformers import (
 
 from config.errors import InputError
 from conversation.parts import Modality
-from model.pretrained_folder import TOKENIZER, WEIGHTS, loading, require_files, resolve
+from model.pretrained_folder import TEXT_FILES, loading, resolve
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -81,13 +81,10 @@ class CaptionEncoder:
         """
         self.modality: Modality = modality
         self.path = resolve(path)
-        require_files(self.path, "tokenizer", *TOKENIZER)
-        require_files(self.path, "text_encoder", ("config.json",))
-        require_files(self.path, "text_encoder", *WEIGHTS)
         audio = modality == "audio"
         tokenizer_class = RobertaTokenizer if audio else CLIPTokenizer
         encoder_class = ClapTextModelWithProjection if audio else CLIPTextModel
-        with loading(self.path):
+        with loading(self.path, *TEXT_FILES):
             self.tokenizer = tokenizer_class.from_pretrained(self.path, subfolder="tokenizer")
             encoder, report = encoder_class.from_pretrained(
                 self.path,
@@ -95,11 +92,10 @@ class CaptionEncoder:
                 dtype=dtype or default_dtype(device),
                 output_loading_info=True,
             )
-        if report["missing_keys"] or report["mismatched_keys"]:
-            missing = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        if missing := sorted(report["missing_keys"]):
             raise InputError(
-                f"{self.path}/text_encoder: {len(missing)} weights are missing or of another "
-                f"shape, first {missing[0]}; is this a pipeline for {modality}?"
+                f"{self.path}/text_encoder: {len(missing)} weights are missing, "
+                f"first {missing[0]}; is this a pipeline for {modality}?"
             )
         self.encoder = encoder.to(device).eval().requires_grad_(False)
 

@@ -25,7 +25,7 @@ from config.errors import InputError
 from conversation.parts import Modality
 from model.caption_encoders import default_dtype, embedding_shape, encode_captions
 from model.media_files import Frames, Output, Sound
-from model.pretrained_folder import loading, require_files, resolve
+from model.pretrained_folder import TEXT_FILES, loading, resolve
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 PIPELINES: dict[Modality, type[DiffusionPipeline]] = {
@@ -86,13 +86,12 @@ class Decoder:
         Raises:
             InputError: it cannot be loaded.
         """
-        require_files(self.path, "", ("model_index.json",))
         unchecked: dict[str, Any] = {
             "safety_checker": None,
             "feature_extractor": None,
             "requires_safety_checker": False,
         }
-        with loading(self.path):
+        with loading(self.path, "model_index.json", *TEXT_FILES):
             pipeline = PIPELINES[self.modality].from_pretrained(
                 self.path,
                 dtype=self.dtype,
@@ -133,76 +132,49 @@ class Decoder:
                 f"{self.path} takes {self.modality} embeddings of shape {self.shape}, "
                 f"not {tuple(embeddings.shape[1:])}: set caption_shape to match"
             )
-        embeddings = embeddings.to(self.device, self.dtype)
-        common = self._common(len(embeddings), options)
-        if self.modality == "image":
-            return self._images(embeddings, options, common, progress)
-        if self.modality == "video":
-            return self._videos(embeddings, options, common, progress)
-        return self._sounds(embeddings, options, common, progress)
+        pipeline, arguments = self.pipeline, self._arguments(embeddings, options)
 
-    def _common(self, count: int, options: DecodeOptions) -> dict[str, Any]:
-        """Arguments that the three pipelines share, for a batch of `count`."""
+        def on_step(step: int, *_: Any) -> None:
+            if progress:  # some schedulers take one step more than asked for
+                progress(min(step + 1, options.steps), options.steps)
+
+        if self.modality == "audio":
+            samples_BN = pipeline(callback=on_step, **arguments).audios
+            return [Sound(samples, pipeline.vocoder.config.sampling_rate) for samples in samples_BN]
+        arguments |= {"height": options.height, "width": options.width}
+        if self.modality == "video":
+            arguments["num_frames"] = options.frames
+            videos_BTHWC = pipeline(callback=on_step, **arguments).frames
+            return [Frames((v * 255).round().astype("uint8"), options.fps) for v in videos_BTHWC]
+
+        def on_step_end(
+            _: Any, step: int, __: Any, tensors: dict[str, Tensor]
+        ) -> dict[str, Tensor]:
+            on_step(step)
+            return tensors
+
+        return pipeline(callback_on_step_end=on_step_end, **arguments).images
+
+    def _arguments(self, embeddings: Tensor, options: DecodeOptions) -> dict[str, Any]:
+        """What the pipelines have in common, and sound's own."""
+        count = len(embeddings)
         arguments: dict[str, Any] = {
             "num_inference_steps": options.steps,
             "guidance_scale": options.guidance_scale,
         }
+        if self.modality == "audio":
+            embeddings = normalize(embeddings.float(), dim=-1)
+            arguments["audio_length_in_s"] = options.seconds
+        arguments["prompt_embeds"] = embeddings.to(self.device, self.dtype)
         if options.seed is not None:  # on the CPU: the same noise for every device
             seeds = range(options.seed, options.seed + count)
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         if options.guidance_scale > 1:
-            tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-            negative = encode_captions(self.modality, tokenizer, encoder, [options.negative_prompt])
+            negative = encode_captions(
+                self.modality,
+                self.pipeline.tokenizer,
+                self.pipeline.text_encoder,
+                [options.negative_prompt],
+            )
             arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
         return arguments
-
-    def _images(
-        self, embeds: Tensor, options: DecodeOptions, common: dict, progress: Progress | None
-    ) -> list[Output]:
-        def on_step_end(_: Any, step: int, __: Any, tensors: dict) -> dict:
-            if progress:  # some schedulers take one step more than asked for
-                progress(min(step + 1, options.steps), options.steps)
-            return tensors
-
-        return self.pipeline(
-            prompt_embeds=embeds,
-            height=options.height,
-            width=options.width,
-            callback_on_step_end=on_step_end,
-            **common,
-        ).images
-
-    def _videos(
-        self, embeds: Tensor, options: DecodeOptions, common: dict, progress: Progress | None
-    ) -> list[Output]:
-        videos_BTHWC = self.pipeline(
-            prompt_embeds=embeds,
-            height=options.height,
-            width=options.width,
-            num_frames=options.frames,
-            callback=_old_callback(options.steps, progress),
-            **common,
-        ).frames
-        return [Frames((v * 255).round().astype("uint8"), options.fps) for v in videos_BTHWC]
-
-    def _sounds(
-        self, embeds: Tensor, options: DecodeOptions, common: dict, progress: Progress | None
-    ) -> list[Output]:
-        samples_BN = self.pipeline(
-            prompt_embeds=normalize(embeds.float(), dim=-1).to(self.dtype),
-            audio_length_in_s=options.seconds,
-            callback=_old_callback(options.steps, progress),
-            **common,
-        ).audios
-        rate = self.pipeline.vocoder.config.sampling_rate
-        return [Sound(samples, rate) for samples in samples_BN]
-
-
-def _old_callback(steps: int, progress: Progress | None) -> Callable[[int, Any, Tensor], None]:
-    """The per-step callback of the deprecated pipelines."""
-
-    def on_step_end(step: int, _: Any, __: Tensor) -> None:
-        if progress:
-            progress(min(step + 1, steps), steps)
-
-    return on_step_end

@@ -9,13 +9,11 @@ from config.errors import InputError
 
 # Names in older texts that the hub no longer has.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-# Of each group of files, one alternative must be there in full.
-TOKENIZER = (("tokenizer.json",), ("vocab.json", "merges.txt"))
-WEIGHTS = (
-    ("model.safetensors",),
-    ("model.safetensors.index.json",),
-    ("pytorch_model.bin",),
-    ("model.fp16.safetensors",),
+# Without these transformers would go on, with an empty vocabulary or figures of its own.
+TEXT_FILES = (
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/tokenizer.json|tokenizer/merges.txt",
+    "text_encoder/config.json",
 )
 
 
@@ -33,30 +31,18 @@ def resolve(path: str) -> str:
     raise InputError(f"{path}: no such folder. Give a diffusers folder or a hub name (owner/name)")
 
 
-def require_files(path: str, subfolder: str, *alternatives: tuple[str, ...]) -> None:
-    """Check that a local pipeline folder has, in `subfolder`, all files of one alternative.
-
-    Hub names pass: the hub's own error names what is missing.
-
-    Raises:
-        InputError: naming the folder and the files.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    if not any(all((folder / subfolder / name).is_file() for name in a) for a in alternatives):
-        wanted = ", or ".join(" and ".join(names) for names in alternatives)
-        raise InputError(
-            f"{folder / subfolder}: needs {wanted}. Download the pipeline again, or rebuild it"
-        )
-
-
 @contextmanager
-def loading(path: str) -> Iterator[None]:
-    """Turn what the libraries raise for missing or broken files into an InputError with `path`."""
+def loading(path: str, *files: str) -> Iterator[None]:
+    """Load from `path` inside: what is missing or does not fit becomes an InputError naming it.
+
+    Args:
+        files: that a local folder must have, `a|b` for either.
+    """
+    for names in files:
+        if Path(path).is_dir() and not any((Path(path) / n).is_file() for n in names.split("|")):
+            missing = " or ".join(names.split("|"))
+            raise InputError(f"{path}: {missing} is missing. Download or build the folder again")
     try:
         yield
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path}: cannot be loaded as a diffusers folder or hub name: {error}"
-        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError(f"{path}: cannot be loaded (folder or hub name): {error}") from error

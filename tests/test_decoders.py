@@ -1,0 +1,241 @@
+"""The decoders and the caption encoders against the diffusers pipelines they stand for."""
+
+import shutil
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny_decoders import CAPTIONS, TINY, tiny_decoder
+
+from config.errors import InputError
+from conversation.parts import MODALITIES, Modality
+from mini_world.mini_decoders import build_mini_decoder
+from model.caption_encoders import CaptionEncoder
+from model.decoders import PIPELINES, DecodeOptions, Decoder
+from model.media_files import SUFFIXES, Frames, Output, Sound, save_medium
+from model.pretrained_folder import resolve
+
+CPU = torch.device("cpu")
+SHAPES = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
+OPTIONS = DecodeOptions(steps=2, guidance_scale=3.0, frames=3, seconds=0.025, seed=5)
+# The pipelines' own names for the length of what comes out.
+LENGTH = {"image": {}, "video": {"num_frames": 3}, "audio": {"audio_length_in_s": 0.025}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Parts this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pipeline(modality: Modality) -> DiffusionPipeline:
+    """The diffusers pipeline, loaded as diffusers' manual says."""
+    return PIPELINES[modality].from_pretrained(tiny_decoder(modality), dtype=torch.float32)
+
+
+def decode(modality: Modality, options: DecodeOptions = OPTIONS, scale: float = 1.0) -> Output:
+    """The first caption, decoded from its embedding."""
+    folder = str(tiny_decoder(modality))
+    embeddings = CaptionEncoder(modality, folder, CPU).encode(CAPTIONS[:1])
+    return Decoder(modality, folder, CPU).decode(embeddings * scale, options)[0]
+
+
+def values(output: Output) -> np.ndarray:
+    """The numbers of an output, pixels as 0..255."""
+    array = output[0] if isinstance(output, Frames | Sound) else np.asarray(output)
+    return array.astype(np.float64)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_caption_encoder_equals_pipelines_encode_prompt(modality: Modality) -> None:
+    encoder = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU)
+    found = encoder.encode(CAPTIONS)
+    pipe = pipeline(modality)
+    encode = pipe._encode_prompt if modality == "audio" else pipe.encode_prompt
+    with torch.no_grad():
+        expected = encode(CAPTIONS, CPU, 1, False)
+    torch.testing.assert_close(found, expected if modality == "audio" else expected[0])
+    assert found.shape[1:] == encoder.shape == SHAPES[modality]
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_sound_captions_have_unit_length() -> None:
+    encoder = CaptionEncoder("audio", str(tiny_decoder("audio")), CPU)
+    torch.testing.assert_close(encoder.encode(CAPTIONS).norm(dim=-1), torch.ones(2))
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_captions_embedding_decodes_as_its_prompt(
+    modality: Modality, guidance_scale: float
+) -> None:
+    options = DecodeOptions(**{**vars(OPTIONS), "guidance_scale": guidance_scale})
+    found = values(decode(modality, options))
+    expected = pipeline(modality)(
+        CAPTIONS[0],
+        num_inference_steps=2,
+        guidance_scale=guidance_scale,
+        generator=torch.Generator().manual_seed(5),
+        **({"output_type": "np"} if modality == "image" else {}),
+        **LENGTH[modality],
+    )[0][0]
+    if modality == "audio":
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+    else:
+        np.testing.assert_allclose(found, (expected * 255).round(), atol=1)
+        assert (found != (expected * 255).round()).mean() < 1e-3
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_batch_equals_samples_with_their_own_seeds(modality: Modality) -> None:
+    folder = str(tiny_decoder(modality))
+    decoder = Decoder(modality, folder, CPU)
+    embeddings = CaptionEncoder(modality, folder, CPU).encode(CAPTIONS)
+    both = decoder.decode(embeddings, OPTIONS)
+    second = decoder.decode(embeddings[1:], DecodeOptions(**{**vars(OPTIONS), "seed": 6}))
+    atol = 1e-5 if modality == "audio" else 1
+    np.testing.assert_allclose(values(both[1]), values(second[0]), atol=atol)
+
+
+def test_length_of_a_sounds_embedding_does_not_matter() -> None:
+    np.testing.assert_allclose(
+        values(decode("audio")), values(decode("audio", scale=7.0)), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_same_seed_gives_the_same_file_and_another_another(
+    modality: Modality, tmp_path: Path
+) -> None:
+    outputs = [
+        decode(modality, DecodeOptions(**{**vars(OPTIONS), "seed": seed})) for seed in (5, 5, 6)
+    ]
+    paths = [tmp_path / f"{index}{SUFFIXES[modality]}" for index in range(2)]
+    for output, path in zip(outputs, paths, strict=False):
+        save_medium(output, path)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(tmp_path.iterdir()) == paths  # nothing is left aside
+    assert (values(outputs[0]) != values(outputs[2])).any()
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_progress_reaches_the_end_and_can_stop_the_decoding(modality: Modality) -> None:
+    decoder = Decoder(modality, str(tiny_decoder(modality)), CPU)
+    embeddings = torch.zeros(1, *SHAPES[modality])
+    seen: list[tuple[int, int]] = []
+    decoder.decode(embeddings, OPTIONS, lambda step, steps: seen.append((step, steps)))
+    assert seen == [(1, 2), (2, 2)]
+
+    def stop(step: int, steps: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(embeddings, OPTIONS, stop)
+
+
+def test_kinds_and_sizes_of_what_comes_out() -> None:
+    image, video, sound = (decode(modality) for modality in MODALITIES)
+    assert isinstance(image, Image.Image)
+    assert image.size == (16, 16)  # the pipeline's own size
+    assert video.frames.shape == (3, 16, 16, 3)
+    assert video.frames.dtype == np.uint8
+    assert sound.samples.shape == (400,)
+    assert sound.samples.dtype == np.float32
+    assert sound.rate == 16000
+    wide = decode("video", DecodeOptions(**{**vars(OPTIONS), "height": 24, "width": 32}))
+    assert wide.frames.shape == (3, 24, 32, 3)
+
+
+def test_embedding_of_another_shape_is_an_input_error() -> None:
+    decoder = Decoder("image", str(tiny_decoder("image")), CPU)
+    with pytest.raises(InputError, match=r"\(12, 32\), not \(77, 768\)"):
+        decoder.decode(torch.zeros(1, 77, 768))
+
+
+@pytest.mark.parametrize("options", [{"height": 100}, {"steps": 0}, {"frames": 0}])
+def test_wrong_option_is_named(options: dict[str, int]) -> None:
+    with pytest.raises(InputError, match=next(iter(options))):
+        DecodeOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+    ],
+)
+def test_missing_file_is_named(file: str, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_decoder("image"), folder)
+    (folder / file).unlink()
+    with pytest.raises(InputError, match=file.split("/")[1]):
+        CaptionEncoder("image", str(folder), CPU)
+
+
+def test_caption_encoder_needs_nothing_but_tokenizer_and_text_encoder(tmp_path: Path) -> None:
+    for part in ("tokenizer", "text_encoder"):
+        shutil.copytree(tiny_decoder("video") / part, tmp_path / part)
+    encoder = CaptionEncoder("video", str(tmp_path), CPU)
+    assert (
+        encoder.fingerprint()
+        == CaptionEncoder("video", str(tiny_decoder("video")), CPU, torch.float16).fingerprint()
+    )
+
+
+def test_names_that_the_hub_no_longer_has_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    assert resolve("runwayml/stable-diffusion-v1-5") == name
+    assert "gone from the hub" in capsys.readouterr().out
+    assert resolve(name) == name
+    with pytest.raises(InputError, match="no such folder"):
+        resolve("../no/such/folder")
+
+
+def test_builder_gives_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        build_mini_decoder("image", tmp_path / name, seed, CAPTIONS[:1], TINY)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    first = (tiny_decoder("image") / weights).read_bytes()
+    assert (tmp_path / "a" / weights).read_bytes() == first
+    assert (tmp_path / "b" / weights).read_bytes() != first
+
+
+def test_video_file_plays_in_browsers_and_keeps_its_frames(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 255, 15 * 17).reshape(15, 17)  # odd sides
+    frames = np.stack([np.full((15, 17, 3), level) + ramp[..., None] for level in (0, 9)])
+    video = Frames(frames.clip(0, 255).astype(np.uint8), 8)
+    save_medium(video, tmp_path / "x.mp4")
+    with av.open(tmp_path / "x.mp4") as container:
+        stream = container.streams.video[0]
+        assert (stream.codec.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 8)
+        read = np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+    assert read.shape == (2, 16, 18, 3)
+    assert np.abs(read[:, :15, :17].astype(float) - video.frames).mean() < 4
+
+
+def test_sound_file_is_16_bit_and_clipped(tmp_path: Path) -> None:
+    save_medium(Sound(np.array([0, 0.5, -3], np.float32), 16000), tmp_path / "x.wav")
+    with wave.open(str(tmp_path / "x.wav")) as file:
+        assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 16000)
+        samples = np.frombuffer(file.readframes(3), "<i2")
+    assert samples.tolist() == [0, 16384, -32767]
+
+
+def test_failed_write_leaves_the_older_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.wav"
+    path.write_bytes(b"older")
+    with pytest.raises(TypeError):
+        save_medium(Sound(None, 16000), path)  # type: ignore[arg-type]
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"older"]
