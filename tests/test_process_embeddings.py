@@ -1,0 +1,217 @@
+"""Caption embeddings computed ahead: whole, resumable, the same on any number of ranks."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import process_embeddings
+import pytest
+import torch
+from tiny_decoders import TINY, tiny_decoder
+
+from config.errors import InputError, MediaError
+from conversation.parts import MODALITIES, Modality
+from dataset.caption_embeddings import EmbeddingStore, embedding_path, read_embedding
+from mini_world.mini_decoders import build_mini_decoder
+from model.caption_encoders import CaptionEncoder
+from training.embed_captions import embed_captions
+
+CPU = torch.device("cpu")
+SHAPES: dict[Modality, tuple[int, ...]] = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
+COLOURS = ("red", "blue", "green", "white", "black")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Parts this small are slower on several threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def pairs(count: int = 5) -> list[dict[str, str]]:
+    """Caption pairs in the course's form."""
+    return [{"image_name": f"{i}.png", "caption": f"A {COLOURS[i]} circle"} for i in range(count)]
+
+
+def written(folder: Path, records: list[dict[str, Any]]) -> Path:
+    """The records as an annotation file."""
+    file = folder / "captions.json"
+    file.write_text(json.dumps(records), encoding="utf-8")
+    return file
+
+
+def embed(file: Path, out: Path, modality: Modality = "image", **options: Any) -> int:
+    """One call, on the CPU with the tiny parts; how many embeddings it made."""
+    options = {"model": str(tiny_decoder(modality)), "batch_size": 2, **options}
+    return embed_captions(file, modality, out, device=CPU, **options)
+
+
+def arrays(folder: Path) -> dict[str, bytes]:
+    """Every embedding by its file name."""
+    return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_embeddings_are_the_encoders_in_half_precision(modality: Modality, tmp_path: Path) -> None:
+    file = written(tmp_path, [{f"{modality}_name": "sub/a.b", "caption": 'A "red" circle.'}])
+    assert embed(file, tmp_path / "out", modality) == 1
+    path = tmp_path / "out" / "a.b.npy"
+    assert np.load(path, allow_pickle=False).dtype == np.float16
+    found = read_embedding(path, SHAPES[modality])
+    encoder = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU)
+    assert torch.equal(found, encoder.encode(["a  red  circle."])[0].half().float())
+
+
+FORMS = {
+    "later_release": {
+        "output_video": "v.mp4",
+        "video_captions": "A red circle",
+        "video_caption_embeddings": "v.mp4.npy",
+        "conversations": [
+            {"from": "human", "value": "Show a circle"},
+            {"from": "gpt", "value": "Sure! <video>"},
+        ],
+    },
+    "instruction": {
+        "video_name": "v.mp4",
+        "conversation": [
+            {"from": "human", "value": "Show a circle", "input_modality": "text"},
+            {
+                "from": "gpt",
+                "value": "Sure!",
+                "caption": "A red circle",
+                "output_modality": "video",
+            },
+        ],
+    },
+    "mosit": {
+        "conversation": [
+            {"from": "human", "value": "Show a circle"},
+            {
+                "from": "gpt",
+                "value": "Sure! <video>",
+                "media": [{"modality": "video", "name": "v.mp4", "caption": "A red circle"}],
+            },
+        ],
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_annotation_gives_the_same(form: str, tmp_path: Path) -> None:
+    plain = written(tmp_path, [{"video_name": "v.mp4", "caption": "A red circle"}])
+    assert embed(plain, tmp_path / "plain", "video") == 1
+    assert embed(written(tmp_path, [FORMS[form]]), tmp_path / "out", "video") == 1
+    assert arrays(tmp_path / "out") == arrays(tmp_path / "plain")
+
+
+def test_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    file, out = written(tmp_path, pairs()), tmp_path / "out"
+    (out / "2.png.npy").mkdir(parents=True)  # in the way of the second batch
+    with pytest.raises(OSError, match=r"2\.png"):
+        embed(file, out)
+    assert sorted(p.name for p in out.glob("[01].png.npy")) == ["0.png.npy", "1.png.npy"]
+    assert not list(out.glob(".*partial*"))
+    (out / "2.png.npy").rmdir()
+    times = {path: path.stat().st_mtime_ns for path in out.glob("*.npy")}
+    assert embed(file, out) == 3
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert embed(file, out) == 0
+    embed(file, tmp_path / "whole")
+    assert arrays(out) == arrays(tmp_path / "whole")
+
+
+def test_embedding_whose_listing_was_cut_short_is_made_again(tmp_path: Path) -> None:
+    file, out = written(tmp_path, pairs(3)), tmp_path / "out"
+    embed(file, out)
+    listing = out / "captions.image.rank0.jsonl"
+    listing.write_bytes(listing.read_bytes()[:-5])
+    assert embed(file, out) == 1
+    assert len(listing.read_text().splitlines()) == 3
+    assert embed(file, out) == 0
+
+
+def test_removed_embedding_is_made_again(tmp_path: Path) -> None:
+    file, out = written(tmp_path, pairs(3)), tmp_path / "out"
+    embed(file, out)
+    (out / "1.png.npy").unlink()
+    assert embed(file, out) == 1
+
+
+def test_two_ranks_make_what_one_makes_and_resume_as_one(tmp_path: Path) -> None:
+    file = written(tmp_path, pairs())
+    made = [embed(file, tmp_path / "two", rank=rank, world_size=2) for rank in (0, 1)]
+    assert made == [3, 2]
+    embed(file, tmp_path / "one")
+    assert arrays(tmp_path / "two") == arrays(tmp_path / "one")
+    assert embed(file, tmp_path / "two") == 0
+
+
+def test_one_folder_takes_all_modalities(tmp_path: Path) -> None:
+    for modality in MODALITIES:
+        embed(
+            written(tmp_path, [{f"{modality}_name": f"a.{modality}", "caption": "red"}]),
+            tmp_path / "out",
+            modality,
+        )
+    assert sorted(arrays(tmp_path / "out")) == ["a.audio.npy", "a.image.npy", "a.video.npy"]
+
+
+def test_another_text_encoder_is_an_error_but_the_same_elsewhere_is_not(tmp_path: Path) -> None:
+    file, out = written(tmp_path, pairs(2)), tmp_path / "out"
+    embed(file, out)
+    for name, seed in (("same", 1), ("other", 2)):
+        build_mini_decoder("image", tmp_path / name, seed, ["a small red circle on the left"], TINY)
+    assert embed(file, out, model=str(tmp_path / "same")) == 0
+    with pytest.raises(InputError, match=r"embeddings\.image\.json.*other differs"):
+        embed(file, out, model=str(tmp_path / "other"))
+
+
+def test_another_caption_for_the_same_medium_is_an_error(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    embed(written(tmp_path, pairs(2)), out)
+    changed = [pairs(2)[0], {"image_name": "1.png", "caption": "a green star"}]
+    with pytest.raises(InputError, match=r"1\.png\.npy .*'a blue circle', not 'a green star'"):
+        embed(written(tmp_path, changed), out)
+    with pytest.raises(InputError, match=r"1\.png has two captions"):
+        embed(written(tmp_path, [*pairs(2), changed[1]]), tmp_path / "new")
+    assert embed(written(tmp_path, [*pairs(2), pairs(2)[0]]), tmp_path / "new") == 2
+
+
+def test_embedding_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path, "audio", model="m", fingerprint="f", shape=(2,))
+    with pytest.raises(InputError, match="not finite"):
+        store.write(["a.wav"], ["a bell"], torch.tensor([[1e6, 0.0]]))
+    assert not arrays(tmp_path)
+
+
+def test_reading_names_file_and_shapes(tmp_path: Path) -> None:
+    path = embedding_path(tmp_path, "folder/a.png")
+    assert path == tmp_path / "a.png.npy"
+    with pytest.raises(MediaError, match=r"a\.png\.npy"):
+        read_embedding(path, (2,))
+    path.write_bytes(b"no array")
+    with pytest.raises(MediaError, match=r"a\.png\.npy"):
+        read_embedding(path, (2,))
+    np.save(path, np.zeros((3,), np.float16))
+    with pytest.raises(InputError, match=r"a\.png\.npy: shape \(3,\), expected \(2,\)"):
+        read_embedding(path, (2,))
+    assert read_embedding(path, (3,)).dtype == torch.float32
+
+
+def test_entry_takes_the_courses_arguments_and_its_rank_from_the_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, pairs(3))
+    out, model = str(tmp_path / "out"), str(tiny_decoder("image"))
+    monkeypatch.setattr(sys, "argv", ["process_embeddings.py", str(file), "image", out, model])
+    for rank, names in (("1", ["1.png.npy"]), ("0", ["0.png.npy", "1.png.npy", "2.png.npy"])):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        process_embeddings.main()
+        assert sorted(arrays(tmp_path / "out")) == names
