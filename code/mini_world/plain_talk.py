@@ -30,36 +30,9 @@ came, give gave, take took, find found, make made, know knew, speak spoke, swim 
 _WORDS = """\
 house river garden window bread music letter summer forest planet pencil doctor silver monkey
 market bottle dragon flower castle winter orange bridge island rocket"""
-_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-_MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
-_NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
+_MONTHS = "January February March April May June July August September October November December"
+_NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve"
 _FACTS = (
     ("Hello!", "Hello! How can I help you?"),
     ("Hi there.", "Hi! What can I do for you?"),
@@ -148,12 +121,12 @@ def _language() -> list[tuple[str, str]]:
 
 def _order() -> list[tuple[str, str]]:
     found = []
-    for names in (_DAYS, _MONTHS):
+    for names in (_DAYS.split(), _MONTHS.split()):
         for index, name in enumerate(names):
             after = names[(index + 1) % len(names)]
             found.append((f"What comes after {name}?", f"{after} comes after {name}."))
             found.append((f"What comes before {after}?", f"{name} comes before {after}."))
-    for number, word in enumerate(_NUMBERS):
+    for number, word in enumerate(_NUMBERS.split()):
         found.append((f"Write {number} as a word.", f"{word.capitalize()}."))
     for letter, following in zip(
         "ABCDEFGHIJKLMNOPQRSTUVWXY", "BCDEFGHIJKLMNOPQRSTUVWXYZ", strict=True

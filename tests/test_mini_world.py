@@ -1,0 +1,276 @@
+"""The mini world's words and files: what is told is read back, nothing held out leaks."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config.errors import InputError
+from conversation.captions import clean_caption
+from conversation.parts import MODALITIES, Media, Modality
+from dataset.readers import read_record
+from mini_world import phrasing, questions
+from mini_world.album import Album
+from mini_world.captions import CAPTIONS, as_heard, caption, read_caption
+from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue
+from mini_world.plain_talk import plain_talk
+from mini_world.things import (
+    ATTRIBUTES,
+    HELD_OUT_PAIRS,
+    VALUES,
+    sample_thing,
+)
+from mini_world.words import Wording, say
+from mini_world.write_data import FOLDERS, write_world
+
+SCALE = 0.1
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small world, written once."""
+    out = tmp_path_factory.mktemp("data") / "mini_world"
+    write_world(out, seed=3, scale=SCALE, progress=False)
+    return out
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def rows(world: Path, file: str) -> list[dict]:
+    return json.loads((world / file).read_text(encoding="utf-8"))
+
+
+def texts(value: object) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from texts(item)
+
+
+# Things
+
+
+def test_held_out_pairs_leave_every_shape_and_colour_in_training() -> None:
+    seen = [sample_thing(rng(seed)) for seed in range(600)]
+    assert not any(thing.held_out for thing in seen)
+    for name in ("shape", "colour", "size", "place", "motion", "count"):
+        assert {getattr(thing, name) for thing in seen} == set(VALUES[name])
+    assert len({(thing.shape, thing.colour) for thing in seen}) == 48 - len(HELD_OUT_PAIRS)
+    assert all(sample_thing(rng(seed), "held_out").held_out for seed in range(50))
+
+
+# Captions and the grammar
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_reading_a_caption_gives_back_what_was_told(modality: Modality) -> None:
+    wording = CAPTIONS[modality]
+    for template in wording.training + wording.held_out:
+        for seed in range(60):
+            thing = sample_thing(rng(seed), "held_out" if seed % 5 == 0 else "training")
+            text = say(template, rng(seed), thing)
+            for written in (text, clean_caption(text)):
+                told = read_caption(written)
+                told = as_heard(told) if modality == "audio" else told
+                assert told == thing.attributes(modality), written
+            assert len(text.split()) <= 20
+
+
+def test_reading_a_partial_caption_gives_what_was_named_and_no_more() -> None:
+    for seed in range(40):
+        thing = sample_thing(rng(seed))
+        for modality in ("image", "video"):
+            for named in ({"shape", "size"}, {"shape", "colour", "place"}):
+                told = read_caption(caption(thing, modality, rng(seed), named))
+                assert told == {name: getattr(thing, name) for name in named}
+
+
+def test_single_answers_are_read_back() -> None:
+    asked = {"maker": ("size", "shape"), "sound": ("pitch", "timbre"), "describe": ()}
+    for modality, topics in questions.TOPICS.items():
+        for topic in topics:
+            for seed in range(20):
+                thing = sample_thing(rng(seed))
+                _, answer = questions.ask(thing, modality, rng(seed), topic=topic)
+                for name in asked.get(topic, (topic,)):
+                    assert read_caption(answer)[name] == getattr(thing, name), answer
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("It moves to the left.", {"motion": "moves left"}),
+        ("On the left.", {"place": "left"}),
+        ("A red circle that is blue", {"shape": "circle"}),
+        ("It is getting bigger!", {"motion": "grows"}),
+        ("a Bell rings 3 times", {"timbre": "bell", "count": 3}),
+        ("Hello! How can I help you?", {}),
+        ("", {}),
+    ],
+)
+def test_other_words_are_read_too(text: str, told: dict) -> None:
+    assert read_caption(text) == told
+
+
+# The data sets
+
+
+def test_every_row_is_read_by_the_readers_and_every_medium_is_there(world: Path) -> None:
+    files = {
+        "IT_data/T+X-T_data/mini_question/mini_question.json": "instruction",
+        "IT_data/T-T+X_data/mini_request/mini_request.json": "instruction",
+        "IT_data/MosIT_data/mini_mosit/mini_mosit.json": "interleaved",
+        "IT_data/text/mini_text.json": "instruction",
+    }
+    shown: dict[str, set[str]] = {}
+    for file, kind in files.items():
+        for number, row in enumerate(rows(world, file)):
+            for turn in read_record(row, kind, world / file, number).turns:
+                for part in turn.parts:
+                    if isinstance(part, Media) and part.path:
+                        assert (world / file).with_name(part.path).is_file()
+                        shown.setdefault(file, set()).add(part.modality)
+    assert set(shown) == {file for file in files if "question" in file or "mosit" in file}
+    for modality, folder in FOLDERS.items():
+        pairs = world / "T-X_pair_data" / modality
+        for row in rows(pairs, f"{modality}.json"):
+            assert set(row) == {"caption", f"{modality}_name"}
+            assert (pairs / folder / row[f"{modality}_name"]).is_file()
+
+
+def test_file_names_are_unique_and_each_answer_name_has_one_caption(world: Path) -> None:
+    files = [path.name for path in world.rglob("*.*") if path.suffix != ".json"]
+    captions: dict[str, str] = {}
+    for row in rows(world, "IT_data/MosIT_data/mini_mosit/mini_mosit.json"):
+        for turn in row["conversation"]:
+            for medium in turn["media"] if turn["from"] == "gpt" else ():
+                assert captions.setdefault(medium["name"], medium["caption"]) == medium["caption"]
+    for row in rows(world, "IT_data/T-T+X_data/mini_request/mini_request.json"):
+        text = row["conversation"][1]["caption"]
+        assert captions.setdefault(row["mm_name"], text) == text
+    assert len(files) == len(set(files)) and not set(files) & set(captions)
+
+
+def test_captions_of_pairs_tell_what_the_media_show(world: Path) -> None:
+    pairs = world / "T-X_pair_data"
+    for modality in MODALITIES:
+        for row in rows(pairs / modality, f"{modality}.json"):
+            told = read_caption(row["caption"])
+            told = as_heard(told) if modality == "audio" else told
+            assert set(told) == set(ATTRIBUTES[modality])
+
+
+def test_no_held_out_pair_and_no_held_out_wording_in_training_files(world: Path) -> None:
+    held_out = [CAPTIONS, questions.TOPICS, vars(questions), vars(phrasing)]
+    templates = {text for place in held_out for w in wordings(place) for text in w.held_out}
+    assert len(templates) > 40
+    patterns = [
+        re.compile(r"\w[\w ,-]*".join(map(re.escape, re.split(r"{\w+}", text))) + "$", re.I)
+        for text in templates
+    ]
+    for file in [*world.glob("*_data/**/*.json")]:
+        for text in set(texts(rows(world, str(file.relative_to(world))))):
+            told = read_caption(text)
+            assert (told.get("shape"), told.get("colour")) not in HELD_OUT_PAIRS, text
+            bare = re.sub(r"\s*<\w+>\s*", "", text)
+            assert not any(pattern.match(bare) for pattern in patterns), text
+
+
+def wordings(value: object) -> Iterator[Wording]:
+    """Every wording within dictionaries, tuples and topics."""
+    if isinstance(value, Wording):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from wordings(item)
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from wordings(item)
+    elif isinstance(value, questions.Topic):
+        yield value.questions
+
+
+def test_all_cells_and_all_four_cases_open_dialogues(world: Path) -> None:
+    cells = set()
+    for row in rows(world, "IT_data/MosIT_data/mini_mosit/mini_mosit.json"):
+        human, gpt = row["conversation"][:2]
+        source = [medium["modality"] for medium in human["media"]] or ["text"]
+        cells.add((*source, "→", *[medium["modality"] for medium in gpt["media"]]))
+        assert 1 <= len(row["conversation"]) / 2 <= 4
+    for source in ("text", *MODALITIES):
+        assert (source, "→") in cells
+        assert {(source, "→", modality) for modality in MODALITIES} <= cells
+    assert ("image", "→", "image", "video") in cells
+    assert ("text", "→", "image", "video", "audio") in cells
+
+
+def test_an_answer_shows_what_was_asked_for_in_later_rounds() -> None:
+    album = Album("test", 0, dict.fromkeys(MODALITIES, 12))
+    for seed in range(150):
+        turns = dialogue("image", "image", 2, album, rng(seed))
+        asked = read_caption(turns[0]["value"])
+        shown = read_caption(turns[0]["media"][0]["caption"])
+        assert read_caption(turns[1]["media"][0]["caption"]) == shown | asked
+
+
+def test_held_out_dialogues_can_be_made_for_every_cell_and_case() -> None:
+    album = Album("test", 0, dict.fromkeys(MODALITIES, 12), split="held_out")
+    cells = [(source, goal) for source in (None, *MODALITIES) for goal in OUTPUTS]
+    for source, goal in [*cells, *((source, case) for case, source in CASE_INPUT.items())]:
+        for seed in range(10):
+            assert len(dialogue(source, goal, 3, album, rng(seed), "held_out")) == 6
+
+
+def test_examples_hold_the_four_cases_with_their_media(world: Path) -> None:
+    cases = rows(world, "examples/cases.json")
+    assert [case["name"] for case in cases] == list(CASE_INPUT)
+    for case in cases:
+        assert case["text"] and case["expects"][0] == "text"
+        for modality in MODALITIES:
+            assert case[modality] is None or (world / "examples" / case[modality]).is_file()
+
+
+def test_plain_talk_has_hundreds_of_different_questions() -> None:
+    pairs = plain_talk(rng(), 400)
+    assert len(pairs) == len({question for question, _ in pairs}) == 400
+    assert pairs == plain_talk(rng(), 400)
+    for question, answer in pairs:
+        if sum_ := re.fullmatch(r"What is (\d+) (plus|minus|times) (\d+)\?", question):
+            a, sign, b = sum_.groups()
+            result = {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}
+            assert answer.endswith(f" is {result[sign]}.")
+
+
+def test_writing_again_gives_the_same_files_and_is_skipped_when_there(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again"
+    write_world(again, seed=3, scale=SCALE, progress=False)
+    files = {path.relative_to(world): path.read_bytes() for path in world.rglob("*.*")}
+    assert files == {path.relative_to(again): path.read_bytes() for path in again.rglob("*.*")}
+    stamp = (again / "world.json").stat().st_mtime_ns
+    write_world(again, seed=3, scale=SCALE, progress=False)
+    assert (again / "world.json").stat().st_mtime_ns == stamp
+    assert "already" in capsys.readouterr().out
+
+
+def test_another_world_replaces_the_old_one_and_other_folders_are_refused(tmp_path: Path) -> None:
+    write_world(tmp_path / "world", seed=1, scale=0.01, progress=False)
+    write_world(tmp_path / "world", seed=2, scale=0.01, progress=False)
+    assert rows(tmp_path / "world", "world.json")["seed"] == 2
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("keep me")
+    with pytest.raises(InputError, match="no mini world"):
+        write_world(tmp_path / "mine", progress=False)
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "keep me"
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
