@@ -1,5 +1,6 @@
 """The decoders and the caption encoders against the diffusers pipelines they stand for."""
 
+import json
 import shutil
 import wave
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
 from config.errors import InputError
@@ -192,6 +194,26 @@ def test_caption_encoder_needs_nothing_but_tokenizer_and_text_encoder(tmp_path: 
         encoder.fingerprint()
         == CaptionEncoder("video", str(tiny_decoder("video")), CPU, torch.float16).fingerprint()
     )
+
+
+@pytest.mark.parametrize("modality", ["image", "audio"])
+def test_folders_in_the_published_layout_load_the_same(modality: Modality, tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    shutil.copytree(tiny_decoder(modality), folder)
+    tokenizer = folder / "tokenizer"
+    vocabulary = json.loads((tokenizer / "tokenizer.json").read_text())["model"]
+    (tokenizer / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
+    merges = [" ".join(pair) for pair in vocabulary["merges"]]
+    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    (tokenizer / "tokenizer.json").unlink()
+    weights = folder / "text_encoder" / "model.safetensors"
+    if modality == "image":
+        tensors = {f"text_model.{name}": t for name, t in load_file(weights).items()}
+        tensors["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    found = CaptionEncoder(modality, str(folder), CPU).encode(CAPTIONS)
+    expected = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU).encode(CAPTIONS)
+    assert torch.equal(found, expected)
 
 
 def test_names_that_the_hub_no_longer_has_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,83 @@
+"""The mini world's frozen parts: sizes that ship, shapes that the configuration expects."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_decoders import TINY
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from config.loader import load_config
+from conversation.parts import MODALITIES, Modality
+from mini_world.build_parts import part_builders
+from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder
+from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer, sample_captions
+from model.caption_encoders import CaptionEncoder
+from model.imagebind.loading import load_imagebind
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All parts but the language model, as the command builds them."""
+    out = tmp_path_factory.mktemp("parts")
+    for name, (folder, build) in part_builders(out, seed=0).items():
+        if name != "language_model":
+            build(folder)
+    return out
+
+
+def megabytes(folder: Path) -> float:
+    """Size of all files below."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+
+
+def test_parts_are_small_enough_to_ship(parts: Path) -> None:
+    assert all(megabytes(parts / FOLDERS[modality]) < 17 for modality in MODALITIES)
+    assert megabytes(parts / "imagebind_ckpt") < 10
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_caption_shapes_are_the_configurations(modality: Modality, parts: Path) -> None:
+    expected = load_config("mini").decoders[modality].caption_shape
+    assert list(CaptionEncoder(modality, str(parts / FOLDERS[modality]), CPU).shape) == expected
+
+
+def test_encoder_gives_features_of_the_configurations_width(parts: Path) -> None:
+    encoder = load_imagebind(parts / "imagebind_ckpt" / "mini")
+    assert encoder.config.output_dim == load_config("mini").encoder.width
+
+
+@pytest.mark.parametrize("make", [clip_tokenizer, roberta_tokenizer])
+def test_captions_fit_and_their_words_are_whole(make: type) -> None:
+    captions = sample_captions()
+    tokenizer = make(captions, MINI.text_tokens)
+    longest = max(len(ids) for ids in tokenizer(captions)["input_ids"])
+    assert longest <= MINI.text_tokens
+    words = sorted({word for caption in captions for word in caption.replace(",", "").split()})
+    split = [w for w in words if len(tokenizer.tokenize(w)) > 1 and "-" not in w]
+    assert not split
+
+
+def test_failed_build_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        build_mini_decoder("image", tmp_path / "x", 0, [None], TINY)  # type: ignore[list-item]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_language_model_talks_and_its_special_tokens_are_right(tmp_path: Path) -> None:
+    folder, convert = part_builders(tmp_path, seed=0)["language_model"]
+    convert(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [1, 2]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=20, do_sample=False)
+    text = tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+    assert text == "The capital of France is Paris.<|im_end|>"
