@@ -13,6 +13,7 @@ import torch
 
 from config.entry import run_entry
 from conversation.parts import MODALITIES
+from model.device import choose_device
 from training.embed_captions import embed_captions
 
 
@@ -24,15 +25,14 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the .npy files")
     parser.add_argument("model", help="the decoder: a diffusers folder or a hub name")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--dtype", choices=["float16", "bfloat16", "float32"])
+    parser.add_argument("--dtype", choices=["float16", "float32"])
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
     embed_captions(
         arguments.captions,
         arguments.modality,
         arguments.out,
         arguments.model,
-        device=torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"),
+        device=choose_device(),
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         batch_size=arguments.batch_size,
         rank=int(os.environ.get("RANK", 0)),

@@ -1,7 +1,7 @@
 """Computes the caption embeddings of an annotation file ahead of training (stages 2 and 3).
 
 Only the decoder's tokenizer and text encoder are loaded. Several ranks, as `torchrun` or
-`deepspeed` start them, each take their share and need not talk to each other. About 2 ms a
+`deepspeed` start them, each take their share and need not talk to each other. About 1 ms a
 caption for the mini parts on two cores.
 """
 
