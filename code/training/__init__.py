@@ -1,1 +1,1 @@
-"""How a stage is trained, and what is computed ahead of it."""
+"""Training: samples and features made ready, the DeepSpeed agent, the loop, exact resume."""

@@ -1,0 +1,41 @@
+"""Where and in which precision the model runs: chosen once, at the start."""
+
+import os
+from typing import Literal
+
+import torch
+
+from config.errors import InputError
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of frozen weights and matrix products.
+
+    `auto` is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU.
+
+    Raises:
+        InputError: fp16 on a CPU, or bf16 on a GPU that lacks it.
+    """
+    on_gpu = device.type == "cuda"
+    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bf16()
+    if precision == "auto":
+        return torch.bfloat16 if has_bf16 else torch.float16 if on_gpu else torch.float32
+    if precision == "fp16" and not on_gpu:
+        raise InputError("training.precision fp16 needs a GPU: set it to auto, fp32 or bf16")
+    if precision == "bf16" and on_gpu and not has_bf16:
+        raise InputError("this GPU has no bf16: set training.precision to auto or fp16")
+    return _DTYPES[precision]
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()

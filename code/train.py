@@ -1,0 +1,47 @@
+"""Trains one stage: `bash scripts/train.sh --stage N`, which starts this with DeepSpeed."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from config.entry import run_entry
+from config.loader import STAGES, load_config
+from training.loop import STOPPED_BY_SIGNAL, RunOptions, Trainer
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; paths count from the current folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", type=int, choices=STAGES, required=True)
+    parser.add_argument("--config", default="mini", help="mini, 7b, or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--save_path", type=Path, help="folder of the tuned parameters")
+    parser.add_argument("--log_path", type=Path, help="folder of the logs")
+    parser.add_argument("--init-from", type=Path, help="delta to start from, file or folder")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    parser.add_argument("--restart", action="store_true", help="drop an unfinished run")
+    parser.add_argument("--model", choices=["nextgpt"], default="nextgpt")
+    parser.add_argument("--local_rank", type=int, help="given by the launcher")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train the stage; exit code 143 when a signal ended it early."""
+    arguments = parse_arguments()
+    overrides = list(arguments.set)
+    if arguments.save_path:
+        overrides.append(f"save_path={arguments.save_path.resolve()}")
+    config = load_config(arguments.config, arguments.stage, overrides)
+    options = RunOptions(
+        arguments.stage,
+        arguments.init_from and arguments.init_from.resolve(),
+        arguments.resume,
+        arguments.restart,
+        arguments.log_path and arguments.log_path.resolve(),
+    )
+    if not Trainer(config, options).train():
+        sys.exit(STOPPED_BY_SIGNAL)
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,293 @@
+"""The DeepSpeed agent: one optimizer step over all processes, exact saves and loads.
+
+DeepSpeed's JSON says how the optimizer is spread (ZeRO stage, offload). Batch size, precision,
+clipping, optimizer and schedule come from the run. What trains is float32; the frozen language
+model and the matrix products are in the run's precision (autocast).
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+
+from config.errors import InputError
+from config.loader import project_path
+from config.schema import TrainingConfig
+from conversation.batch import Batch
+from conversation.parts import MODALITIES, Modality
+from model.nextgpt import Losses, NextGPT
+from model.parts import part_of, tuned_parameters
+
+_FILLED_IN = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
+)  # fmt: skip
+_STATE = "state"  # DeepSpeed's tag: the folder with its files inside a checkpoint
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """What one optimizer step reads over all processes."""
+
+    tokens: int
+    runs: dict[Modality, int]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses of one step, averaged over all processes' tokens and runs, before the update."""
+
+    loss: float
+    text_loss: float
+    alignment: dict[Modality, float]
+    learning_rate: float
+    gradient_norm: float | None
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Join the processes that the launcher started; this one's rank and how many there are."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, alone)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+    )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value summed over all processes."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def micro_batch_size(training: TrainingConfig, world: int) -> int:
+    """Samples a forward pass: the largest divisor of a process's share up to the configured size.
+
+    Raises:
+        InputError: the global batch cannot be shared equally.
+    """
+    share, rest = divmod(training.global_batch_size, world)
+    if rest:
+        raise InputError(
+            f"training.global_batch_size {training.global_batch_size} cannot be shared equally by "
+            f"{world} processes: set it to a multiple of them"
+        )
+    return max(n for n in range(1, share + 1) if share % n == 0 and n <= training.micro_batch_size)
+
+
+class Agent:
+    """The model in DeepSpeed's hands.
+
+    Args:
+        model: with `requires_grad` set on what trains.
+        training: the stage's configuration.
+        steps: optimizer steps of the whole run, for the schedule.
+        device, dtype: where and in which precision.
+    """
+
+    def __init__(
+        self,
+        model: NextGPT,
+        training: TrainingConfig,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.training = training
+        self.device = device
+        self.world = dist.get_world_size()
+        self.micro_batch_size = micro_batch_size(training, self.world)
+        self.accumulation = training.global_batch_size // self.world // self.micro_batch_size
+        self.has_loss_scale = dtype == torch.float16
+        self._bad_gradients = torch.zeros((), device=device)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(self._note_bad_gradient)
+        settings = self._settings(dtype)
+        optimizer = _optimizer(model, training, offloaded=_offloads(settings), device=device)
+        self.engine, _, _, self.schedule = deepspeed.initialize(
+            model=model.to(device),
+            optimizer=optimizer,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            lr_scheduler=lambda inner: LambdaLR(inner, _schedule(steps, training.warmup)),
+            config=settings,
+        )
+
+    @property
+    def model(self) -> NextGPT:
+        """The model itself."""
+        return self.engine.module
+
+    def step(self, batches: list[Batch], counts: StepCounts) -> StepResult:
+        """One optimizer step over this process's `batches`; `counts` are those of all processes.
+
+        Raises:
+            InputError: a loss or gradient is not finite; nothing was updated.
+        """
+        self.engine.train()
+        self._bad_gradients.zero_()
+        sums = [0.0] * (1 + len(MODALITIES))
+        for index, batch in enumerate(batches):
+            losses: Losses = self.engine(batch)
+            self.engine.backward(self._share_of_loss(losses, counts))
+            parts = [losses.text, *(losses.alignment.get(m, 0.0) for m in MODALITIES)]
+            sums = [total + float(part) for total, part in zip(sums, parts, strict=True)]
+            if index + 1 == len(batches):
+                sums = self._checked_sums(sums)
+            self.engine.step()
+        return self._result(sums, counts)
+
+    def save(self, folder: Path) -> None:
+        """Write this process's part of the exact state into `folder`; all processes take part."""
+        self.engine.save_checkpoint(
+            str(folder), tag=_STATE, exclude_frozen_parameters=True, save_latest=False
+        )
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        save_file(random, folder / f"random_{dist.get_rank()}.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Take up the state that `save` wrote.
+
+        Raises:
+            InputError: it is not of this model and these processes.
+        """
+        path, _ = self.engine.load_checkpoint(
+            str(folder), tag=_STATE, custom_load_fn=_load_what_trains
+        )
+        if path is None:
+            raise InputError(f"{folder} cannot be read: remove it to resume from an older one")
+        random = load_file(folder / f"random_{dist.get_rank()}.safetensors")
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def tuned_tensors(self, *, own_vocabulary: bool) -> dict[str, torch.Tensor]:
+        """The tuned parameters by name, on the CPU in float32; all processes take part."""
+        tuned = dict(tuned_parameters(self.model, own_vocabulary=own_vocabulary))
+        with deepspeed.zero.GatheredParameters(list(tuned.values())):
+            return {name: p.detach().float().cpu().clone() for name, p in tuned.items()}
+
+    def _share_of_loss(self, losses: Losses, counts: StepCounts) -> torch.Tensor:
+        """This micro batch's part of the mean over all tokens and runs of the step.
+
+        DeepSpeed will average over processes and micro batches; the factor undoes it.
+        """
+        loss = losses.text / max(counts.tokens, 1)
+        for modality, distance in losses.alignment.items():
+            weight = self.training.alignment_weights[modality]
+            loss = loss + weight * distance / counts.runs[modality]
+        return loss * self.world * self.accumulation + losses.unused
+
+    def _checked_sums(self, sums: list[float]) -> list[float]:
+        *totals, bad = sum_over_processes([*sums, float(self._bad_gradients)], self.device)
+        if not all(math.isfinite(total) for total in totals):
+            raise InputError("the loss is not finite: lower the learning rate or look at the data")
+        if bad and not self.has_loss_scale:  # a loss scale meets overflows, and skips those steps
+            raise InputError("a gradient is not finite: lower the learning rate or the precision")
+        return totals
+
+    def _note_bad_gradient(self, gradient: torch.Tensor) -> None:
+        self._bad_gradients += (~torch.isfinite(gradient.sum())).float()
+
+    def _result(self, sums: list[float], counts: StepCounts) -> StepResult:
+        text_loss = sums[0] / max(counts.tokens, 1)
+        alignment = {
+            modality: total / counts.runs[modality]
+            for modality, total in zip(MODALITIES, sums[1:], strict=True)
+            if counts.runs[modality]
+        }
+        weights = self.training.alignment_weights
+        loss = text_loss + sum(weights[m] * value for m, value in alignment.items())
+        norm = self.engine.get_global_grad_norm()
+        rate = self.schedule.get_last_lr()[0]
+        return StepResult(loss, text_loss, alignment, rate, None if norm is None else float(norm))
+
+    def _settings(self, dtype: torch.dtype) -> dict:
+        """DeepSpeed's JSON with the run's figures filled in."""
+        path = project_path(self.training.deepspeed)
+        try:
+            settings = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise InputError(f"training.deepspeed: {path} cannot be read: {error}") from error
+        if written := [key for key in _FILLED_IN if key in settings]:
+            raise InputError(f"{path}: {', '.join(written)} come from the run, remove them here")
+        if self.device.type == "cpu":  # the optimizer is on the CPU already
+            settings.get("zero_optimization", {}).pop("offload_optimizer", None)
+            settings.get("zero_optimization", {}).pop("offload_param", None)
+        return settings | {
+            "train_batch_size": self.training.global_batch_size,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.training.gradient_clipping,
+            "steps_per_print": 2**31,
+            "torch_autocast": {
+                "enabled": dtype != torch.float32,
+                "dtype": str(dtype).removeprefix("torch."),
+            },
+        }
+
+
+def _load_what_trains(src: dict[str, torch.Tensor], dst: NextGPT) -> None:
+    """Load the saved parameters; what is not saved must be what is frozen, and nothing else."""
+    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    if wrong := (set(missing) - frozen) | set(unexpected):
+        raise InputError(f"the checkpoint is another model's: {', '.join(sorted(wrong))}")
+
+
+def _offloads(settings: dict) -> bool:
+    return "offload_optimizer" in settings.get("zero_optimization", {})
+
+
+def _optimizer(
+    model: NextGPT, training: TrainingConfig, *, offloaded: bool, device: torch.device
+) -> torch.optim.Optimizer:
+    """Adam with decoupled weight decay (what DeepSpeed's `Adam` is), one group a part."""
+    groups: dict[str, list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault(part_of(name), []).append(parameter)
+    arguments = {
+        "betas": training.betas,
+        "eps": training.epsilon,
+        "weight_decay": training.weight_decay,
+    }
+    rates = [
+        {"params": parameters, "lr": training.learning_rates.get(part, training.learning_rate)}
+        for part, parameters in groups.items()
+    ]
+    if offloaded:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(rates, **arguments)
+    return torch.optim.AdamW(rates, fused=device.type == "cuda", **arguments)
+
+
+def _schedule(steps: int, warmup: float) -> Callable[[int], float]:
+    """Factor of the peak rate at each step: linear to 1 over the warm-up, then linear to 0."""
+    rising = max(1, round(warmup * steps))
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return max(0.0, (steps - step) / max(1, steps - rising))
+
+    return factor

@@ -1,0 +1,82 @@
+"""What a batch still lacks: features of media seen for the first time, captions encoded online.
+
+The frozen encoders live outside the model and are loaded when the first batch needs them: a run
+whose features are all in the cache never loads ImageBind.
+"""
+
+from functools import cached_property
+import torch
+
+from config.loader import project_path
+from config.schema import Config
+from conversation.batch import Batch
+from conversation.parts import MODALITIES, Modality
+from dataset.feature_cache import FeatureCache
+from model.build import resolve_model_path
+from model.caption_encoders import CaptionEncoder
+from model.imagebind import ImageBind, fingerprint, load_imagebind
+from training.samples import ReadyBatch
+
+
+class FeatureCaches:
+    """One feature cache for each modality: a video file's sound is another feature than its frames.
+
+    Opened on first use: a stage that reads no media does without the encoder.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._caches: dict[Modality, FeatureCache] = {}
+
+    def __getitem__(self, modality: Modality) -> FeatureCache:
+        """The cache of `modality`.
+
+        Raises:
+            InputError: the encoder is not there.
+        """
+        if modality not in self._caches:
+            encoder = fingerprint(project_path(self.config.encoder.path))
+            folder = project_path(self.config.data.cache)
+            name = f"{encoder}-{modality}"
+            self._caches[modality] = FeatureCache(folder, name, self.config.encoder.width)
+        return self._caches[modality]
+
+
+class BatchCompleter:
+    """Computes what a ready batch lacks, and keeps the features for the next time."""
+
+    def __init__(
+        self, config: Config, caches: FeatureCaches, device: torch.device
+    ) -> None:
+        self.config = config
+        self.caches = caches
+        self.device = device
+        self._caption_encoders: dict[Modality, CaptionEncoder] = {}
+
+    @cached_property
+    def encoder(self) -> ImageBind:
+        """ImageBind, loaded on first use."""
+        return load_imagebind(project_path(self.config.encoder.path)).to(self.device)
+
+    @torch.no_grad()
+    def complete(self, ready: ReadyBatch) -> Batch:
+        """The batch on the device, with all its features and captions."""
+        batch = ready.batch.to(self.device)
+        for modality in MODALITIES:
+            pending = [item for item in ready.views if item[1].modality == modality]
+            if not pending:
+                continue
+            views = torch.stack([views for _, _, views in pending]).to(self.device)
+            features = self.encoder.encode(modality, views).float()  # (media, E)
+            batch.features[[slot for slot, _, _ in pending]] = features
+            paths = [medium.path for _, medium, _ in pending]
+            self.caches[modality].put_many(zip(paths, features.cpu().numpy(), strict=True))
+        for modality, texts in ready.texts.items():
+            batch.captions[modality] = self._caption_encoder(modality).encode(texts).float()
+        return batch
+
+    def _caption_encoder(self, modality: Modality) -> CaptionEncoder:
+        if modality not in self._caption_encoders:
+            path = resolve_model_path(self.config.decoders[modality].path)
+            self._caption_encoders[modality] = CaptionEncoder(modality, path, self.device)
+        return self._caption_encoders[modality]

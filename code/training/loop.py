@@ -1,0 +1,229 @@
+"""A stage's training from its configuration to its delta.
+
+Reads as a story: data, model, what trains, predecessor, agent, steps, delta.
+"""
+
+import itertools
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from config.errors import InputError
+from config.loader import project_path
+from config.schema import Config, Part
+from conversation.parts import MODALITIES
+from dataset.catalog import resolve_entry
+from dataset.conversations import ConversationDataset
+from dataset.sampler import BatchPlan
+from model.build import build_conversation_encoder, build_model
+from model.delta import Delta, carried_over, load_delta, read_delta
+from model.device import choose_device, choose_dtype
+from model.nextgpt import NextGPT
+from model.parts import format_parts_table, parts_table, set_trainable
+from training.agent import Agent, StepCounts, start_processes, sum_over_processes
+from training.features import BatchCompleter, FeatureCaches
+from training.progress import Progress
+from training.run_folder import RunFolder, read_run
+from training.samples import ReadyBatch, ReadySamples, load_batches, micro_batches
+
+# What the stages before have trained, and a stage's predecessor must therefore bring.
+_TRAINED_BEFORE: dict[int, set[Part]] = {
+    1: set(),
+    2: {"input_projection", "vocabulary"},
+    3: {"input_projection", "output_projections", "vocabulary"},
+}
+STOPPED_BY_SIGNAL = 143
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says beside the configuration.
+
+    Attributes:
+        stage: 1, 2 or 3.
+        init_from: the delta to start from; none: the predecessor's, or, in stage 1, none.
+        resume: go on with an unfinished run.
+        restart: drop an unfinished run.
+        log_path: folder of the logs; none: `log` in the stage's folder.
+    """
+
+    stage: int
+    init_from: Path | None = None
+    resume: bool = False
+    restart: bool = False
+    log_path: Path | None = None
+
+
+class Trainer:
+    """One stage's training in one of its processes."""
+
+    def __init__(self, config: Config, options: RunOptions) -> None:
+        self.config = config
+        self.options = options
+        self.device = choose_device()
+        self.dtype = choose_dtype(config.training.precision, self.device)
+        self.rank, self.world = start_processes(self.device)
+        self._stop = False
+
+    def train(self) -> bool:
+        """Train the stage to its end; whether it got there, or was told to stop before."""
+        config, training = self.config, self.config.training
+        folder = RunFolder(
+            project_path(config.save_path) / f"stage_{self.options.stage}",
+            self.options.stage,
+            config,
+        )
+        checkpoint = folder.begin(resume=self.options.resume, restart=self.options.restart)
+        if self.options.resume and checkpoint is None and folder.delta.is_file():
+            self.say(f"{folder.path} is finished: {folder.delta}")
+            return True
+
+        samples = self.open_samples()
+        sizes = samples.conversations.sizes
+        plan = BatchPlan(sizes, training.global_batch_size, config.data.batching, training.seed)
+        steps = min(plan.steps_per_epoch * training.epochs, training.max_steps or 2**62)
+        self.say(f"{steps} steps of {training.global_batch_size} samples out of {sizes}")
+
+        torch.manual_seed(training.seed)
+        delta = self.read_predecessor()
+        model = self.make_model(delta)
+        carried = carried_over(model, delta) if delta else {}
+        own_vocabulary = config.language_model.train_vocabulary == "all" or bool(
+            delta and delta.holds_own_vocabulary
+        )
+        vocabulary_size = model.language_model.config.vocab_size
+        agent = Agent(model, training, steps, self.device, self.dtype)
+
+        first_step, counted = 0, {"samples": 0, "skipped": 0, "cut_tokens": 0}
+        if checkpoint is not None:
+            agent.load(checkpoint)
+            run = read_run(checkpoint)
+            first_step, counted = run["step"], run["counted"]
+            self.say(f"resumed after step {first_step} from {checkpoint}")
+        elif self.rank == 0:
+            folder.clear()
+        progress = Progress(
+            self.options.log_path or folder.path / "log", self.rank, first_step, steps, counted
+        )
+        if not self.take_steps(agent, samples, plan, folder, progress, first_step, steps):
+            return False
+        tensors = agent.tuned_tensors(own_vocabulary=own_vocabulary)
+        if self.rank == 0:
+            folder.finish(carried | tensors, vocabulary_size)
+        self.say(f"stage {self.options.stage} is finished: {folder.delta}")
+        return True
+
+    def take_steps(
+        self,
+        agent: Agent,
+        samples: ReadySamples,
+        plan: BatchPlan,
+        folder: RunFolder,
+        progress: Progress,
+        first_step: int,
+        steps: int,
+    ) -> bool:
+        """The steps from `first_step` on; False if a signal ended them, after a save."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        order = micro_batches(
+            plan, first_step, steps, self.rank, self.world, agent.micro_batch_size
+        )
+        batches = load_batches(samples, order, self.config.encoder.width, self.config.data.workers)
+        completer = BatchCompleter(self.config, samples.caches, self.device)
+        for step in range(first_step + 1, steps + 1):
+            ready = list(itertools.islice(batches, agent.accumulation))
+            counts, stopped = self.count(ready, progress)
+            if stopped:
+                folder.save(agent, step - 1, progress.counted)
+                progress.close()
+                self.say(f"stopped after step {step - 1}; go on with --resume")
+                return False
+            result = agent.step([completer.complete(one) for one in ready], counts)
+            progress.report(step, result, counts)
+            if step % self.config.training.save_every == 0 and step < steps:
+                folder.save(agent, step, progress.counted)
+        progress.close()
+        return True
+
+    def count(self, ready: list[ReadyBatch], progress: Progress) -> tuple[StepCounts, bool]:
+        """What all processes read in this step, and whether one of them was told to stop."""
+        mine = [0] * len(MODALITIES)
+        for one in ready:
+            for index, modality in enumerate(MODALITIES):
+                mine[index] += len(one.batch.runs.get(modality, ()))
+            progress.list_skipped(one.skipped)
+        totals = sum_over_processes(
+            [
+                *mine,
+                sum(one.target_tokens for one in ready),
+                sum(one.samples for one in ready),
+                sum(len(one.skipped) for one in ready),
+                sum(one.cut_tokens for one in ready),
+                self._stop,
+            ],
+            self.device,
+        )
+        *runs, tokens, samples, skipped, cut_tokens, stopped = (int(total) for total in totals)
+        if not stopped:
+            progress.count(samples, skipped, cut_tokens)
+        return StepCounts(tokens, dict(zip(MODALITIES, runs, strict=True))), bool(stopped)
+
+    def open_samples(self) -> ReadySamples:
+        """The stage's data sets, their features and their caption embeddings."""
+        data = self.config.data
+        if not data.datasets:
+            raise InputError("data.datasets is empty: name data sets of dataset/catalog.py")
+        embeddings = project_path(data.embeddings)
+        sources = [
+            resolve_entry(name, project_path(data.root), embeddings) for name in data.datasets
+        ]
+        shapes = None
+        if data.caption_embeddings == "precomputed":
+            shapes = {m: tuple(d.caption_shape) for m, d in self.config.decoders.items()}
+        return ReadySamples(
+            ConversationDataset(sources, project_path(data.cache)),
+            build_conversation_encoder(self.config),
+            data.max_length,
+            FeatureCaches(self.config),
+            shapes,
+        )
+
+    def read_predecessor(self) -> Delta | None:
+        """The delta that this stage starts from."""
+        path = self.options.init_from
+        if path is None and self.options.stage > 1:
+            path = project_path(self.config.save_path) / f"stage_{self.options.stage - 1}"
+        return None if path is None else read_delta(path)
+
+    def make_model(self, delta: Delta | None) -> NextGPT:
+        """The model with what trains set free and the predecessor's parameters in it."""
+        training = self.config.training
+        model = build_model(
+            self.config,
+            self.dtype,
+            lora="lora" in training.trains,
+            output_projections="output_projections" in training.trains,
+        )
+        if delta is not None:
+            self.say(f"starting from {delta.source}")
+            for line in load_delta(model, delta, _TRAINED_BEFORE[self.options.stage]):
+                self.say(f"  {line}")
+        whole = self.config.language_model.train_vocabulary == "all"
+        set_trainable(model, training.trains, own_vocabulary=whole)
+        if training.activation_checkpointing:
+            model.language_model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        self.say(format_parts_table(parts_table(model)))
+        return model
+
+    def say(self, text: str) -> None:
+        """Print, once for all processes."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def _on_signal(self, *_: object) -> None:
+        self._stop = True

@@ -1,0 +1,147 @@
+"""A stage's folder: resumable checkpoints, the final delta, and what it was trained with.
+
+    stage_N/delta.safetensors   the tuned parameters
+    stage_N/config.yaml         the configuration
+    stage_N/checkpoints/step_*  exact states to resume from; gone once the stage is finished
+
+A checkpoint is written aside and renamed when all processes are done: whatever is called `step_*`
+is whole. Killed in the middle of a save, a run goes on from the one before.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+
+from config.atomic import written_aside
+from config.errors import InputError
+from config.schema import Config
+from model.delta import DELTA_FILE, Tensors, write_delta
+from training.agent import Agent
+
+# What may differ between a run and its resumption without changing what it computes.
+_MAY_DIFFER = {
+    "data": {"workers", "root", "embeddings", "cache"},
+    "training": {"save_every", "keep_checkpoints"},
+}
+
+
+class RunFolder:
+    """One stage's folder, as one process sees it.
+
+    Args:
+        path: the folder.
+        stage: 1, 2 or 3.
+        config: of this run.
+    """
+
+    def __init__(self, path: Path, stage: int, config: Config) -> None:
+        self.path = path
+        self.stage = stage
+        self.config = config
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def delta(self) -> Path:
+        """The file of the tuned parameters."""
+        return self.path / DELTA_FILE
+
+    def newest(self) -> Path | None:
+        """The newest whole checkpoint."""
+        found = sorted(self.checkpoints.glob("step_*"), key=_step_of)
+        return found[-1] if found else None
+
+    def begin(self, *, resume: bool, restart: bool) -> Path | None:
+        """The checkpoint to go on from, or none for a new run.
+
+        Raises:
+            InputError: an unfinished run is there and it is not said what becomes of it, or it
+                was configured otherwise.
+        """
+        newest = self.newest()
+        if newest is not None and not resume and not restart:
+            raise InputError(
+                f"{self.path} holds an unfinished run (at {newest.name}): give --resume to go on "
+                "with it or --restart to begin anew"
+            )
+        if newest is None or restart:
+            return None
+        saved = json.loads((newest / "run.json").read_text())
+        if saved["world"] != dist.get_world_size():
+            raise InputError(
+                f"{newest} was saved by {saved['world']} processes, these are "
+                f"{dist.get_world_size()}: start as many, or --restart"
+            )
+        if different := _differences(saved["config"], self.config.model_dump(mode="json")):
+            raise InputError(
+                f"{newest} was trained with another configuration ({', '.join(different)}): give "
+                "the same to resume exactly, or --restart"
+            )
+        return newest
+
+    def clear(self) -> None:
+        """Remove what an earlier run left: its checkpoints, and saves that were cut short."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def save(self, agent: Agent, step: int, counted: dict[str, int]) -> None:
+        """Save the exact state after `step` steps; all processes take part.
+
+        Raises:
+            InputError: the disk is full; the checkpoint before is still there.
+        """
+        final = self.checkpoints / f"step_{step:06d}"
+        aside = self.checkpoints / f".step_{step:06d}.partial"
+        first = dist.get_rank() == 0
+        if first:
+            shutil.rmtree(aside, ignore_errors=True)
+        dist.barrier()
+        try:
+            aside.mkdir(parents=True, exist_ok=True)
+            agent.save(aside)
+            if first:
+                run = {"step": step, "world": dist.get_world_size(), "counted": counted}
+                run["config"] = self.config.model_dump(mode="json")
+                (aside / "run.json").write_text(json.dumps(run, indent=1))
+        except (OSError, RuntimeError) as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise InputError(f"could not save {final} (is the disk full?): {error}") from error
+        dist.barrier()
+        if first:
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+            kept = self.config.training.keep_checkpoints
+            for old in sorted(self.checkpoints.glob("step_*"), key=_step_of)[:-kept]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def finish(self, tensors: Tensors, vocabulary_size: int) -> None:
+        """Write the delta and its configuration, then drop the checkpoints; one process does."""
+        write_delta(tensors, vocabulary_size, self.delta)
+        with written_aside(self.path / "config.yaml") as aside:
+            content = {"stage": self.stage, **self.config.model_dump(mode="json")}
+            aside.write_text(yaml.safe_dump(content, sort_keys=False))
+        self.clear()
+
+
+def read_run(checkpoint: Path) -> dict:
+    """What `save` noted: `step`, `world`, `counted`, `config`."""
+    return json.loads((checkpoint / "run.json").read_text())
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+    different = []
+    for key in saved.keys() | now.keys():
+        if key in _MAY_DIFFER.get(prefix.rstrip("."), set()):
+            continue
+        old, new = saved.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            different += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            different.append(f"{prefix}{key}: {old} there, {new} now")
+    return sorted(different)

@@ -1,0 +1,204 @@
+"""Samples made ready for the model: encoded, their media decoded or taken from the cache.
+
+Runs in the loader's processes. A sample that is broken gives way to the next row of its data set,
+so that batches stay full and the order stays a function of seed and epoch; what was skipped
+travels with the batch to be counted and listed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from config.errors import InputError, MediaError
+from conversation.batch import Batch, locate_runs, pad_conversations
+from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
+from conversation.parts import Media, Modality
+from dataset.caption_embeddings import read_embedding
+from dataset.conversations import ConversationDataset
+from dataset.feature_cache import FeatureCache
+from dataset.media import load_views
+from dataset.sampler import BatchPlan, Sample, share
+
+CaptionShapes = dict[Modality, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A sample that was left out, and why."""
+
+    dataset: str
+    row: int
+    reason: str
+
+
+@dataclass
+class ReadySample:
+    """One conversation with what its media need.
+
+    Attributes:
+        encoded: ids, targets, slots and runs.
+        features: by slot, the feature (E,) or, where the cache has none, the decoded views.
+        captions: by aligned run, the embedding or, online, nothing yet.
+        skipped: the samples that this one stands in for.
+    """
+
+    encoded: EncodedConversation
+    features: list[np.ndarray | torch.Tensor]
+    captions: dict[Media, torch.Tensor]
+    skipped: list[Skipped]
+
+
+@dataclass
+class ReadyBatch:
+    """A micro batch, and what is still to be computed for it.
+
+    Attributes:
+        batch: its features hold zeros where `views` has an entry.
+        views: (slot, medium, decoded views) still to be encoded.
+        texts: by modality the captions still to be encoded, in the order of the runs.
+        samples: how many conversations.
+        cut_tokens: text tokens that truncation left out.
+        skipped: samples that others stand in for.
+    """
+
+    batch: Batch
+    views: list[tuple[int, Media, torch.Tensor]] = field(default_factory=list)
+    texts: dict[Modality, list[str]] = field(default_factory=dict)
+    samples: int = 0
+    cut_tokens: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def target_tokens(self) -> int:
+        """How many positions have a text loss."""
+        return int((self.batch.targets[:, 1:] != IGNORE).sum())
+
+
+class ReadySamples(Dataset[ReadySample]):
+    """Map-style: `ready[name, row]` is that sample, or the next one of its data set that is whole.
+
+    Args:
+        conversations: the data sets.
+        encoder: of conversations.
+        max_length: tokens a conversation.
+        caches: by modality, the features that are known already; `caches[modality]` is all it asks.
+        caption_shapes: of the precomputed embeddings; none where captions are encoded online.
+    """
+
+    def __init__(
+        self,
+        conversations: ConversationDataset,
+        encoder: ConversationEncoder,
+        max_length: int,
+        caches: Mapping[Modality, FeatureCache],
+        caption_shapes: CaptionShapes | None,
+    ) -> None:
+        self.conversations = conversations
+        self.encoder = encoder
+        self.max_length = max_length
+        self.caches = caches
+        self.caption_shapes = caption_shapes
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def __getitem__(self, key: Sample) -> ReadySample:
+        """The sample at (data set, row), ready.
+
+        Raises:
+            InputError: no sample of the data set is whole.
+        """
+        name, first_row = key
+        size = self.conversations.sizes[name]
+        skipped: list[Skipped] = []
+        for offset in range(size):
+            row = (first_row + offset) % size
+            try:
+                return self._prepare(name, row, skipped)
+            except MediaError as error:
+                skipped.append(Skipped(name, row, str(error)))
+        raise InputError(f"no sample of {name} can be used; the last: {skipped[-1].reason}")
+
+    def _prepare(self, name: str, row: int, skipped: list[Skipped]) -> ReadySample:
+        encoded = self.encoder.encode(self.conversations[name, row], self.max_length)
+        features = [self._feature(medium) for _, medium in encoded.slots]
+        captions = {}
+        if self.caption_shapes is not None:
+            for _, medium in encoded.runs:
+                if medium.embedding:
+                    shape = self.caption_shapes[medium.modality]
+                    captions[medium] = read_embedding(Path(medium.embedding), shape)
+        return ReadySample(encoded, features, captions, skipped)
+
+    def _feature(self, medium: Media) -> np.ndarray | torch.Tensor:
+        known = self.caches[medium.modality].get(medium.path)
+        return known if known is not None else load_views(medium.modality, medium.path)
+
+
+def collate(samples: Sequence[ReadySample], pad_id: int, feature_width: int) -> ReadyBatch:
+    """The micro batch of `samples`."""
+    encoded = [sample.encoded for sample in samples]
+    ready = ReadyBatch(pad_conversations(encoded, pad_id), samples=len(samples))
+    ready.cut_tokens = sum(one.cut_tokens for one in encoded)
+    ready.skipped = [skipped for sample in samples for skipped in sample.skipped]
+
+    ready.batch.features = torch.zeros(len(ready.batch.slots), feature_width)
+    slots = [
+        (medium, feature)
+        for sample in samples
+        for (_, medium), feature in zip(sample.encoded.slots, sample.features, strict=True)
+    ]
+    for index, (medium, feature) in enumerate(slots):
+        if isinstance(feature, torch.Tensor):
+            ready.views.append((index, medium, feature))
+        else:
+            ready.batch.features[index] = torch.from_numpy(feature)
+
+    for modality, runs in locate_runs(encoded, aligned_only=True).items():
+        ready.batch.runs[modality] = torch.tensor([[row, position] for row, position, _ in runs])
+        known = [samples[row].captions.get(medium) for row, _, medium in runs]
+        if any(caption is None for caption in known):
+            ready.texts[modality] = [medium.caption for _, _, medium in runs]
+        else:
+            ready.batch.captions[modality] = torch.stack(known)
+    return ready
+
+
+def micro_batches(
+    plan: BatchPlan, first_step: int, steps: int, rank: int, world: int, size: int
+) -> Iterator[list[Sample]]:
+    """This process's micro batches of `size` samples, from global batch `first_step` to `steps`."""
+    step = first_step
+    while step < steps:
+        epoch, start = divmod(step, plan.steps_per_epoch)
+        for global_batch in plan.batches(epoch, start):
+            mine = share(global_batch, rank, world)
+            yield from (mine[i : i + size] for i in range(0, len(mine), size))
+            step += 1
+            if step == steps:
+                return
+
+
+def load_batches(
+    samples: ReadySamples, order: Iterator[list[Sample]], feature_width: int, workers: int
+) -> Iterator[ReadyBatch]:
+    """The micro batches in `order`, made ready by `workers` processes ahead of their use.
+
+    The loader draws its seeds from a generator of its own: the global random state, on which exact
+    resume rests, does not depend on when the loader started.
+    """
+    pad_id = samples.encoder.tokenizer.eos_token_id
+    return iter(
+        DataLoader(
+            samples,
+            batch_sampler=order,
+            num_workers=workers,
+            collate_fn=partial(collate, pad_id=pad_id, feature_width=feature_width),
+            generator=torch.Generator(),
+        )
+    )

