@@ -1,0 +1,1 @@
+"""Chat: the system loaded once, then turn in, turn out; its history as a file."""

@@ -1,0 +1,119 @@
+"""Answers requests one after another: words to the screen, media and history into a folder.
+
+The model is loaded once. An answer's files are written when all of it is there: first the media,
+then `history.json`, with which the next call can go on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from chat.assistant import Answer, Assistant, Progress
+from chat.history import write_history
+from chat.options import ChatOptions
+from chat.requests import Request
+from config.errors import InputError
+from config.loader import project_path
+from config.schema import Config
+from conversation.parts import Conversation, Media, Modality, Part, Turn
+from model.delta import DELTA_FILE
+from model.media_files import SUFFIXES, save_medium
+
+HISTORY_FILE = "history.json"
+
+
+def find_delta(config: Config) -> Path:
+    """The tuned parameters of the last stage, or, with a word, those in the system's own folder."""
+    own = project_path(config.save_path)
+    last = own / "stage_3"
+    if not last.exists() and any(
+        (own / name).is_file() for name in (DELTA_FILE, "pytorch_model.pt")
+    ):
+        print(f"no {last}: using the tuned parameters in {own}")
+        return own
+    return last
+
+
+def answer_requests(
+    config: Config, delta: Path | None, requests: Sequence[Request], seed: int
+) -> None:
+    """Answer `requests` with the system that `config` describes, and print and write the answers.
+
+    Args:
+        delta: the tuned parameters; none: those of `find_delta`.
+        seed: of every answer. The same one gives the same files.
+
+    Raises:
+        InputError: a part or a file is missing or wrong, or a folder cannot be written.
+    """
+    for request in requests:
+        if request.folder.exists() and not request.folder.is_dir():
+            raise InputError(f"{request.folder} is a file: give a folder for the answer")
+    options = ChatOptions.from_config(config)
+    assistant = Assistant.load(config, delta or find_delta(config))
+    print("\n".join(assistant.report))
+    for request in requests:
+        print(f"\n{request.name}")
+        turns = (*request.history, request.turn)
+        answer = assistant.chat(
+            Conversation(turns),
+            seed=seed,
+            options=options,
+            on_text=lambda text: print(text, end="", flush=True),
+            on_progress=_progress_bars(),
+        )
+        print()
+        for path in save_answer(answer, turns, request.folder):
+            print(path)
+
+
+def save_answer(answer: Answer, turns: tuple[Turn, ...], folder: Path) -> list[Path]:
+    """Write the answer's media and, with the turns before it, `history.json`; return the paths.
+
+    The media are called `answer_N_MODALITY`, N being the number of the answer in the conversation,
+    so the rounds of one conversation can share a folder.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    number = sum(turn.role == "assistant" for turn in turns) + 1
+    paths: list[Path] = []
+    parts: list[Part] = []
+    try:
+        for part in answer.turn.parts:
+            if isinstance(part, Media):
+                path = folder.absolute() / _file_name(number, part.modality, parts)
+                save_medium(answer.outputs[len(paths)], path)
+                part = replace(part, path=str(path))
+                paths.append(path)
+            parts.append(part)
+        history = folder.absolute() / HISTORY_FILE
+        write_history((*turns, Turn("assistant", tuple(parts))), history)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error}") from error
+    return [*paths, history]
+
+
+def _file_name(number: int, modality: Modality, before: list[Part]) -> str:
+    """`answer_1_image.png`; the second picture of an answer is `answer_1_image_2.png`."""
+    earlier = sum(isinstance(part, Media) and part.modality == modality for part in before)
+    which = f"_{earlier + 1}" if earlier else ""
+    return f"answer_{number}_{modality}{which}{SUFFIXES[modality]}"
+
+
+def _progress_bars() -> Progress:
+    """A bar for each medium while it is made, on a terminal only."""
+    bar: tqdm | None = None
+
+    def show(modality: Modality, done: int, steps: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=steps, desc=modality, unit="step", leave=False, disable=None)
+        bar.update(done - bar.n)
+        if done == steps:
+            bar.close()
+            bar = None
+
+    return show

@@ -1,0 +1,50 @@
+"""How answers are sampled and media decoded: the configuration's figures, open to sliders."""
+
+from dataclasses import dataclass
+
+from config.errors import InputError
+from config.schema import Config, DecoderConfig
+from conversation.parts import Modality
+from model.decoders import DecodeOptions
+
+_FIGURES = {"steps", "guidance_scale", "height", "width", "frames", "fps", "seconds"}
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """Options of one answer.
+
+    Attributes:
+        top_p: share of the likeliest tokens that are sampled from, 0 < top_p <= 1.
+        temperature: 0: always the likeliest token.
+        max_new_tokens: of the answer, signal tokens and end included.
+        decode: by modality; their `seed` is set by `Assistant.chat`.
+    """
+
+    top_p: float
+    temperature: float
+    max_new_tokens: int
+    decode: dict[Modality, DecodeOptions]
+
+    def __post_init__(self) -> None:
+        """Check what a user can set.
+
+        Raises:
+            InputError: naming the option.
+        """
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p {self.top_p}: give more than 0 and at most 1")
+        if self.temperature < 0:
+            raise InputError(f"temperature {self.temperature}: give 0 or more")
+        if self.max_new_tokens < 1:
+            raise InputError(f"max_new_tokens {self.max_new_tokens}: give 1 or more")
+
+    @classmethod
+    def from_config(cls, config: Config) -> "ChatOptions":
+        """The configuration's own figures."""
+        decode = {modality: _decode_options(one) for modality, one in config.decoders.items()}
+        return cls(**config.generation.model_dump(), decode=decode)
+
+
+def _decode_options(decoder: DecoderConfig) -> DecodeOptions:
+    return DecodeOptions(**decoder.model_dump(include=_FIGURES, exclude_none=True))

@@ -1,0 +1,78 @@
+"""Talks to the system: a text with media in; words to the screen, media into a folder.
+
+python inference.py --prompt "what does it sound like?" --image drum.png --out outputs/drum
+python inference.py --prompt "and film it" --history outputs/drum/history.json --out outputs/drum
+python inference.py --cases ../data/mini_world/examples/cases.json --out outputs/cases
+"""
+
+import argparse
+from pathlib import Path
+
+from chat.answering import answer_requests
+from chat.history import read_history
+from chat.requests import Request, human_turn, read_cases
+from config.entry import run_entry
+from config.loader import load_config
+from conversation.parts import MODALITIES
+
+# The published names of some keys of the configuration.
+PUBLISHED_FLAGS = {
+    "top_p": "generation.top_p",
+    "temperature": "generation.temperature",
+    "max_new_tokens": "generation.max_new_tokens",
+    "guidance_scale_for_img": "decoders.image.guidance_scale",
+    "num_inference_steps_for_img": "decoders.image.steps",
+    "guidance_scale_for_vid": "decoders.video.guidance_scale",
+    "num_inference_steps_for_vid": "decoders.video.steps",
+    "height": "decoders.video.height",
+    "width": "decoders.video.width",
+    "num_frames": "decoders.video.frames",
+    "guidance_scale_for_aud": "decoders.audio.guidance_scale",
+    "num_inference_steps_for_aud": "decoders.audio.steps",
+    "audio_length_in_s": "decoders.audio.seconds",
+}
+
+
+def main() -> None:
+    """Arguments in, one call."""
+    parser = _parser()
+    arguments = parser.parse_args()
+    media = {modality: getattr(arguments, modality) for modality in MODALITIES}
+    flags = [(key, getattr(arguments, flag)) for flag, key in PUBLISHED_FLAGS.items()]
+    overrides = arguments.set + [f"{key}={value}" for key, value in flags if value is not None]
+    if arguments.cases and (arguments.history or any(media.values())):
+        parser.error("--cases brings its own media: leave out --image, --video, --audio, --history")
+    if arguments.cases:
+        requests = read_cases(arguments.cases, arguments.out)
+    else:
+        history = read_history(arguments.history) if arguments.history else ()
+        turn = human_turn(arguments.prompt, media)
+        requests = [Request(arguments.prompt, history, turn, arguments.out)]
+    config = load_config(arguments.config, overrides=overrides)
+    answer_requests(config, arguments.nextgpt_ckpt_path, requests, arguments.seed)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="talk to the system", allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="what you say; never read as a path")
+    what.add_argument("--cases", type=Path, help="JSON file of several things to say")
+    for modality in MODALITIES:
+        parser.add_argument(
+            f"--{modality}", type=Path, action="append", default=[], help="a file to show"
+        )
+    parser.add_argument("--history", type=Path, help="history.json of the answer before")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the answer's files")
+    parser.add_argument("--seed", type=int, default=0, help="the same one gives the same answer")
+    parser.add_argument("--config", default="mini", help="mini, 7b or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--nextgpt_ckpt_path", type=Path, help="tuned parameters; else the last stage's"
+    )
+    for flag, key in PUBLISHED_FLAGS.items():
+        parser.add_argument(f"--{flag}", help=f"short for --set {key}=")
+    return parser
+
+
+if __name__ == "__main__":
+    run_entry(main)
