@@ -144,16 +144,17 @@ class Agent:
         """
         self.engine.train()
         self._bad_gradients.zero_()
-        sums = [0.0] * (1 + len(MODALITIES))
+        sums = torch.zeros(1 + len(MODALITIES), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             losses: Losses = self.engine(batch)
             self.engine.backward(self._share_of_loss(losses, counts))
-            parts = [losses.text, *(losses.alignment.get(m, 0.0) for m in MODALITIES)]
-            sums = [total + float(part) for total, part in zip(sums, parts, strict=True)]
+            nothing = torch.zeros_like(losses.text)
+            parts = [losses.text, *(losses.alignment.get(m, nothing) for m in MODALITIES)]
+            sums += torch.stack(parts).detach()
             if index + 1 == len(batches):
-                sums = self._checked_sums(sums)
+                totals = self._checked_totals(sums)
             self.engine.step()
-        return self._result(sums, counts)
+        return self._result(totals, counts)
 
     def save(self, folder: Path) -> None:
         """Write this process's part of the exact state into `folder`; all processes take part."""
@@ -198,8 +199,11 @@ class Agent:
             loss = loss + weight * distance / counts.runs[modality]
         return loss * self.world * self.accumulation + losses.unused
 
-    def _checked_sums(self, sums: list[float]) -> list[float]:
-        *totals, bad = sum_over_processes([*sums, float(self._bad_gradients)], self.device)
+    def _checked_totals(self, sums: torch.Tensor) -> list[float]:
+        """`sums` over all processes, before the update that they could spoil."""
+        everything = torch.cat([sums, self._bad_gradients.view(1).double()])
+        dist.all_reduce(everything)
+        *totals, bad = everything.tolist()
         if not all(math.isfinite(total) for total in totals):
             raise InputError("the loss is not finite: lower the learning rate or look at the data")
         if bad and not self.has_loss_scale:  # a loss scale meets overflows, and skips those steps
@@ -209,11 +213,11 @@ class Agent:
     def _note_bad_gradient(self, gradient: torch.Tensor) -> None:
         self._bad_gradients += (~torch.isfinite(gradient.sum())).float()
 
-    def _result(self, sums: list[float], counts: StepCounts) -> StepResult:
-        text_loss = sums[0] / max(counts.tokens, 1)
+    def _result(self, totals: list[float], counts: StepCounts) -> StepResult:
+        text_loss = totals[0] / max(counts.tokens, 1)
         alignment = {
             modality: total / counts.runs[modality]
-            for modality, total in zip(MODALITIES, sums[1:], strict=True)
+            for modality, total in zip(MODALITIES, totals[1:], strict=True)
             if counts.runs[modality]
         }
         weights = self.training.alignment_weights

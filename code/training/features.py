@@ -5,6 +5,7 @@ whose features are all in the cache never loads ImageBind.
 """
 
 from functools import cached_property
+
 import torch
 
 from config.loader import project_path
@@ -45,9 +46,7 @@ class FeatureCaches:
 class BatchCompleter:
     """Computes what a ready batch lacks, and keeps the features for the next time."""
 
-    def __init__(
-        self, config: Config, caches: FeatureCaches, device: torch.device
-    ) -> None:
+    def __init__(self, config: Config, caches: FeatureCaches, device: torch.device) -> None:
         self.config = config
         self.caches = caches
         self.device = device

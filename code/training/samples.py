@@ -5,7 +5,7 @@ so that batches stay full and the order stays a function of seed and epoch; what
 travels with the batch to be counted and listed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
