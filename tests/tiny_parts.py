@@ -1,13 +1,18 @@
-"""A whole system of tiny parts on disk: encoder, three decoders, tuned parameters."""
+"""A whole system of tiny parts on disk, to be chosen by overrides of the configuration."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from parity_tools import fill_by_recipe
+from parity_tools import PARITY, fill_by_recipe
+from tiny_decoders import TINY, tiny_decoder
 from tiny_system import TINY_OVERRIDES, tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mini_world.mini_decoders import FOLDERS, MiniFigures, build_mini_decoder
+from config.loader import load_config
+from conversation.parts import Conversation, Modality, Text, Turn
+from model.build import build_conversation_encoder, build_model
 from model.delta import DELTA_FILE, write_delta
 from model.imagebind.config import ImageBindConfig, TrunkConfig
 from model.imagebind.encoder import ImageBind
@@ -21,27 +26,11 @@ TINY_IMAGEBIND = ImageBindConfig(
     audio=TrunkConfig(width=48, blocks=2, heads=4),
     output_dim=32,
 )
-TINY_FIGURES = MiniFigures(
-    text_width=32,
-    text_layers=1,
-    text_heads=2,
-    text_feedforward=32,
-    text_tokens=8,
-    sound_width=32,
-    groups=4,
-    head_width=8,
-    size=32,
-    image_vae=(8, 8, 8),
-    image_unet=(8, 16, 16),
-    video_vae=(8, 8, 8, 8),
-    video_unet=(8, 16),
-    audio_vae=(8, 8, 8),
-    audio_unet=(8, 16),
-    sound_frames=16,
-    mel_bins=16,
-    vocoder_channels=32,
-)
-_CAPTIONS = ["a small red circle", "a bell sounds twice"]
+_SHAPES: dict[Modality, tuple[int, ...]] = {
+    "image": (TINY.text_tokens, TINY.text_width),
+    "video": (TINY.text_tokens, TINY.text_width),
+    "audio": (TINY.sound_width,),
+}
 _PROJECTION = {
     "width": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "feedforward": 32
 }  # fmt: skip
@@ -49,26 +38,32 @@ _PROJECTION = {
 
 def tiny_overrides(folder: Path) -> list[str]:
     """What to `--set` over config 7b to run on the parts in `folder`."""
-    decoders = {
-        "image": {"caption_shape": [8, 32], "steps": 2, "height": 32, "width": 32},
-        "video": {"caption_shape": [8, 32], "steps": 2, "height": 32, "width": 32, "frames": 3},
-        "audio": {"caption_shape": [32], "steps": 2, "seconds": 0.25},
+    lengths = {
+        "image": {"height": TINY.size, "width": TINY.size},
+        "video": {"height": TINY.size, "width": TINY.size, "frames": 3},
+        "audio": {"seconds": 0.025},
     }
     return [
         *TINY_OVERRIDES,
         f"save_path={folder / 'tuned'}",
         f"encoder.path={folder / 'imagebind'}",
+        "training.precision=fp32",
         *(f"output_projection.{key}={value}" for key, value in _PROJECTION.items()),
         *(
             f"decoders.{modality}.{key}={value}"
-            for modality, figures in decoders.items()
-            for key, value in {"path": folder / FOLDERS[modality], **figures}.items()
+            for modality, shape in _SHAPES.items()
+            for key, value in {
+                "path": tiny_decoder(modality),
+                "caption_shape": list(shape),
+                "steps": 2,
+                **lengths[modality],
+            }.items()
         ),
     ]
 
 
 def write_tiny_parts(folder: Path, favoured: Sequence[int] = ()) -> None:
-    """Write all parts to `folder`, tuned parameters with LoRA to `folder`/tuned/stage_3.
+    """Write the encoder and, to `folder`/tuned/stage_3, tuned parameters with LoRA.
 
     Args:
         favoured: new tokens, counted from the first, that the head is made to prefer.
@@ -76,8 +71,6 @@ def write_tiny_parts(folder: Path, favoured: Sequence[int] = ()) -> None:
     imagebind = ImageBind(TINY_IMAGEBIND)
     fill_by_recipe(imagebind, "visual_encoder.")
     save_imagebind(imagebind, folder / "imagebind", torch.float32)
-    for seed, modality in enumerate(FOLDERS):
-        build_mini_decoder(modality, folder / FOLDERS[modality], seed, _CAPTIONS, TINY_FIGURES)
     write_tiny_delta(folder / "tuned" / "stage_3" / DELTA_FILE, favoured)
 
 
@@ -85,9 +78,8 @@ def write_tiny_delta(path: Path, favoured: Sequence[int] = ()) -> None:
     """The recorded tuned parameters, but output projections for the tiny decoders."""
     model = tiny_model(lora=True)
     hidden = model.language_model.config.hidden_size
-    shapes = {"image": (8, 32), "video": (8, 32), "audio": (32,)}
     torch.manual_seed(0)
-    for modality, shape in shapes.items():
+    for modality, shape in _SHAPES.items():
         model.output_projections[modality] = OutputProjection(
             hidden, caption_shape=shape, **_PROJECTION
         )
@@ -97,6 +89,44 @@ def write_tiny_delta(path: Path, favoured: Sequence[int] = ()) -> None:
 
 
 @torch.no_grad()
-def favour(model: NextGPT, favoured: Sequence[int], strength: float = 3.0) -> None:
+def favour(model: NextGPT, favoured: Sequence[int], strength: float = 6.0) -> None:
     """Lengthen the head's rows of the new tokens `favoured`: now and then they win."""
     model.language_model.get_output_embeddings().new_rows[list(favoured)] *= strength
+
+
+def script_language_model(folder: Path, answer: Sequence[int]) -> list[str]:
+    """A language model that always answers with the ids `answer`, no id twice; its overrides.
+
+    Attention and feed-forward layers add nothing; the tokens of the prompt's end and of the answer
+    have directions of their own, and the head leads from each to the next. The folder gets tuned
+    parameters without LoRA.
+    """
+    overrides = [*tiny_overrides(folder), f"language_model.path={folder / 'scripted'}"]
+    own = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny")
+    tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
+    own.save_pretrained(folder / "scripted")
+    tokenizer.save_pretrained(folder / "scripted")
+    config = load_config("7b", overrides=overrides)
+    model = build_model(config, torch.float32, lora=False, output_projections=True)
+    prompt = Conversation((Turn("human", (Text("a"),)),))
+    chain = [build_conversation_encoder(config).encode(prompt).input_ids[-1], *answer]
+    assert len(set(chain)) == len(chain) <= own.config.hidden_size
+    rows = own.config.vocab_size
+    embedding = torch.zeros(rows + 38, own.config.hidden_size)
+    head = embedding.clone()
+    for direction, (token, following) in enumerate(pairwise(chain)):
+        embedding[token, direction] = 1
+        head[following, direction] = 9
+    with torch.no_grad():
+        own.get_input_embeddings().weight.copy_(embedding[:rows])
+        own.get_output_embeddings().weight.copy_(head[:rows])
+        own.model.norm.weight.fill_(1)
+        for layer in own.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.language_model.get_input_embeddings().new_rows.copy_(embedding[rows:])
+        model.language_model.get_output_embeddings().new_rows.copy_(head[rows:])
+    own.save_pretrained(folder / "scripted")
+    tensors = {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=False)}
+    write_delta(tensors, rows, folder / "tuned" / "stage_3" / DELTA_FILE)
+    return overrides

@@ -23,11 +23,10 @@ from conversation.encoding import ConversationEncoder, EncodedConversation
 from conversation.parts import Conversation, Media, Modality, Turn
 from dataset.media import load_views
 from model.build import build_conversation_encoder, build_model, resolve_model_path
-from model.caption_encoders import default_dtype
 from model.decoders import Decoder
 from model.delta import load_delta, read_delta
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import load_imagebind
+from model.device import choose_device, choose_dtype
+from model.imagebind import ImageBind, load_imagebind
 from model.media_files import Output
 from model.nextgpt import NextGPT
 from model.parts import part_of
@@ -58,18 +57,6 @@ class Answer:
     def text(self) -> str:
         """The words alone; equal to what was streamed."""
         return words(self.turn.parts)
-
-
-def choose_device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose_dtype(device: torch.device) -> torch.dtype:
-    """Of the language model: on CUDA bfloat16 where the hardware has it, else float16."""
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float32
 
 
 class Assistant:
@@ -116,7 +103,7 @@ class Assistant:
         device = choose_device()
         has_lora = any(part_of(name) == "lora" for name in tuned.tensors)
         encoder = build_conversation_encoder(config)
-        dtype = choose_dtype(device)
+        dtype = choose_dtype(config.training.precision, device)
         model = build_model(config, dtype, lora=has_lora, output_projections=True)
         required = {"input_projection", "output_projections", "vocabulary"}
         report = load_delta(model, tuned, required)
@@ -191,14 +178,14 @@ class Assistant:
             raise MediaError(f"{path}: no such file")
         key = (medium.modality, str(path), path.stat().st_mtime_ns)
         if key not in self._features:
-            views = load_views(medium.modality, path).to(self.device, default_dtype(self.device))
+            views = load_views(medium.modality, path).to(self.device)
             self._features[key] = self._load_imagebind().encode(medium.modality, views[None])[0]
-        return self._features[key].float()
+        return self._features[key]
 
     def _load_imagebind(self) -> ImageBind:
         if self._imagebind is None:
             path, width = project_path(self.config.encoder.path), self.config.encoder.width
-            imagebind = load_imagebind(path, default_dtype(self.device))
+            imagebind = load_imagebind(path)  # float32, as in training
             if imagebind.config.output_dim != width:
                 raise InputError(
                     f"{path} gives features of {imagebind.config.output_dim} numbers, but "

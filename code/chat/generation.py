@@ -149,7 +149,11 @@ def generate_answer(
         seed: the same one gives the same ids; the process's random state is left as it was.
         on_text: gets the words as they come.
     """
-    sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0}
+    sampling = {
+        "temperature": float(options.temperature),  # transformers refuses a whole 1
+        "top_p": float(options.top_p),
+        "top_k": 0,
+    }
     figures = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
         do_sample=options.temperature > 0,
