@@ -89,7 +89,7 @@ def write_tiny_delta(path: Path, favoured: Sequence[int] = ()) -> None:
 
 
 @torch.no_grad()
-def favour(model: NextGPT, favoured: Sequence[int], strength: float = 6.0) -> None:
+def favour(model: NextGPT, favoured: Sequence[int], strength: float = 25.0) -> None:
     """Lengthen the head's rows of the new tokens `favoured`: now and then they win."""
     model.language_model.get_output_embeddings().new_rows[list(favoured)] *= strength
 
