@@ -26,8 +26,9 @@ class Losses:
         tokens: how many target tokens.
         alignment: by modality a scalar, the alignment loss summed over signal runs.
         runs: by modality how many runs.
-        unused: scalar 0 that hangs on the parameters this batch did not need: every rank then has
-            a gradient for every parameter, in the same order, whatever its samples hold.
+        unused: scalar 0 that hangs on the output projections this batch did not need: every rank
+            then has the same graph, and so a gradient for every parameter in the same order,
+            whatever its samples hold. Gradients are summed over ranks in the order they come.
     """
 
     text: torch.Tensor
@@ -73,10 +74,9 @@ class NextGPT(nn.Module):
             features: (S, E) their vectors.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
-        if len(slots):
-            projected = self.input_projection(features).to(embeddings.dtype)  # (S, H)
-            embeddings = embeddings.index_put((slots[:, 0], slots[:, 1]), projected)
-        return embeddings
+        features = features.reshape(len(slots), self.input_projection.in_features)
+        projected = self.input_projection(features).to(embeddings.dtype)  # (S, H), S may be 0
+        return embeddings.index_put((slots[:, 0], slots[:, 1]), projected)
 
     def read(
         self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None
@@ -108,25 +108,15 @@ class NextGPT(nn.Module):
         has_target = next_targets != IGNORE
         logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_target])
         text = F.cross_entropy(logits.float(), next_targets[has_target], reduction="sum")
-        losses = Losses(text, int(has_target.sum()), unused=self._unused(batch))
+        losses = Losses(text, int(has_target.sum()))
 
-        for modality in self.output_projections:
+        for modality, projection in self.output_projections.items():
             runs = batch.runs.get(modality)
-            if runs is None or not len(runs):
-                continue
-            found = self.project_runs(modality, runs, hidden, embeddings)
-            losses.alignment[modality] = alignment_distance(found, batch.captions[modality])
-            losses.runs[modality] = len(runs)
+            if runs is not None and len(runs):
+                found = self.project_runs(modality, runs, hidden, embeddings)
+                losses.alignment[modality] = alignment_distance(found, batch.captions[modality])
+                losses.runs[modality] = len(runs)
+            elif projection.fc.weight.requires_grad:
+                nothing = hidden.new_zeros(1, 1, projection.fc.in_features)
+                losses.unused = losses.unused + 0 * projection(nothing, nothing).sum()
         return losses
-
-    def _unused(self, batch: Batch) -> torch.Tensor | float:
-        """Zero, by way of every trained projection that this batch has no use for."""
-        total: torch.Tensor | float = 0.0
-        into, out = self.input_projection, self.output_projections
-        if not len(batch.slots) and into.weight.requires_grad:
-            total = total + 0 * into(into.weight.new_zeros(1, into.in_features)).sum()
-        for modality, projection in out.items():
-            if modality not in batch.runs and projection.fc.weight.requires_grad:
-                nothing = projection.fc.weight.new_zeros(1, 1, projection.fc.in_features)
-                total = total + 0 * projection(nothing, nothing).sum()
-        return total
