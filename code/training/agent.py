@@ -56,10 +56,9 @@ class StepResult:
 def start_processes(device: torch.device) -> tuple[int, int]:
     """Join the processes that the launcher started; this one's rank and how many there are."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for name, alone in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
-        os.environ.setdefault(name, alone)
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | {"MASTER_PORT": "0"}).items():  # any free port
+        os.environ.setdefault(name, value)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
@@ -122,12 +121,13 @@ class Agent:
             if parameter.requires_grad:
                 parameter.register_hook(self._note_bad_gradient)
         settings = self._settings(dtype)
+        self._factor = _schedule(steps, training.warmup)
         optimizer = _optimizer(model, training, offloaded=_offloads(settings), device=device)
         self.engine, _, _, self.schedule = deepspeed.initialize(
             model=model.to(device),
             optimizer=optimizer,
             model_parameters=[p for p in model.parameters() if p.requires_grad],
-            lr_scheduler=lambda inner: LambdaLR(inner, _schedule(steps, training.warmup)),
+            lr_scheduler=lambda inner: LambdaLR(inner, self._factor),
             config=settings,
         )
 
@@ -143,6 +143,7 @@ class Agent:
             InputError: a loss or gradient is not finite; nothing was updated.
         """
         self.engine.train()
+        rate = self.training.learning_rate * self._factor(self.schedule.last_epoch)
         self._bad_gradients.zero_()
         sums = torch.zeros(1 + len(MODALITIES), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
@@ -154,7 +155,7 @@ class Agent:
             if index + 1 == len(batches):
                 totals = self._checked_totals(sums)
             self.engine.step()
-        return self._result(totals, counts)
+        return self._result(totals, counts, rate)
 
     def save(self, folder: Path) -> None:
         """Write this process's part of the exact state into `folder`; all processes take part."""
@@ -207,13 +208,13 @@ class Agent:
         if not all(math.isfinite(total) for total in totals):
             raise InputError("the loss is not finite: lower the learning rate or look at the data")
         if bad and not self.has_loss_scale:  # a loss scale meets overflows, and skips those steps
-            raise InputError("a gradient is not finite: lower the learning rate or the precision")
+            raise InputError("a gradient is not finite: lower the learning rate, or use fp32")
         return totals
 
     def _note_bad_gradient(self, gradient: torch.Tensor) -> None:
         self._bad_gradients += (~torch.isfinite(gradient.sum())).float()
 
-    def _result(self, totals: list[float], counts: StepCounts) -> StepResult:
+    def _result(self, totals: list[float], counts: StepCounts, rate: float) -> StepResult:
         text_loss = totals[0] / max(counts.tokens, 1)
         alignment = {
             modality: total / counts.runs[modality]
@@ -223,7 +224,6 @@ class Agent:
         weights = self.training.alignment_weights
         loss = text_loss + sum(weights[m] * value for m, value in alignment.items())
         norm = self.engine.get_global_grad_norm()
-        rate = self.schedule.get_last_lr()[0]
         return StepResult(loss, text_loss, alignment, rate, None if norm is None else float(norm))
 
     def _settings(self, dtype: torch.dtype) -> dict:

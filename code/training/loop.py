@@ -3,7 +3,6 @@
 Reads as a story: data, model, what trains, predecessor, agent, steps, delta.
 """
 
-import itertools
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from training.agent import Agent, StepCounts, start_processes, sum_over_processe
 from training.features import BatchCompleter, FeatureCaches
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
-from training.samples import ReadyBatch, ReadySamples, load_batches, micro_batches
+from training.samples import ReadyBatch, ReadySamples, load_batches, shares
 
 # What the stages before have trained, and a stage's predecessor must therefore bring.
 _TRAINED_BEFORE: dict[int, set[Part]] = {
@@ -87,7 +86,8 @@ class Trainer:
         self.say(f"{steps} steps of {training.global_batch_size} samples out of {sizes}")
 
         torch.manual_seed(training.seed)
-        delta = self.read_predecessor()
+        folder.init_from = self.find_predecessor(checkpoint)
+        delta = None if folder.init_from is None else read_delta(folder.init_from)
         model = self.make_model(delta)
         carried = carried_over(model, delta) if delta else {}
         own_vocabulary = config.language_model.train_vocabulary == "all" or bool(
@@ -95,6 +95,7 @@ class Trainer:
         )
         vocabulary_size = model.language_model.config.vocab_size
         agent = Agent(model, training, steps, self.device, self.dtype)
+        torch.manual_seed(training.seed + self.rank)  # every process drops out its own
 
         first_step, counted = 0, {"samples": 0, "skipped": 0, "cut_tokens": 0}
         if checkpoint is not None:
@@ -128,14 +129,18 @@ class Trainer:
         """The steps from `first_step` on; False if a signal ended them, after a save."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        order = micro_batches(
-            plan, first_step, steps, self.rank, self.world, agent.micro_batch_size
+        order = shares(plan, first_step, steps, self.rank, self.world)
+        batches = load_batches(
+            samples,
+            order,
+            agent.micro_batch_size,
+            self.config.encoder.width,
+            self.config.data.workers,
         )
-        batches = load_batches(samples, order, self.config.encoder.width, self.config.data.workers)
         completer = BatchCompleter(self.config, samples.caches, self.device)
         for step in range(first_step + 1, steps + 1):
-            ready = list(itertools.islice(batches, agent.accumulation))
-            counts, stopped = self.count(ready, progress)
+            ready = next(batches)
+            counts, stopped = self.count(step, ready, progress)
             if stopped:
                 folder.save(agent, step - 1, progress.counted)
                 progress.close()
@@ -148,13 +153,14 @@ class Trainer:
         progress.close()
         return True
 
-    def count(self, ready: list[ReadyBatch], progress: Progress) -> tuple[StepCounts, bool]:
+    def count(
+        self, step: int, ready: list[ReadyBatch], progress: Progress
+    ) -> tuple[StepCounts, bool]:
         """What all processes read in this step, and whether one of them was told to stop."""
         mine = [0] * len(MODALITIES)
         for one in ready:
             for index, modality in enumerate(MODALITIES):
                 mine[index] += len(one.batch.runs.get(modality, ()))
-            progress.list_skipped(one.skipped)
         totals = sum_over_processes(
             [
                 *mine,
@@ -168,6 +174,7 @@ class Trainer:
         )
         *runs, tokens, samples, skipped, cut_tokens, stopped = (int(total) for total in totals)
         if not stopped:
+            progress.list_skipped(step, [skip for one in ready for skip in one.skipped])
             progress.count(samples, skipped, cut_tokens)
         return StepCounts(tokens, dict(zip(MODALITIES, runs, strict=True))), bool(stopped)
 
@@ -191,12 +198,14 @@ class Trainer:
             shapes,
         )
 
-    def read_predecessor(self) -> Delta | None:
-        """The delta that this stage starts from."""
-        path = self.options.init_from
-        if path is None and self.options.stage > 1:
-            path = project_path(self.config.save_path) / f"stage_{self.options.stage - 1}"
-        return None if path is None else read_delta(path)
+    def find_predecessor(self, checkpoint: Path | None) -> Path | None:
+        """Where the delta is that this stage starts from, or started from before `checkpoint`."""
+        if checkpoint is not None:
+            path = read_run(checkpoint)["init_from"]
+            return path and Path(path)
+        if self.options.init_from is None and self.options.stage > 1:
+            return project_path(self.config.save_path) / f"stage_{self.options.stage - 1}"
+        return self.options.init_from
 
     def make_model(self, delta: Delta | None) -> NextGPT:
         """The model with what trains set free and the predecessor's parameters in it."""

@@ -40,17 +40,17 @@ class Progress:
         if not self.speaks:
             return
         self._metrics_file = folder / "metrics.jsonl"
-        _keep_before(self._metrics_file, first_step)
-        if first_step == 0:
-            self._skipped_file.unlink(missing_ok=True)
+        for file in (self._metrics_file, self._skipped_file):
+            _keep_before(file, first_step)
         self._board = SummaryWriter(str(folder), purge_step=first_step)
         self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def list_skipped(self, skipped: list[Skipped]) -> None:
-        """Append this process's skipped samples, a JSON line each."""
+    def list_skipped(self, step: int, skipped: list[Skipped]) -> None:
+        """Append what this process skipped in step number `step`, a JSON line each."""
         if skipped:
             with self._skipped_file.open("a") as file:
-                file.writelines(json.dumps(asdict(one)) + "\n" for one in skipped)
+                lines = ({"step": step, **asdict(one)} for one in skipped)
+                file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def count(self, samples: int, skipped: int, cut_tokens: int) -> None:
         """Add one step's samples of all processes.

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 import yaml
+from safetensors import SafetensorError
 
 from config.atomic import written_aside
 from config.errors import InputError
@@ -35,7 +36,12 @@ class RunFolder:
         path: the folder.
         stage: 1, 2 or 3.
         config: of this run.
+
+    Attributes:
+        init_from: the delta that the run started from, noted in its checkpoints.
     """
+
+    init_from: Path | None = None
 
     def __init__(self, path: Path, stage: int, config: Config) -> None:
         self.path = path
@@ -68,7 +74,7 @@ class RunFolder:
             )
         if newest is None or restart:
             return None
-        saved = json.loads((newest / "run.json").read_text())
+        saved = read_run(newest)
         if saved["world"] != dist.get_world_size():
             raise InputError(
                 f"{newest} was saved by {saved['world']} processes, these are "
@@ -86,13 +92,15 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def save(self, agent: Agent, step: int, counted: dict[str, int]) -> None:
-        """Save the exact state after `step` steps; all processes take part.
+        """Save the exact state after `step` steps, if it is not there; all processes take part.
 
         Raises:
             InputError: the disk is full; the checkpoint before is still there.
         """
         final = self.checkpoints / f"step_{step:06d}"
         aside = self.checkpoints / f".step_{step:06d}.partial"
+        if final.is_dir():
+            return
         first = dist.get_rank() == 0
         if first:
             shutil.rmtree(aside, ignore_errors=True)
@@ -103,13 +111,13 @@ class RunFolder:
             if first:
                 run = {"step": step, "world": dist.get_world_size(), "counted": counted}
                 run["config"] = self.config.model_dump(mode="json")
+                run["init_from"] = self.init_from and str(self.init_from)
                 (aside / "run.json").write_text(json.dumps(run, indent=1))
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"could not save {final} (is the disk full?): {error}") from error
         dist.barrier()
         if first:
-            shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
             kept = self.config.training.keep_checkpoints
             for old in sorted(self.checkpoints.glob("step_*"), key=_step_of)[:-kept]:
@@ -126,7 +134,7 @@ class RunFolder:
 
 
 def read_run(checkpoint: Path) -> dict:
-    """What `save` noted: `step`, `world`, `counted`, `config`."""
+    """What `save` noted: `step`, `world`, `counted`, `config`, `init_from`."""
     return json.loads((checkpoint / "run.json").read_text())
 
 

@@ -5,6 +5,7 @@ so that batches stay full and the order stays a function of seed and epoch; what
 travels with the batch to be counted and listed.
 """
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -140,6 +141,20 @@ class ReadySamples(Dataset[ReadySample]):
         return known if known is not None else load_views(medium.modality, medium.path)
 
 
+def split_by_length(
+    samples: Sequence[ReadySample], size: int, pad_id: int, feature_width: int
+) -> list[ReadyBatch]:
+    """Micro batches of `size` samples of like length, so that little is spent on padding.
+
+    Losses are averaged over the tokens of the whole step: who shares a micro batch does not matter.
+    """
+    ordered = sorted(samples, key=lambda sample: len(sample.encoded.input_ids))
+    return [
+        collate(ordered[start : start + size], pad_id, feature_width)
+        for start in range(0, len(ordered), size)
+    ]
+
+
 def collate(samples: Sequence[ReadySample], pad_id: int, feature_width: int) -> ReadyBatch:
     """The micro batch of `samples`."""
     encoded = [sample.encoded for sample in samples]
@@ -169,36 +184,51 @@ def collate(samples: Sequence[ReadySample], pad_id: int, feature_width: int) -> 
     return ready
 
 
-def micro_batches(
-    plan: BatchPlan, first_step: int, steps: int, rank: int, world: int, size: int
+def shares(
+    plan: BatchPlan, first_step: int, steps: int, rank: int, world: int
 ) -> Iterator[list[Sample]]:
-    """This process's micro batches of `size` samples, from global batch `first_step` to `steps`."""
+    """This process's shares of the global batches from number `first_step` up to `steps`."""
     step = first_step
     while step < steps:
         epoch, start = divmod(step, plan.steps_per_epoch)
         for global_batch in plan.batches(epoch, start):
-            mine = share(global_batch, rank, world)
-            yield from (mine[i : i + size] for i in range(0, len(mine), size))
+            yield share(global_batch, rank, world)
             step += 1
             if step == steps:
                 return
 
 
 def load_batches(
-    samples: ReadySamples, order: Iterator[list[Sample]], feature_width: int, workers: int
-) -> Iterator[ReadyBatch]:
-    """The micro batches in `order`, made ready by `workers` processes ahead of their use.
+    samples: ReadySamples,
+    order: Iterator[list[Sample]],
+    micro_batch_size: int,
+    feature_width: int,
+    workers: int,
+) -> Iterator[list[ReadyBatch]]:
+    """The micro batches of each share in `order`, made ready by `workers` processes ahead of use.
 
     The loader draws its seeds from a generator of its own: the global random state, on which exact
     resume rests, does not depend on when the loader started.
     """
-    pad_id = samples.encoder.tokenizer.eos_token_id
+    split = partial(
+        split_by_length,
+        size=micro_batch_size,
+        pad_id=samples.encoder.tokenizer.eos_token_id,
+        feature_width=feature_width,
+    )
     return iter(
         DataLoader(
             samples,
             batch_sampler=order,
             num_workers=workers,
-            collate_fn=partial(collate, pad_id=pad_id, feature_width=feature_width),
+            collate_fn=split,
             generator=torch.Generator(),
+            worker_init_fn=_ignore_signals,
         )
     )
+
+
+def _ignore_signals(_: int) -> None:
+    """A signal to all processes must not end the loader's before the run is saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
