@@ -31,16 +31,41 @@ case " ${launcher[*]-} " in
     *) launcher+=(--include localhost:0) ;;
 esac
 
+case " ${launcher[*]-} " in
+    *--master_port* | *--hostfile* | *--num_nodes*) ;;
+    *) launcher+=(--master_port $((20000 + $$ % 10000))) ;; # runs side by side keep apart
+esac
+
 # On a CPU the launcher counts this many places for processes.
 export LOCAL_SIZE=${LOCAL_SIZE:-$(nproc)}
+if [ ! -e /dev/nvidia0 ] && [ ! -e /dev/kfd ] && [ ! -e /dev/dxg ]; then
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # which it would find out, and warn of
+fi
 export PYTHONPATH="$root/code${PYTHONPATH:+:$PYTHONPATH}"
 cd "$here"
-deepspeed "${launcher[@]}" "$root/code/train.py" ${arguments[@]+"${arguments[@]}"} &
+
+# The launcher would give those who get a signal 30 s to save, or not hand it on at all. So it starts
+# in a session of its own, out of the terminal's reach, and signals go past it.
+setsid deepspeed --log_level critical "${launcher[@]}" "$root/code/train.py" \
+    ${arguments[@]+"${arguments[@]}"} &
 child=$!
-# The launcher does not hand signals on to the training processes: its child does.
-trap 'pkill -TERM -P $child || kill -TERM $child' TERM INT
-wait $child && status=0 || status=$?
+signalled=0
+stop() {
+    signalled=143
+    if node=$(pgrep -P $child -f deepspeed.launcher.launch); then
+        pkill -TERM -P "$node" || kill -TERM "$node"
+    else
+        kill -TERM $child # on several machines it tells the others
+    fi
+}
+trap stop TERM INT HUP
+status=0
 while kill -0 $child 2>/dev/null; do
     wait $child && status=0 || status=$?
 done
+if [ $status -eq 0 ]; then
+    status=$signalled
+elif [ $status -gt 128 ] && [ $signalled -eq 0 ]; then
+    echo "error: training was killed (exit code $status): is there too little memory?" >&2
+fi
 exit $status
