@@ -1,0 +1,113 @@
+"""What a training step costs over the bare language model, stage by stage.
+
+    python benchmarks/training_step.py [--config mini] [--steps 8]
+
+For each stage real batches are made ready, their features and captions in the cache, and then each
+is taken twice in turn: as a whole training step (projections, adapters, losses, gradients, clipping
+and the optimizer's update) and as forward and backward of the bare language model on the same
+token ids, where all its weights have gradients. Printed are medians and the median of the ratios.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
+
+from config.entry import run_entry
+from config.loader import STAGES, load_config
+from conversation.batch import Batch
+from conversation.encoding import IGNORE
+from conversation.parts import MODALITIES
+from dataset.sampler import BatchPlan
+from model.build import resolve_model_path
+from training.agent import Agent, StepCounts
+from training.features import BatchCompleter
+from training.loop import RunOptions, Trainer
+from training.samples import load_batches, shares
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of `call`."""
+    start = time.perf_counter()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
+    """The micro batches of the first `count` steps of the stage, with all they need."""
+    samples = trainer.open_samples()
+    training, data = trainer.config.training, trainer.config.data
+    sizes = samples.conversations.sizes
+    plan = BatchPlan(sizes, training.global_batch_size, data.batching, training.seed)
+    order = shares(plan, 0, count, rank=0, world=1)
+    width = trainer.config.encoder.width
+    ready = load_batches(samples, order, training.micro_batch_size, width, workers=0)
+    completer = BatchCompleter(trainer.config, samples.caches, trainer.device)
+    return [[completer.complete(one) for one in step] for step in itertools.islice(ready, count)]
+
+
+def counts_of(batches: list[Batch]) -> StepCounts:
+    """Tokens and runs of one step."""
+    tokens = sum(int((batch.targets[:, 1:] != IGNORE).sum()) for batch in batches)
+    runs = {m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in MODALITIES}
+    return StepCounts(tokens, runs)
+
+
+def measure(config_name: str, stage: int, steps: int) -> None:
+    """Print one stage's row."""
+    config = load_config(config_name, stage)
+    trainer = Trainer(config, RunOptions(stage))
+    all_batches = complete_batches(trainer, steps + 1)
+    torch.manual_seed(0)
+    agent = Agent(
+        trainer.make_model(delta=None), config.training, steps + 1, trainer.device, trainer.dtype
+    )
+    path = resolve_model_path(config.language_model.path)
+    bare = AutoModelForCausalLM.from_pretrained(path, dtype=trainer.dtype).to(trainer.device)
+    last_id = bare.config.vocab_size - 1
+
+    def bare_step(batches: list[Batch]) -> None:
+        for batch in batches:
+            ids = batch.input_ids.clamp(max=last_id)
+            labels = batch.targets.clamp(max=last_id)
+            bare(input_ids=ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
+        bare.zero_grad(set_to_none=True)
+
+    rows = []
+    for batches in all_batches:
+        counts = counts_of(batches)
+        ours = seconds(partial(agent.step, batches, counts))
+        theirs = seconds(partial(bare_step, batches))
+        rows.append((ours, theirs, ours / theirs, sum(b.input_ids.numel() for b in batches)))
+    # The first step warms up.
+    ours, theirs, ratio, tokens = (statistics.median(c) for c in zip(*rows[1:], strict=True))
+    print(
+        f"stage {stage}: {tokens:.0f} tokens a step, {ours:.2f} s; bare language model "
+        f"{theirs:.2f} s; ratio {ratio:.2f}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure every stage in one process."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", default="mini")
+    parser.add_argument("--steps", type=int, default=8)
+    arguments = parser.parse_args()
+    for stage in STAGES:
+        measure(arguments.config, stage, arguments.steps)
+
+
+if __name__ == "__main__":
+    run_entry(main)
