@@ -115,8 +115,6 @@ def _explain(error: ErrorDetails, origins: dict[str, str]) -> str:
         return f"{source}: unknown key {key}; did you mean {'.'.join([*location[:-1], *nearest])}?"
     if error["type"] == "missing":
         return f"key {key} is missing: add it to a YAML file or give --set {key}=VALUE"
-    if not key:
-        return error["msg"].removeprefix("Value error, ")
     return f"{source}: {key}: {error['msg']} (found {error['input']!r})"
 
 

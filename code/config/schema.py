@@ -5,7 +5,7 @@ Paths are relative to the project's root unless absolute.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from conversation.parts import Modality
 
@@ -121,14 +121,3 @@ class Config(Section):
     data: DataConfig
     training: TrainingConfig
     generation: GenerationConfig
-
-    @model_validator(mode="after")
-    def check_divisible(self) -> "Config":
-        """A global batch is a whole number of micro batches."""
-        training = self.training
-        if training.global_batch_size % training.micro_batch_size:
-            raise ValueError(
-                f"training.global_batch_size {training.global_batch_size} is not a multiple of "
-                f"training.micro_batch_size {training.micro_batch_size}"
-            )
-        return self
