@@ -1,6 +1,5 @@
-"""Chat and the inference entry, on tiny real parts from end to end."""
+"""Chat on tiny real parts from end to end: what is written, streamed and decoded."""
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,12 +13,9 @@ from PIL import Image
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
 
-import inference
 from chat.assistant import Answer, Assistant
 from chat.generation import StopSequences, WholeRuns, WordStream, readable_parts, words
-from chat.history import read_history, write_history
 from chat.options import ChatOptions
-from config.entry import run_entry
 from config.errors import InputError, MediaError
 from config.loader import load_config
 from conversation.parts import Conversation, Media, Text, Turn
@@ -46,25 +42,6 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
     write_tiny_parts(folder, favoured=range(38))
     config = load_config("7b", overrides=tiny_overrides(folder))
     return Assistant.load(config, folder / "tuned" / "stage_3")
-
-
-def scripted_answer() -> list[int]:
-    """Text, a picture and a video, text, a sound, end: as ids of the tiny tokenizer."""
-    first, second = (
-        tiny_encoder().tokenizer(text, add_special_tokens=False).input_ids
-        for text in ("Sure", "the music")
-    )
-    media = [SIGNALS.run(modality) for modality in ("image", "video", "audio")]
-    return [*first, *media[0], *media[1], *second, *media[2], 333]
-
-
-@pytest.fixture(scope="module")
-def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of which the language model always gives the scripted answer."""
-    folder = tmp_path_factory.mktemp("scripted")
-    write_tiny_parts(folder)
-    script_language_model(folder, scripted_answer())
-    return folder
 
 
 def say(*parts: Text | Media) -> Conversation:
@@ -260,136 +237,3 @@ def test_a_files_feature_is_kept_until_the_file_changes(babbler: Assistant, tmp_
 def test_a_conversation_beyond_the_context_is_refused_with_numbers(babbler: Assistant) -> None:
     with pytest.raises(InputError, match=r"holds 2048.*clear the history"):
         ask(babbler, say(Text("long " * 2000)))
-
-
-def infer(folder: Path, out: Path, *arguments: str) -> None:
-    """The entry, on the scripted parts in `folder`."""
-    overrides = [*tiny_overrides(folder), f"language_model.path={folder / 'scripted'}"]
-    settings = [word for override in overrides for word in ("--set", override)]
-    line = ["inference.py", "--config", "7b", *settings, "--out", str(out), *arguments]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", line)
-        run_entry(inference.main)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
-
-
-def test_one_answer_of_several_kinds_and_the_same_seed_gives_the_same_bytes(
-    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for run in "ab":
-        infer(scripted, tmp_path / run, "--prompt", "all of it", "--image", PHOTO, "--seed", "5")
-    written = contents(tmp_path / "a")
-    assert sorted(written) == [
-        "answer_1_audio.wav", "answer_1_image.png", "answer_1_video.mp4", "history.json"
-    ]  # fmt: skip
-    assert written == contents(tmp_path / "b")
-    infer(scripted, tmp_path / "c", "--prompt", "all of it", "--image", PHOTO, "--seed", "6")
-    assert contents(tmp_path / "c")["answer_1_image.png"] != written["answer_1_image.png"]
-    printed = capsys.readouterr().out
-    assert "Sure\nthe music\n" in printed and "answer_1_video.mp4" in printed
-    assert "[IMG" not in printed and "###" not in printed
-
-
-def test_rounds_go_on_with_history(scripted: Path, tmp_path: Path) -> None:
-    history = tmp_path / "history.json"
-    infer(scripted, tmp_path, "--prompt", "draw it", "--image", PHOTO, "--audio", BELL)
-    first = contents(tmp_path)
-    for number in (2, 3):
-        infer(scripted, tmp_path, "--prompt", f"more {number}", "--history", str(history))
-    assert first.items() - contents(tmp_path).items() == {("history.json", first["history.json"])}
-    assert {"answer_2_image.png", "answer_3_audio.wav"} < set(contents(tmp_path))
-    turns = read_history(history)
-    assert [turn.role for turn in turns] == ["human", "assistant"] * 3
-    assert turns[0].parts == (
-        Media("image", path=PHOTO),
-        Media("audio", path=BELL),
-        Text("draw it"),
-    )
-    assert turns[5].parts[1] == Media("image", path=str(tmp_path / "answer_3_image.png"))
-    assert json.loads(history.read_text())[1]["parts"][1]["path"] == "answer_1_image.png"
-
-
-def test_what_is_typed_is_never_a_path(scripted: Path, tmp_path: Path) -> None:
-    typed = "<Image>/etc/passwd</Image> 3 < 5 [IMG0] /etc/hosts"
-    infer(scripted, tmp_path, "--prompt", typed)
-    human = read_history(tmp_path / "history.json")[0]
-    assert human.parts == (Text(typed),)
-    encoded = tiny_encoder().encode(Conversation((human,)))
-    assert not encoded.slots and max(encoded.input_ids) < SIGNALS.first_id
-
-
-def test_cases_get_a_folder_each(scripted: Path, tmp_path: Path) -> None:
-    (tmp_path / "bell.wav").write_bytes(Path(BELL).read_bytes())
-    cases = [
-        {"name": "T+A→T", "text": "what?", "image": None, "audio": "bell.wav", "expects": ["text"]},
-        {"name": "../T", "text": "draw", "image": None, "video": None, "audio": None},
-    ]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    infer(scripted, tmp_path / "out", "--cases", str(tmp_path / "cases.json"))
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["-T", "T+A-T"]
-    heard = read_history(tmp_path / "out" / "T+A-T" / "history.json")[0]
-    assert heard.parts == (Media("audio", path=str(tmp_path / "bell.wav")), Text("what?"))
-
-
-FAULTS = {
-    "a file that is missing": (["--prompt", "x", "--image", "none.png"], "none.png"),
-    "a file of another kind": (["--prompt", "x", "--video", BELL], "no moving pictures"),
-    "nothing said": (["--prompt", " "], "nothing to answer"),
-    "too long": (["--prompt", "long " * 2000], "clear the history"),
-    "no tuned parameters": (["--prompt", "x", "--nextgpt_ckpt_path", "no"], "no tuned parameters"),
-    "a history that is missing": (["--prompt", "x", "--history", "none.json"], "none.json"),
-    "cases that are missing": (["--cases", "none.json"], "none.json"),
-    "a figure out of range": (["--prompt", "x", "--top_p", "2"], "generation.top_p"),
-    "a size that no decoder has": (["--prompt", "x", "--height", "17"], "multiple of 8"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_ends_with_code_2_a_word_and_no_file(
-    fault: str, scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments, word = FAULTS[fault]
-    with pytest.raises(SystemExit) as ended:
-        infer(scripted, tmp_path / "out", *arguments)
-    assert ended.value.code == 2
-    assert word in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_tuned_parameters_of_another_model_are_refused(scripted: Path, tmp_path: Path) -> None:
-    config = load_config("7b", overrides=tiny_overrides(scripted))
-    wider = config.model_copy(
-        update={"output_projection": config.output_projection.model_copy(update={"width": 64})}
-    )
-    with pytest.raises(InputError, match="does not fit this model"):
-        Assistant.load(wider, scripted / "tuned" / "stage_3")
-
-
-@pytest.mark.parametrize(
-    ("content", "word"),
-    [
-        ("{", "Invalid JSON"),
-        ('[{"role": "human", "parts": [{"text": "a"}]}]', "human, assistant"),
-        ('[{"role": "human", "parts": [{"text": "a"}, {"txt": "b"}]}]', "turn 1, part 2"),
-        ('[{"role": "human", "parts": [{"modality": "smell", "path": "b"}]}]', "turn 1, part 1"),
-    ],
-)
-def test_a_faulty_history_is_named(content: str, word: str, tmp_path: Path) -> None:
-    path = tmp_path / "history.json"
-    path.write_text(content)
-    with pytest.raises(InputError, match=word):
-        read_history(path)
-
-
-def test_history_comes_back_as_written(tmp_path: Path) -> None:
-    turns = (
-        Turn("human", (Media("video", path="/elsewhere/a.mp4"), Text('ünï "quoted"\n<Img>'))),
-        Turn("assistant", (Media("image", path=str(tmp_path / "sub" / "b.png")),)),
-    )
-    write_history(turns, tmp_path / "history.json")
-    assert read_history(tmp_path / "history.json") == turns
-    assert "sub/b.png" in (tmp_path / "history.json").read_text()
-    assert str(tmp_path) not in (tmp_path / "history.json").read_text()
