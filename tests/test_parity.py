@@ -9,13 +9,18 @@ from parity.recipe import recipe_tensor
 from parity_tools import PARITY, cases, relative_error
 from test_conversation import CASE_NAMES
 from tiny_system import recorded_batch, tiny_config, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from config.errors import InputError
 from config.loader import load_config
 from conversation.parts import MODALITIES
-from model.build import build_model, build_output_projections, signal_counts
-from model.delta import load_delta, read_delta
+from model.build import (
+    build_conversation_encoder,
+    build_model,
+    build_output_projections,
+    signal_counts,
+)
+from model.delta import load_delta, read_delta, write_delta
 from model.language_model import fit_language_model
 from model.nextgpt import Losses, NextGPT
 from model.parts import PARTS, set_trainable
@@ -123,9 +128,30 @@ def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
     config = load_config("7b")
     with torch.device("meta"):
         llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=2048))
-        fit_language_model(llama, config.language_model, new_tokens=38, lora=True)
+        fit_language_model(llama, config.language_model, own_tokens=32000, new_tokens=38, lora=True)
         projections = build_output_projections(config, hidden_size=4096)
         model = NextGPT(llama, config.encoder.width, projections, signal_counts(config))
     written = model_to_published(model)
     recorded = json.loads((PARITY / "delta_keys_7b.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in written.items()} == recorded
+
+
+def test_a_merged_vicuna_with_a_padding_row_is_read_with_the_published_ids(tmp_path: Path) -> None:
+    """Vicuna v0 has 32001 rows for 32000 tokens; the published new ids begin at 32000."""
+    padded = LlamaForCausalLM.from_pretrained(PARITY / "llama_tiny")
+    padded.resize_token_embeddings(1001)
+    padded.save_pretrained(tmp_path / "padded")
+    AutoTokenizer.from_pretrained(PARITY / "llama_tiny").save_pretrained(tmp_path / "padded")
+    folder, tensors = published_file(tmp_path)
+    config = tiny_config(overrides=[f"language_model.path={tmp_path / 'padded'}"])
+    model = build_model(config, torch.float32, lora=True, output_projections=True)
+    assert build_conversation_encoder(config).signals.first_id == 1000
+    load_delta(model, read_delta(folder), required=set(PARTS))
+    head = "llama_model.base_model.model.lm_head.weight"
+    assert torch.equal(model_to_published(model)[head], tensors[head].float())
+
+
+def test_a_delta_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    write_delta({"input_projection.bias": torch.zeros(128)}, 32000, tmp_path / "delta.safetensors")
+    with pytest.raises(InputError, match="32000 tokens, this one has 1000"):
+        load_delta(empty_model(), read_delta(tmp_path), required=set())

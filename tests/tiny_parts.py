@@ -85,7 +85,7 @@ def write_tiny_delta(path: Path, favoured: Sequence[int] = ()) -> None:
         )
     favour(model, favoured)
     tensors = {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=False)}
-    write_delta(tensors, model.language_model.config.vocab_size, path)
+    write_delta(tensors, model.own_vocabulary_size, path)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from conversation.encoding import ConversationEncoder
 from conversation.parts import Modality
 from conversation.signal_tokens import SignalTokens
 from conversation.templates import TEMPLATES
-from model.language_model import load_language_model, load_tokenizer, vocabulary_size
+from model.language_model import load_language_model, load_tokenizer
 from model.nextgpt import NextGPT
 from model.output_projection import OutputProjection
 
@@ -22,9 +22,9 @@ def resolve_model_path(path: str) -> str:
 def build_conversation_encoder(config: Config) -> ConversationEncoder:
     """The encoder of conversations; loads the tokenizer but no weights."""
     path = resolve_model_path(config.language_model.path)
-    signals = SignalTokens(signal_counts(config), vocabulary_size(path))
-    template = TEMPLATES[config.language_model.template]
-    return ConversationEncoder(load_tokenizer(path), signals, template)
+    tokenizer = load_tokenizer(path)
+    signals = SignalTokens(signal_counts(config), first_id=len(tokenizer))
+    return ConversationEncoder(tokenizer, signals, TEMPLATES[config.language_model.template])
 
 
 def signal_counts(config: Config) -> dict[Modality, int]:
@@ -45,8 +45,10 @@ def build_model(
     """
     path = resolve_model_path(config.language_model.path)
     counts = signal_counts(config)
-    new_tokens = len(SignalTokens(counts, first_id=0))
-    language_model = load_language_model(config.language_model, path, new_tokens, dtype, lora=lora)
+    signals = SignalTokens(counts, first_id=len(load_tokenizer(path)))
+    language_model = load_language_model(
+        config.language_model, path, signals.first_id, len(signals), dtype, lora=lora
+    )
     hidden_size = language_model.config.hidden_size
     projections = build_output_projections(config, hidden_size) if output_projections else {}
     return NextGPT(language_model, config.encoder.width, projections, counts)

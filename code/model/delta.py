@@ -96,7 +96,7 @@ def load_delta(model: NextGPT, delta: Delta, required: set[Part]) -> list[str]:
     Raises:
         InputError: another vocabulary, a name too many or too few, a wrong shape; lists them all.
     """
-    rows = model.language_model.config.vocab_size
+    rows = model.own_vocabulary_size
     if delta.vocabulary_size != rows:
         raise InputError(
             f"{delta.source} was tuned with a language model of {delta.vocabulary_size} tokens, "

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -33,43 +32,51 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def vocabulary_size(path: str) -> int:
-    """Rows of the vocabulary of the model in folder `path`; reads its config.json alone."""
-    try:
-        return AutoConfig.from_pretrained(path).vocab_size
-    except (OSError, ValueError) as error:
-        raise InputError(_missing(path, error)) from error
-
-
 def load_language_model(
-    config: LanguageModelConfig, path: str, new_tokens: int, dtype: torch.dtype, *, lora: bool
+    config: LanguageModelConfig,
+    path: str,
+    own_tokens: int,
+    new_tokens: int,
+    dtype: torch.dtype,
+    *,
+    lora: bool,
 ) -> PreTrainedModel:
     """The frozen language model in `dtype`, with `new_tokens` new rows (float32).
 
     Args:
         config: template, adapters and what of the vocabulary trains.
         path: the folder or hub name, resolved.
+        own_tokens: how many its tokenizer has.
         new_tokens: how many rows to add.
         dtype: of the frozen weights.
         lora: whether to fit the adapters (float32).
 
     Raises:
-        InputError: the model cannot be read, or an adapter's target is not in it.
+        InputError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks an
+            adapter's target.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError) as error:
         raise InputError(_missing(path, error)) from error
-    fit_language_model(model, config, new_tokens, lora=lora)
+    rows = len(model.get_input_embeddings().weight)
+    if rows < own_tokens:
+        raise InputError(f"{path}: the tokenizer has {own_tokens} tokens, the model {rows}")
+    fit_language_model(model, config, own_tokens, new_tokens, lora=lora)
     return model
 
 
 def fit_language_model(
-    model: PreTrainedModel, config: LanguageModelConfig, new_tokens: int, *, lora: bool
+    model: PreTrainedModel,
+    config: LanguageModelConfig,
+    own_tokens: int,
+    new_tokens: int,
+    *,
+    lora: bool,
 ) -> None:
     """Freeze `model`, grow its vocabulary and fit the adapters, in place."""
     model.requires_grad_(False)
-    grow_vocabulary(model, new_tokens)
+    grow_vocabulary(model, own_tokens, new_tokens)
     if lora:
         _add_adapters(model, config)
 

@@ -63,6 +63,11 @@ class NextGPT(nn.Module):
         self.output_projections = nn.ModuleDict(output_projections)
         self.signal_counts = signal_counts
 
+    @property
+    def own_vocabulary_size(self) -> int:
+        """Tokens of the language model without the new ones: the id of the first new one."""
+        return len(self.language_model.get_input_embeddings().weight)
+
     def embed(
         self, input_ids: torch.Tensor, slots: torch.Tensor, features: torch.Tensor
     ) -> torch.Tensor:

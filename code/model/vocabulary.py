@@ -52,19 +52,27 @@ class GrownHead(nn.Module):
         return torch.cat([own, new.to(own.dtype)], dim=-1)
 
 
-def grow_vocabulary(language_model: nn.Module, count: int) -> None:
+def grow_vocabulary(language_model: nn.Module, own: int, count: int) -> None:
     """Replace the embedding and the head of a Hugging Face causal model by grown ones, in place.
 
-    A new row starts as a small random step from the mean of the own rows, so that no new token is
-    likelier than the words are. Tied matrices stay tied.
+    A new row is the mean of the own rows and noise of their spread: no new token starts likelier
+    than the words are. Tied matrices stay tied.
+
+    Args:
+        language_model: the model.
+        own: tokens of its tokenizer; rows behind them (padding, as Vicuna v0 has) are dropped.
+        count: new rows.
     """
-    embedding = language_model.get_input_embeddings()
-    head = language_model.get_output_embeddings()
-    new_embedding = nn.Parameter(_new_rows(embedding.weight, count))
-    tied = head.weight is embedding.weight
-    new_head = new_embedding if tied else nn.Parameter(_new_rows(head.weight, count))
-    language_model.set_input_embeddings(GrownEmbedding(embedding.weight, new_embedding))
-    language_model.set_output_embeddings(GrownHead(head.weight, new_head))
+    embedding = language_model.get_input_embeddings().weight
+    head = language_model.get_output_embeddings().weight
+    tied = head is embedding
+    own_embedding = nn.Parameter(embedding.detach()[:own], requires_grad=False)
+    own_head = own_embedding if tied else nn.Parameter(head.detach()[:own], requires_grad=False)
+    new_embedding = nn.Parameter(_new_rows(own_embedding, count))
+    new_head = new_embedding if tied else nn.Parameter(_new_rows(own_head, count))
+    language_model.set_input_embeddings(GrownEmbedding(own_embedding, new_embedding))
+    language_model.set_output_embeddings(GrownHead(own_head, new_head))
+    language_model.config.vocab_size = own + count
 
 
 def _new_rows(weight: torch.Tensor, count: int) -> torch.Tensor:

@@ -93,7 +93,7 @@ class Trainer:
         own_vocabulary = config.language_model.train_vocabulary == "all" or bool(
             delta and delta.holds_own_vocabulary
         )
-        vocabulary_size = model.language_model.config.vocab_size
+        vocabulary_size = model.own_vocabulary_size
         agent = Agent(model, training, steps, self.device, self.dtype)
         torch.manual_seed(training.seed + self.rank)  # every process drops out its own
 
