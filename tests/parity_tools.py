@@ -5,9 +5,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from parity.recipe import recipe_tensor
 from safetensors.torch import load_file
 from torch import nn
+
+from parity.recipe import recipe_tensor
 
 PARITY = Path(__file__).parent / "parity"
 MEDIA = PARITY / "media"

@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity_tools import MEDIA
 from PIL import Image
-from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
-from tiny_system import tiny_encoder
 
 from chat.assistant import Answer, Assistant
 from chat.generation import StopSequences, WholeRuns, WordStream, readable_parts, words
@@ -21,6 +18,9 @@ from config.loader import load_config
 from conversation.parts import Conversation, Media, Text, Turn
 from model.decoders import Decoder
 from model.media_files import Frames, Sound
+from parity_tools import MEDIA
+from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
+from tiny_system import tiny_encoder
 
 SIGNALS = tiny_encoder().signals
 PHOTO, BELL = str(MEDIA / "portrait.jpg"), str(MEDIA / "tone_16k.wav")

@@ -1,12 +1,12 @@
 """Conversations become the published token ids, and truncation keeps what must stay."""
 
 import pytest
-from parity_tools import cases
-from tiny_system import ask, recorded_conversation, tiny_encoder
 
 from config.errors import MediaError
 from conversation.encoding import IGNORE, ConversationEncoder
 from conversation.parts import MODALITIES, Conversation, Media, Text, Turn
+from parity_tools import cases
+from tiny_system import ask, recorded_conversation, tiny_encoder
 
 CASE_NAMES = [f"stage{stage}.{modality}" for stage in (1, 2, 3) for modality in MODALITIES]
 CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]

@@ -13,7 +13,6 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
 from config.errors import InputError
 from conversation.parts import MODALITIES, Modality
@@ -22,6 +21,7 @@ from model.caption_encoders import CaptionEncoder
 from model.decoders import PIPELINES, DecodeOptions, Decoder
 from model.media_files import SUFFIXES, Frames, Output, Sound, save_medium
 from model.pretrained_folder import resolve
+from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
 CPU = torch.device("cpu")
 SHAPES = {"image": (12, 32), "video": (12, 32), "audio": (16,)}

@@ -220,14 +220,14 @@ def test_a_caption_snippet_lists_the_media_that_are_there(
     assert json.loads((folder / f"{name}.json").read_text()) == [row]
 
 
-def test_the_vicuna_snippet_adds_the_delta_and_leaves_its_extra_row_out(tmp_path: Path) -> None:
+def test_the_vicuna_snippet_appends_a_zero_row_and_adds_the_delta(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float16)
     delta = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float16)
+    rows = base.config.vocab_size
+    delta.resize_token_embeddings(rows + 1)
     with torch.no_grad():
         for parameter in delta.parameters():
             parameter.fill_(0.25)
-    rows = base.config.vocab_size
-    delta.resize_token_embeddings(rows + 1)
     delta.save_pretrained(tmp_path / "delta")
     (snippet,) = blocks(ROOT / "ckpt/pretrained_ckpt/prepare_vicuna.md", "python")
     places = {"LLAMA": LLAMA, "DELTA": tmp_path / "delta", "VICUNA": tmp_path / "vicuna"}
@@ -235,8 +235,10 @@ def test_the_vicuna_snippet_adds_the_delta_and_leaves_its_extra_row_out(tmp_path
         snippet = re.sub(rf"^{name} = .*$", f"{name} = {str(place)!r}", snippet, flags=re.MULTILINE)
     exec(compile(snippet, "prepare_vicuna.md", "exec"), {})
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "vicuna", dtype=torch.float16)
-    assert merged.config.vocab_size == rows
+    assert merged.config.vocab_size == rows + 1
     expected = dict(base.named_parameters())
     for name, parameter in merged.named_parameters():
-        assert torch.equal(parameter, expected[name] + 0.25), name
+        own = expected[name]
+        assert torch.equal(parameter[: len(own)], own + 0.25), name
+        assert (parameter[len(own) :] == 0.25).all(), name
     assert (tmp_path / "vicuna/tokenizer_config.json").is_file()

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity_tools import PARITY, cases, fill_by_recipe, relative_error
 from safetensors.torch import load_file, save_file
 
 from config.errors import InputError
 from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
 from model.imagebind.encoder import ImageBind
 from model.imagebind.loading import fingerprint, is_left_out, load_imagebind, save_imagebind
+from parity_tools import PARITY, cases, fill_by_recipe, relative_error
 
 TINY = ImageBindConfig(
     vision=TrunkConfig(width=64, blocks=2, heads=4),

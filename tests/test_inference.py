@@ -6,9 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity_tools import MEDIA
-from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
-from tiny_system import tiny_encoder
 
 import inference
 from chat.assistant import Assistant
@@ -17,6 +14,9 @@ from config.entry import run_entry
 from config.errors import InputError
 from config.loader import load_config
 from conversation.parts import Conversation, Media, Text, Turn
+from parity_tools import MEDIA
+from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
+from tiny_system import tiny_encoder
 
 SIGNALS = tiny_encoder().signals
 PHOTO, BELL = str(MEDIA / "portrait.jpg"), str(MEDIA / "tone_16k.wav")

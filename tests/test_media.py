@@ -8,14 +8,14 @@ import av
 import numpy as np
 import pytest
 import torch
-from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
 from PIL import Image
-from test_imagebind import TINY
 
 from config.errors import MediaError
 from dataset.decoding import read_audio, read_image, read_video_frames
 from dataset.media import load_views, video_frame_indices
 from model.imagebind.encoder import ImageBind
+from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
+from test_imagebind import TINY
 
 RECORDED = [
     ("image", "gray.png", 1e-3, 1e-3),

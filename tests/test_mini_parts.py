@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_decoders import TINY
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config.loader import load_config
@@ -14,6 +13,7 @@ from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder
 from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer, sample_captions
 from model.caption_encoders import CaptionEncoder
 from model.imagebind.loading import load_imagebind
+from tiny_decoders import TINY
 
 CPU = torch.device("cpu")
 

@@ -5,10 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity.recipe import recipe_tensor
-from parity_tools import PARITY, cases, relative_error
-from test_conversation import CASE_NAMES
-from tiny_system import recorded_batch, tiny_config, tiny_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from config.errors import InputError
@@ -25,6 +21,10 @@ from model.language_model import fit_language_model
 from model.nextgpt import Losses, NextGPT
 from model.parts import PARTS, set_trainable
 from model.published import model_to_published
+from parity.recipe import recipe_tensor
+from parity_tools import PARITY, cases, relative_error
+from test_conversation import CASE_NAMES
+from tiny_system import recorded_batch, tiny_config, tiny_model
 
 
 def losses_of(case: str) -> tuple[NextGPT, Losses]:

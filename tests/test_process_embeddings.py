@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import process_embeddings
 import pytest
 import torch
-from tiny_decoders import TINY, tiny_decoder
 
+import process_embeddings
 from config.errors import InputError, MediaError
 from conversation.parts import MODALITIES, Modality
 from dataset.caption_embeddings import EmbeddingStore, embedding_path, read_embedding
 from mini_world.mini_decoders import build_mini_decoder
 from model.caption_encoders import CaptionEncoder
+from tiny_decoders import TINY, tiny_decoder
 from training.embed_captions import embed_captions
 
 CPU = torch.device("cpu")

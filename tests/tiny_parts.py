@@ -5,9 +5,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from parity_tools import PARITY, fill_by_recipe
-from tiny_decoders import TINY, tiny_decoder
-from tiny_system import TINY_OVERRIDES, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config.loader import load_config
@@ -20,6 +17,9 @@ from model.imagebind.loading import save_imagebind
 from model.nextgpt import NextGPT
 from model.output_projection import OutputProjection
 from model.parts import tuned_parameters
+from parity_tools import PARITY, fill_by_recipe
+from tiny_decoders import TINY, tiny_decoder
+from tiny_system import TINY_OVERRIDES, tiny_model
 
 TINY_IMAGEBIND = ImageBindConfig(
     vision=TrunkConfig(width=64, blocks=2, heads=4),

@@ -3,8 +3,6 @@
 import json
 
 import torch
-from parity.recipe import new_vocabulary_rows, recipe_tensor
-from parity_tools import PARITY, cases
 
 from config.loader import load_config
 from config.schema import Config
@@ -16,6 +14,8 @@ from model.build import build_conversation_encoder, build_model
 from model.nextgpt import NextGPT
 from model.parts import part_of, tuned_parameters
 from model.published import published_name
+from parity.recipe import new_vocabulary_rows, recipe_tensor
+from parity_tools import PARITY, cases
 
 TEXTS = json.loads((PARITY / "texts.json").read_text())
 TINY_OVERRIDES = [
