@@ -1,0 +1,157 @@
+"""Safe to stop: whatever ends a run, it goes on as if nothing had, or says why it cannot."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tiny_run import TinyRun, same, trained
+
+ROOT = Path(__file__).parent.parent
+# Dropout draws from the random state; three data sets' order goes on where it stopped.
+SETS = [
+    "language_model.lora_dropout=0.1",
+    "training.max_steps=12",
+    "training.save_every=4",
+]  # fmt: skip
+
+
+def dropout_run(save_path: Path, *flags: str, **options: object) -> TinyRun:
+    """A run of stage 3 with all parts in training."""
+    sets = [*SETS, *options.pop("sets", [])]
+    init = () if "--resume" in flags else ("--init-from", str(trained(2).folder))
+    return TinyRun(save_path, 3, sets, [*init, *flags], **options)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """The same run, left alone."""
+    return dropout_run(tmp_path_factory.mktemp("undisturbed")).finish()
+
+
+def assert_same(run: TinyRun, expected: TinyRun) -> None:
+    """The same figures in every step, digit for digit, and the same delta, bit for bit."""
+    assert run.metrics == expected.metrics
+    assert same(run.delta, expected.delta)
+
+
+def test_killed_between_saves_it_resumes_bit_for_bit(tmp_path: Path, undisturbed: TinyRun) -> None:
+    dropout_run(tmp_path).kill_when(lambda: len(dropout_run(tmp_path).metrics) >= 6)
+    resumed = dropout_run(tmp_path, "--resume", sets=["data.workers=2"]).finish()
+    assert "resumed after step" in resumed.output
+    assert_same(resumed, undisturbed)
+    assert not resumed.checkpoints
+
+
+def test_killed_in_the_middle_of_a_save_it_resumes_from_the_one_before(
+    tmp_path: Path, undisturbed: TinyRun
+) -> None:
+    sets = ["training.save_every=1"]
+    for attempt in range(8):
+        run = dropout_run(tmp_path / str(attempt), sets=sets)
+        saves = run.folder / "checkpoints"
+        run.kill_when(lambda saves=saves: bool(list(saves.glob(".step_00000[3-9].partial"))))
+        if any(name.endswith(".partial") for name in run.checkpoints):
+            break
+    partial, whole = run.checkpoints
+    assert partial.endswith(".partial") and not (saves / partial / "run.json").exists()
+    resumed = dropout_run(run.save_path, "--resume", sets=sets).finish()
+    assert f"from {saves / whole}" in resumed.output
+    assert_same(resumed, undisturbed)
+
+
+def test_sigterm_to_all_its_processes_saves_and_leaves_with_143(
+    tmp_path: Path, undisturbed: TinyRun
+) -> None:
+    run = dropout_run(tmp_path, sets=["data.workers=2"]).start()
+    run.wait_until(lambda: len(run.metrics) >= 2)
+    main = psutil.Process(run.processes[0].pid)
+    for process in [*main.children(recursive=True), main]:  # as a scheduler does
+        process.send_signal(signal.SIGTERM)
+    assert run.wait() == 143
+    assert "go on with --resume" in run.output
+    assert len(run.checkpoints) == 1
+    assert_same(dropout_run(tmp_path, "--resume").finish(), undisturbed)
+
+
+def test_two_processes_under_zero_2_and_one_under_zero_3_resume_bit_for_bit(
+    tmp_path: Path,
+) -> None:
+    zero_3 = tmp_path / "zero_3.json"
+    zero_3.write_text(
+        json.dumps({"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True})
+    )
+    for world, sets in ((2, []), (1, [f"training.deepspeed={zero_3}"])):
+        alone = dropout_run(tmp_path / f"alone_{world}", world=world, sets=sets).finish()
+        path = tmp_path / f"killed_{world}"
+        run = dropout_run(path, world=world, sets=sets)
+        run.kill_when(lambda run=run: len(run.metrics) >= 6)
+        assert_same(dropout_run(path, "--resume", world=world, sets=sets).finish(), alone)
+
+
+@pytest.mark.parametrize(
+    "places", ["localhost:0", pytest.param("localhost:0,1", marks=pytest.mark.slow)]
+)
+def test_sigterm_to_the_launch_script_saves_and_leaves_no_process(
+    tmp_path: Path, places: str
+) -> None:
+    flags = ["--init-from", str(trained(2).folder), "--include", places]
+    run = TinyRun(tmp_path, 3, ["training.epochs=1000", "training.max_steps=20000"], flags)
+    environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
+    command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
+    with (tmp_path / "output").open("w+") as output:
+        script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        while len(run.metrics) < 2 and script.poll() is None:
+            time.sleep(0.1)
+        started = psutil.Process(script.pid).children(recursive=True)
+        script.terminate()
+        code = script.wait(60)
+        said = (tmp_path / "output").read_text()
+    assert code == 143, said
+    assert "go on with --resume" in said
+    assert len(run.checkpoints) == 1 and not run.checkpoints[0].endswith(".partial")
+    assert not [process for process in started if process.is_running()]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
+    tmp_path: Path, undisturbed: TinyRun
+) -> None:
+    run = dropout_run(tmp_path)
+    run.kill_when(lambda: "step_000004" in run.checkpoints)
+    before = [name for name in run.checkpoints if name.startswith("step_")]
+    full = dropout_run(tmp_path, "--resume", file_bytes=100_000)
+    assert "is the disk full?" in full.fail()
+    assert full.checkpoints == before
+    assert_same(dropout_run(tmp_path, "--resume").finish(), undisturbed)
+
+
+def test_a_full_disk_at_the_end_leaves_the_delta_before(tmp_path: Path) -> None:
+    before = TinyRun(tmp_path, 1, ["training.max_steps=1"]).finish().delta
+    again = TinyRun(tmp_path, 1, ["training.max_steps=2"], file_bytes=20_000)
+    assert "is the disk full?" in again.fail()
+    assert same(again.delta, before)
+    assert not list(again.folder.glob("*partial*"))
+
+
+def test_resuming_what_is_finished_says_so(undisturbed: TinyRun) -> None:
+    written = (undisturbed.folder / "delta.safetensors").stat().st_mtime_ns
+    again = dropout_run(undisturbed.save_path, "--resume").finish()
+    assert f"{again.folder} is finished" in again.output
+    assert (again.folder / "delta.safetensors").stat().st_mtime_ns == written
+
+
+def test_an_unfinished_run_is_neither_dropped_nor_changed_by_accident(tmp_path: Path) -> None:
+    run = dropout_run(tmp_path)
+    run.kill_when(lambda: "step_000004" in run.checkpoints)
+    assert "--resume to go on with it or --restart" in dropout_run(tmp_path).fail()
+    changed = dropout_run(tmp_path, "--resume", sets=["training.learning_rate=1.0"])
+    assert "training.learning_rate: 0.0005 there, 1.0 now" in changed.fail()
+    assert "saved by 1 processes" in dropout_run(tmp_path, "--resume", world=2).fail()
+    assert "not allowed with" in dropout_run(tmp_path, "--resume", "--restart").fail()
+    anew = dropout_run(tmp_path, "--restart").finish()
+    assert [row["step"] for row in anew.metrics] == list(range(1, 13))

@@ -1,0 +1,240 @@
+"""Runs of the real training entry on a whole tiny system, each in processes of its own.
+
+They are forked from a server that has everything imported, which saves six seconds a run. What
+differs from `python code/train.py` is that alone; the launcher is tested by itself.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+from safetensors.torch import load_file
+
+from conversation.parts import MODALITIES
+from mini_world.write_data import write_world
+from model.imagebind.encoder import ImageBind
+from model.imagebind.loading import save_imagebind
+from parity_tools import fill_by_recipe
+from tiny_decoders import tiny_decoder
+from tiny_parts import TINY_IMAGEBIND, tiny_overrides
+from training.embed_captions import embed_captions
+
+CODE = Path(__file__).parent.parent / "code"
+DATASETS = {
+    1: "[mini_image_enc, mini_video_enc, mini_audio_enc]",
+    2: "[mini_image_dec, mini_video_dec, mini_audio_dec]",
+    3: "[mini_question, mini_request, mini_mosit, mini_text]",
+}
+# DeepSpeed imports the last only when it makes an engine, and torch's compiler with it.
+_IMPORTED = ["train", "tiny_run", "deepspeed.runtime.zero.muon.muon_optimizer"]
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+@cache
+def tiny_world() -> Path:
+    """The folder of a tiny system: data, caption embeddings, encoder. Do not write into it."""
+    folder = Path(mkdtemp(prefix="tiny_world_"))
+    world = folder / "data" / "mini_world"
+    write_world(world, scale=0.03, progress=False)
+    imagebind = ImageBind(TINY_IMAGEBIND)
+    fill_by_recipe(imagebind, "visual_encoder.")
+    save_imagebind(imagebind, folder / "imagebind", torch.float32)
+    instructions = [world / "IT_data" / "T-T+X_data" / "mini_request" / "mini_request.json"]
+    instructions.append(world / "IT_data" / "MosIT_data" / "mini_mosit" / "mini_mosit.json")
+    for modality in MODALITIES:
+        pairs = world / "T-X_pair_data" / modality / f"{modality}.json"
+        for annotation in (pairs, *instructions):
+            decoder = str(tiny_decoder(modality))
+            embed_captions(
+                annotation, modality, folder / "embed", decoder, device=torch.device("cpu")
+            )
+    return folder
+
+
+@cache
+def trained(stage: int) -> "TinyRun":
+    """A finished run of four steps, after those of the stages before. Do not write into it."""
+    save_path = trained(stage - 1).save_path if stage > 1 else Path(mkdtemp(prefix="tiny_tuned_"))
+    return TinyRun(save_path, stage).finish()
+
+
+@dataclass
+class TinyRun:
+    """One stage's run: its command line, its processes, and what it leaves.
+
+    Attributes:
+        save_path: where the stages' folders come.
+        stage: 1, 2 or 3.
+        sets: further `--set`s.
+        flags: further arguments.
+        world: how many processes.
+        file_bytes: the size beyond which no file can grow: a disk that is full.
+    """
+
+    save_path: Path
+    stage: int
+    sets: Sequence[str] = ()
+    flags: Sequence[str] = ()
+    world: int = 1
+    file_bytes: int = resource.RLIM_INFINITY
+    processes: list[ForkServerProcess] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """The stage's folder."""
+        return self.save_path / f"stage_{self.stage}"
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line of code/train.py."""
+        system = tiny_world()
+        overrides = [
+            *tiny_overrides(system),
+            f"save_path={self.save_path}",
+            f"data.root={system / 'data'}",
+            f"data.cache={system / 'cache'}",
+            f"data.embeddings={system / 'embed'}",
+            f"data.datasets={DATASETS[self.stage]}",
+            "data.batching=mixed",
+            "data.max_length=160",
+            "data.workers=0",
+            "training.global_batch_size=8",
+            "training.micro_batch_size=4",
+            "training.max_steps=4",
+            *self.sets,
+        ]
+        return [
+            "--stage", str(self.stage), "--config", "7b",
+            *(word for override in overrides for word in ("--set", override)),
+            *self.flags,
+        ]  # fmt: skip
+
+    def start(self) -> "TinyRun":
+        """Start the processes."""
+        os.environ["PYTHONPATH"] = f"{CODE}{os.pathsep}{CODE.parent / 'tests'}"
+        _CONTEXT.set_forkserver_preload(_IMPORTED)
+        self.save_path.mkdir(parents=True, exist_ok=True)
+        port = str(_free_port())
+        for rank in range(self.world):
+            environment = {
+                "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(self.world),
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "LOCAL_WORLD_SIZE": str(os.cpu_count()),  # one thread each
+            }  # fmt: skip
+            process = _CONTEXT.Process(
+                target=_train,
+                args=(self.arguments, environment, self._output(rank), self.file_bytes),
+            )
+            process.start()
+            self.processes.append(process)
+        return self
+
+    def wait(self, seconds: float = 120) -> int:
+        """The exit code of the first process, once all have ended."""
+        for process in self.processes:
+            process.join(seconds)
+            if process.is_alive():
+                process.kill()
+                raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
+        return self.processes[0].exitcode
+
+    def finish(self) -> "TinyRun":
+        """Run to the end, which must be a good one."""
+        assert self.start().wait() == 0, self.output
+        return self
+
+    def kill_when(self, reached: Callable[[], bool]) -> None:
+        """Start, and end all processes at once as soon as `reached`."""
+        self.start()
+        self.wait_until(reached)
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def wait_until(self, reached: Callable[[], bool], seconds: float = 120) -> None:
+        """Return as soon as `reached`; the run must still be under way."""
+        end = time.monotonic() + seconds
+        while not reached():
+            assert self.processes[0].is_alive() and time.monotonic() < end, self.output
+            time.sleep(0.001)
+
+    def fail(self) -> str:
+        """Run to the end, which must be exit code 2; what was said."""
+        assert self.start().wait() == 2, self.output
+        return self.output
+
+    @property
+    def output(self) -> str:
+        """What the first process wrote to the terminal."""
+        return self._output(0).read_text()
+
+    def _output(self, rank: int) -> Path:
+        return self.save_path / f"stage_{self.stage}.{rank}.output"
+
+    @property
+    def metrics(self) -> list[dict]:
+        """The whole lines of metrics.jsonl, without the times."""
+        file = self.folder / "log" / "metrics.jsonl"
+        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+
+    @property
+    def losses(self) -> list[float]:
+        """Each step's loss."""
+        return [row["loss"] for row in self.metrics]
+
+    @property
+    def delta(self) -> dict[str, torch.Tensor]:
+        """The tuned parameters that it left."""
+        return load_file(self.folder / "delta.safetensors")
+
+    @property
+    def skipped(self) -> list[dict]:
+        """The lines of skipped.jsonl."""
+        file = self.folder / "log" / "skipped.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """What lies beside the delta to resume from, whole or not."""
+        return sorted(path.name for path in (self.folder / "checkpoints").glob("*step_*"))
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    """Whether two deltas are the same, bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def _train(
+    arguments: list[str], environment: dict[str, str], output: Path, file_bytes: int
+) -> None:
+    """What a process does: the entry itself."""
+    import train
+    from config.entry import run_entry
+
+    with output.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # the system's own, for loader processes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    sys.argv = ["train.py", *arguments]
+    run_entry(train.main)
