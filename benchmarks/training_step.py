@@ -3,9 +3,10 @@
     python benchmarks/training_step.py [--config mini] [--steps 8]
 
 For each stage real batches are made ready, their features and captions in the cache, and then each
-is taken twice in turn: as a whole training step (projections, adapters, losses, gradients, clipping
+is taken three times in turn: as a whole training step (projections, adapters, losses, gradients, clipping
 and the optimizer's update) and as forward and backward of the bare language model on the same
-token ids, where all its weights have gradients. Printed are medians and the median of the ratios.
+token ids: as it is trained, with gradients of all its weights, and frozen, with gradients of its
+input embeddings alone. Printed are medians of seconds and of the ratios step by step.
 """
 
 import argparse
@@ -77,24 +78,31 @@ def measure(config_name: str, stage: int, steps: int) -> None:
     bare = AutoModelForCausalLM.from_pretrained(path, dtype=trainer.dtype).to(trainer.device)
     last_id = bare.config.vocab_size - 1
 
-    def bare_step(batches: list[Batch]) -> None:
+    def bare_step(batches: list[Batch], trained: bool) -> None:
+        bare.requires_grad_(trained)
         for batch in batches:
-            ids = batch.input_ids.clamp(max=last_id)
-            labels = batch.targets.clamp(max=last_id)
-            bare(input_ids=ids, attention_mask=batch.attention_mask, labels=labels).loss.backward()
+            embeddings = bare.get_input_embeddings()(batch.input_ids.clamp(max=last_id))
+            bare(
+                inputs_embeds=embeddings if trained else embeddings.requires_grad_(),
+                attention_mask=batch.attention_mask,
+                labels=batch.targets.clamp(max=last_id),
+            ).loss.backward()
         bare.zero_grad(set_to_none=True)
 
     rows = []
     for batches in all_batches:
         counts = counts_of(batches)
         ours = seconds(partial(agent.step, batches, counts))
-        theirs = seconds(partial(bare_step, batches))
-        rows.append((ours, theirs, ours / theirs, sum(b.input_ids.numel() for b in batches)))
+        trained = seconds(partial(bare_step, batches, trained=True))
+        frozen = seconds(partial(bare_step, batches, trained=False))
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        rows.append((ours, trained, frozen, ours / trained, ours / frozen, tokens))
     # The first step warms up.
-    ours, theirs, ratio, tokens = (statistics.median(c) for c in zip(*rows[1:], strict=True))
+    medians = (statistics.median(column) for column in zip(*rows[1:], strict=True))
+    ours, trained, frozen, to_trained, to_frozen, tokens = medians
     print(
-        f"stage {stage}: {tokens:.0f} tokens a step, {ours:.2f} s; bare language model "
-        f"{theirs:.2f} s; ratio {ratio:.2f}",
+        f"stage {stage}: {tokens:.0f} tokens a step, {ours:.2f} s; bare language model trained "
+        f"{trained:.2f} s, ratio {to_trained:.2f}; frozen {frozen:.2f} s, ratio {to_frozen:.2f}",
         flush=True,
     )
 

@@ -1,0 +1,46 @@
+"""The newcomer's path: a fresh clone, one command, and the course's four cases are answered."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conversation.parts import MODALITIES
+from dataset.media import load_views
+
+ROOT = Path(__file__).parent.parent
+SUFFIX_OF = {"image": ".png", "video": ".mp4", "audio": ".wav"}
+
+
+@pytest.mark.slow
+def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    bare = {name: os.environ[name] for name in ("HOME", "PATH", "LANG") if name in os.environ}
+    bare["PATH"] = ":".join(p for p in bare["PATH"].split(":") if not p.startswith(str(ROOT)))
+    done = subprocess.run(
+        ["bash", "scripts/quickstart.sh"],
+        cwd=clone,
+        env=bare,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    for stage in (1, 2, 3):
+        folder = clone / f"ckpt/delta_ckpt/nextgpt/mini_tiva_v0/stage_{stage}"
+        assert (folder / "delta.safetensors").is_file()
+        losses = [json.loads(line)["loss"] for line in (folder / "log/metrics.jsonl").open()]
+        third = len(losses) // 3
+        assert sum(losses[-third:]) < sum(losses[:third]), f"stage {stage} learned nothing"
+    answers = clone / "outputs/quickstart"
+    cases = json.loads((clone / "data/mini_world/examples/cases.json").read_text())
+    assert len(cases) == 4
+    histories = sorted(answers.glob("*/history.json"))
+    assert len(histories) == len(cases)
+    for modality in MODALITIES:
+        for file in answers.rglob(f"*{SUFFIX_OF[modality]}"):
+            assert str(file.relative_to(clone)) in done.stdout or str(file) in done.stdout
+            load_views(modality, file)
