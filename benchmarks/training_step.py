@@ -3,8 +3,8 @@
     python benchmarks/training_step.py [--config mini] [--steps 8]
 
 For each stage real batches are made ready, their features and captions in the cache, and then each
-is taken three times in turn: as a whole training step (projections, adapters, losses, gradients, clipping
-and the optimizer's update) and as forward and backward of the bare language model on the same
+is taken three times in turn: as a whole training step (projections, adapters, losses, clipping
+and the update) and as forward and backward of the bare language model on the same
 token ids: as it is trained, with gradients of all its weights, and frozen, with gradients of its
 input embeddings alone. Printed are medians of seconds and of the ratios step by step.
 """
