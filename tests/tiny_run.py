@@ -17,14 +17,17 @@ from functools import cache
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
 from conversation.parts import MODALITIES
 from mini_world.write_data import write_world
+from model.delta import Delta
 from model.imagebind.encoder import ImageBind
 from model.imagebind.loading import save_imagebind
+from model.nextgpt import NextGPT
 from parity_tools import fill_by_recipe
 from tiny_decoders import tiny_decoder
 from tiny_parts import TINY_IMAGEBIND, tiny_overrides
@@ -120,7 +123,7 @@ class TinyRun:
             *self.flags,
         ]  # fmt: skip
 
-    def start(self) -> "TinyRun":
+    def start(self, target: Callable[..., None] | None = None) -> "TinyRun":
         """Start the processes."""
         os.environ["PYTHONPATH"] = f"{CODE}{os.pathsep}{CODE.parent / 'tests'}"
         _CONTEXT.set_forkserver_preload(_IMPORTED)
@@ -133,7 +136,7 @@ class TinyRun:
                 "LOCAL_WORLD_SIZE": str(os.cpu_count()),  # one thread each
             }  # fmt: skip
             process = _CONTEXT.Process(
-                target=_train,
+                target=target or _train,
                 args=(self.arguments, environment, self._output(rank), self.file_bytes),
             )
             process.start()
@@ -173,6 +176,12 @@ class TinyRun:
         """Run to the end, which must be exit code 2; what was said."""
         assert self.start().wait() == 2, self.output
         return self.output
+
+    def watch(self) -> dict[str, int]:
+        """Run to the end; the sizes of the parameters that changed meanwhile."""
+        self.start(target=_train_watched)
+        assert self.wait() == 0, self.output
+        return json.loads((self.save_path / "watched.json").read_text())
 
     @property
     def output(self) -> str:
@@ -238,3 +247,26 @@ def _train(
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
     sys.argv = ["train.py", *arguments]
     run_entry(train.main)
+
+
+def _train_watched(*given: Any) -> None:
+    """The same, and `watched.json` says which of all the model's parameters it changed."""
+    from training.loop import Trainer
+
+    class Watched(Trainer):
+        def make_model(self, delta: Delta | None) -> NextGPT:
+            self.model = super().make_model(delta)
+            self.before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+            return self.model
+
+        def train(self) -> bool:
+            finished = super().train()
+            after = dict(self.model.named_parameters())
+            changed = {n: p.numel() for n, p in after.items() if not p.equal(self.before[n])}
+            Path(self.config.save_path, "watched.json").write_text(json.dumps(changed))
+            return finished
+
+    import train
+
+    train.Trainer = Watched
+    _train(*given)

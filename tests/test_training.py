@@ -1,0 +1,255 @@
+"""Training on a whole tiny system: what trains, where it starts, what it costs, what it refuses."""
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.errors import InputError
+from config.loader import load_config
+from model.delta import write_delta
+from model.parts import part_of
+from tiny_run import TinyRun, same, tiny_world, trained
+from training.agent import micro_batch_size
+
+ONE_AT_A_TIME = ["training.global_batch_size=4", "training.micro_batch_size=1"]
+
+
+def copied_data(folder: Path) -> Path:
+    """The world's data, to be spoilt."""
+    return shutil.copytree(tiny_world() / "data", folder / "data")
+
+
+def media(data: Path, kind: str) -> list[Path]:
+    """The media files of the caption pairs, e.g. `image`."""
+    return sorted((data / "mini_world" / "T-X_pair_data" / kind / f"{kind}s").iterdir())
+
+
+def from_stage(stage: int) -> list[str]:
+    return ["--init-from", str(trained(stage).folder)]
+
+
+def zero(stage: int, folder: Path) -> str:
+    """A `--set` of DeepSpeed's JSON with that ZeRO stage."""
+    file = folder / f"zero_{stage}.json"
+    settings = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    file.write_text(json.dumps(settings))
+    return f"training.deepspeed={file}"
+
+
+# ---------------------------------------------------------------- what trains, and from what
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_the_table_says_trains_and_nothing_else(tmp_path: Path, stage: int) -> None:
+    init = from_stage(stage - 1) if stage > 1 else []
+    run = TinyRun(tmp_path, stage, ["training.max_steps=6"], init)
+    changed: Counter[str | None] = Counter()
+    for name, size in run.watch().items():
+        changed[part_of(name)] += size
+    rows = re.findall(r"^(\w+) +[\d,]+  ([\d,]+|frozen)$", run.output, re.MULTILINE)
+    table = {part: int(trained.replace(",", "")) for part, trained in rows if trained != "frozen"}
+    assert changed == table
+    assert table.keys() == set(load_config("7b", stage).training.trains)
+    assert "language_model" in dict(rows)
+
+
+def test_each_stage_starts_from_the_one_before_and_says_what_it_took() -> None:
+    for stage in (2, 3):
+        said = trained(stage).output
+        assert f"starting from {trained(stage - 1).folder / 'delta.safetensors'}" in said
+    assert "input_projection: 2 tensors loaded" in trained(2).output
+    assert "output_projections: not in the file, starts new" in trained(2).output
+    assert "lora: not in the file, starts new" in trained(3).output
+    kept = [name for name in trained(1).delta if part_of(name) == "input_projection"]
+    assert kept
+    assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in kept)
+
+
+def test_a_part_that_a_run_does_not_have_is_kept_for_the_next(tmp_path: Path) -> None:
+    again = TinyRun(tmp_path, 1, (), from_stage(3)).finish()
+    assert "lora: not used by this run, kept for the next file" in again.output
+    kept = [n for n in trained(3).delta if part_of(n) in ("lora", "output_projections")]
+    assert kept
+    assert all(torch.equal(trained(3).delta[n], again.delta[n]) for n in kept)
+
+
+def test_a_stage_without_its_predecessor_says_what_to_do(tmp_path: Path) -> None:
+    assert "train the stage before, or give another" in TinyRun(tmp_path, 2).fail()
+
+
+def test_stage_2_needs_no_encoder_no_media_and_no_decoders(tmp_path: Path) -> None:
+    data = copied_data(tmp_path)
+    for kind in ("image", "video", "audio"):
+        shutil.rmtree(media(data, kind)[0].parent)
+    nowhere = tmp_path / "nowhere"
+    sets = [f"data.root={data}", f"encoder.path={nowhere}"]
+    sets += [f"decoders.{kind}.path={nowhere}" for kind in ("image", "video", "audio")]
+    run = TinyRun(tmp_path, 2, sets, from_stage(1)).finish()
+    assert run.losses == trained(2).losses
+
+
+def test_stage_1_needs_no_decoders_and_no_caption_embeddings(tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    sets = [f"decoders.{kind}.path={nowhere}" for kind in ("image", "video", "audio")]
+    run = TinyRun(tmp_path, 1, [*sets, f"data.embeddings={nowhere}"]).finish()
+    assert run.losses == trained(1).losses
+    assert "output_projections" not in run.output
+
+
+# ---------------------------------------------------------------- the same figures, however run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """One process; its samples one at a time hold different media, or none."""
+    path = tmp_path_factory.mktemp("alone")
+    return TinyRun(path, 3, [*ONE_AT_A_TIME, "training.max_steps=6"], from_stage(2)).finish()
+
+
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3)])
+def test_processes_with_different_media_agree_with_one_process(
+    tmp_path: Path, alone: TinyRun, world: int, stage: int
+) -> None:
+    sets = [*ONE_AT_A_TIME, "training.max_steps=6", zero(stage, tmp_path)]
+    run = TinyRun(tmp_path, 3, sets, from_stage(2), world=world).finish()
+    assert run.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert [row["tokens"] for row in run.metrics] == [row["tokens"] for row in alone.metrics]
+    norms = [row["gradient_norm"] for row in alone.metrics]
+    assert [row["gradient_norm"] for row in run.metrics] == pytest.approx(norms, rel=1e-3)
+    assert run.delta.keys() == alone.delta.keys()
+    for name, tensor in run.delta.items():
+        torch.testing.assert_close(tensor, alone.delta[name], rtol=0, atol=2e-4, msg=name)
+
+
+def test_the_micro_batch_size_changes_nothing(tmp_path: Path, alone: TinyRun) -> None:
+    sets = [*ONE_AT_A_TIME, "training.micro_batch_size=4", "training.max_steps=6"]
+    run = TinyRun(tmp_path, 3, sets, from_stage(2)).finish()
+    assert run.losses == pytest.approx(alone.losses, rel=1e-4)
+
+
+def test_captions_encoded_online_give_the_losses_of_precomputed_ones(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path, 2, ["data.caption_embeddings=online"], from_stage(1)).finish()
+    assert run.losses == pytest.approx(trained(2).losses, rel=1e-3)
+    assert run.losses != trained(2).losses  # the stored ones are half precision
+
+
+def test_a_medium_is_decoded_and_encoded_once_for_all_runs(tmp_path: Path) -> None:
+    data = copied_data(tmp_path)
+    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+    first = TinyRun(tmp_path / "first", 1, sets).finish()
+    for file in [file for kind in ("image", "video", "audio") for file in media(data, kind)]:
+        status = file.stat()
+        file.write_bytes(bytes(status.st_size))  # unreadable, and to all appearances unchanged
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    second = TinyRun(tmp_path / "second", 1, sets).finish()
+    assert second.metrics == first.metrics
+    assert first.metrics[-1]["skipped"] == 0
+
+
+def test_bf16_learns(tmp_path: Path) -> None:
+    sets = ["training.precision=bf16", "training.max_steps=40", "training.epochs=5"]
+    losses = TinyRun(tmp_path, 2, sets, from_stage(1)).finish().losses
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+def test_the_learning_rate_rises_over_a_tenth_then_falls_to_zero(tmp_path: Path) -> None:
+    sets = ["training.max_steps=20", "training.epochs=9", "training.learning_rate=1e-3"]
+    run = TinyRun(tmp_path, 2, sets, from_stage(1)).finish()
+    rates = [row["learning_rate"] for row in run.metrics]
+    assert rates == pytest.approx([5e-4] + [1e-3 * (20 - max(s, 2)) / 18 for s in range(1, 20)])
+
+
+# ---------------------------------------------------------------- what it refuses
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(tmp_path: Path) -> None:
+    tensors = trained(1).delta
+    tensors["input_projection.weight"][0, 0] = float("inf")
+    write_delta(tensors, 1000, tmp_path / "spoilt" / "delta.safetensors")
+    run = TinyRun(tmp_path, 1, (), ["--init-from", str(tmp_path / "spoilt")])
+    assert "the loss is not finite" in run.fail()
+    assert not run.metrics and not (run.folder / "delta.safetensors").exists()
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(tmp_path: Path) -> None:
+    weights = "training.alignment_weights={image: 1.0e+38, video: 1.0, audio: 1.0}"
+    run = TinyRun(tmp_path, 2, [weights], from_stage(1))
+    assert "a gradient is not finite" in run.fail()
+    assert not run.metrics
+
+
+def test_a_run_that_diverges_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    sets = ["training.learning_rate=1e+30", "training.save_every=1", "training.max_steps=8"]
+    run = TinyRun(tmp_path, 2, sets, from_stage(1))
+    assert "is not finite" in run.fail()
+    assert run.checkpoints == [f"step_{len(run.metrics):06d}"]
+
+
+def test_media_that_cannot_be_used_are_skipped_counted_and_listed(tmp_path: Path) -> None:
+    data = copied_data(tmp_path)
+    missing, broken, cut = media(data, "image")[0], media(data, "audio")[0], media(data, "video")[0]
+    missing.unlink()
+    broken.write_bytes(b"no sound")
+    cut.write_bytes(cut.read_bytes()[:100])
+    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+    for world in (1, 2):
+        run = TinyRun(tmp_path / str(world), 1, sets, world=world).finish()
+        reasons = [line["reason"] for line in run.skipped]
+        for file in (missing, broken, cut):
+            assert any(file.name in reason for reason in reasons)
+        assert run.metrics[-1]["skipped"] == len(reasons) >= 3
+        assert run.metrics[-1]["samples"] == 9 * 8
+
+
+def test_skipped_samples_are_listed_once_when_a_run_is_resumed(tmp_path: Path) -> None:
+    data = copied_data(tmp_path)
+    for file in media(data, "image")[::6]:
+        file.unlink()
+    sets = [f"data.root={data}", "data.datasets=[mini_image_enc]", "training.max_steps=40"]
+    sets += ["training.epochs=20", "training.save_every=5"]
+    whole = TinyRun(tmp_path / "whole", 1, sets).finish()
+    run = TinyRun(tmp_path / "killed", 1, sets)
+    run.kill_when(lambda: len(run.metrics) >= 9)
+    resumed = TinyRun(tmp_path / "killed", 1, sets, ["--resume"]).finish()
+    assert resumed.skipped == whole.skipped
+    assert resumed.metrics == whole.metrics
+
+
+def test_too_many_unusable_samples_end_the_run(tmp_path: Path) -> None:
+    data = copied_data(tmp_path)
+    for file in media(data, "image")[::9]:
+        file.unlink()
+    sets = [f"data.root={data}", "data.datasets=[mini_image_enc]", "training.epochs=100"]
+    sets += ["training.global_batch_size=32", "training.micro_batch_size=32"]
+    run = TinyRun(tmp_path, 1, [*sets, "training.max_steps=100"])
+    said = run.fail()
+    assert "samples could not be used" in said and "skipped.jsonl" in said
+    last = run.metrics[-1]
+    assert last["samples"] + last["skipped"] < 1000 <= last["samples"] + last["skipped"] + 64
+
+
+def test_more_samples_a_step_than_there_are_or_unequal_shares_are_refused(tmp_path: Path) -> None:
+    sets = ["training.global_batch_size=100", "training.micro_batch_size=1"]
+    assert "use fewer processes or lower" in TinyRun(tmp_path, 1, sets, world=2).fail()
+    sets[0] = "training.global_batch_size=3"
+    assert "cannot be shared equally by 2 processes" in TinyRun(tmp_path, 1, sets, world=2).fail()
+
+
+def test_the_micro_batch_is_the_largest_that_divides_a_share() -> None:
+    training = load_config(
+        "7b", 1, ["training.global_batch_size=24", "training.micro_batch_size=8"]
+    ).training
+    assert [micro_batch_size(training, world) for world in (1, 2, 4)] == [8, 6, 6]
+    with pytest.raises(InputError, match="multiple"):
+        micro_batch_size(training, 5)
+
+
+def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+    again = TinyRun(tmp_path, 3, (), from_stage(2)).finish()
+    assert again.metrics == trained(3).metrics and same(again.delta, trained(3).delta)
