@@ -37,7 +37,7 @@ case " ${launcher[*]-} " in
 esac
 
 # On a CPU the launcher counts this many places for processes.
-export LOCAL_SIZE=${LOCAL_SIZE:-$(nproc)}
+export LOCAL_SIZE=${LOCAL_SIZE:-$(nproc --all)}
 if [ ! -e /dev/nvidia0 ] && [ ! -e /dev/kfd ] && [ ! -e /dev/dxg ]; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # which it would find out, and warn of
 fi

@@ -133,6 +133,14 @@ def test_the_micro_batch_size_changes_nothing(tmp_path: Path, alone: TinyRun) ->
     assert run.losses == pytest.approx(alone.losses, rel=1e-4)
 
 
+def test_activation_checkpointing_draws_the_same_dropout(tmp_path: Path) -> None:
+    runs = []
+    for way in ("true", "false"):
+        sets = [f"training.activation_checkpointing={way}", "language_model.lora_dropout=0.1"]
+        runs.append(TinyRun(tmp_path / way, 3, sets, from_stage(2)).finish())
+    assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
+
+
 def test_captions_encoded_online_give_the_losses_of_precomputed_ones(tmp_path: Path) -> None:
     run = TinyRun(tmp_path, 2, ["data.caption_embeddings=online"], from_stage(1)).finish()
     assert run.losses == pytest.approx(trained(2).losses, rel=1e-3)
