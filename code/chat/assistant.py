@@ -29,7 +29,6 @@ from model.device import choose_device, choose_dtype
 from model.imagebind import ImageBind, load_imagebind
 from model.media_files import Output
 from model.nextgpt import NextGPT
-from model.parts import part_of
 
 Progress = Callable[[Modality, int, int], None]  # (modality, steps done, steps in all)
 
@@ -101,10 +100,9 @@ class Assistant:
         """
         tuned = read_delta(delta)
         device = choose_device()
-        has_lora = any(part_of(name) == "lora" for name in tuned.tensors)
         encoder = build_conversation_encoder(config)
         dtype = choose_dtype(config.training.precision, device)
-        model = build_model(config, dtype, lora=has_lora, output_projections=True)
+        model = build_model(config, dtype, lora=tuned.holds("lora"), output_projections=True)
         required = {"input_projection", "output_projections", "vocabulary"}
         report = load_delta(model, tuned, required)
         return cls(config, encoder, model, device, [f"tuned parameters of {tuned.source}", *report])

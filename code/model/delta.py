@@ -35,6 +35,10 @@ class Delta:
     vocabulary_size: int
     source: Path
 
+    def holds(self, part: Part) -> bool:
+        """Whether anything of `part` is among the tensors."""
+        return any(part_of(name) == part for name in self.tensors)
+
     @property
     def holds_own_vocabulary(self) -> bool:
         """Whether the language model's own vocabulary rows are among the tensors."""

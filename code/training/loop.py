@@ -45,7 +45,7 @@ class RunOptions:
         init_from: the delta to start from; none: the predecessor's, or, in stage 1, none.
         resume: go on with an unfinished run.
         restart: drop an unfinished run.
-        log_path: folder of the logs; none: `log` in the stage's folder.
+        log_path: folder of the logs, `stage_N` in it; none: `log` in the stage's folder.
     """
 
     stage: int
@@ -105,9 +105,9 @@ class Trainer:
             self.say(f"resumed after step {first_step} from {checkpoint}")
         elif self.rank == 0:
             folder.clear()
-        progress = Progress(
-            self.options.log_path or folder.path / "log", self.rank, first_step, steps, counted
-        )
+        logs = self.options.log_path
+        logs = logs / folder.path.name if logs else folder.path / "log"
+        progress = Progress(logs, self.rank, first_step, steps, counted)
         if not self.take_steps(agent, samples, plan, folder, progress, first_step, steps):
             return False
         tensors = agent.tuned_tensors(own_vocabulary=own_vocabulary)
@@ -213,7 +213,7 @@ class Trainer:
         model = build_model(
             self.config,
             self.dtype,
-            lora="lora" in training.trains,
+            lora="lora" in training.trains or (delta is not None and delta.holds("lora")),
             output_projections="output_projections" in training.trains,
         )
         if delta is not None:
