@@ -1,0 +1,84 @@
+"""Every shipped YAML trains through the real entry, with its own data sets, order and stages.
+
+Only the parts are replaced by tiny ones. The course's data sets are the mini world's files under
+the course's names and paths.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from config.loader import STAGES, load_config
+from conversation.parts import MODALITIES
+from test_config import SHIPPED
+from tiny_parts import tiny_overrides
+from tiny_run import TinyRun, tiny_world
+
+PAIR_SETS = {"image": "cc3m", "video": "webvid", "audio": "audiocap"}
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mini world, and the same files where the course has its data sets."""
+    root = tmp_path_factory.mktemp("shipped") / "data"
+    world = root / "mini_world"
+    shutil.copytree(tiny_world() / "data" / "mini_world", world)
+    for modality, name in PAIR_SETS.items():
+        pairs = root / "T-X_pair_data" / name
+        shutil.copytree(world / "T-X_pair_data" / modality, pairs)
+        (pairs / f"{modality}.json").rename(pairs / f"{name}.json")
+    asked, answered = root / "IT_data" / "T+X-T_data", root / "IT_data" / "T-T+X_data"
+    ours = world / "IT_data"
+    for name, media in {"llava": "images", "videochat": "videos"}.items():
+        shutil.copytree(ours / "T+X-T_data" / "mini_question", asked / name / media)
+        (asked / name / media / "mini_question.json").rename(asked / name / f"{name}.json")
+    (asked / "alpaca").mkdir()
+    shutil.copy(ours / "text" / "mini_text.json", asked / "alpaca" / "alpaca.json")
+    answered.mkdir()
+    for modality in MODALITIES:
+        requests = ours / "T-T+X_data" / "mini_request" / "mini_request.json"
+        shutil.copy(requests, answered / f"{modality}_instruction.json")
+    mosit = root / "IT_data" / "MosIT_data"
+    shutil.copytree(ours / "MosIT_data" / "mini_mosit", mosit / "media")
+    (mosit / "media" / "mini_mosit.json").rename(mosit / "mosit.json")
+    return root
+
+
+@dataclass
+class ShippedRun(TinyRun):
+    """A run that is configured by a shipped YAML, but for the parts, the places and the length."""
+
+    config: str = ""
+    data_root: Path = Path()
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command line of code/train.py."""
+        system = tiny_world()
+        steps = len(load_config(self.config, self.stage).data.datasets)
+        overrides = [
+            *tiny_overrides(system),
+            "language_model.template=published",
+            f"save_path={self.save_path}",
+            f"data.root={self.data_root}",
+            f"data.cache={system / 'cache'}",
+            f"data.embeddings={system / 'embed'}",
+            f"training.max_steps={steps}",
+        ]
+        words = [word for override in overrides for word in ("--set", override)]
+        return ["--stage", str(self.stage), "--config", self.config, *words]
+
+
+@pytest.mark.parametrize("config", SHIPPED)
+def test_a_shipped_yaml_trains_its_three_stages(
+    config: str, data_root: Path, tmp_path: Path
+) -> None:
+    for stage in STAGES:
+        run = ShippedRun(tmp_path, stage, config=config, data_root=data_root).finish()
+        names = load_config(config, stage).data.datasets
+        assert len(run.losses) == len(names)
+        assert all(f"'{name}'" in run.output for name in names)
+        assert run.metrics[-1]["skipped"] == 0
+        assert set(run.delta) and (run.folder / "config.yaml").is_file()
