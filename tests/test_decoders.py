@@ -3,7 +3,6 @@
 import json
 import shutil
 import wave
-from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -28,15 +27,6 @@ SHAPES = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
 OPTIONS = DecodeOptions(steps=2, guidance_scale=3.0, frames=3, seconds=0.025, seed=5)
 # The pipelines' own names for the length of what comes out.
 LENGTH = {"image": {}, "video": {"num_frames": 3}, "audio": {"audio_length_in_s": 0.025}}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Parts this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pipeline(modality: Modality) -> DiffusionPipeline:

@@ -1,11 +1,9 @@
 """The inference entry and the history file, on tiny real parts from end to end."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 import inference
 from chat.assistant import Assistant
@@ -20,15 +18,6 @@ from tiny_system import tiny_encoder
 
 SIGNALS = tiny_encoder().signals
 PHOTO, BELL = str(MEDIA / "portrait.jpg"), str(MEDIA / "tone_16k.wav")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Parts this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def scripted_answer() -> list[int]:

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,6 @@ from training.embed_captions import embed_captions
 CPU = torch.device("cpu")
 SHAPES: dict[Modality, tuple[int, ...]] = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
 COLOURS = ("red", "blue", "green", "white", "black")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Parts this small are slower on several threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def pairs(count: int = 5) -> list[dict[str, str]]:

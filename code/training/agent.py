@@ -61,7 +61,7 @@ def start_processes(device: torch.device) -> tuple[int, int]:
         os.environ.setdefault(name, value)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    else:
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share cores slow each other down
         local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
     deepspeed.init_distributed(
