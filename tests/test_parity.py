@@ -27,9 +27,9 @@ from test_conversation import CASE_NAMES
 from tiny_system import recorded_batch, tiny_config, tiny_model
 
 
-def losses_of(case: str) -> tuple[NextGPT, Losses]:
+def losses_of(case: str, *, whole_vocabulary: bool) -> tuple[NextGPT, Losses]:
     model = tiny_model(lora=case.startswith("stage3"))
-    set_trainable(model, list(PARTS), own_vocabulary=False)
+    set_trainable(model, list(PARTS), own_vocabulary=whole_vocabulary)
     return model, model(recorded_batch(case))
 
 
@@ -51,9 +51,10 @@ def test_batches_are_padded_and_masked_as_recorded() -> None:
         assert torch.equal(batch.targets[:, opening:], cases()[f"{case}.targets"]), case
 
 
+@pytest.mark.parametrize("whole_vocabulary", [True, False])
 @pytest.mark.parametrize("case", CASE_NAMES)
-def test_losses_and_gradients_are_the_published_ones(case: str) -> None:
-    model, losses = losses_of(case)
+def test_losses_and_gradients_are_the_published_ones(case: str, whole_vocabulary: bool) -> None:
+    model, losses = losses_of(case, whole_vocabulary=whole_vocabulary)
     loss = weighted_loss(losses, video_weight=2.0 if case == "stage3.video" else 1.0)
     assert relative_error(loss, cases()[f"{case}.loss"]) < 1e-5
     modality = case.split(".")[1]
@@ -61,6 +62,9 @@ def test_losses_and_gradients_are_the_published_ones(case: str) -> None:
         found = losses.alignment[modality] / losses.runs[modality]
         assert relative_error(found, cases()[f"{case}.mse"]) < 1e-4
     loss.backward()
+    embedding = model.language_model.get_input_embeddings()
+    assert (embedding.weight.grad is not None) == whole_vocabulary
+    assert embedding.new_rows.grad is not None
     if f"{case}.grad_llama_proj" in cases():
         grad = model.input_projection.weight.grad
         assert relative_error(grad, cases()[f"{case}.grad_llama_proj"]) < 1e-4

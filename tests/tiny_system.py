@@ -1,6 +1,8 @@
 """The published system on the recorded small parts: built by the real builder, filled by recipe."""
 
+import copy
 import json
+from functools import cache
 
 import torch
 
@@ -35,9 +37,14 @@ def tiny_encoder() -> ConversationEncoder:
     return build_conversation_encoder(tiny_config())
 
 
-@torch.no_grad()
 def tiny_model(*, lora: bool) -> NextGPT:
     """The model of the recorded cases in float32: every tuned tensor by its published name."""
+    return copy.deepcopy(_filled_model(lora))
+
+
+@cache
+@torch.no_grad()
+def _filled_model(lora: bool) -> NextGPT:
     model = build_model(tiny_config(), torch.float32, lora=lora, output_projections=True)
     lm = model.language_model
     lm.get_input_embeddings().new_rows.copy_(new_vocabulary_rows("embed_tokens"))
