@@ -5,6 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
 bash scripts/install.sh
-.venv/bin/ruff check .
-.venv/bin/ruff format --check .
-.venv/bin/python -m pytest "$@"
+export PATH="$root/.venv/bin:$PATH"
+ruff check .
+ruff format --check .
+python -m pytest "$@"
