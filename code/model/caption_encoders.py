@@ -14,8 +14,6 @@ from transformers import (
     ClapTextModelWithProjection,
     CLIPTextModel,
     CLIPTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
     RobertaTokenizer,
 )
 
@@ -27,41 +25,6 @@ from model.pretrained_folder import TEXT_FILES, loading, resolve
 def default_dtype(device: torch.device) -> torch.dtype:
     """Half precision on CUDA, single elsewhere."""
     return torch.float16 if device.type == "cuda" else torch.float32
-
-
-def embedding_shape(
-    modality: Modality, tokenizer: PreTrainedTokenizerBase, encoder: PreTrainedModel
-) -> tuple[int, ...]:
-    """Shape of one caption's embedding: (tokens, width), or (width,) for sound."""
-    if modality == "audio":
-        return (encoder.config.projection_dim,)
-    return (tokenizer.model_max_length, encoder.config.hidden_size)
-
-
-@torch.no_grad()
-def encode_captions(
-    modality: Modality,
-    tokenizer: PreTrainedTokenizerBase,
-    encoder: PreTrainedModel,
-    captions: Sequence[str],
-) -> Tensor:
-    """Embed captions as the pipelines do: padded, and cut, to the tokenizer's length.
-
-    Returns:
-        image, video: CLIP's last hidden state (B, T, D); audio: CLAP's text projection brought to
-        unit length (B, D), as AudioLDM (arXiv 2301.12503) takes it. In the encoder's dtype.
-    """
-    tokens = tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).to(encoder.device)
-    if modality == "audio":
-        return normalize(encoder(tokens.input_ids, tokens.attention_mask).text_embeds, dim=-1)
-    # No mask: Stable Diffusion and ZeroScope let the padding be seen, and use its states.
-    return encoder(tokens.input_ids).last_hidden_state
 
 
 class CaptionEncoder:
@@ -101,8 +64,10 @@ class CaptionEncoder:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one caption's embedding: (tokens, width), or (width,) for sound."""
-        return embedding_shape(self.modality, self.tokenizer, self.encoder)
+        """Shape of one caption's embedding: (T, D) tokens and width, or (D,) for sound."""
+        if self.modality == "audio":
+            return (self.encoder.config.projection_dim,)
+        return (self.tokenizer.model_max_length, self.encoder.config.hidden_size)
 
     def fingerprint(self) -> str:
         """Hex digest of the text encoder's weights in half precision, whatever their path."""
@@ -112,6 +77,23 @@ class CaptionEncoder:
             digest.update(tensor.to("cpu", torch.float16).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
+    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Embed captions: (B, T, D), or (B, D) for sound; see `encode_captions`."""
-        return encode_captions(self.modality, self.tokenizer, self.encoder, captions)
+        """Embed B captions as the pipelines do: padded, and cut, to the tokenizer's length.
+
+        Returns:
+            image, video: CLIP's last hidden state (B, T, D); audio: CLAP's text projection brought
+            to unit length (B, D), as AudioLDM (arXiv 2301.12503) takes it. In the encoder's dtype.
+        """
+        tokens = self.tokenizer(
+            list(captions),
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.encoder.device)
+        if self.modality == "audio":
+            projected_BD = self.encoder(tokens.input_ids, tokens.attention_mask).text_embeds
+            return normalize(projected_BD, dim=-1)
+        # No mask: Stable Diffusion and ZeroScope let the padding be seen, and use its states.
+        return self.encoder(tokens.input_ids).last_hidden_state

@@ -23,9 +23,9 @@ from torch.nn.functional import normalize
 
 from config.errors import InputError
 from conversation.parts import Modality
-from model.caption_encoders import default_dtype, embedding_shape, encode_captions
+from model.caption_encoders import CaptionEncoder, default_dtype
 from model.media_files import Frames, Output, Sound
-from model.pretrained_folder import TEXT_FILES, loading, resolve
+from model.pretrained_folder import loading, resolve
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 PIPELINES: dict[Modality, type[DiffusionPipeline]] = {
@@ -80,32 +80,30 @@ class Decoder:
         self.dtype = dtype or default_dtype(device)
 
     @cached_property
+    def captions(self) -> CaptionEncoder:
+        """The pipeline's tokenizer and text encoder, loaded on first use."""
+        return CaptionEncoder(self.modality, self.path, self.device, self.dtype)
+
+    @cached_property
     def pipeline(self) -> DiffusionPipeline:
         """The diffusers pipeline, on the device.
 
         Raises:
             InputError: it cannot be loaded.
         """
-        unchecked: dict[str, Any] = {
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-        with loading(self.path, "model_index.json", *TEXT_FILES):
+        unchecked = {"safety_checker": None, "feature_extractor": None}
+        with loading(self.path, "model_index.json"):
             pipeline = PIPELINES[self.modality].from_pretrained(
                 self.path,
                 dtype=self.dtype,
+                tokenizer=self.captions.tokenizer,
+                text_encoder=self.captions.encoder,
                 **(unchecked if self.modality == "image" else {}),
             )
         if self.device.type == "cuda":
             pipeline.vae.enable_slicing()  # 24 large frames at once would be the peak of memory
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one embedding: (tokens, width), or (width,) for sound. Loads the pipeline."""
-        return embedding_shape(self.modality, self.pipeline.tokenizer, self.pipeline.text_encoder)
 
     def decode(
         self,
@@ -127,9 +125,9 @@ class Decoder:
             InputError: the embeddings have another shape than this pipeline's.
         """
         options = options or DecodeOptions()
-        if tuple(embeddings.shape[1:]) != self.shape:
+        if tuple(embeddings.shape[1:]) != self.captions.shape:
             raise InputError(
-                f"{self.path} takes {self.modality} embeddings of shape {self.shape}, "
+                f"{self.path} takes {self.modality} embeddings of shape {self.captions.shape}, "
                 f"not {tuple(embeddings.shape[1:])}: set caption_shape to match"
             )
         pipeline, arguments = self.pipeline, self._arguments(embeddings, options)
@@ -170,11 +168,6 @@ class Decoder:
             seeds = range(options.seed, options.seed + count)
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         if options.guidance_scale > 1:
-            negative = encode_captions(
-                self.modality,
-                self.pipeline.tokenizer,
-                self.pipeline.text_encoder,
-                [options.negative_prompt],
-            )
+            negative = self.captions.encode([options.negative_prompt])
             arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
         return arguments
