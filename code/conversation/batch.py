@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from conversation.encoding import IGNORE, EncodedConversation
 from conversation.parts import Media, Modality
@@ -45,20 +46,13 @@ class Batch:
 
 def pad_conversations(encoded: list[EncodedConversation], pad_id: int) -> Batch:
     """The batch of `encoded`, with its features and captions still empty."""
-    length = max(len(one.input_ids) for one in encoded)
-    input_ids = torch.full((len(encoded), length), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE)
-    for row, one in enumerate(encoded):
-        size = len(one.input_ids)
-        input_ids[row, :size] = torch.tensor(one.input_ids)
-        attention_mask[row, :size] = 1
-        targets[row, :size] = torch.tensor(one.targets)
+    ids = [torch.tensor(one.input_ids) for one in encoded]
+    targets = [torch.tensor(one.targets) for one in encoded]
     slots = [(row, position) for row, one in enumerate(encoded) for position, _ in one.slots]
     return Batch(
-        input_ids,
-        attention_mask,
-        targets,
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
+        attention_mask=pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
+        targets=pad_sequence(targets, batch_first=True, padding_value=IGNORE),
         slots=torch.tensor(slots, dtype=torch.int64).view(-1, 2),
         features=torch.empty(0, 0),
     )

@@ -7,6 +7,7 @@ Stable Diffusion costs 118 kB, a sound 1 kB.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -127,7 +128,4 @@ class EmbeddingStore:
 def _cut_torn_line(file: Path) -> None:
     """Drop a last line that a killed run left unfinished: its embedding is made again."""
     if file.exists():
-        whole = file.read_bytes().rpartition(b"\n")
-        if whole[2]:
-            with written_aside(file) as aside:
-                aside.write_bytes(whole[0] + whole[1])
+        os.truncate(file, file.read_bytes().rfind(b"\n") + 1)

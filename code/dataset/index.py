@@ -7,7 +7,8 @@ million caption pairs, later ones milliseconds; memory does not grow (`benchmark
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from config.errors import InputError
 from dataset.json_rows import iter_rows
 
 _BATCH = 4096  # rows a record batch: the most that a build holds
+Check = Callable[[dict[str, Any], int], object]  # of a record and its row
 _SOURCE = b"source"  # schema metadata: which state of which file the index was made from
 
 
@@ -42,9 +44,7 @@ class RowIndex:
         return RowIndex, (self.path,)
 
 
-def open_index(
-    file: Path, cache_dir: Path, check: Callable[[dict[str, Any], int], object], version: str
-) -> RowIndex:
+def open_index(file: Path, cache_dir: Path, check: Check, version: str) -> RowIndex:
     """The index of `file`; made first unless `cache_dir` has one of the file as it is now.
 
     Processes that start together make it once: the others wait for a lock.
@@ -83,21 +83,20 @@ def _current(path: Path, source: bytes) -> RowIndex | None:
     return index if index.source == source else None
 
 
-def _write(
-    file: Path, path: Path, check: Callable[[dict[str, Any], int], object], source: bytes
-) -> None:
+def _write(file: Path, path: Path, check: Check, source: bytes) -> None:
     schema = pa.schema([("row", pa.string())], metadata={_SOURCE: source})
-    count = 0
     rows = tqdm(iter_rows(file), desc=f"indexing {file.name}", unit=" rows", delay=2)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        texts: list[str] = []
-        for count, (record, text) in enumerate(rows, start=1):
-            check(record, count - 1)
-            texts.append(text)
-            if len(texts) == _BATCH:
-                writer.write_batch(pa.record_batch([texts], schema=schema))
-                texts = []
-        if texts:
-            writer.write_batch(pa.record_batch([texts], schema=schema))
-    if not count:
+    texts = _checked_texts(rows, check)
+    batch = list(islice(texts, _BATCH))
+    if not batch:
         raise InputError(f"{file} has no rows")
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        while batch:
+            writer.write_batch(pa.record_batch([batch], schema=schema))
+            batch = list(islice(texts, _BATCH))
+
+
+def _checked_texts(rows: Iterable[tuple[dict[str, Any], str]], check: Check) -> Iterator[str]:
+    for row, (record, text) in enumerate(rows):
+        check(record, row)
+        yield text

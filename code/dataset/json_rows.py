@@ -12,8 +12,7 @@ from typing import Any, TextIO
 from config.errors import InputError
 
 _CHUNK = 1 << 20  # characters read at once
-_LONGEST_ROW = 1 << 26  # characters; an error this far on is the file's, not the chunk's end
-_EDGE = 16  # a fault this near the chunk's end may be a literal or number that the end cut
+_LONGEST_ROW = 1 << 26  # characters; what is no object by then is a fault, not cut by a chunk's end
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -28,14 +27,11 @@ def iter_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         with file.open(encoding="utf-8-sig") as stream:
             window = _Window(stream)
             window.expect("[")
-            closed = window.peek() == "]"
-            while not closed:
-                window.expect("{", step=0)
-                yield window.value()
-                closed = window.expect(",]") == "]"
+            mark = window.expect("]") if window.peek() == "]" else ","
+            while mark == ",":
+                yield window.read_object()
+                mark = window.expect(",]")
                 row += 1
-            if not row:
-                window.at += 1  # the ] of an empty array
             if window.peek():
                 raise json.JSONDecodeError("more than one array", window.text, window.at)
     except json.JSONDecodeError as error:
@@ -66,21 +62,22 @@ class _Window:
             if self.at < len(self.text) or not self._more():
                 return self.text[self.at : self.at + 1]
 
-    def expect(self, characters: str, step: int = 1) -> str:
-        """Moves `step` on from the next character, which is to be one of `characters`."""
+    def expect(self, characters: str) -> str:
+        """Moves past the next character, which is to be one of `characters`."""
         if not (found := self.peek()) or found not in characters:
             raise json.JSONDecodeError(f"expected {' or '.join(characters)}", self.text, self.at)
-        self.at += step
+        self.at += 1
         return found
 
-    def value(self) -> tuple[Any, str]:
-        """Decodes the value at `at`; reads on while the chunk's end cuts it."""
+    def read_object(self) -> tuple[dict[str, Any], str]:
+        """Decodes the object that comes next and moves past it; its value and its text."""
+        self.expect("{")
+        self.at -= 1
         while True:
             try:
                 value, end = self.decode(self.text, self.at)
-            except json.JSONDecodeError as error:
-                cut = error.msg.startswith("Unterminated") or error.pos > len(self.text) - _EDGE
-                if cut and len(self.text) - self.at < _LONGEST_ROW and self._more():
+            except json.JSONDecodeError:  # a fault, or the rest is not at hand yet
+                if len(self.text) - self.at < _LONGEST_ROW and self._more():
                     continue
                 raise
             source = self.text[self.at : end]

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from config.atomic import written_aside
 from config.errors import InputError
 from config.schema import Part
 from model.nextgpt import NextGPT
@@ -80,14 +81,11 @@ def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
     Raises:
         InputError: the disk is full or not writable.
     """
-    aside = path.with_name(path.name + ".partial")
-    metadata = {"vocabulary_size": str(vocabulary_size)}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
-        aside.replace(path)
+        with written_aside(path) as aside:
+            save_file(contiguous, aside, {"vocabulary_size": str(vocabulary_size)})
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True)
         raise InputError(f"could not save {path} (is the disk full?): {error}") from error
 
 

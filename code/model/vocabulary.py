@@ -10,18 +10,23 @@ import torch.nn.functional as F
 from torch import nn
 
 
-class GrownEmbedding(nn.Module):
-    """Token embedding whose ids from V on are looked up in `new_rows`.
+class _GrownMatrix(nn.Module):
+    """A vocabulary matrix in two pieces.
 
     Args:
         weight: (V, H), the language model's own rows.
-        new_rows: (N, H) float32, the rows of the new tokens.
+        new_rows: (N, H) float32, the rows of the new tokens; one and the same in the embedding and
+            in the head if these are tied.
     """
 
     def __init__(self, weight: nn.Parameter, new_rows: nn.Parameter) -> None:
         super().__init__()
         self.weight = weight
         self.new_rows = new_rows
+
+
+class GrownEmbedding(_GrownMatrix):
+    """Token embedding whose ids from V on are looked up in `new_rows`."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Embeddings (B, L, H) of ids (B, L), in the dtype of the language model's rows."""
@@ -32,18 +37,8 @@ class GrownEmbedding(nn.Module):
         return torch.where(is_new.unsqueeze(-1), new.to(own.dtype), own)
 
 
-class GrownHead(nn.Module):
-    """Logits over the language model's own tokens and, behind them, the new ones.
-
-    Args:
-        weight: (V, H), the language model's own rows.
-        new_rows: (N, H) float32, the rows of the new tokens; those of the embedding if it is tied.
-    """
-
-    def __init__(self, weight: nn.Parameter, new_rows: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
-        self.new_rows = new_rows
+class GrownHead(_GrownMatrix):
+    """Logits over the language model's own tokens and, behind them, the new ones."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., V + N) of hidden states (..., H)."""

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from config.atomic import written_aside
 from config.errors import InputError
 from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
 from model.imagebind.encoder import ImageBind
@@ -56,14 +57,11 @@ def load_imagebind(path: Path | str, dtype: torch.dtype = torch.float32) -> Imag
 def save_imagebind(model: ImageBind, folder: Path | str, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` with weights of `dtype`, each in one rename."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in model.state_dict().items()}
-    aside = folder / "model.safetensors.tmp"
-    save_file(tensors, aside)
-    aside.replace(folder / "model.safetensors")
-    aside = folder / "config.json.tmp"
-    aside.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
-    aside.replace(folder / "config.json")
+    with written_aside(folder / "model.safetensors") as aside:
+        save_file(tensors, aside)
+    with written_aside(folder / "config.json") as aside:
+        aside.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(path: Path | str) -> str:
