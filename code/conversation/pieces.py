@@ -52,20 +52,17 @@ class PieceList:
             if isinstance(item, Special):
                 token_id = self.tokenizer.convert_tokens_to_ids(item.token)
                 self.add_ids([token_id], target=target)
-            elif piece := self._joinable(target):
-                piece.text += item
             else:
-                self.pieces.append(Piece(target, text=item, sealed=sealed))
+                piece = self._open_piece(target)
+                piece.text += item
+                piece.sealed = sealed
 
     def add_words(self, words: str, *, target: bool) -> None:
         """Append somebody's words, without spaces at their ends."""
         words = words.strip()
         if not words:
             return
-        piece = self._joinable(target)
-        if piece is None:
-            piece = Piece(target)
-            self.pieces.append(piece)
+        piece = self._open_piece(target)
         if piece.words_end and piece.words_end == len(piece.text):
             piece.text += " "
         else:
@@ -78,9 +75,12 @@ class PieceList:
         if self.pieces and self.pieces[-1].text:
             self.pieces[-1].text = self.pieces[-1].text.rstrip(" ")
 
-    def _joinable(self, target: bool) -> Piece | None:
+    def _open_piece(self, target: bool) -> Piece:
+        """The last piece if text of this kind may be joined to it, else a new one."""
         last = self.pieces[-1] if self.pieces else None
-        return last if last and not last.sealed and last.target == target else None
+        if last is None or last.sealed or last.target != target:
+            self.pieces.append(Piece(target))
+        return self.pieces[-1]
 
 
 def split_conversation(
@@ -95,14 +95,12 @@ def split_conversation(
         pieces.add_ids([tokenizer.bos_token_id], target=False)
     for index, turn in enumerate(conversation.turns):
         if turn.role == "human":
-            if index == 0:
-                pieces.add_markup(template.first_human, target=False, sealed=True)
-            else:
-                pieces.add_markup(template.next_human, target=False)
-            _add_human_parts(turn, pieces, signals)
+            opening = template.next_human if index else template.first_human
+            pieces.add_markup(opening, target=False, sealed=index == 0)
+            _add_parts(turn, pieces, signals)
             pieces.add_markup(template.answer_opening, target=False)
         else:
-            _add_answer_parts(turn, pieces, signals)
+            _add_parts(turn, pieces, signals)
             ends_with_text = bool(turn.parts) and isinstance(turn.parts[-1], Text)
             end = template.end_after_text if ends_with_text else template.end_after_media
             pieces.add_markup(end, target=True)
@@ -110,18 +108,13 @@ def split_conversation(
     return pieces.pieces
 
 
-def _add_human_parts(turn: Turn, pieces: PieceList, signals: SignalTokens) -> None:
+def _add_parts(turn: Turn, pieces: PieceList, signals: SignalTokens) -> None:
+    answers = turn.role == "assistant"
     for part in turn.parts:
         if isinstance(part, Text):
-            pieces.add_words(part.text, target=False)
+            pieces.add_words(part.text, target=answers)
+        elif answers:
+            pieces.add_ids(signals.run(part.modality), target=True, run=part)
         else:
             pieces.drop_trailing_space()
             pieces.add_ids([signals.open, SLOT, signals.close], target=False, slot=part)
-
-
-def _add_answer_parts(turn: Turn, pieces: PieceList, signals: SignalTokens) -> None:
-    for part in turn.parts:
-        if isinstance(part, Text):
-            pieces.add_words(part.text, target=True)
-        else:
-            pieces.add_ids(signals.run(part.modality), target=True, run=part)

@@ -18,13 +18,11 @@ class DatasetEntry:
         kind: how its records are read.
         annotation: the JSON file.
         media: the folder of the media that the records name.
-        modality: the one of all its media; none if it has several, or none at all.
     """
 
     kind: Kind
     annotation: str
     media: str
-    modality: Modality | None = None
 
 
 @dataclass(frozen=True)
@@ -42,15 +40,14 @@ def _pairs(name: str, file: str, modality: Modality) -> dict[str, DatasetEntry]:
     """A caption file, read from medium to caption (`_enc`) and from caption to medium (`_dec`)."""
     media = str(Path(file).parent / f"{modality}s")
     return {
-        f"{name}_enc": DatasetEntry("caption_in", file, media, modality),
-        f"{name}_dec": DatasetEntry("caption_out", file, media, modality),
+        f"{name}_enc": DatasetEntry("caption_in", file, media),
+        f"{name}_dec": DatasetEntry("caption_out", file, media),
     }
 
 
-def _instruction(
-    file: str, modality: Modality | None = None, media: str = "", kind: Kind = "instruction"
-) -> DatasetEntry:
-    return DatasetEntry(kind, file, str(Path(file).parent / media), modality)
+def _instruction(file: str, media: str = "", kind: Kind = "instruction") -> DatasetEntry:
+    """Conversations whose media lie in the folder `media` beside `file`."""
+    return DatasetEntry(kind, file, str(Path(file).parent / media))
 
 
 _IT, _MINI = "IT_data", "mini_world/IT_data"
@@ -59,25 +56,19 @@ CATALOG: dict[str, DatasetEntry] = {
     **_pairs("cc3m", "T-X_pair_data/cc3m/cc3m.json", "image"),
     **_pairs("webvid", "T-X_pair_data/webvid/webvid.json", "video"),
     **_pairs("audiocap", "T-X_pair_data/audiocap/audiocap.json", "audio"),
-    "llava_instruction": _instruction(f"{_IT}/T+X-T_data/llava/llava.json", "image", "images"),
+    "llava_instruction": _instruction(f"{_IT}/T+X-T_data/llava/llava.json", "images"),
     "alpaca_instruction": _instruction(f"{_IT}/T+X-T_data/alpaca/alpaca.json"),
-    "videochat_instruction": _instruction(
-        f"{_IT}/T+X-T_data/videochat/videochat.json", "video", "videos"
-    ),
-    "image_instruction": _instruction(f"{_IT}/T-T+X_data/image_instruction.json", "image"),
-    "video_instruction": _instruction(f"{_IT}/T-T+X_data/video_instruction.json", "video"),
-    "audio_instruction": _instruction(f"{_IT}/T-T+X_data/audio_instruction.json", "audio"),
-    "mosit_instruction": _instruction(
-        f"{_IT}/MosIT_data/mosit.json", media="media", kind="interleaved"
-    ),
+    "videochat_instruction": _instruction(f"{_IT}/T+X-T_data/videochat/videochat.json", "videos"),
+    "image_instruction": _instruction(f"{_IT}/T-T+X_data/image_instruction.json"),
+    "video_instruction": _instruction(f"{_IT}/T-T+X_data/video_instruction.json"),
+    "audio_instruction": _instruction(f"{_IT}/T-T+X_data/audio_instruction.json"),
+    "mosit_instruction": _instruction(f"{_IT}/MosIT_data/mosit.json", "media", "interleaved"),
     **_pairs("mini_image", "mini_world/T-X_pair_data/image/image.json", "image"),
     **_pairs("mini_video", "mini_world/T-X_pair_data/video/video.json", "video"),
     **_pairs("mini_audio", "mini_world/T-X_pair_data/audio/audio.json", "audio"),
     "mini_question": _instruction(f"{_MINI}/T+X-T_data/mini_question/mini_question.json"),
     "mini_request": _instruction(f"{_MINI}/T-T+X_data/mini_request/mini_request.json"),
-    "mini_mosit": _instruction(
-        f"{_MINI}/MosIT_data/mini_mosit/mini_mosit.json", kind="interleaved"
-    ),
+    "mini_mosit": _instruction(f"{_MINI}/MosIT_data/mini_mosit/mini_mosit.json", "", "interleaved"),
     "mini_text": _instruction(f"{_MINI}/text/mini_text.json"),
 }
 

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
@@ -92,11 +91,7 @@ def _videochat(record: Record) -> Record:
     return _conversation(texts, "video", _name(record, "video"))
 
 
-_CONVERTERS: dict[str, Callable[[Record], Record]] = {
-    "alpaca": _alpaca,
-    "llava": _llava,
-    "videochat": _videochat,
-}
+_CONVERTERS = {"alpaca": _alpaca, "llava": _llava, "videochat": _videochat}
 
 
 def _conversation(texts: list[str], modality: str = "text", name: str | None = None) -> Record:
@@ -123,11 +118,8 @@ def _name(record: Record, key: str) -> str:
 
 def _list(record: Record, key: str) -> list[Record]:
     entries = record.get(key)
-    if (
-        not entries
-        or not isinstance(entries, list)
-        or not all(isinstance(e, dict) for e in entries)
-    ):
+    is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    if not is_list or not entries:
         raise _Dropped(f"no {key}")
     return entries
 

@@ -25,12 +25,12 @@ from dataset.json_rows import iter_rows
 
 Kind = Literal["caption_in", "caption_out", "instruction", "interleaved"]
 Record = dict[str, Any]
+Role = Literal["human", "assistant"]
 
 READER_VERSION = 1  # part of an index's identity: raise it when a reader accepts something else
 
 CAPTION_PROMPT = "generate a caption"  # stage 1's question
 _PLACEHOLDER = re.compile(r"\s*<(image|video|audio)>\s*")
-_ROLES: dict[Any, Literal["human", "assistant"]] = {"human": "human", "gpt": "assistant"}
 
 
 class _Fault(Exception):
@@ -47,7 +47,8 @@ def read_record(record: Record, kind: Kind, file: Path, row: int) -> Conversatio
         InputError: a field is missing or wrong; names file, row, field and what is expected.
     """
     try:
-        turns = _READERS[kind](record)
+        is_later = kind in ("caption_in", "caption_out") and "conversations" in record
+        turns = _later_release(record) if is_later else _READERS[kind](record)
         if [turn.role for turn in turns] != ["human", "assistant"] * (len(turns) // 2) or not turns:
             raise _Fault("expected turns of human and gpt in alternation, ending with gpt")
         if not all(turn.parts for turn in turns):
@@ -85,16 +86,12 @@ def _kind_of(record: Record) -> Kind:
 
 
 def _caption_in(record: Record) -> tuple[Turn, ...]:
-    if "conversations" in record:
-        return _later_release(record)
     modality, name, caption = _caption_pair(record)
     question = Turn("human", (Media(modality, path=name), Text(CAPTION_PROMPT)))
     return question, Turn("assistant", (Text(caption),))
 
 
 def _caption_out(record: Record) -> tuple[Turn, ...]:
-    if "conversations" in record:
-        return _later_release(record)
     modality, name, caption = _caption_pair(record)
     answer = (Text(caption), _output(modality, name, caption))
     return Turn("human", (Text(caption),)), Turn("assistant", answer)
@@ -118,8 +115,7 @@ def _later_release(record: Record) -> tuple[Turn, ...]:
             medium = _output(m, file.removesuffix(".npy"), _caption(record, f"{m}_captions"))
             named["assistant", m] = medium
     turns = []
-    for role, turn, where in _turns(record, "conversations"):
-        value = _value(turn, where)
+    for role, value, _, where in _turns(record, "conversations"):
         media = [named.pop((role, m), None) for m in _PLACEHOLDER.findall(value)]
         if None in media:
             side = "input" if role == "human" else "output"
@@ -132,12 +128,12 @@ def _later_release(record: Record) -> tuple[Turn, ...]:
 
 def _interleaved(record: Record) -> tuple[Turn, ...]:
     turns = []
-    for role, turn, where in _turns(record, "conversation"):
+    for role, value, turn, where in _turns(record, "conversation"):
         media = turn.get("media", [])
         if not isinstance(media, list) or not all(isinstance(entry, dict) for entry in media):
             raise _Fault(f"{where}.media: expected a list of objects")
         parts = [_entry(entry, role, f"{where}.media[{i}].") for i, entry in enumerate(media)]
-        turns.append(Turn(role, _in_place(_value(turn, where), parts, where)))
+        turns.append(Turn(role, _in_place(value, parts, where)))
     return tuple(turns)
 
 
@@ -153,13 +149,12 @@ def _entry(entry: Record, role: str, where: str) -> Media:
 
 def _instruction(record: Record) -> tuple[Turn, ...]:
     rounds = list(_turns(record, "conversation"))
-    outputs = [turn.get("output_modality") for _, turn, _ in rounds]
+    outputs = [turn.get("output_modality") for _, _, turn, _ in rounds]
     # A medium that nobody puts out is shown in the first turn, even if that does not say so.
     first = next((m for m in MODALITIES if record.get(f"{m}_name") and m not in outputs), "text")
     used: list[tuple[str, Modality]] = []
     turns = []
-    for index, (role, turn, where) in enumerate(rounds):
-        text = _value(turn, where)
+    for index, (role, text, turn, where) in enumerate(rounds):
         parts: tuple[Part, ...] = (Text(text),) if text.strip() else ()
         side = "input_modality" if role == "human" else "output_modality"
         modality = turn.get(side, first if index == 0 else "text")
@@ -170,14 +165,12 @@ def _instruction(record: Record) -> tuple[Turn, ...]:
             if modality in [m for _, m in used]:
                 raise _Fault(f"{where}.{side}: a second {modality} has no name; use MosIT's form")
             used.append((role, modality))
-            name = _name(
-                record, f"{modality}_name" if record.get(f"{modality}_name") else "mm_name"
-            )
+            key = f"{modality}_name"
+            name = _name(record, key if record.get(key) else "mm_name")
             if role == "human":
                 parts = (Media(modality, path=name), *parts)
             else:
-                caption = _caption(turn, "caption", f"{where}.")
-                parts = (*parts, _output(modality, name, caption))
+                parts = (*parts, _output(modality, name, _caption(turn, "caption", f"{where}.")))
         turns.append(Turn(role, parts))
     if not used and any(record.get(f"{kind}_name") for kind in ("mm", *MODALITIES)):
         raise _Fault("input_modality, output_modality: no turn says what the named medium is")
@@ -192,15 +185,18 @@ _READERS: dict[Kind, Callable[[Record], tuple[Turn, ...]]] = {
 }
 
 
-def _turns(record: Record, key: str) -> Iterator[tuple[Literal["human", "assistant"], Record, str]]:
-    """(role, turn, what to call it in messages) of the list under `key`."""
+def _turns(record: Record, key: str) -> Iterator[tuple[Role, str, Record, str]]:
+    """(role, words, the whole turn, what to call it in messages) of the list under `key`."""
     turns = record.get(key)
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise _Fault(f"{key}: expected a list of turns; raw files go through preprocess_dataset.py")
     for index, turn in enumerate(turns):
-        if turn.get("from") not in ("human", "gpt"):
-            raise _Fault(f"{key}[{index}].from: expected human or gpt, not {turn.get('from')!r}")
-        yield _ROLES[turn["from"]], turn, f"{key}[{index}]"
+        where, side, value = f"{key}[{index}]", turn.get("from"), turn.get("value")
+        if side not in ("human", "gpt"):
+            raise _Fault(f"{where}.from: expected human or gpt, not {side!r}")
+        if not isinstance(value, str):
+            raise _Fault(f"{where}.value: expected text, found {value!r}")
+        yield ("human" if side == "human" else "assistant"), value, turn, where
 
 
 def _in_place(value: str, media: list[Media], where: str) -> tuple[Part, ...]:
@@ -220,12 +216,6 @@ def _in_place(value: str, media: list[Media], where: str) -> tuple[Part, ...]:
 
 def _output(modality: Modality, name: str, caption: str) -> Media:
     return Media(modality, caption=caption, embedding=f"{PurePosixPath(name).name}.npy")
-
-
-def _value(turn: Record, where: str) -> str:
-    if not isinstance(turn.get("value"), str):
-        raise _Fault(f"{where}.value: expected text, found {turn.get('value')!r}")
-    return turn["value"]
 
 
 def _caption(record: Record, key: str, where: str = "") -> str:

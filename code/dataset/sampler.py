@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -78,20 +79,19 @@ class BatchPlan:
 
     def _in_turn(self, epoch: int, start: int) -> Iterator[list[Sample]]:
         names, size = list(self.sizes), self.global_batch_size
-        shuffles: dict[tuple[str, int], np.ndarray] = {}
+
+        @lru_cache(maxsize=2 * len(names))  # a batch may cross from one shuffle to the next
+        def shuffled(name: str, repeat: int) -> np.ndarray:
+            seed = [self.seed, epoch, zlib.crc32(name.encode()), repeat]
+            return np.random.default_rng(seed).permutation(self.sizes[name])
+
         for step in range(start, self.steps_per_epoch):
             turn, which = divmod(step, len(names))
             name = names[which]
             batch = []
             for position in range(turn * size, (turn + 1) * size):
                 repeat, offset = divmod(position, self.sizes[name])
-                if (name, repeat) not in shuffles:
-                    generator = np.random.default_rng(
-                        [self.seed, epoch, zlib.crc32(name.encode()), repeat]
-                    )
-                    shuffles[name, repeat] = generator.permutation(self.sizes[name])
-                    shuffles.pop((name, repeat - 2), None)
-                batch.append((name, int(shuffles[name, repeat][offset])))
+                batch.append((name, int(shuffled(name, repeat)[offset])))
             yield batch
 
 

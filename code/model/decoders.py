@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from config.errors import InputError
 from conversation.parts import Modality
-from model.caption_encoders import CaptionEncoder, default_dtype
+from model.caption_encoders import CaptionEncoder
 from model.media_files import Frames, Output, Sound
 from model.pretrained_folder import loading, resolve
 
@@ -66,23 +66,16 @@ class DecodeOptions:
 class Decoder:
     """One frozen pipeline, loaded when first used and kept."""
 
-    def __init__(
-        self,
-        modality: Modality,
-        path: str,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """Remember the pipeline's diffusers folder or hub name; `dtype` none: half on CUDA."""
+    def __init__(self, modality: Modality, path: str, device: torch.device) -> None:
+        """Remember the pipeline's diffusers folder or hub name; half precision on CUDA."""
         self.modality: Modality = modality
         self.path = resolve(path)
         self.device = device
-        self.dtype = dtype or default_dtype(device)
 
     @cached_property
     def captions(self) -> CaptionEncoder:
         """The pipeline's tokenizer and text encoder, loaded on first use."""
-        return CaptionEncoder(self.modality, self.path, self.device, self.dtype)
+        return CaptionEncoder(self.modality, self.path, self.device)
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
@@ -95,7 +88,7 @@ class Decoder:
         with loading(self.path, "model_index.json"):
             pipeline = PIPELINES[self.modality].from_pretrained(
                 self.path,
-                dtype=self.dtype,
+                dtype=self.captions.encoder.dtype,
                 tokenizer=self.captions.tokenizer,
                 text_encoder=self.captions.encoder,
                 **(unchecked if self.modality == "image" else {}),
@@ -122,7 +115,8 @@ class Decoder:
             PIL images, `Frames` or `Sound`. The same seed gives the same media.
 
         Raises:
-            InputError: the embeddings have another shape than this pipeline's.
+            InputError: the embeddings have another shape than this pipeline's, or it refuses the
+                options.
         """
         options = options or DecodeOptions()
         if tuple(embeddings.shape[1:]) != self.captions.shape:
@@ -130,19 +124,21 @@ class Decoder:
                 f"{self.path} takes {self.modality} embeddings of shape {self.captions.shape}, "
                 f"not {tuple(embeddings.shape[1:])}: set caption_shape to match"
             )
-        pipeline, arguments = self.pipeline, self._arguments(embeddings, options)
+        arguments = self._arguments(embeddings, options)
 
         def on_step(step: int, *_: Any) -> None:
             if progress:  # some schedulers take one step more than asked for
                 progress(min(step + 1, options.steps), options.steps)
 
         if self.modality == "audio":
-            samples_BN = pipeline(callback=on_step, **arguments).audios
-            return [Sound(samples, pipeline.vocoder.config.sampling_rate) for samples in samples_BN]
+            samples_BN = self._run(callback=on_step, **arguments).audios
+            return [
+                Sound(samples, self.pipeline.vocoder.config.sampling_rate) for samples in samples_BN
+            ]
         arguments |= {"height": options.height, "width": options.width}
         if self.modality == "video":
             arguments["num_frames"] = options.frames
-            videos_BTHWC = pipeline(callback=on_step, **arguments).frames
+            videos_BTHWC = self._run(callback=on_step, **arguments).frames
             return [Frames((v * 255).round().astype("uint8"), options.fps) for v in videos_BTHWC]
 
         def on_step_end(
@@ -151,7 +147,13 @@ class Decoder:
             on_step(step)
             return tensors
 
-        return pipeline(callback_on_step_end=on_step_end, **arguments).images
+        return self._run(callback_on_step_end=on_step_end, **arguments).images
+
+    def _run(self, **arguments: Any) -> Any:
+        try:
+            return self.pipeline(**arguments)
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise InputError(f"{self.path} cannot make this {self.modality}: {error}") from error
 
     def _arguments(self, embeddings: Tensor, options: DecodeOptions) -> dict[str, Any]:
         """What the pipelines have in common, and sound's own."""
@@ -163,7 +165,7 @@ class Decoder:
         if self.modality == "audio":
             embeddings = normalize(embeddings.float(), dim=-1)
             arguments["audio_length_in_s"] = options.seconds
-        arguments["prompt_embeds"] = embeddings.to(self.device, self.dtype)
+        arguments["prompt_embeds"] = embeddings.to(self.device, self.pipeline.dtype)
         if options.seed is not None:  # on the CPU: the same noise for every device
             seeds = range(options.seed, options.seed + count)
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]

@@ -1,7 +1,6 @@
 """What of the model is tuned: the one table behind freezing, the optimizer, saving and loading."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import get_args
 
 from torch import nn
@@ -52,34 +51,25 @@ def set_trainable(model: nn.Module, trains: list[Part], *, own_vocabulary: bool)
             parameter.requires_grad_(True)
 
 
-@dataclass(frozen=True)
-class PartRow:
-    """A line of the table: a part, how many parameters it has, and how many of them train."""
+def parts_table(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """By part, how many parameters it has and how many of them train; the frozen base model last.
 
-    part: str
-    parameters: int
-    trained: int
-
-
-def parts_table(model: nn.Module) -> list[PartRow]:
-    """One row for each part of `model`, the frozen language model last."""
-    counts: dict[str, list[int]] = {part: [0, 0] for part in [*PARTS, "language_model"]}
+    Parts that `model` lacks are left out.
+    """
+    counts: dict[str, tuple[int, int]] = dict.fromkeys((*PARTS, "language_model"), (0, 0))
     for name, parameter in model.named_parameters():
-        trains = parameter.requires_grad
+        size, trains = parameter.numel(), parameter.requires_grad
         is_base = is_own_vocabulary(name) and not trains
-        count = counts["language_model" if is_base else part_of(name) or "language_model"]
-        count[0] += parameter.numel()
-        count[1] += parameter.numel() if trains else 0
-    return [PartRow(part, *count) for part, count in counts.items() if count[0]]
+        part = "language_model" if is_base else part_of(name) or "language_model"
+        counts[part] = counts[part][0] + size, counts[part][1] + size * trains
+    return {part: count for part, count in counts.items() if count[0]}
 
 
-def format_parts_table(rows: list[PartRow]) -> str:
+def format_parts_table(table: dict[str, tuple[int, int]]) -> str:
     """The table as text, for the start of a run."""
     lines = [f"{'part':<20}{'parameters':>14}  trains"]
-    for row in rows:
-        state = "frozen" if not row.trained else f"{row.trained:,}"
-        lines.append(f"{row.part:<20}{row.parameters:>14,}  {state}")
-    total = sum(row.parameters for row in rows)
-    trained = sum(row.trained for row in rows)
+    for part, (size, trained) in table.items():
+        lines.append(f"{part:<20}{size:>14,}  {f'{trained:,}' if trained else 'frozen'}")
+    total, trained = (sum(column) for column in zip(*table.values(), strict=True))
     lines.append(f"{'total':<20}{total:>14,}  {trained:,} ({100 * trained / total:.2f} %)")
     return "\n".join(lines)

@@ -36,10 +36,8 @@ class ImageBindConfig:
     @property
     def audio_patches(self) -> int:
         """Positions without the CLS token."""
-        rows, columns = (
-            (size - self.audio_kernel) // self.audio_stride + 1
-            for size in (self.mel_bins, self.audio_frames)
-        )
+        rows = (self.mel_bins - self.audio_kernel) // self.audio_stride + 1
+        columns = (self.audio_frames - self.audio_kernel) // self.audio_stride + 1
         return rows * columns
 
 
