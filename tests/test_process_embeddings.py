@@ -103,7 +103,7 @@ def test_every_form_of_annotation_gives_the_same(form: str, tmp_path: Path) -> N
 def test_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     file, out = written(tmp_path, pairs()), tmp_path / "out"
     (out / "2.png.npy").mkdir(parents=True)  # in the way of the second batch
-    with pytest.raises(OSError, match=r"2\.png"):
+    with pytest.raises(InputError, match=r"2\.png"):
         embed(file, out)
     assert sorted(p.name for p in out.glob("[01].png.npy")) == ["0.png.npy", "1.png.npy"]
     assert not list(out.glob(".*partial*"))

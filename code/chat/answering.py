@@ -4,6 +4,7 @@ The model is loaded once. An answer's files are written when all of it is there:
 then `history.json`, with which the next call can go on.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -48,23 +49,28 @@ def answer_requests(
     Raises:
         InputError: a part or a file is missing or wrong, or a folder cannot be written.
     """
-    for request in requests:
-        if request.folder.exists() and not request.folder.is_dir():
-            raise InputError(f"{request.folder} is a file: give a folder for the answer")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed}: give 0 to {2**32 - 1}")
+    for folder in (request.folder.absolute() for request in requests):
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise InputError(f"{there} is no folder to write to: give another for the answer")
     options = ChatOptions.from_config(config)
     assistant = Assistant.load(config, delta or find_delta(config))
     print("\n".join(assistant.report))
     for request in requests:
         print(f"\n{request.name}")
         turns = (*request.history, request.turn)
-        answer = assistant.chat(
-            Conversation(turns),
-            seed=seed,
-            options=options,
-            on_text=lambda text: print(text, end="", flush=True),
-            on_progress=_progress_bars(),
-        )
-        print()
+        try:
+            answer = assistant.chat(
+                Conversation(turns),
+                seed=seed,
+                options=options,
+                on_text=lambda text: print(text, end="", flush=True),
+                on_progress=_progress_bars(),
+            )
+        finally:
+            print(flush=True)
         for path in save_answer(answer, turns, request.folder):
             print(path)
 
@@ -81,18 +87,15 @@ def save_answer(answer: Answer, turns: tuple[Turn, ...], folder: Path) -> list[P
     number = sum(turn.role == "assistant" for turn in turns) + 1
     paths: list[Path] = []
     parts: list[Part] = []
-    try:
-        for part in answer.turn.parts:
-            if isinstance(part, Media):
-                path = folder.absolute() / _file_name(number, part.modality, parts)
-                save_medium(answer.outputs[len(paths)], path)
-                part = replace(part, path=str(path))
-                paths.append(path)
-            parts.append(part)
-        history = folder.absolute() / HISTORY_FILE
-        write_history((*turns, Turn("assistant", tuple(parts))), history)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error}") from error
+    for part in answer.turn.parts:
+        if isinstance(part, Media):
+            path = folder.absolute() / _file_name(number, part.modality, parts)
+            save_medium(answer.outputs[len(paths)], path)
+            part = replace(part, path=str(path))
+            paths.append(path)
+        parts.append(part)
+    history = folder.absolute() / HISTORY_FILE
+    write_history((*turns, Turn("assistant", tuple(parts))), history)
     return [*paths, history]
 
 

@@ -17,16 +17,20 @@ from transformers import GenerationConfig
 from chat.generation import generate_answer, readable_parts, words
 from chat.options import ChatOptions
 from config.errors import InputError, MediaError
-from config.loader import project_path
 from config.schema import Config
 from conversation.encoding import ConversationEncoder, EncodedConversation
 from conversation.parts import Conversation, Media, Modality, Turn
 from dataset.media import load_views
-from model.build import build_conversation_encoder, build_model, resolve_model_path
+from model.build import (
+    build_conversation_encoder,
+    build_media_encoder,
+    build_model,
+    resolve_model_path,
+)
 from model.decoders import Decoder
 from model.delta import load_delta, read_delta
 from model.device import choose_device, choose_dtype
-from model.imagebind import ImageBind, load_imagebind
+from model.imagebind import ImageBind
 from model.media_files import Output
 from model.nextgpt import NextGPT
 
@@ -173,7 +177,7 @@ class Assistant:
         """The encoder's vector (E,) of a human's medium, kept while the file stays as it is."""
         path = Path(medium.path or "")
         if not path.is_file():
-            raise MediaError(f"{path}: no such file")
+            raise MediaError(f"{path}: no such file: put it back, or leave out what shows it")
         key = (medium.modality, str(path), path.stat().st_mtime_ns)
         if key not in self._features:
             views = load_views(medium.modality, path).to(self.device)
@@ -182,14 +186,7 @@ class Assistant:
 
     def _load_imagebind(self) -> ImageBind:
         if self._imagebind is None:
-            path, width = project_path(self.config.encoder.path), self.config.encoder.width
-            imagebind = load_imagebind(path)  # float32, as in training
-            if imagebind.config.output_dim != width:
-                raise InputError(
-                    f"{path} gives features of {imagebind.config.output_dim} numbers, but "
-                    f"encoder.width is {width}: set it to match"
-                )
-            self._imagebind = imagebind.to(self.device)
+            self._imagebind = build_media_encoder(self.config).to(self.device)
         return self._imagebind
 
     def _project(self, prompt: torch.Tensor, ids: list[int]) -> list[tuple[Modality, torch.Tensor]]:

@@ -46,7 +46,10 @@ def human_turn(text: str, media: Mapping[Modality, Sequence[Path]]) -> Turn:
     shown = [Media(m, path=str(path.absolute())) for m in MODALITIES for path in media.get(m, ())]
     missing = [medium.path for medium in shown if not Path(medium.path or "").is_file()]
     if missing:
-        raise InputError(f"no such file: {', '.join(map(str, missing))}")
+        raise InputError(
+            f"no such file: {', '.join(map(str, missing))}. Give a file of this computer, neither "
+            "a folder nor an address"
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -66,6 +69,8 @@ def read_cases(path: Path, out: Path) -> list[Request]:
         InputError: the file, a case or a medium is wrong or missing.
     """
     cases = read_typed_json(path, TypeAdapter(list[_Case]), levels=("case",))
+    if not cases:
+        raise InputError(f"cases {path}: the list is empty, nothing to answer")
     requests: list[Request] = []
     for case in cases:
         media = {m: [path.parent / name] for m in MODALITIES if (name := getattr(case, m))}

@@ -5,11 +5,25 @@ from collections.abc import Callable
 
 from config.errors import InputError
 
+INTERRUPTED = 130
+
 
 def run_entry(main: Callable[[], None]) -> None:
-    """Run `main`; an InputError ends the process with its message on stderr and exit code 2."""
+    """Run `main`; what the user can mend ends with a message on stderr and exit code 2.
+
+    That is an InputError, and a file or folder that the system refuses. Ctrl-C ends with code 130.
+    """
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        fault = str(error)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        fault = f"{place}{error.strerror or error}: look at the path, its permissions and the disk"
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    else:
+        return
+    print(f"error: {fault}", file=sys.stderr)
+    sys.exit(2)

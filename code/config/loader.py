@@ -40,6 +40,9 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
         layers.append(_read_yaml(CONFIG_DIR / f"stage_{stage}.yaml"))
     source, named = _read_yaml(_find(name))
     by_stage = {number: named.pop(f"stage_{number}", None) or {} for number in STAGES}
+    for number, section in by_stage.items():
+        if not isinstance(section, dict):
+            raise InputError(f"{source}: stage_{number} holds no keys: expected `section:` lines")
     layers.append((source, named))
     if stage is not None:
         layers.append((f"{source}, section stage_{stage}", by_stage[stage]))
@@ -67,7 +70,7 @@ def _find(name: str) -> Path:
 def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no keys: expected `section:` lines")

@@ -3,21 +3,24 @@
 Paths are relative to the project's root unless absolute.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from conversation.parts import Modality
 
 Part = Literal["input_projection", "output_projections", "lora", "vocabulary"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+AboveZero = Annotated[float, Field(gt=0)]
+Pixels = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
 
 
 class Section(BaseModel):
     """A group of keys: unknown ones are errors, and it does not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class EncoderConfig(Section):
@@ -48,20 +51,27 @@ class OutputProjectionConfig(Section):
     heads: Positive
     feedforward: Positive  # hidden width of the feed-forward layers
 
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is to be a multiple of heads {self.heads}")
+        return self
+
 
 class DecoderConfig(Section):
     """A diffusion pipeline, frozen, and how many signal tokens call it."""
 
     path: str  # diffusers folder, or a hub name
     signal_tokens: Positive
-    caption_shape: list[Positive]  # of one caption embedding: [tokens, width], or [width] for sound
-    steps: Positive  # of denoising
+    # Of one caption embedding: [tokens, width], or [width] for sound.
+    caption_shape: Annotated[list[Positive], Field(min_length=1, max_length=2)]
+    steps: Annotated[int, Field(gt=0, le=1000)]  # of denoising; the schedulers know 1000
     guidance_scale: Annotated[float, Field(ge=0)]
-    height: Positive | None = None  # pixels; none: the pipeline's own
-    width: Positive | None = None
-    frames: Positive | None = None  # video only
-    fps: Positive | None = None  # video only, frames per second
-    seconds: Annotated[float, Field(gt=0)] | None = None  # sound only
+    height: Pixels | None = None  # none: the pipeline's own
+    width: Pixels | None = None
+    frames: Annotated[int, Field(gt=0, le=1000)] | None = None  # video only
+    fps: Annotated[int, Field(gt=0, le=240)] | None = None  # video only, frames per second
+    seconds: Annotated[float, Field(gt=0, le=600)] | None = None  # sound only
 
 
 class DataConfig(Section):
@@ -81,13 +91,13 @@ class TrainingConfig(Section):
     """One stage: what trains, for how long, how fast."""
 
     trains: list[Part] = []
-    learning_rate: Annotated[float, Field(gt=0)]  # peak
-    learning_rates: dict[Part, float] = {}  # peaks of parts that differ
-    betas: tuple[float, float]
-    epsilon: float
+    learning_rate: AboveZero  # peak
+    learning_rates: dict[Part, AboveZero] = {}  # peaks of parts that differ
+    betas: tuple[Decay, Decay]
+    epsilon: AboveZero
     weight_decay: Annotated[float, Field(ge=0)]
     warmup: Fraction  # share of the steps with a rising rate; then linear decay to 0
-    gradient_clipping: Annotated[float, Field(gt=0)]  # of the global L2 norm
+    gradient_clipping: AboveZero  # of the global L2 norm
     epochs: Positive
     max_steps: Positive | None = None  # ends earlier
     global_batch_size: Positive  # samples an optimizer step over all processes
@@ -97,7 +107,7 @@ class TrainingConfig(Section):
     alignment_weights: dict[Modality, float]
     save_every: Positive  # steps between resumable checkpoints
     keep_checkpoints: Positive
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     deepspeed: str = ""  # DeepSpeed's own JSON: ZeRO stage, offload
 
 

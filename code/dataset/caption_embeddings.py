@@ -35,7 +35,9 @@ def read_embedding(path: Path, shape: tuple[int, ...]) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise MediaError(f"{path}: no caption embedding can be read: {error}") from error
+        raise MediaError(
+            f"{path}: no caption embedding can be read (run process_embeddings.py): {error}"
+        ) from error
     if array.shape != shape:
         raise InputError(
             f"{path}: shape {array.shape}, expected {shape}. Run process_embeddings.py with the "

@@ -2,12 +2,14 @@
 
 import torch
 
+from config.errors import InputError
 from config.loader import project_path
 from config.schema import Config
 from conversation.encoding import ConversationEncoder
 from conversation.parts import Modality
 from conversation.signal_tokens import SignalTokens
 from conversation.templates import TEMPLATES
+from model.imagebind import ImageBind, load_imagebind
 from model.language_model import load_language_model, load_tokenizer
 from model.nextgpt import NextGPT
 from model.output_projection import OutputProjection
@@ -32,6 +34,22 @@ def signal_counts(config: Config) -> dict[Modality, int]:
     return {modality: decoder.signal_tokens for modality, decoder in config.decoders.items()}
 
 
+def build_media_encoder(config: Config) -> ImageBind:
+    """ImageBind in float32, as in training and so in answering.
+
+    Raises:
+        InputError: it is not there, is broken, or gives features of another width.
+    """
+    path, width = project_path(config.encoder.path), config.encoder.width
+    imagebind = load_imagebind(path)
+    if imagebind.config.output_dim != width:
+        raise InputError(
+            f"{path} gives features of {imagebind.config.output_dim} numbers, but encoder.width is "
+            f"{width}: set it to match"
+        )
+    return imagebind
+
+
 def build_model(
     config: Config, dtype: torch.dtype, *, lora: bool, output_projections: bool
 ) -> NextGPT:
@@ -44,14 +62,11 @@ def build_model(
         output_projections: whether the run uses them.
     """
     path = resolve_model_path(config.language_model.path)
-    counts = signal_counts(config)
-    signals = SignalTokens(counts, first_id=len(load_tokenizer(path)))
-    language_model = load_language_model(
-        config.language_model, path, signals.first_id, len(signals), dtype, lora=lora
-    )
+    signals = build_conversation_encoder(config).signals
+    language_model = load_language_model(config.language_model, path, signals, dtype, lora=lora)
     hidden_size = language_model.config.hidden_size
     projections = build_output_projections(config, hidden_size) if output_projections else {}
-    return NextGPT(language_model, config.encoder.width, projections, counts)
+    return NextGPT(language_model, config.encoder.width, projections, signals.counts)
 
 
 def build_output_projections(config: Config, hidden_size: int) -> dict[Modality, OutputProjection]:

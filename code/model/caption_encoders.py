@@ -10,32 +10,17 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import (
-    ClapTextModelWithProjection,
-    CLIPTextModel,
-    CLIPTokenizer,
-    RobertaTokenizer,
-)
+from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer
 
-from config.errors import InputError
 from conversation.parts import Modality
-from model.pretrained_folder import TEXT_FILES, loading, resolve
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Half precision on CUDA, single elsewhere."""
-    return torch.float16 if device.type == "cuda" else torch.float32
+from model.pretrained_folder import TEXT_FILES, check_kind, check_weights, loading, resolve
 
 
 class CaptionEncoder:
     """Tokenizer and text encoder of one pipeline, frozen."""
 
     def __init__(
-        self,
-        modality: Modality,
-        path: str,
-        device: torch.device,
-        dtype: torch.dtype | None = None,
+        self, modality: Modality, path: str, device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
         """Load the two parts from a diffusers folder or hub name; `dtype` none: half on CUDA.
 
@@ -44,6 +29,8 @@ class CaptionEncoder:
         """
         self.modality: Modality = modality
         self.path = resolve(path)
+        check_kind(self.path, modality)
+        dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
         audio = modality == "audio"
         tokenizer_class = RobertaTokenizer if audio else CLIPTokenizer
         encoder_class = ClapTextModelWithProjection if audio else CLIPTextModel
@@ -52,14 +39,11 @@ class CaptionEncoder:
             encoder, report = encoder_class.from_pretrained(
                 self.path,
                 subfolder="text_encoder",
-                dtype=dtype or default_dtype(device),
+                dtype=dtype,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below
             )
-        if missing := sorted(report["missing_keys"]):
-            raise InputError(
-                f"{self.path}/text_encoder: {len(missing)} weights are missing, "
-                f"first {missing[0]}; is this a pipeline for {modality}?"
-            )
+        check_weights(f"{self.path}/text_encoder", report)
         self.encoder = encoder.to(device).eval().requires_grad_(False)
 
     @property

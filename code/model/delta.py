@@ -16,9 +16,8 @@ from config.errors import InputError
 from config.schema import Part
 from model.nextgpt import NextGPT
 from model.parts import PARTS, is_own_vocabulary, part_of, tuned_parameters
-from model.published import is_published, published_to_delta
+from model.published import Tensors, is_published, published_to_delta
 
-Tensors = dict[str, torch.Tensor]
 DELTA_FILE = "delta.safetensors"
 
 
@@ -60,19 +59,21 @@ def read_delta(path: Path) -> Delta:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                rows = int(file.metadata()["vocabulary_size"])
-                return Delta({name: file.get_tensor(name) for name in file.keys()}, rows, path)  # noqa: SIM118
+                rows = (file.metadata() or {}).get("vocabulary_size", "")
+                if not rows.isdecimal():
+                    raise InputError(f"{path} holds no tuned parameters: train, or give another")
+                return Delta({name: file.get_tensor(name) for name in file.keys()}, int(rows), path)  # noqa: SIM118
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, TypeError, KeyError,
-        EOFError, OSError,
-    ) as error:  # fmt: skip
-        raise InputError(f"{path} is no readable checkpoint, fetch it again: {error}") from error
-    if not is_published(tensors):
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        fault = type(error).__name__  # the words of torch give advice that does not fit here
+        raise InputError(f"{path} is no readable checkpoint ({fault}), fetch it again") from error
+    if not isinstance(tensors, dict) or not is_published(tensors):
         raise InputError(f"{path} does not carry the names of the published tuned parameters")
     tensors = published_to_delta(tensors, path)
-    matrix = next(tensor for name, tensor in tensors.items() if is_own_vocabulary(name))
-    return Delta(tensors, len(matrix), path)
+    matrices = [tensor for name, tensor in tensors.items() if is_own_vocabulary(name)]
+    if not matrices:
+        raise InputError(f"{path} lacks the vocabulary's matrices, fetch it again")
+    return Delta(tensors, len(matrices[0]), path)
 
 
 def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:

@@ -1,8 +1,6 @@
 """Loads the language model: any Hugging Face causal model of the LLaMA family, frozen, grown by the
 new tokens and, where it is tuned, fitted with low-rank adapters."""
 
-from pathlib import Path
-
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from transformers import (
@@ -14,6 +12,8 @@ from transformers import (
 
 from config.errors import InputError
 from config.schema import LanguageModelConfig
+from conversation.signal_tokens import SignalTokens
+from model.pretrained_folder import check_weights, loading
 from model.vocabulary import grow_vocabulary
 
 
@@ -23,31 +23,22 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: there is none, or it cannot be read.
     """
-    try:
+    with loading(path, "config.json", "tokenizer.json|tokenizer.model|vocab.json"):
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(_missing(path, error)) from error
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {path} has no fast version, which offsets need")
     return tokenizer
 
 
 def load_language_model(
-    config: LanguageModelConfig,
-    path: str,
-    own_tokens: int,
-    new_tokens: int,
-    dtype: torch.dtype,
-    *,
-    lora: bool,
+    config: LanguageModelConfig, path: str, signals: SignalTokens, dtype: torch.dtype, *, lora: bool
 ) -> PreTrainedModel:
-    """The frozen language model in `dtype`, with `new_tokens` new rows (float32).
+    """The frozen language model in `dtype`, with a new row (float32) for each new token.
 
     Args:
         config: template, adapters and what of the vocabulary trains.
         path: the folder or hub name, resolved.
-        own_tokens: how many its tokenizer has.
-        new_tokens: how many rows to add.
+        signals: the new tokens, whose ids begin behind its tokenizer's.
         dtype: of the frozen weights.
         lora: whether to fit the adapters (float32).
 
@@ -55,14 +46,15 @@ def load_language_model(
         InputError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks an
             adapter's target.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise InputError(_missing(path, error)) from error
+    with loading(path):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    check_weights(path, report)
     rows = len(model.get_input_embeddings().weight)
-    if rows < own_tokens:
-        raise InputError(f"{path}: the tokenizer has {own_tokens} tokens, the model {rows}")
-    fit_language_model(model, config, own_tokens, new_tokens, lora=lora)
+    if rows < signals.first_id:
+        raise InputError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
+    fit_language_model(model, config, signals.first_id, len(signals), lora=lora)
     return model
 
 
@@ -74,14 +66,15 @@ def fit_language_model(
     *,
     lora: bool,
 ) -> None:
-    """Freeze `model`, grow its vocabulary and fit the adapters, in place."""
+    """Freeze `model`, grow its vocabulary and fit the adapters, in place.
+
+    Raises:
+        InputError: the model lacks an adapter's target.
+    """
     model.requires_grad_(False)
     grow_vocabulary(model, own_tokens, new_tokens)
-    if lora:
-        _add_adapters(model, config)
-
-
-def _add_adapters(model: PreTrainedModel, config: LanguageModelConfig) -> None:
+    if not lora:
+        return
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -95,9 +88,3 @@ def _add_adapters(model: PreTrainedModel, config: LanguageModelConfig) -> None:
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
-
-
-def _missing(path: str, error: Exception) -> str:
-    hint = "run scripts/quickstart.sh for the mini model, or see ckpt/pretrained_ckpt/README.md"
-    what = "cannot be read" if Path(path).exists() else "is neither a folder here nor on the hub"
-    return f"the language model {path} {what} ({hint}): {error}"

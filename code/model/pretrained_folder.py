@@ -1,11 +1,16 @@
-"""Where the frozen parts of a diffusion pipeline come from: a diffusers folder or a hub name."""
+"""Where frozen parts come from: a folder of diffusers or transformers, or a hub name."""
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from config.errors import InputError
+from conversation.parts import Modality
 
 # Names in older texts that the hub no longer has.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -15,6 +20,11 @@ TEXT_FILES = (
     "tokenizer/tokenizer.json|tokenizer/merges.txt",
     "text_encoder/config.json",
 )
+PIPELINE_NAMES: dict[Modality, str] = {
+    "image": "StableDiffusionPipeline",
+    "video": "TextToVideoSDPipeline",
+    "audio": "AudioLDMPipeline",
+}
 
 
 def resolve(path: str) -> str:
@@ -31,6 +41,40 @@ def resolve(path: str) -> str:
     raise InputError(f"{path}: no such folder. Give a diffusers folder or a hub name (owner/name)")
 
 
+def check_kind(path: str, modality: Modality) -> None:
+    """See that the folder `path`, if it says what it is, is a pipeline for `modality`.
+
+    Raises:
+        InputError: it is another.
+    """
+    index = Path(path) / "model_index.json"
+    if not index.is_file():
+        return
+    with loading(path):
+        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    if found != PIPELINE_NAMES[modality]:
+        raise InputError(
+            f"{path} is a {found}, but {modality} takes a {PIPELINE_NAMES[modality]}: give another"
+        )
+
+
+def check_weights(place: str, report: dict[str, Any]) -> None:
+    """See that transformers found every weight at `place`: without this it would invent some.
+
+    Args:
+        report: what `from_pretrained(..., output_loading_info=True)` gives beside the model.
+
+    Raises:
+        InputError: a weight is missing or of another shape.
+    """
+    wrong = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if wrong:
+        raise InputError(
+            f"{place}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}: "
+            "is it another model's? Download or build it again"
+        )
+
+
 @contextmanager
 def loading(path: str, *files: str) -> Iterator[None]:
     """Load from `path` inside: what is missing or does not fit becomes an InputError naming it.
@@ -44,5 +88,9 @@ def loading(path: str, *files: str) -> Iterator[None]:
             raise InputError(f"{path}: {missing} is missing. Download or build the folder again")
     try:
         yield
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be loaded (folder or hub name): {error}") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        fault = str(error).strip().partition("\n")[0]
+        raise InputError(
+            f"{path}: cannot be loaded (folder or hub name; ckpt/pretrained_ckpt/README.md says "
+            f"where to get it): {fault}"
+        ) from error

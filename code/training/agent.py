@@ -123,13 +123,17 @@ class Agent:
         settings = self._settings(dtype)
         self._factor = _schedule(steps, training.warmup)
         optimizer = _optimizer(model, training, offloaded=_offloads(settings), device=device)
-        self.engine, _, _, self.schedule = deepspeed.initialize(
-            model=model.to(device),
-            optimizer=optimizer,
-            model_parameters=[p for p in model.parameters() if p.requires_grad],
-            lr_scheduler=lambda inner: LambdaLR(inner, self._factor),
-            config=settings,
-        )
+        model.to(device)
+        try:
+            self.engine, _, _, self.schedule = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                lr_scheduler=lambda inner: LambdaLR(inner, self._factor),
+                config=settings,
+            )
+        except ValueError as error:
+            raise InputError(f"DeepSpeed refuses {training.deepspeed}: {error}") from error
 
     @property
     def model(self) -> NextGPT:
@@ -231,8 +235,10 @@ class Agent:
         path = project_path(self.training.deepspeed)
         try:
             settings = json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"training.deepspeed: {path} cannot be read: {error}") from error
+        if not isinstance(settings, dict):
+            raise InputError(f"training.deepspeed: {path} holds no JSON object")
         if written := [key for key in _FILLED_IN if key in settings]:
             raise InputError(f"{path}: {', '.join(written)} come from the run, remove them here")
         if self.device.type == "cpu":  # the optimizer is on the CPU already

@@ -13,9 +13,9 @@ from config.schema import Config
 from conversation.batch import Batch
 from conversation.parts import MODALITIES, Modality
 from dataset.feature_cache import FeatureCache
-from model.build import resolve_model_path
+from model.build import build_media_encoder, resolve_model_path
 from model.caption_encoders import CaptionEncoder
-from model.imagebind import ImageBind, fingerprint, load_imagebind
+from model.imagebind import ImageBind, fingerprint
 from training.samples import ReadyBatch
 
 
@@ -55,7 +55,7 @@ class BatchCompleter:
     @cached_property
     def encoder(self) -> ImageBind:
         """ImageBind, loaded on first use."""
-        return load_imagebind(project_path(self.config.encoder.path)).to(self.device)
+        return build_media_encoder(self.config).to(self.device)
 
     @torch.no_grad()
     def complete(self, ready: ReadyBatch) -> Batch:

@@ -4,6 +4,7 @@ Reads as a story: data, model, what trains, predecessor, agent, steps, delta.
 """
 
 import signal
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,9 +108,9 @@ class Trainer:
             folder.clear()
         logs = self.options.log_path
         logs = logs / folder.path.name if logs else folder.path / "log"
-        progress = Progress(logs, self.rank, first_step, steps, counted)
-        if not self.take_steps(agent, samples, plan, folder, progress, first_step, steps):
-            return False
+        with closing(Progress(logs, self.rank, first_step, steps, counted)) as progress:
+            if not self.take_steps(agent, samples, plan, folder, progress, first_step, steps):
+                return False
         tensors = agent.tuned_tensors(own_vocabulary=own_vocabulary)
         if self.rank == 0:
             folder.finish(carried | tensors, vocabulary_size)
@@ -150,7 +151,6 @@ class Trainer:
             progress.report(step, result, counts)
             if step % self.config.training.save_every == 0 and step < steps:
                 folder.save(agent, step, progress.counted)
-        progress.close()
         return True
 
     def count(
@@ -210,6 +210,8 @@ class Trainer:
     def make_model(self, delta: Delta | None) -> NextGPT:
         """The model with what trains set free and the predecessor's parameters in it."""
         training = self.config.training
+        if not training.trains:
+            raise InputError("training.trains is empty: name what is to be trained")
         model = build_model(
             self.config,
             self.dtype,

@@ -102,7 +102,10 @@ def _read_config(weights: Path) -> ImageBindConfig:
         trunks = {name: TrunkConfig(**figures.pop(name)) for name in ("vision", "audio")}
         return ImageBindConfig(**trunks, **figures)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"{path}: not the figures of an ImageBind encoder: {error!r}") from error
+        fault = f"{type(error).__name__} {error}"
+        raise InputError(
+            f"{path}: not the figures of an ImageBind encoder, build it again: {fault}"
+        ) from error
 
 
 def _read_tensors(weights: Path) -> dict[str, Tensor]:
@@ -111,8 +114,9 @@ def _read_tensors(weights: Path) -> dict[str, Tensor]:
             return load_file(weights)
         tensors = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
         return {name: tensor for name, tensor in tensors.items() if not is_left_out(name)}
-    except (OSError, RuntimeError, EOFError, AttributeError, UnpicklingError, SafetensorError) as e:
-        raise InputError(f"{weights}: not readable, download or build it again: {e}") from e
+    except (RuntimeError, EOFError, AttributeError, UnpicklingError, SafetensorError) as e:
+        fault = type(e).__name__  # the words of torch give advice that does not fit here
+        raise InputError(f"{weights}: not readable ({fault}), download or build it again") from e
 
 
 def _check(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
