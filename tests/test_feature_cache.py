@@ -92,14 +92,6 @@ def test_a_forked_process_opens_a_connection_of_its_own(media: list[Path], tmp_p
     np.testing.assert_array_equal(cache.get(media[1]), feature(1))
 
 
-def test_memory_stays_bounded(media: list[Path], tmp_path: Path) -> None:
-    cache = FeatureCache(tmp_path, "encoder", WIDTH, memory=2 * WIDTH * 4)
-    cache.put_many([(path, feature(i)) for i, path in enumerate(media)])
-    for i, path in enumerate(media):
-        np.testing.assert_array_equal(cache.get(path), feature(i))
-    assert len(cache._known) == 2
-
-
 WRITER = """
 import sys
 from pathlib import Path
