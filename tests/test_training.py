@@ -71,9 +71,10 @@ def test_each_stage_starts_from_the_one_before_and_says_what_it_took() -> None:
     assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in kept)
 
 
-def test_a_part_that_a_run_does_not_have_is_kept_for_the_next(tmp_path: Path) -> None:
+def test_what_a_run_does_not_train_is_kept_for_the_next(tmp_path: Path) -> None:
     again = TinyRun(tmp_path, 1, (), from_stage(3)).finish()
-    assert "lora: not used by this run, kept for the next file" in again.output
+    assert "output_projections: not used by this run, kept for the next file" in again.output
+    assert re.search(r"^lora +[\d,]+  frozen$", again.output, re.MULTILINE)
     kept = [n for n in trained(3).delta if part_of(n) in ("lora", "output_projections")]
     assert kept
     assert all(torch.equal(trained(3).delta[n], again.delta[n]) for n in kept)
