@@ -69,11 +69,11 @@ class ConversationEncoder:
         pieces = split_conversation(conversation, self.tokenizer, self.signals, self.template)
         for piece in pieces:
             piece.ids = piece.ids or self._tokenize(piece.text)
-        excess = sum(len(piece.ids) for piece in pieces) - (max_length or 0)
-        if max_length is None or excess <= 0:
+        length = sum(len(piece.ids) for piece in pieces)
+        if max_length is None or length <= max_length:
             return _assemble(pieces, cut_tokens=0)
-        self._shorten(pieces, excess, max_length)
-        return _assemble(pieces, cut_tokens=excess)
+        self._shorten(pieces, length - max_length, max_length)
+        return _assemble(pieces, cut_tokens=length - max_length)
 
     def decode_answer(self, ids: list[int]) -> tuple[Part, ...]:
         """The parts that an answer's ids stand for; an end sequence at their end is left out."""

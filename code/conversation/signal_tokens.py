@@ -22,12 +22,11 @@ class SignalTokens:
         self.first_id = first_id
         self.open = first_id
         self.close = first_id + 1
-        self._starts: dict[Modality, int] = {}
-        next_id = first_id + 2
+        self._runs: dict[Modality, range] = {}
+        self.end_id = first_id + 2
         for modality in MODALITIES:
-            self._starts[modality] = next_id
-            next_id += counts[modality]
-        self.end_id = next_id
+            self._runs[modality] = range(self.end_id, self.end_id + counts[modality])
+            self.end_id += counts[modality]
 
     def __len__(self) -> int:
         """How many new tokens there are."""
@@ -35,18 +34,17 @@ class SignalTokens:
 
     def run(self, modality: Modality) -> list[int]:
         """The ids that together call the decoder of `modality`, in order."""
-        start = self._starts[modality]
-        return list(range(start, start + self.counts[modality]))
+        return list(self._runs[modality])
 
     def modality_starting_with(self, token_id: int) -> Modality | None:
         """The modality whose run begins with `token_id`, or none."""
-        return next((m for m, start in self._starts.items() if start == token_id), None)
+        return next((m for m, run in self._runs.items() if token_id == run.start), None)
 
     def name(self, token_id: int) -> str:
         """The written form of a new token, for people: `<Img>`, `[VID3]`."""
         if token_id in (self.open, self.close):
             return "<Img>" if token_id == self.open else "</Img>"
-        for modality, start in self._starts.items():
-            if start <= token_id < start + self.counts[modality]:
-                return f"[{_NAMES[modality]}{token_id - start}]"
+        for modality, run in self._runs.items():
+            if token_id in run:
+                return f"[{_NAMES[modality]}{token_id - run.start}]"
         raise ValueError(f"{token_id} is not one of the new tokens")

@@ -62,8 +62,6 @@ def open_index(file: Path, cache_dir: Path, check: Check, version: str) -> RowIn
     place = hashlib.sha256(f"{file.resolve()}\n{version}".encode()).hexdigest()[:16]
     path = cache_dir / f"{file.stem}-{place}.arrow"
     source = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {version}".encode()
-    if found := _current(path, source):
-        return found
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if found := _current(path, source):

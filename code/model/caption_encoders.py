@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer
 
 from conversation.parts import Modality
-from model.pretrained_folder import TEXT_FILES, check_kind, check_weights, loading, resolve
+from model.pretrained_folder import TEXT_FILES, check_kind, load_whole, loading, resolve
 
 
 class CaptionEncoder:
@@ -36,14 +36,7 @@ class CaptionEncoder:
         encoder_class = ClapTextModelWithProjection if audio else CLIPTextModel
         with loading(self.path, *TEXT_FILES):
             self.tokenizer = tokenizer_class.from_pretrained(self.path, subfolder="tokenizer")
-            encoder, report = encoder_class.from_pretrained(
-                self.path,
-                subfolder="text_encoder",
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below
-            )
-        check_weights(f"{self.path}/text_encoder", report)
+        encoder = load_whole(encoder_class, self.path, dtype, "text_encoder")
         self.encoder = encoder.to(device).eval().requires_grad_(False)
 
     @property

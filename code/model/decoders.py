@@ -132,18 +132,15 @@ class Decoder:
 
         if self.modality == "audio":
             samples_BN = self._run(callback=on_step, **arguments).audios
-            return [
-                Sound(samples, self.pipeline.vocoder.config.sampling_rate) for samples in samples_BN
-            ]
+            rate = self.pipeline.vocoder.config.sampling_rate
+            return [Sound(samples, rate) for samples in samples_BN]
         arguments |= {"height": options.height, "width": options.width}
         if self.modality == "video":
             arguments["num_frames"] = options.frames
             videos_BTHWC = self._run(callback=on_step, **arguments).frames
             return [Frames((v * 255).round().astype("uint8"), options.fps) for v in videos_BTHWC]
 
-        def on_step_end(
-            _: Any, step: int, __: Any, tensors: dict[str, Tensor]
-        ) -> dict[str, Tensor]:
+        def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step)
             return tensors
 

@@ -86,7 +86,7 @@ def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
     try:
         with written_aside(path) as aside:
             save_file(contiguous, aside, {"vocabulary_size": str(vocabulary_size)})
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise InputError(f"could not save {path} (is the disk full?): {error}") from error
 
 

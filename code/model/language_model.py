@@ -13,7 +13,7 @@ from transformers import (
 from config.errors import InputError
 from config.schema import LanguageModelConfig
 from conversation.signal_tokens import SignalTokens
-from model.pretrained_folder import check_weights, loading
+from model.pretrained_folder import load_whole, loading
 from model.vocabulary import grow_vocabulary
 
 
@@ -46,11 +46,7 @@ def load_language_model(
         InputError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks an
             adapter's target.
     """
-    with loading(path):
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
-        )
-    check_weights(path, report)
+    model = load_whole(AutoModelForCausalLM, path, dtype)
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
         raise InputError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")

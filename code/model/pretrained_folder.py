@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from config.errors import InputError
 from conversation.parts import Modality
@@ -58,23 +60,6 @@ def check_kind(path: str, modality: Modality) -> None:
         )
 
 
-def check_weights(place: str, report: dict[str, Any]) -> None:
-    """See that transformers found every weight at `place`: without this it would invent some.
-
-    Args:
-        report: what `from_pretrained(..., output_loading_info=True)` gives beside the model.
-
-    Raises:
-        InputError: a weight is missing or of another shape.
-    """
-    wrong = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
-    if wrong:
-        raise InputError(
-            f"{place}: {len(wrong)} weights are missing or of another shape, first {wrong[0]}: "
-            "is it another model's? Download or build it again"
-        )
-
-
 @contextmanager
 def loading(path: str, *files: str) -> Iterator[None]:
     """Load from `path` inside: what is missing or does not fit becomes an InputError naming it.
@@ -94,3 +79,34 @@ def loading(path: str, *files: str) -> Iterator[None]:
             f"{path}: cannot be loaded (folder or hub name; ckpt/pretrained_ckpt/README.md says "
             f"where to get it): {fault}"
         ) from error
+
+
+def load_whole(
+    model_class: Any, path: str, dtype: torch.dtype, subfolder: str = ""
+) -> PreTrainedModel:
+    """The transformers model at `path` with every weight: by itself it would invent missing ones.
+
+    Args:
+        model_class: has `from_pretrained`.
+        path: a folder, or a hub name.
+        dtype: of the weights in memory.
+        subfolder: of `path`, where the model lies.
+
+    Raises:
+        InputError: it cannot be read, or a weight is missing or of another shape.
+    """
+    with loading(path):
+        model, report = model_class.from_pretrained(
+            path,
+            subfolder=subfolder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below
+        )
+    wrong = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+    if wrong:
+        raise InputError(
+            f"{Path(path, subfolder)}: {len(wrong)} weights are missing or of another shape, first "
+            f"{wrong[0]}: is it another model's? Download or build it again"
+        )
+    return model
