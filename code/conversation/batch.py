@@ -1,6 +1,7 @@
 """Encoded conversations side by side, as the tensors that the model reads."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -33,15 +34,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.targets.to(device),
-            self.slots.to(device),
-            self.features.to(device),
-            {modality: runs.to(device) for modality, runs in self.runs.items()},
-            {modality: captions.to(device) for modality, captions in self.captions.items()},
-        )
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {modality: tensor.to(device) for modality, tensor in value.items()}
+            return value.to(device)
+
+        return Batch(**{name: moved(value) for name, value in vars(self).items()})
 
 
 def pad_conversations(encoded: list[EncodedConversation], pad_id: int) -> Batch:

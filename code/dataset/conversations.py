@@ -11,7 +11,7 @@ from config.errors import MediaError
 from conversation.parts import Conversation, Media, Part, Turn
 from dataset.catalog import DatasetSource
 from dataset.index import open_index
-from dataset.readers import READER_VERSION, Kind, Record, read_record
+from dataset.readers import READER_VERSION, Record, read_record
 
 
 class ConversationDataset(Dataset[Conversation]):
@@ -34,7 +34,7 @@ class ConversationDataset(Dataset[Conversation]):
             source.name: open_index(
                 source.annotation,
                 cache_dir,
-                check=partial(_check, kind=source.kind, file=source.annotation),
+                check=partial(_read, source),
                 version=f"{source.kind}-{READER_VERSION}",
             )
             for source in sources
@@ -56,7 +56,7 @@ class ConversationDataset(Dataset[Conversation]):
         """
         name, row = key
         source = self.sources[name]
-        read = read_record(self.indexes[name][row], source.kind, source.annotation, row)
+        read = _read(source, self.indexes[name][row], row)
 
         def placed(part: Part) -> Part:
             if not isinstance(part, Media):
@@ -72,5 +72,5 @@ class ConversationDataset(Dataset[Conversation]):
         return Conversation(tuple(turns))
 
 
-def _check(record: Record, row: int, kind: Kind, file: Path) -> None:
-    read_record(record, kind, file, row)
+def _read(source: DatasetSource, record: Record, row: int) -> Conversation:
+    return read_record(record, source.kind, source.annotation, row)

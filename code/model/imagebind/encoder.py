@@ -121,17 +121,12 @@ class ImageBind(nn.Module):
                 "audio": _Preprocessor(_AudioStem(config), config.audio_patches, audio.width),
             }
         )
+        trunks = {"vision": vision, "audio": audio}
         self.modality_trunks = nn.ModuleDict(
-            {
-                "vision": _Trunk(vision, config.mlp_ratio, is_vision=True),
-                "audio": _Trunk(audio, config.mlp_ratio, is_vision=False),
-            }
+            {n: _Trunk(t, config.mlp_ratio, is_vision=n == "vision") for n, t in trunks.items()}
         )
         self.modality_heads = nn.ModuleDict(
-            {
-                "vision": _head(vision.width, config.output_dim),
-                "audio": _head(audio.width, config.output_dim),
-            }
+            {n: _head(t.width, config.output_dim) for n, t in trunks.items()}
         )
         scale = nn.Module()  # only keeps the published file's value: features stay at unit length
         scale.register_buffer("log_logit_scale", torch.tensor(math.log(20.0)))
