@@ -76,8 +76,12 @@ class EmbeddingStore:
         about = {"model": model, "fingerprint": fingerprint, "shape": list(shape)}
         about_file = folder / f"embeddings.{modality}.json"
         if about_file.exists():
-            found = json.loads(about_file.read_text(encoding="utf-8"))
-            if (found["fingerprint"], found["shape"]) != (fingerprint, list(shape)):
+            try:
+                found = json.loads(about_file.read_text(encoding="utf-8"))
+                same = (found["fingerprint"], found["shape"]) == (fingerprint, list(shape))
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{about_file} is damaged: empty the folder") from error
+            if not same:
                 raise InputError(
                     f"{about_file}: the embeddings here are {found['model']}'s, of shape "
                     f"{found['shape']}; {model} differs. Give another folder, or empty this one"
@@ -111,7 +115,7 @@ class EmbeddingStore:
         """Store `embeddings` (B, *shape), one file each, and list them.
 
         Raises:
-            InputError: a value is not finite in half precision.
+            InputError: a value is not finite in half precision, or the disk is full.
         """
         arrays = embeddings.to("cpu", torch.float16).numpy()
         for name, array in zip(names, arrays, strict=True):
@@ -122,8 +126,12 @@ class EmbeddingStore:
             with written_aside(embedding_path(self.folder, name)) as aside:
                 np.save(aside, array, allow_pickle=False)
         entries = zip(names, captions, strict=True)
-        with self._list.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"name": n, "caption": c}) + "\n" for n, c in entries)
+        try:
+            with self._list.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"name": n, "caption": c}) + "\n" for n, c in entries)
+        except OSError as error:
+            fault = f"could not write {self._list} (is the disk full?): {error.strerror}"
+            raise InputError(fault) from error
         self._captions.update(zip(names, captions, strict=True))
 
 

@@ -7,6 +7,7 @@ it, because caption embeddings kept there belong to the old captions.
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,13 @@ def write_world(out: Path, seed: int = 0, scale: float = 1.0, progress: bool = T
     """Write the whole world into the folder `out`, unless it is there already.
 
     Raises:
-        InputError: `out` holds something else than a mini world, or `scale` is not positive.
+        InputError: `out` holds something else than a mini world, or `scale` or `seed` is not
+            positive.
     """
-    if scale <= 0:
+    if not 0 < scale < math.inf:
         raise InputError(f"--scale {scale}: expected a number above 0")
+    if seed < 0:
+        raise InputError(f"--seed {seed}: expected 0 or more")
     if out.exists() and not (out / "world.json").is_file() and any(out.iterdir()):
         raise InputError(f"{out} holds no mini world (no world.json): name an empty or new folder")
     counts = {name: max(1, round(count * scale)) for name, count in COUNTS.items()}

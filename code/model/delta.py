@@ -4,6 +4,7 @@ Everything is checked name by name: a part is loaded whole or is not in the file
 """
 
 import pickle
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,10 @@ def read_delta(path: Path) -> Delta:
                     raise InputError(f"{path} holds no tuned parameters: train, or give another")
                 return Delta({name: file.get_tensor(name) for name in file.keys()}, int(rows), path)  # noqa: SIM118
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except (
+        SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError,
+        TypeError, AttributeError, struct.error,
+    ) as error:  # fmt: skip
         fault = type(error).__name__  # the words of torch give advice that does not fit here
         raise InputError(f"{path} is no readable checkpoint ({fault}), fetch it again") from error
     if not isinstance(tensors, dict) or not is_published(tensors):

@@ -133,7 +133,8 @@ class Agent:
                 config=settings,
             )
         except ValueError as error:
-            raise InputError(f"DeepSpeed refuses {training.deepspeed}: {error}") from error
+            fault = " ".join(str(error).split())
+            raise InputError(f"DeepSpeed refuses {training.deepspeed}: {fault}") from error
 
     @property
     def model(self) -> NextGPT:

@@ -42,6 +42,8 @@ def embed_captions(
     Raises:
         InputError: a file is wrong, or the embeddings there are of another model or caption.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size {batch_size}: give 1 or more")
     captions = _captions_by_name(annotation, modality)
     encoder = CaptionEncoder(modality, model, device, dtype)
     store = EmbeddingStore(
