@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from config.errors import InputError, MediaError
-from config.loader import load_config
 from conversation.parts import Media, Text
-from dataset.catalog import CATALOG, DatasetEntry, resolve_entry
+from dataset.catalog import resolve_entry
 from dataset.conversations import ConversationDataset
 
 
@@ -59,18 +58,3 @@ def test_missing_annotations_are_named(root: Path) -> None:
         resolve_entry("cc3m_enc", root, root)
     with pytest.raises(InputError, match=r"mini_text\.json is missing: .*write_data"):
         resolve_entry("mini_text", root, root)
-
-
-def test_an_override_adds_a_data_set(root: Path) -> None:
-    folder = "mini_world/T-X_pair_data/image"
-    mine = DatasetEntry("caption_in", f"{folder}/image.json", f"{folder}/images")
-    source = resolve_entry("mine", root, root, {"mine": mine})
-    assert (source.name, source.media) == ("mine", root / folder / "images")
-
-
-@pytest.mark.parametrize("name", ["7b", "mini"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_catalog_has_what_the_configurations_name(name: str, stage: int) -> None:
-    names = load_config(name, stage=stage).data.datasets
-    assert names
-    assert set(names) <= set(CATALOG)

@@ -50,7 +50,6 @@ def test_a_copy_finds_the_feature_and_a_changed_file_does_not(
     copy = tmp_path / "copy.bin"
     copy.write_bytes(media[0].read_bytes())
     np.testing.assert_array_equal(cache.get(copy), feature(0))
-    assert cache.digest(copy) == cache.digest(media[0]) != cache.digest(media[1])
     media[0].write_bytes(b"new" * 1000)
     assert cache.get(media[0]) is None
     cache.put_many([(media[0], feature(5))])

@@ -20,9 +20,9 @@ from model.delta import load_delta, read_delta, write_delta
 from model.language_model import fit_language_model
 from model.nextgpt import Losses, NextGPT
 from model.parts import PARTS, set_trainable
+from model.published import model_to_published
 from parity.recipe import recipe_tensor
 from parity_tools import PARITY, cases, relative_error
-from published_files import model_to_published
 from test_conversation import CASE_NAMES
 from tiny_system import recorded_batch, tiny_config, tiny_model
 

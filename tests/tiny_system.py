@@ -15,9 +15,9 @@ from conversation.parts import Conversation, Media, Text, Turn
 from model.build import build_conversation_encoder, build_model
 from model.nextgpt import NextGPT
 from model.parts import part_of, tuned_parameters
+from model.published import published_name
 from parity.recipe import new_vocabulary_rows, recipe_tensor
 from parity_tools import PARITY, cases
-from published_files import published_name
 
 TEXTS = json.loads((PARITY / "texts.json").read_text())
 TINY_OVERRIDES = [
@@ -92,7 +92,7 @@ def recorded_batch(case: str) -> Batch:
     shown = "image" if kind in ("image_to_text", "multiturn") else kind
     if len(batch.slots):
         batch.features = cases()[f"imagebind.{shown}"]
-    for modality, runs in locate_runs(encoded, aligned_only=True).items():
+    for modality, runs in locate_runs(encoded).items():
         batch.runs[modality] = torch.tensor([[row, position] for row, position, _ in runs])
         batch.captions[modality] = cases()[f"in.caption_emb.{modality}"]
     return batch

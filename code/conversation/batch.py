@@ -57,18 +57,14 @@ def pad_conversations(encoded: list[EncodedConversation], pad_id: int) -> Batch:
     )
 
 
-def locate_runs(
-    encoded: list[EncodedConversation], *, aligned_only: bool
-) -> dict[Modality, list[tuple[int, int, Media]]]:
+def locate_runs(encoded: list[EncodedConversation]) -> dict[Modality, list[tuple[int, int, Media]]]:
     """Row, first position and medium of the signal runs, by modality, in reading order.
 
-    Args:
-        encoded: the conversations of one batch.
-        aligned_only: leave out the media that say no caption, which have no alignment target.
+    Left out are media that say no caption: they have no alignment target.
     """
     located: dict[Modality, list[tuple[int, int, Media]]] = {}
     for row, one in enumerate(encoded):
         for position, medium in one.runs:
-            if medium.caption or medium.embedding or not aligned_only:
+            if medium.caption or medium.embedding:
                 located.setdefault(medium.modality, []).append((row, position, medium))
     return located

@@ -1,7 +1,6 @@
 """The data sets by name: what kind of file each is and where it lies in the data tree."""
 
 import difflib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,24 +72,18 @@ CATALOG: dict[str, DatasetEntry] = {
 }
 
 
-def resolve_entry(
-    name: str,
-    data_root: Path,
-    embed_root: Path,
-    overrides: Mapping[str, DatasetEntry] | None = None,
-) -> DatasetSource:
-    """Where the data set `name` lies; `overrides` are entries laid over the catalog.
+def resolve_entry(name: str, data_root: Path, embed_root: Path) -> DatasetSource:
+    """Where the data set `name` lies.
 
     Raises:
         InputError: an unknown name (says the nearest right one), or its annotations are missing.
     """
-    catalog = {**CATALOG, **(overrides or {})}
-    if name not in catalog:
-        nearest = difflib.get_close_matches(name, catalog, n=1, cutoff=0)[0]
+    if name not in CATALOG:
+        nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0)[0]
         raise InputError(
-            f"data set {name!r} is unknown: is {nearest!r} meant? Known: {', '.join(catalog)}"
+            f"data set {name!r} is unknown: is {nearest!r} meant? Known: {', '.join(CATALOG)}"
         )
-    entry = catalog[name]
+    entry = CATALOG[name]
     annotation = data_root.resolve() / entry.annotation
     if not annotation.is_file():
         mini = "`python -m mini_world.write_data` writes it"

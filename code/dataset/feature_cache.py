@@ -87,10 +87,6 @@ class FeatureCache:
             database.executemany("INSERT OR REPLACE INTO feature VALUES (?, ?, ?)", rows)
         self._hashed.clear()
 
-    def digest(self, path: str | Path) -> str:
-        """Hexadecimal BLAKE2b of the file's content, 32 characters; hashed only if it changed."""
-        return self._identify(Path(path).absolute())[1].hex()
-
     def _identify(self, path: Path) -> tuple[_State, bytes]:
         state = _state(path)
         if (hashed := self._hashed.get(path)) and hashed[0] == state:

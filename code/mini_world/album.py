@@ -10,14 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from conversation.parts import Modality
-from mini_world.render_image import render_image, write_image
-from mini_world.render_sound import render_sound, write_sound
-from mini_world.render_video import render_video, write_video
+from mini_world.render_image import render_image
+from mini_world.render_sound import RATE, render_sound
+from mini_world.render_video import FRAMES_PER_SECOND, render_video
 from mini_world.things import Split, Thing, sample_thing
-
-SUFFIX: dict[Modality, str] = {"image": "png", "video": "mp4", "audio": "wav"}
+from model.media_files import SUFFIXES, Frames, Output, Sound, save_medium
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
@@ -28,12 +28,14 @@ def generator(seed: int, name: str) -> np.random.Generator:
 def write_medium(path: Path, modality: Modality, thing: Thing, seed: int) -> None:
     """Render `thing` into `path`; the same seed and file name give the same bytes."""
     rng = generator(seed, path.name)
+    rendered: Output
     if modality == "image":
-        write_image(path, render_image(thing, rng))
+        rendered = Image.fromarray(render_image(thing, rng))
     elif modality == "video":
-        write_video(path, render_video(thing, rng))
+        rendered = Frames(render_video(thing, rng), FRAMES_PER_SECOND)
     else:
-        write_sound(path, render_sound(thing, rng))
+        rendered = Sound(render_sound(thing, rng), RATE)
+    save_medium(rendered, path)
 
 
 class Album:
@@ -54,7 +56,7 @@ class Album:
         for modality, size in sizes.items():
             rng = generator(seed, f"{prefix}/{modality}")
             self.shown[modality] = [
-                (f"{prefix}_{modality}_{number:06d}.{SUFFIX[modality]}", sample_thing(rng, split))
+                (f"{prefix}_{modality}_{number:06d}{SUFFIXES[modality]}", sample_thing(rng, split))
                 for number in range(1, size + 1)
             ]
 
@@ -72,5 +74,5 @@ class Album:
     def answer_name(self, modality: Modality, caption: str) -> str:
         """The name under which an answer's caption embedding is kept: one for each caption."""
         number = len(self._answers) + 1
-        name = f"{self._prefix}_answer_{number:06d}.{SUFFIX[modality]}"
+        name = f"{self._prefix}_answer_{number:06d}{SUFFIXES[modality]}"
         return self._answers.setdefault((modality, caption), name)

@@ -4,10 +4,8 @@ What nobody names varies: the shade of the ground, a little in place and size, a
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from mini_world.things import Thing
 
@@ -118,8 +116,3 @@ def render_image(thing: Thing, rng: np.random.Generator) -> np.ndarray:
     radius = RADIUS[thing.size] * nuisance.stretch
     picture = paint(thing.shape, thing.colour, x, y, radius, nuisance.ground)
     return to_bytes(picture, nuisance.noise, rng)
-
-
-def write_image(path: Path, pixels: np.ndarray) -> None:
-    """Write (H, W, 3) uint8 as PNG."""
-    Image.fromarray(pixels).save(path, format="PNG", compress_level=6)

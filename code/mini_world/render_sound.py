@@ -12,9 +12,7 @@
 What nobody names varies: loudness, phase, the silence before, 1 % in pitch, and light noise.
 """
 
-import wave
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
@@ -47,15 +45,6 @@ def render_sound(thing: Thing, rng: np.random.Generator) -> np.ndarray:
         samples[start : start + len(time)] = loudness * sounding / np.abs(sounding).max()
     samples += rng.uniform(0.0003, 0.002) * rng.standard_normal(len(samples))
     return np.clip(samples, -1.0, 1.0).astype(np.float32)
-
-
-def write_sound(path: Path, samples: np.ndarray) -> None:
-    """Write (N,) float samples in -1..1 as a 16-bit mono WAV file at 16 kHz."""
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(RATE)
-        file.writeframes(np.rint(samples * 32767).astype("<i2").tobytes())
 
 
 def _ramp(time: np.ndarray, attack: float, release: float) -> np.ndarray:

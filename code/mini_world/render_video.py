@@ -4,10 +4,6 @@ A thing that moves travels 14 pixels through its place; one that grows or shrink
 between 65 % and 135 %. Over time, its mean centre is its place and its mean radius its size.
 """
 
-from fractions import Fraction
-from pathlib import Path
-
-import av
 import numpy as np
 
 from config.errors import InputError
@@ -48,25 +44,3 @@ def render_video(thing: Thing, rng: np.random.Generator) -> np.ndarray:
         for time in np.linspace(-1.0, 1.0, FRAMES)
     ]
     return to_bytes(np.stack(frames), nuisance.noise / 2, rng)
-
-
-def write_video(path: Path, frames: np.ndarray) -> None:
-    """Write (T, H, W, 3) uint8 as MP4 at 8 frames a second: H.264, or MPEG-4 where it is missing.
-
-    The same frames give the same bytes: one thread, a fixed quantiser. (Seen with PyAV 18: x264's
-    rate control over B-frames gave a dozen different files for the same frames.)
-    """
-    codec, options = "mpeg4", {"qmin": "2", "qmax": "2"}
-    if "libx264" in av.codecs_available:
-        codec, options = "libx264", {"qp": "12", "bf": "0", "preset": "fast"}
-    with av.open(str(path), "w", format="mp4", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream(codec, rate=FRAMES_PER_SECOND, options=options)
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        stream.codec_context.time_base = Fraction(1, FRAMES_PER_SECOND)
-        for index, pixels in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
-            frame.pts = index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())

@@ -18,7 +18,7 @@ from config.atomic import written_aside
 from config.entry import run_entry
 from config.errors import InputError
 from conversation.parts import MODALITIES, Modality
-from mini_world.album import SUFFIX, Album, generator, write_medium
+from mini_world.album import Album, generator, write_medium
 from mini_world.captions import caption
 from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening
 from mini_world.phrasing import COURSE_REQUESTS
@@ -26,8 +26,9 @@ from mini_world.plain_talk import plain_talk
 from mini_world.questions import ask, ask_world, world_facts
 from mini_world.things import HELD_OUT_PAIRS, changes, sample_thing
 from mini_world.words import choose, say
+from model.media_files import SUFFIXES
 
-VERSION = 1  # of the world: raise it when the same seed gives something else
+VERSION = 2  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
@@ -195,7 +196,7 @@ def _write_examples(folder: Path, seed: int) -> None:
         thing = sample_thing(rng)
         shown: dict[str, str | None] = dict.fromkeys(MODALITIES)
         if source is not None:
-            file = f"mini_example_{source}_{number:06d}.{SUFFIX[source]}"
+            file = f"mini_example_{source}_{number:06d}{SUFFIXES[source]}"
             write_medium(folder / file, source, thing, seed)
             shown[source] = file
         text = say(COURSE_REQUESTS[name].pick(rng), None, choose(rng, changes(thing, "colour")))

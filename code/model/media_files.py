@@ -1,4 +1,7 @@
-"""What the decoders give, and how it becomes a file that every browser plays."""
+"""What the decoders give, and how it becomes a file that every browser plays.
+
+The same output gives the same bytes.
+"""
 
 import wave
 from pathlib import Path
@@ -46,10 +49,15 @@ def _write_video(video: Frames, path: Path) -> None:
     height, width = video.frames.shape[1:3]
     even = np.pad(video.frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     # faststart puts the index first, so that a browser plays while it loads.
-    with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=video.fps, options={"crf": "18"})
+    muxing = {"movflags": "+faststart", "fflags": "+bitexact"}
+    # One thread and a fixed quantiser: x264's rate control over B-frames was seen to write a dozen
+    # different files of the same frames.
+    coding = {"qp": "14", "bf": "0", "preset": "fast"}
+    with av.open(str(path), "w", format="mp4", options=muxing) as container:
+        stream = container.add_stream("libx264", rate=video.fps, options=coding)
         stream.height, stream.width = even.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        stream.codec_context.thread_count = 1
         for frame in even:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -1,7 +1,7 @@
-"""Reads the published layout of tuned parameters (`pytorch_model.pt` of 7b_tiva_v0).
+"""The published layout of tuned parameters (`pytorch_model.pt` of 7b_tiva_v0), read and written.
 
 It holds the language model's vocabulary matrices whole, new rows last; here the new rows stand by
-themselves (`model/vocabulary.py`), so the matrices are split on reading.
+themselves (`model/vocabulary.py`), so the matrices are split on reading and joined on writing.
 """
 
 import re
@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from config.errors import InputError
+from model.nextgpt import NextGPT
+from model.parts import tuned_parameters
 
 Tensors = dict[str, torch.Tensor]
-PREFIXES = {  # theirs, and ours
+_PREFIXES = {  # theirs, and ours
     "llama_model.base_model.model.": "language_model.",
     "llama_proj.": "input_projection.",
     "gen_text_hidden_fcs.0.": "output_projections.image.",
@@ -26,7 +28,7 @@ NEW_ROWS = 38  # `<Img>`, `</Img>`, 4 + 24 + 8 signal tokens: the published voca
 def is_published(tensors: Tensors) -> bool:
     """Whether `tensors` carry the published names."""
     return all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()) and any(
-        name.startswith(tuple(PREFIXES)) and "llama" in name for name in tensors
+        name.startswith(tuple(_PREFIXES)) and "llama" in name for name in tensors
     )
 
 
@@ -36,16 +38,35 @@ def published_to_delta(tensors: Tensors, source: Path) -> Tensors:
     Raises:
         InputError: names that the published layout does not have.
     """
-    unknown = [name for name in tensors if not name.startswith(tuple(PREFIXES))]
+    unknown = [name for name in tensors if not name.startswith(tuple(_PREFIXES))]
     if unknown:
         raise InputError(f"{source}: names that are not the published ones: {', '.join(unknown)}")
     delta: Tensors = {}
     for name, tensor in tensors.items():
-        prefix = next(theirs for theirs in PREFIXES if name.startswith(theirs))
-        ours = PREFIXES[prefix] + name.removeprefix(prefix)
+        prefix = next(theirs for theirs in _PREFIXES if name.startswith(theirs))
+        ours = _PREFIXES[prefix] + name.removeprefix(prefix)
         if _MATRIX.search(name):
             delta[ours] = tensor[:-NEW_ROWS]
             delta[ours.removesuffix("weight") + "new_rows"] = tensor[-NEW_ROWS:]
         else:
             delta[ours] = tensor
     return delta
+
+
+def published_name(ours: str) -> str:
+    """The published name of the tuned parameter that we call `ours`."""
+    theirs, mine = next(pair for pair in _PREFIXES.items() if ours.startswith(pair[1]))
+    return theirs + ours.removeprefix(mine)
+
+
+def model_to_published(model: NextGPT) -> Tensors:
+    """The tuned tensors of `model` under the published names, vocabulary matrices whole."""
+    tuned = {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=True)}
+    published: Tensors = {}
+    for name, tensor in tuned.items():
+        if name.endswith(".new_rows"):
+            continue
+        new_rows = tuned.get(name.removesuffix("weight") + "new_rows")
+        whole = tensor if new_rows is None else torch.cat([tensor.float(), new_rows])
+        published[published_name(name)] = whole
+    return published

@@ -11,7 +11,7 @@ import torch
 from config.loader import project_path
 from config.schema import Config
 from conversation.batch import Batch
-from conversation.parts import MODALITIES, Modality
+from conversation.parts import Modality
 from dataset.feature_cache import FeatureCache
 from model.build import build_media_encoder, resolve_model_path
 from model.caption_encoders import CaptionEncoder
@@ -61,15 +61,15 @@ class BatchCompleter:
     def complete(self, ready: ReadyBatch) -> Batch:
         """The batch on the device, with all its features and captions."""
         batch = ready.batch.to(self.device)
-        for modality in MODALITIES:
-            pending = [item for item in ready.views if item[1].modality == modality]
-            if not pending:
-                continue
-            views = torch.stack([views for _, _, views in pending]).to(self.device)
-            features = self.encoder.encode(modality, views).float()  # (media, E)
-            batch.features[[slot for slot, _, _ in pending]] = features
-            paths = [medium.path for _, medium, _ in pending]
-            self.caches[modality].put_many(zip(paths, features.cpu().numpy(), strict=True))
+        computed: dict[Modality, list] = {}
+        for slot, medium, views in ready.views:
+            # One by one: a feature's last bits depend on what is encoded beside it, and a resumed
+            # run meets media in other company.
+            feature = self.encoder.encode(medium.modality, views[None].to(self.device))[0].float()
+            batch.features[slot] = feature
+            computed.setdefault(medium.modality, []).append((medium.path, feature.cpu().numpy()))
+        for modality, features in computed.items():
+            self.caches[modality].put_many(features)
         for modality, texts in ready.texts.items():
             batch.captions[modality] = self._caption_encoder(modality).encode(texts).float()
         return batch

@@ -174,7 +174,7 @@ def collate(samples: Sequence[ReadySample], pad_id: int, feature_width: int) -> 
         else:
             ready.batch.features[index] = torch.from_numpy(feature)
 
-    for modality, runs in locate_runs(encoded, aligned_only=True).items():
+    for modality, runs in locate_runs(encoded).items():
         ready.batch.runs[modality] = torch.tensor([[row, position] for row, position, _ in runs])
         known = [samples[row].captions.get(medium) for row, _, medium in runs]
         if any(caption is None for caption in known):
