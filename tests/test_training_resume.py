@@ -9,7 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from parity_tools import PARITY
 from tiny_run import TinyRun, same, trained
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +119,19 @@ def test_sigterm_to_the_launch_script_saves_and_leaves_no_process(
     assert "go on with --resume" in said
     assert len(run.checkpoints) == 1 and not run.checkpoints[0].endswith(".partial")
     assert not [process for process in started if process.is_running()]
+
+
+def test_a_tied_vocabulary_resumes_and_nothing_frozen_is_saved(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(PARITY / "llama_tiny").save_pretrained(tmp_path / "tied")
+    sets = [f"language_model.path={tmp_path / 'tied'}", "training.save_every=2"]
+    whole = TinyRun(tmp_path / "whole", 1, sets).finish()
+    killed = TinyRun(tmp_path / "killed", 1, sets)
+    killed.kill_when(lambda: len(killed.metrics) >= 3)
+    state = killed.folder / "checkpoints" / "step_000002" / "state" / "mp_rank_00_model_states.pt"
+    assert torch.load(state, weights_only=False)["module"].keys() == whole.delta.keys()
+    assert_same(TinyRun(killed.save_path, 1, sets, ["--resume"]).finish(), whole)
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(

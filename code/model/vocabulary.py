@@ -68,6 +68,14 @@ def grow_vocabulary(language_model: nn.Module, own: int, count: int) -> None:
     language_model.set_input_embeddings(GrownEmbedding(own_embedding, new_embedding))
     language_model.set_output_embeddings(GrownHead(own_head, new_head))
     language_model.config.vocab_size = own + count
+    if tied:
+        language_model.register_state_dict_post_hook(_leave_out_head)
+
+
+def _leave_out_head(_: nn.Module, state: dict, prefix: str, __: dict) -> None:
+    """A tied head is the embedding: saved once, under the embedding's names."""
+    for name in [name for name in state if name.startswith(f"{prefix}lm_head.")]:
+        del state[name]
 
 
 def _new_rows(weight: torch.Tensor, count: int) -> torch.Tensor:

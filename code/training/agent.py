@@ -259,10 +259,10 @@ class Agent:
 
 
 def _load_what_trains(src: dict[str, torch.Tensor], dst: NextGPT) -> None:
-    """Load the saved parameters; what is not saved must be what is frozen, and nothing else."""
-    frozen = {name for name, parameter in dst.named_parameters() if not parameter.requires_grad}
+    """Load the saved parameters, which must be those that train, and nothing else."""
+    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
     missing, unexpected = dst.load_state_dict(src, strict=False)
-    if wrong := (set(missing) - frozen) | set(unexpected):
+    if wrong := (trained & set(missing)) | set(unexpected):
         raise InputError(f"the checkpoint is another model's: {', '.join(sorted(wrong))}")
 
 
