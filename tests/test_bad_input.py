@@ -29,11 +29,6 @@ from tiny_system import tiny_encoder
 PAIRS = [{"image_name": f"{index}.png", "caption": f"a red circle {index}"} for index in range(3)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Parts of which the language model always answers with a picture and a sound."""
