@@ -38,6 +38,8 @@ def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path)
     histories = sorted(answers.glob("*/history.json"))
     assert len(histories) == len(cases)
     for modality in MODALITIES:
-        for file in answers.rglob(f"*{SUFFIX_OF[modality]}"):
+        files = list(answers.rglob(f"*{SUFFIX_OF[modality]}"))
+        assert files, f"no answer called for {modality}"
+        for file in files:
             assert str(file.relative_to(clone)) in said or str(file) in said
             load_views(modality, file)
