@@ -113,16 +113,25 @@ def test_an_end_counts_only_at_the_end() -> None:
         assert stops(torch.tensor([ids]), torch.empty(0)).tolist() == [ended]
 
 
+def whole(
+    assistant: Assistant, conversation: Conversation, answer: Answer
+) -> tuple[int, torch.Tensor]:
+    """The prompt's length L, and the input embeddings (1, L + A, H) of prompt and answer."""
+    encoded = assistant.encoder.encode(conversation)
+    (prompt,) = assistant._read([encoded], {})
+    written = torch.tensor([answer.token_ids])
+    embed = assistant.model.language_model.get_input_embeddings()
+    return len(prompt), torch.cat([prompt[None], embed(written)], dim=1)
+
+
 @torch.no_grad()
 def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assistant) -> None:
     conversation = say(Media("image", path=PHOTO), Text("what is it?"))
     answer = ask(babbler, conversation, temperature=0, max_new_tokens=20)
-    encoded = babbler.encoder.encode(conversation)
-    features, slots = babbler._encode_media(encoded, {})
+    prompt, embeddings = whole(babbler, conversation, answer)
     model, whole_runs = babbler.model, WholeRuns(SIGNALS, 20)
-    ids = torch.tensor([encoded.input_ids + answer.token_ids])
-    hidden = model.read(model.embed(ids, slots, features))
-    logits = model.language_model.get_output_embeddings()(hidden)[0, len(encoded.input_ids) - 1 :]
+    hidden = model.read(embeddings)
+    logits = model.language_model.get_output_embeddings()(hidden)[0, prompt - 1 :]
     for step, token_id in enumerate(answer.token_ids):
         written = torch.tensor([answer.token_ids[:step]], dtype=torch.long)
         assert whole_runs(written, logits[None, step]).argmax() == token_id
@@ -132,16 +141,14 @@ def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assi
 def test_media_are_those_of_the_projected_hidden_states(babbler: Assistant) -> None:
     conversation = say(Media("image", path=PHOTO), Text("draw it"))
     answer = ask(babbler, conversation, seed=3, temperature=0, max_new_tokens=24)
-    encoded = babbler.encoder.encode(conversation)
-    features, slots = babbler._encode_media(encoded, {})
+    prompt, embeddings = whole(babbler, conversation, answer)
     model = babbler.model
-    embeddings = model.embed(torch.tensor([encoded.input_ids + answer.token_ids]), slots, features)
     hidden = model.read(embeddings)
     starts = [(p, SIGNALS.modality_starting_with(i)) for p, i in enumerate(answer.token_ids)]
     starts = [(position, modality) for position, modality in starts if modality]
     assert starts
     for number, (position, modality) in enumerate(starts):
-        run = torch.tensor([[0, len(encoded.input_ids) + position]])
+        run = torch.tensor([[0, prompt + position]])
         caption = model.project_runs(modality, run, hidden, embeddings)
         decoder = Decoder(modality, babbler.config.decoders[modality].path, babbler.device)
         options = ChatOptions.from_config(babbler.config).decode[modality]
@@ -204,9 +211,10 @@ def test_media_of_every_turn_are_read(babbler: Assistant) -> None:
         Turn("human", (Media("audio", path=BELL), Text("and this?"))),
     )
     encoded = babbler.encoder.encode(Conversation(turns))
-    features, slots = babbler._encode_media(encoded, {})
-    assert len(slots) == 2 and [m.modality for _, m in encoded.runs] == ["audio"]
-    assert not torch.allclose(features[0], features[1])
+    (prompt,) = babbler._read([encoded], {})
+    photo, bell = (prompt[position] for position, _ in encoded.slots)
+    assert [m.modality for _, m in encoded.runs] == ["audio"]
+    assert not torch.allclose(photo, bell)
     assert ask(babbler, Conversation(turns), max_new_tokens=4).token_ids
 
 
@@ -214,14 +222,63 @@ def test_a_files_feature_is_kept_until_the_file_changes(babbler: Assistant, tmp_
     picture = tmp_path / "picture.jpg"
     picture.write_bytes(Path(PHOTO).read_bytes())
     encoded = babbler.encoder.encode(say(Media("image", path=str(picture))))
-    first, again = (babbler._encode_media(encoded, {})[0] for _ in range(2))
+    first, again = (babbler._read([encoded], {})[0] for _ in range(2))
     assert torch.equal(first, again)
     black = np.zeros((30, 30, 3), np.uint8)
     Image.fromarray(black).save(picture)
     os.utime(picture, ns=(1, 1))
-    assert not torch.allclose(babbler._encode_media(encoded, {})[0], first)
+    assert not torch.allclose(babbler._read([encoded], {})[0], first)
     with pytest.raises(MediaError, match="no such file"):
         ask(babbler, say(Media("image", path=str(tmp_path / "none.png"))))
+
+
+def together(assistant: Assistant, at_once: int = 16, **figures: float) -> list[list[Answer]]:
+    """The same conversations of several lengths, answered one by one and all together."""
+    turns = say(Media("image", path=PHOTO), Text("what is it, and what did it sound like?")).turns
+    said = Turn("assistant", (Text("a person"), Media("audio", path="/nowhere.wav")))
+    conversations = [
+        say(Text("draw")),
+        Conversation((*turns, said, *say(Media("audio", path=BELL), Text("and this?")).turns)),
+        Conversation(turns),
+        say(Text("surprise me with all that you have")),
+    ]
+    seeds = (4, 9, 4, 2)
+    options = replace(ChatOptions.from_config(assistant.config), max_new_tokens=40, **figures)
+    alone = [
+        assistant.chat(conversation, seed=seed, options=options)
+        for conversation, seed in zip(conversations, seeds, strict=True)
+    ]
+    batch = assistant.answer(conversations, seeds=seeds, options=options, media_at_once=at_once)
+    return [alone, batch]
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("at_once", [2, 16])
+def test_a_conversation_gets_the_same_answer_alone_and_among_others(
+    babbler: Assistant, temperature: float, at_once: int
+) -> None:
+    alone, batch = together(babbler, at_once, temperature=temperature)
+    assert [one.token_ids for one in batch] == [one.token_ids for one in alone]
+    assert [one.turn for one in batch] == [one.turn for one in alone]
+    assert len({tuple(one.token_ids) for one in batch}) == len(batch)
+    assert sum(len(one.outputs) for one in batch) > 4
+    for one, other in zip(batch, alone, strict=True):
+        assert runs_of(one.token_ids) == [
+            p.modality for p in one.turn.parts if isinstance(p, Media)
+        ]
+        for found, wanted in zip(one.outputs, other.outputs, strict=True):
+            for left, right in zip(pixels(found), pixels(wanted), strict=True):
+                np.testing.assert_allclose(left, right, atol=1)
+
+
+def test_an_answer_ends_although_others_go_on() -> None:
+    stops = StopSequences([[13, 332], [2]])
+    assert stops.cut([5, 13, 332, 7, 2]) == [5, 13, 332]
+    assert stops.cut([5, 2, 2, 2]) == [5, 2]
+    assert stops.cut([13, 5]) == [13, 5]
+    assert stops(torch.tensor([[13, 332], [332, 13], [5, 2]]), torch.empty(0)).tolist() == [
+        True, False, True
+    ]  # fmt: skip
 
 
 def test_a_conversation_beyond_the_context_is_refused_with_numbers(babbler: Assistant) -> None:

@@ -1,23 +1,27 @@
-"""The whole system behind one call: a conversation in, the assistant's next turn out.
+"""The whole system behind one call: conversations in, the assistant's next turns out.
 
 Loaded at once are the language model and the projections; the encoder and each decoder when first
 needed, and kept. An answer costs a pass over the prompt, a pass a token, and, if it holds media,
-one more pass over both and the diffusion steps of each medium.
+one more pass over both and the diffusion steps of each medium. Conversations answered together
+share the passes: sixteen take about a fifth of the time that they take one by one.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from chat.generation import generate_answer, readable_parts, words
+from chat.generation import generate_answers, readable_parts, words
 from chat.options import ChatOptions
 from config.errors import InputError, MediaError
 from config.schema import Config
+from conversation.batch import pad_conversations
 from conversation.encoding import ConversationEncoder, EncodedConversation
 from conversation.parts import Conversation, Media, Modality, Turn
 from dataset.media import load_views
@@ -37,6 +41,14 @@ from model.nextgpt import NextGPT
 Progress = Callable[[Modality, int, int], None]  # (modality, steps done, steps in all)
 
 
+class _Run(NamedTuple):
+    """A signal run: which answer's, which of that answer's media, where in the answer it begins."""
+
+    answer: int
+    number: int
+    position: int
+
+
 @dataclass(frozen=True)
 class Answer:
     """What the assistant gave.
@@ -47,7 +59,7 @@ class Answer:
         token_ids: as written, the end included.
         token_names: of the same tokens.
         seconds: of every link: `load` (what was not loaded yet), `encode`, `language_model`,
-            `projection` and each decoder's modality.
+            `projection` and each decoder's modality; shared by all that were answered together.
     """
 
     turn: Turn
@@ -111,7 +123,6 @@ class Assistant:
         report = load_delta(model, tuned, required)
         return cls(config, encoder, model, device, [f"tuned parameters of {tuned.source}", *report])
 
-    @torch.no_grad()
     def chat(
         self,
         conversation: Conversation,
@@ -121,32 +132,58 @@ class Assistant:
         on_text: Callable[[str], None] | None = None,
         on_progress: Progress | None = None,
     ) -> Answer:
-        """The assistant's answer to `conversation`, which ends with a human turn.
+        """The assistant's answer to `conversation`: `answer` with one alone, its media one by one.
 
         Args:
-            seed: the same one gives the same answer.
             on_text: gets the words as they are written.
-            on_progress: called after every diffusion step; what it raises ends the answer.
+        """
+        return self.answer(
+            [conversation], seeds=[seed], options=options, on_text=on_text, on_progress=on_progress
+        )[0]
+
+    @torch.no_grad()
+    def answer(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        seeds: Sequence[int],
+        options: ChatOptions,
+        media_at_once: int = 1,
+        on_text: Callable[[str], None] | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[Answer]:
+        """The assistant's answers to `conversations`, each of which ends with a human turn.
+
+        In full precision a conversation gets the same words alone and among others.
+
+        Args:
+            seeds: one each; the same one gives the same answer. Medium i of an answer has seed + i.
+            media_at_once: how many media of one modality are decoded together.
+            on_text: gets the words of a single conversation's answer as they are written.
+            on_progress: called after every diffusion step; what it raises ends the answers.
 
         Raises:
             InputError: too long for the language model, or a part cannot be loaded.
             MediaError: one of the human's files is missing or broken.
         """
         seconds: dict[str, float] = {}
-        encoded = self.encoder.encode(conversation)
-        self._check_length(len(encoded.input_ids), options.max_new_tokens)
-        features, slots = self._encode_media(encoded, seconds)
+        encoded = [self.encoder.encode(conversation) for conversation in conversations]
+        self._check_length(max(len(one.input_ids) for one in encoded), options.max_new_tokens)
+        prompts = self._read(encoded, seconds)
         with self._timed(seconds, "language_model"):
-            prompt_ids = torch.tensor([encoded.input_ids], device=self.device)
-            prompt = self.model.embed(prompt_ids, slots, features)
-            ids = generate_answer(
-                self.model.language_model, self.encoder, prompt, options, seed, on_text
+            ids = generate_answers(
+                self.model.language_model, self.encoder, prompts, options, seeds, on_text
             )
-        turn = Turn("assistant", readable_parts(self.encoder, ids))
+        turns = [Turn("assistant", readable_parts(self.encoder, one)) for one in ids]
         with self._timed(seconds, "projection"):
-            captions = self._project(prompt, ids)
-        outputs = self._decode(captions, options, seed, seconds, on_progress)
-        return Answer(turn, outputs, ids, [self._name(i) for i in ids], seconds)
+            runs = self._find_runs(ids)
+            captions = self._project(prompts, ids, runs)
+        made = self._decode(runs, captions, options, seeds, seconds, media_at_once, on_progress)
+        outputs = [
+            tuple(made[run] for run in sorted(made) if run.answer == i) for i in range(len(ids))
+        ]
+        names = [[self._name(token_id) for token_id in one] for one in ids]
+        return [Answer(*one, seconds) for one in zip(turns, outputs, ids, names, strict=True)]
 
     def _check_length(self, prompt: int, answer: int) -> None:
         context = self.model.language_model.config.max_position_embeddings
@@ -157,21 +194,21 @@ class Assistant:
                 "max_new_tokens"
             )
 
-    def _encode_media(
-        self, encoded: EncodedConversation, seconds: dict[str, float]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features (S, E) of the human's media, and their slots (S, 2)."""
-        if encoded.slots:
+    def _read(
+        self, encoded: list[EncodedConversation], seconds: dict[str, float]
+    ) -> list[torch.Tensor]:
+        """Input embeddings (L, H) of every prompt, the human's media in their slots."""
+        media = [medium for one in encoded for _, medium in one.slots]
+        if media:
             with self._timed(seconds, "load"):
                 self._load_imagebind()
+        batch = pad_conversations(encoded, pad_id=0).to(self.device)
         with self._timed(seconds, "encode"):
-            features = [self._feature(medium) for _, medium in encoded.slots]
-        slots = [(0, position) for position, _ in encoded.slots]
-        width = self.config.encoder.width
-        return (
-            torch.stack(features) if features else torch.empty(0, width, device=self.device),
-            torch.tensor(slots, dtype=torch.long, device=self.device).view(-1, 2),
-        )
+            features = [self._feature(medium) for medium in media]
+        if features:
+            batch.features = torch.stack(features)
+        embeddings = self.model.embed(batch.input_ids, batch.slots, batch.features)
+        return [row[: len(one.input_ids)] for row, one in zip(embeddings, encoded, strict=True)]
 
     def _feature(self, medium: Media) -> torch.Tensor:
         """The encoder's vector (E,) of a human's medium, kept while the file stays as it is."""
@@ -189,55 +226,77 @@ class Assistant:
             self._imagebind = build_media_encoder(self.config).to(self.device)
         return self._imagebind
 
-    def _project(self, prompt: torch.Tensor, ids: list[int]) -> list[tuple[Modality, torch.Tensor]]:
-        """The caption embedding (1, *caption_shape) of every signal run, in order.
+    def _find_runs(self, ids: list[list[int]]) -> dict[Modality, list[_Run]]:
+        """The signal runs of all answers, by modality."""
+        runs: dict[Modality, list[_Run]] = {}
+        for row, answer in enumerate(ids):
+            starts = [self.encoder.signals.modality_starting_with(i) for i in answer]
+            begun = [(position, modality) for position, modality in enumerate(starts) if modality]
+            for number, (position, modality) in enumerate(begun):
+                runs.setdefault(modality, []).append(_Run(row, number, position))
+        return runs
+
+    def _project(
+        self, prompts: list[torch.Tensor], ids: list[list[int]], runs: dict[Modality, list[_Run]]
+    ) -> dict[Modality, torch.Tensor]:
+        """By modality the caption embeddings (R, *caption_shape) of its runs.
 
         As in training, the hidden states are those of one pass over everything.
 
         Args:
-            prompt: input embeddings (1, L, H).
-            ids: the answer's A ids.
+            prompts: input embeddings (L, H).
+            ids: the answers' ids.
+            runs: at least those.
         """
-        modalities = [self.encoder.signals.modality_starting_with(i) for i in ids]
-        if not any(modalities):
-            return []
+        if not runs:
+            return {}
         embed = self.model.language_model.get_input_embeddings()
-        answer = embed(torch.tensor([ids], device=self.device))
-        embeddings = torch.cat([prompt, answer], dim=1)  # (1, L + A, H)
+        whole = [
+            torch.cat([prompt, embed(torch.tensor([answer], device=self.device))[0]])
+            for prompt, answer in zip(prompts, ids, strict=True)
+        ]
+        embeddings = pad_sequence(whole, batch_first=True)  # (B, L + A, H)
+        # Causal: nothing sees the padding behind it, so that no mask is needed.
         hidden = self.model.read(embeddings).float()  # the projections are float32
         embeddings = embeddings.float()
-        found = []
-        for position, modality in enumerate(modalities):
-            if modality:
-                run = torch.tensor([[0, prompt.shape[1] + position]], device=self.device)
-                captions = self.model.project_runs(modality, run, hidden, embeddings)
-                found.append((modality, captions))
-        return found
+        captions = {}
+        for modality, found in runs.items():
+            places = [(run.answer, len(prompts[run.answer]) + run.position) for run in found]
+            places = torch.tensor(places, device=self.device)
+            captions[modality] = self.model.project_runs(modality, places, hidden, embeddings)
+        return captions
 
     def _decode(
         self,
-        captions: list[tuple[Modality, torch.Tensor]],
+        runs: dict[Modality, list[_Run]],
+        captions: dict[Modality, torch.Tensor],
         options: ChatOptions,
-        seed: int,
+        seeds: Sequence[int],
         seconds: dict[str, float],
+        at_once: int,
         on_progress: Progress | None,
-    ) -> tuple[Output, ...]:
-        """One by one, so that many media need no more memory than one; medium i has seed + i."""
-        outputs = []
-        for number, (modality, caption) in enumerate(captions):
+    ) -> dict[_Run, Output]:
+        """The medium of every run, `at_once` of one modality together."""
+        made: dict[_Run, Output] = {}
+        for modality, found in runs.items():
             with self._timed(seconds, "load"):
-                decoder = self._load_decoder(modality)
-            decode = replace(options.decode[modality], seed=seed + number)
+                decoder = self.load_decoder(modality)
 
             def tell(done: int, steps: int, modality: Modality = modality) -> None:
                 if on_progress:
                     on_progress(modality, done, steps)
 
-            with self._timed(seconds, modality):
-                outputs += decoder.decode(caption, decode, tell)
-        return tuple(outputs)
+            for first in range(0, len(found), at_once):
+                group = slice(first, first + at_once)
+                seed = tuple(seeds[run.answer] + run.number for run in found[group])
+                decode = replace(options.decode[modality], seed=seed)
+                with self._timed(seconds, modality):
+                    outputs = decoder.decode(captions[modality][group], decode, tell)
+                made |= dict(zip(found[group], outputs, strict=True))
+        return made
 
-    def _load_decoder(self, modality: Modality) -> Decoder:
+    def load_decoder(self, modality: Modality) -> Decoder:
+        """The decoder of `modality`, loaded when first asked for and kept."""
         if modality not in self._decoders:
             path = resolve_model_path(self.config.decoders[modality].path)
             decoder = Decoder(modality, path, self.device)

@@ -46,7 +46,8 @@ class DecodeOptions:
     frames: int = 24  # video
     fps: int = 8  # video, frames per second
     seconds: float | None = 5.0  # sound
-    seed: int | None = None  # sample i of a batch has seed + i; none: another result every time
+    # Of a batch's first sample, the next has seed + 1 ...; or one each; none: never the same twice.
+    seed: int | tuple[int, ...] | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
@@ -164,7 +165,8 @@ class Decoder:
             arguments["audio_length_in_s"] = options.seconds
         arguments["prompt_embeds"] = embeddings.to(self.device, self.pipeline.dtype)
         if options.seed is not None:  # on the CPU: the same noise for every device
-            seeds = range(options.seed, options.seed + count)
+            first = options.seed
+            seeds = range(first, first + count) if isinstance(first, int) else first
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         if options.guidance_scale > 1:
             negative = self.captions.encode([options.negative_prompt])
