@@ -1,0 +1,1 @@
+"""Measures what the system makes: the judge reads it, by rules, and learns nothing."""

@@ -1,0 +1,244 @@
+"""Reads pictures and videos by rules: a picture is a video of one frame that tells no motion.
+
+The ground is what the border shows; the thing is the largest patch that stands out from it. How
+much of each pixel it covers is compared with the renderer's own shapes, at every radius.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+
+from mini_world.render_image import CENTRE, PIXELS, RADIUS, RGB, coverage
+from mini_world.render_video import SWELL, TRAVEL
+from mini_world.things import SHAPES, Value
+
+_STANDS_OUT = 40.0  # distance from the ground in RGB; the nearest colour is 98 away
+_AREA = (20.0, 1100.0)  # pixels that a thing can cover, at its smallest and largest in a video
+_ONE_THING = 0.65  # of all that stands out, so much must hang together
+_STRAY_BORDER = 0.35  # more of the border standing out: there is no plain ground
+_LIKE = 0.86  # likeness (Dice) below which it is none of the shapes
+_COLOUR_REACH = 45.0  # in CIELAB: further from each of the colours it is none of them
+_PLACE_REACH = 8.0  # pixels
+_RADIUS_REACH = 1.4  # a thing smaller or larger than a size by this factor is not of that size
+_MOTION_REACH = 0.4  # of the rendered speed; slower is no motion
+_MOTION_LEAD = 1.4  # the strongest motion beats the others by this factor
+_SEEN_FRAMES = 0.6  # a video must show its thing in this share of the frames
+_PATCH = 44  # pixels, around the centre
+_RADII = np.geomspace(3.5, 19.0, 36)
+
+
+def judge_frames(pixels_THWC: np.ndarray) -> dict[str, Value | None]:
+    """Size, colour, shape, place and motion of the thing in (T, H, W, 3) uint8 frames."""
+    seen: dict[str, Value | None] = dict.fromkeys(("size", "colour", "shape", "place", "motion"))
+    frames = _soften(_to_world_size(pixels_THWC))
+    sighting = _find(frames)
+    if sighting is None:
+        return seen
+    likeness = _likeness(sighting)
+    best = int(likeness.argmax())
+    radii = np.sqrt(sighting.area / _unit_area()[best])
+    seen["size"] = _size(radii.mean())
+    seen["colour"] = _colour(sighting.colour)
+    seen["shape"] = SHAPES[best] if likeness[best] >= _LIKE else None
+    seen["place"] = _place(sighting.centre.mean(axis=0))
+    seen["motion"] = _motion(sighting.time, sighting.centre, radii)
+    return seen
+
+
+@dataclass(frozen=True)
+class _Sighting:
+    """The thing, in the T frames that show it.
+
+    Attributes:
+        time: (T,) from -1 to 1 over the whole video.
+        cover: (T, H, W) in 0..1, how much of each pixel is thing.
+        area: (T,) pixels.
+        centre: (T, 2) x and y in pixels.
+        colour: (3,) RGB in 0..255.
+    """
+
+    time: np.ndarray
+    cover: np.ndarray
+    area: np.ndarray
+    centre: np.ndarray
+    colour: np.ndarray
+
+
+def _to_world_size(pixels_THWC: np.ndarray) -> np.ndarray:
+    if pixels_THWC.shape[1:3] == (PIXELS, PIXELS):
+        return pixels_THWC.astype(np.float32)
+    size = (PIXELS, PIXELS)
+    return np.stack([Image.fromarray(frame).resize(size) for frame in pixels_THWC]).astype(
+        np.float32
+    )
+
+
+def _soften(frames: np.ndarray) -> np.ndarray:
+    """(T, H, W, ...) smoothed by 1-2-1 along both sides, which takes two thirds of the noise."""
+    for axis in (1, 2):
+        widths = [(1, 1) if a == axis else (0, 0) for a in range(frames.ndim)]
+        padded = np.moveaxis(np.pad(frames, widths, mode="edge"), axis, 0)
+        frames = np.moveaxis((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4, 0, axis)
+    return frames
+
+
+def _find(frames: np.ndarray) -> _Sighting | None:
+    """The one thing in softened (T, H, W, 3) frames, or None where there is none, or no ground."""
+    border = np.concatenate(
+        [frames[:, :2].reshape(len(frames), -1, 3), frames[:, -2:].reshape(len(frames), -1, 3)]
+        + [
+            frames[:, 2:-2, side].reshape(len(frames), -1, 3)
+            for side in (slice(2), slice(-2, None))
+        ],
+        axis=1,
+    )
+    ground = np.median(border, axis=1)[:, None]  # (T, 1, 3)
+    stray = np.linalg.norm(border - ground, axis=2) > _STANDS_OUT
+    offset = frames - ground[:, None]
+    distance = np.linalg.norm(offset, axis=3)
+    stands_out = distance > _STANDS_OUT
+    patch = _largest_patch(stands_out)
+    size, total = patch.sum(axis=(1, 2)), stands_out.sum(axis=(1, 2))
+    shown = (stray.mean(axis=1) < _STRAY_BORDER) & (size > _AREA[0]) & (size < _AREA[1])
+    shown &= size >= _ONE_THING * total
+    if shown.mean() < _SEEN_FRAMES:
+        return None
+    colour = _core_offset(offset[shown], distance[shown], patch[shown])  # (T, 3), off the ground
+    cover = np.einsum("thwc,tc->thw", offset[shown], colour) / (colour**2).sum(1)[:, None, None]
+    cover = np.clip(cover, 0.0, 1.0) * _grow(patch[shown], 2)
+    area = cover.sum(axis=(1, 2))
+    middles = np.arange(PIXELS) + 0.5
+    centre = np.stack([cover.sum(axis=1) @ middles, cover.sum(axis=2) @ middles], axis=1)
+    return _Sighting(
+        time=np.linspace(-1.0, 1.0, len(frames))[shown],
+        cover=cover,
+        area=area,
+        centre=centre / area[:, None],
+        colour=np.average(ground[shown, 0] + colour, axis=0, weights=area),
+    )
+
+
+def _largest_patch(mask: np.ndarray) -> np.ndarray:
+    """(T, H, W) bool: of each frame the connected patch around the densest spot."""
+    density = mask.astype(np.float32)
+    for _ in range(6):
+        density = _soften(density)
+    peak = (density * mask).reshape(len(mask), -1).argmax(axis=1)
+    patch = np.zeros_like(mask)
+    patch.reshape(len(mask), -1)[np.arange(len(mask)), peak] = True
+    patch &= mask
+    size = 0
+    while (new_size := int(patch.sum())) > size:
+        size, patch = new_size, _grow(patch, 2) & mask  # bridges a gap of one pixel
+    return patch
+
+
+def _grow(mask: np.ndarray, by: int) -> np.ndarray:
+    """(T, H, W) bool, grown by so many pixels to all sides."""
+    for axis in (1, 2):
+        widths = [(0, 0), (0, 0), (0, 0)]
+        widths[axis] = (by, by)
+        padded = np.moveaxis(np.pad(mask, widths), axis, 0)
+        length = mask.shape[axis]
+        grown = padded[:length].copy()
+        for step in range(1, 2 * by + 1):
+            grown |= padded[step : step + length]
+        mask = np.moveaxis(grown, 0, axis)
+    return mask
+
+
+def _core_offset(offset: np.ndarray, distance: np.ndarray, patch: np.ndarray) -> np.ndarray:
+    """(T, 3): the median of the 40 % of the patch that stand out most, free of its soft edge."""
+    medians = []
+    for away, far, inside in zip(offset, distance, patch, strict=True):
+        core = far[inside] >= np.quantile(far[inside], 0.6)
+        medians.append(np.median(away[inside][core], axis=0))
+    return np.stack(medians)
+
+
+@cache
+def _unit_area() -> np.ndarray:
+    """(shapes,): the area of each shape of radius 1."""
+    middle, radius = PIXELS / 2, PIXELS / 4
+    return np.array([coverage(s, middle, middle, radius).sum() / radius**2 for s in SHAPES])
+
+
+@cache
+def _templates() -> np.ndarray:
+    """(shapes, radii, pixels of the patch): unit vectors times their own length, see `_likeness`."""
+    middle, edge = PIXELS / 2, (PIXELS - _PATCH) // 2
+    drawn = [coverage(shape, middle, middle, r) for shape in SHAPES for r in _RADII]
+    soft = _soften(np.stack(drawn))[:, edge:-edge, edge:-edge]
+    return soft.reshape(len(SHAPES), len(_RADII), -1)
+
+
+def _likeness(sighting: _Sighting) -> np.ndarray:
+    """(shapes,) in 0..1: Dice of cover and template, at the best radius and shift, frames' mean."""
+    templates = _templates().reshape(-1, _PATCH**2)
+    steps = np.array([(0, 0), (-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
+    patches = np.stack([_cut(sighting.cover, sighting.centre + step) for step in steps])
+    patches = patches.reshape(-1, _PATCH**2)  # (steps x T, pixels)
+    squares = (patches**2).sum(axis=1)[:, None] + (templates**2).sum(axis=1)
+    dice = 2 * (patches @ templates.T) / squares
+    dice = dice.reshape(len(steps), -1, len(SHAPES), len(_RADII))
+    return dice.max(axis=(0, 3)).mean(axis=0)
+
+
+def _cut(cover: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """(T, patch, patch): cut out around each centre, linear between pixels, 0 beyond the frame."""
+    corner = centre - _PATCH / 2  # x, y of the patch's upper left corner
+    whole = np.floor(corner).astype(int)
+    part = (corner - whole).astype(np.float32)
+    padded = np.pad(cover, ((0, 0), (_PATCH, _PATCH), (_PATCH, _PATCH)))
+    cuts = []
+    for frame, (x, y), (u, v) in zip(padded, whole + _PATCH, part, strict=True):
+        window = frame[y : y + _PATCH + 1, x : x + _PATCH + 1]
+        window = (1 - v) * window[:-1] + v * window[1:]
+        cuts.append((1 - u) * window[:, :-1] + u * window[:, 1:])
+    return np.stack(cuts)
+
+
+def _size(radius: float) -> str | None:
+    size = min(RADIUS, key=lambda name: abs(np.log(radius / RADIUS[name])))
+    return size if abs(np.log(radius / RADIUS[size])) < np.log(_RADIUS_REACH) else None
+
+
+def _colour(rgb: np.ndarray) -> str | None:
+    distance = np.linalg.norm(_lab(np.array(list(RGB.values()))) - _lab(rgb), axis=1)
+    return list(RGB)[distance.argmin()] if distance.min() < _COLOUR_REACH else None
+
+
+def _lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB (D65) of sRGB in 0..255, (..., 3)."""
+    share = np.clip(rgb / 255, 0, 1)
+    linear = np.where(share > 0.04045, ((share + 0.055) / 1.055) ** 2.4, share / 12.92)
+    to_xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    )
+    xyz = linear @ (to_xyz / to_xyz.sum(axis=1, keepdims=True)).T
+    root = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    x, y, z = np.moveaxis(root, -1, 0)
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def _place(centre: np.ndarray) -> str | None:
+    away = np.linalg.norm(np.array(list(CENTRE.values())) - centre, axis=1)
+    return list(CENTRE)[away.argmin()] if away.min() < _PLACE_REACH else None
+
+
+def _motion(time: np.ndarray, centre: np.ndarray, radii: np.ndarray) -> str | None:
+    """By slopes over time, as shares of the rendered ones; None where slow or not one motion."""
+    if len(time) < 2:
+        return None
+    swell = np.log((1 + SWELL) / (1 - SWELL)) / 2
+    tracks = np.column_stack([centre / (TRAVEL / 2), np.log(radii) / swell])
+    lever = time - time.mean()
+    slopes = lever @ tracks / (lever**2).sum()  # right, down, growth
+    second, first = np.argsort(np.abs(slopes))[-2:]
+    fast, clear = np.abs(slopes[first]), np.abs(slopes[first]) / max(np.abs(slopes[second]), 1e-9)
+    if fast < _MOTION_REACH or clear < _MOTION_LEAD:
+        return None
+    names = (("moves left", "moves right"), ("moves up", "moves down"), ("shrinks", "grows"))
+    return names[first][int(slopes[first] > 0)]
