@@ -3,7 +3,7 @@
 Loaded at once are the language model and the projections; the encoder and each decoder when first
 needed, and kept. An answer costs a pass over the prompt, a pass a token, and, if it holds media,
 one more pass over both and the diffusion steps of each medium. Conversations answered together
-share the passes: sixteen take about a fifth of the time that they take one by one.
+share the passes: with SmolLM2, sixteen are written in a quarter of the time of one by one.
 """
 
 import time

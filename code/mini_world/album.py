@@ -25,17 +25,19 @@ def generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
+def render_medium(name: str, modality: Modality, thing: Thing, seed: int) -> Output:
+    """Render `thing`; the same seed and file name give the same medium."""
+    rng = generator(seed, name)
+    if modality == "image":
+        return Image.fromarray(render_image(thing, rng))
+    if modality == "video":
+        return Frames(render_video(thing, rng), FRAMES_PER_SECOND)
+    return Sound(render_sound(thing, rng), RATE)
+
+
 def write_medium(path: Path, modality: Modality, thing: Thing, seed: int) -> None:
     """Render `thing` into `path`; the same seed and file name give the same bytes."""
-    rng = generator(seed, path.name)
-    rendered: Output
-    if modality == "image":
-        rendered = Image.fromarray(render_image(thing, rng))
-    elif modality == "video":
-        rendered = Frames(render_video(thing, rng), FRAMES_PER_SECOND)
-    else:
-        rendered = Sound(render_sound(thing, rng), RATE)
-    save_medium(rendered, path)
+    save_medium(render_medium(path.name, modality, thing, seed), path)
 
 
 class Album:

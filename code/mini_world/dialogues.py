@@ -41,7 +41,7 @@ Turn = dict[str, Any]
 _KNOWN: dict[Modality, tuple[str, ...]] = {
     "image": ATTRIBUTES["image"],
     "video": ATTRIBUTES["video"],
-    "audio": ("size", "shape"),
+    "audio": ("size", "shape", "count"),
 }
 
 
@@ -89,9 +89,18 @@ def step(scene: Scene, output: str, rng: np.random.Generator, split: Split = "tr
     return Step(request, _present(after, output, rng), after)
 
 
-def opening(output: str, rng: np.random.Generator, split: Split = "training") -> Step:
-    """A first request in words alone, and its answer."""
-    thing = sample_thing(rng, split)
+def opening(
+    output: str,
+    rng: np.random.Generator,
+    split: Split = "training",
+    thing: Thing | None = None,
+) -> Step:
+    """A first request in words alone, and its answer; `split` is that of the wording.
+
+    Args:
+        thing: what the request is about; None draws one of the split.
+    """
+    thing = thing or sample_thing(rng, split)
     scene = Scene(thing, frozenset({"size", "shape"}), None)
     if output == "text":
         return step(scene, output, rng, split)
@@ -105,14 +114,14 @@ def course_case(
 ) -> Step:
     """One of the course's four cases (`CASE_INPUT`): several things asked for at once."""
     if case == "T+I→T+I+V":
-        thing = choose(rng, changes(thing, "colour", split) or [thing])
+        thing = choose(rng, changes(thing, "colour") or [thing])
     elif case != "T→T+I+V+A":
         thing = replace(thing, count=1)
     request = sentence(say(COURSE_REQUESTS[case].pick(rng, split), rng, thing))
     scene = shown(thing, "video")
     if case == "T→T+I+V+A":
         parts = sum((_present(scene, m, rng, course=True) for m in MODALITIES), ())
-        return Step(request, parts, replace(scene, last="audio"))
+        return Step(request, parts, scene.showing(thing, "audio", "count"))
     if case == "T+I→T+I+V":
         parts = _present(scene, "image", rng) + _present(scene, "video", rng, course=True)
         return Step(request, parts, replace(scene, last="video"))
@@ -207,13 +216,12 @@ def _edit(
     possible = {
         attribute: others
         for attribute in EDITS[output]
-        if (others := changes(scene.thing, attribute, split))
+        if (others := changes(scene.thing, attribute))
     }
     attribute = choose(rng, list(possible))
     thing = choose(rng, possible[attribute])
     request = sentence(say(EDITS[output][attribute].pick(rng, split), rng, thing))
-    told = () if attribute == "count" else (attribute,)
-    return request, scene.showing(thing, output, *told)
+    return request, scene.showing(thing, output, attribute)
 
 
 def _hear(scene: Scene, rng: np.random.Generator, split: Split) -> tuple[str, Scene]:
@@ -221,7 +229,8 @@ def _hear(scene: Scene, rng: np.random.Generator, split: Split) -> tuple[str, Sc
     counted = rng.random() < 0.5
     thing = scene.thing if counted else replace(scene.thing, count=1)
     wording = HEAR_COUNTED if counted else HEAR
-    return sentence(say(wording.pick(rng, split), rng, thing)), scene.showing(thing, "audio")
+    known = scene.known | {"count"} if counted else scene.known - {"count"}
+    return sentence(say(wording.pick(rng, split), rng, thing)), Scene(thing, known, "audio")
 
 
 def _show(

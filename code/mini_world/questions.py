@@ -130,6 +130,8 @@ TOPICS: dict[Modality, dict[str, Topic]] = {
     "video": _IMAGE | {"motion": _MOTION},
     "audio": _AUDIO,
 }
+# What an answer is to tell: of "describe" all that is known, else what stands here, or the topic.
+ASKED = {"sound": ("pitch", "timbre"), "maker": ("size", "shape")}
 
 
 def ask(
@@ -156,9 +158,9 @@ def ask(
     return question, say(choose(rng, topics[topic].answers), None, thing)
 
 
-# About the world: question, answer; both may name size and shape, timbre and pitch.
-_WORLD = (
-    (
+# About the world, by topic: question, answer; both may name size and shape, timbre and pitch.
+WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
+    "sound": (
         Wording(
             (
                 "What does a {size} {shape} sound like?",
@@ -169,7 +171,7 @@ _WORLD = (
         ),
         ("It sounds like a {pitch} {timbre}.", "Like a {pitch} {timbre}."),
     ),
-    (
+    "maker": (
         Wording(
             (
                 "Which thing sounds like a {pitch} {timbre}?",
@@ -179,23 +181,29 @@ _WORLD = (
         ),
         ("A {size} {shape}.", "That is a {size} {shape}."),
     ),
-    (
+    "shape": (
         Wording(("Which shape sounds like a {timbre}?",), ("Which shape is heard as a {timbre}?",)),
         ("The {shape}.", "A {shape}."),
     ),
-    (
+    "pitch": (
         Wording(
             ("Is the sound of a {size} {shape} high or low?",),
             ("How high does a {size} {shape} sound?",),
         ),
         ("It is {pitch}.", "A {size} {shape} sounds {pitch}."),
     ),
-)
+}
 
 
-def ask_world(thing: Thing, rng: np.random.Generator, split: Split = "training") -> tuple[str, str]:
-    """A question about how the world's things sound, without a medium, and its answer."""
-    questions, answers = choose(rng, _WORLD)
+def ask_world(
+    thing: Thing, rng: np.random.Generator, split: Split = "training", topic: str | None = None
+) -> tuple[str, str]:
+    """A question about how the world's things sound, without a medium, and its answer.
+
+    Args:
+        topic: what to ask for, a key of `WORLD`; None for any.
+    """
+    questions, answers = WORLD[topic or choose(rng, list(WORLD))]
     question = sentence(say(questions.pick(rng, split), rng, thing))
     return question, say(choose(rng, answers), None, thing)
 
@@ -206,7 +214,7 @@ def world_facts() -> list[tuple[str, str]]:
     for shape in SHAPES:
         for size in SIZES:
             thing = Thing(shape, "yellow", size, "middle", None, 1)
-            for questions, answers in _WORLD:
+            for questions, answers in WORLD.values():
                 for question in questions.training:
                     facts[say(question, None, thing)] = say(answers[0], None, thing)
     return list(facts.items())

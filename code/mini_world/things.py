@@ -120,11 +120,11 @@ def sample_thing(rng: np.random.Generator, split: Split = "training") -> Thing:
     )
 
 
-def changes(thing: Thing, attribute: str, split: Split = "training") -> list[Thing]:
-    """`thing` with each other value of `attribute`, as far as the pair stays within the split."""
+def changes(thing: Thing, attribute: str) -> list[Thing]:
+    """`thing` with each other value of `attribute`, as far as its pair stays within its split."""
     others = [
         replace(thing, **{attribute: value})
         for value in VALUES[attribute]
         if value != getattr(thing, attribute)
     ]
-    return [other for other in others if other.held_out == (split == "held_out")]
+    return [other for other in others if other.held_out == thing.held_out]
