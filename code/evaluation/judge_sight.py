@@ -17,8 +17,8 @@ from mini_world.things import SHAPES, Value
 _STANDS_OUT = 40.0  # distance from the ground in RGB; the nearest colour is 98 away
 _AREA = (20.0, 1100.0)  # pixels that a thing can cover, at its smallest and largest in a video
 _ONE_THING = 0.65  # of all that stands out, so much must hang together
-_STRAY_BORDER = 0.35  # more of the border standing out: there is no plain ground
-_LIKE = 0.86  # likeness (Dice) below which it is none of the shapes
+_STRAY_BORDER = 0.25  # more of the border standing out: there is no plain ground
+_LIKE = 0.92  # likeness (cosine) below which it is none of the shapes
 _COLOUR_REACH = 45.0  # in CIELAB: further from each of the colours it is none of them
 _PLACE_REACH = 8.0  # pixels
 _RADIUS_REACH = 1.4  # a thing smaller or larger than a size by this factor is not of that size
@@ -26,7 +26,12 @@ _MOTION_REACH = 0.4  # of the rendered speed; slower is no motion
 _MOTION_LEAD = 1.4  # the strongest motion beats the others by this factor
 _SEEN_FRAMES = 0.6  # a video must show its thing in this share of the frames
 _PATCH = 44  # pixels, around the centre
-_RADII = np.geomspace(3.5, 19.0, 36)
+_RADII = np.geomspace(3.5, 19.0, 24)
+_BLURS = (1, 3, 6)  # how often templates are softened: deviation 0.7, 1.2 and 1.7 pixels
+# Squared length of a colour difference, BT.601: JPEG and MP4 blur hues, so brightness counts more.
+_LUMA_WEIGHT = 4.0
+_TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
+_METRIC = (_TO_YCC.T @ np.diag([_LUMA_WEIGHT**2, 1, 1]) @ _TO_YCC).astype(np.float32)
 
 
 def judge_frames(pixels_THWC: np.ndarray) -> dict[str, Value | None]:
@@ -36,9 +41,9 @@ def judge_frames(pixels_THWC: np.ndarray) -> dict[str, Value | None]:
     sighting = _find(frames)
     if sighting is None:
         return seen
-    likeness = _likeness(sighting)
+    likeness, radii_of = _compare(sighting)
     best = int(likeness.argmax())
-    radii = np.sqrt(sighting.area / _unit_area()[best])
+    radii = radii_of[best]
     seen["size"] = _size(radii.mean())
     seen["colour"] = _colour(sighting.colour)
     seen["shape"] = SHAPES[best] if likeness[best] >= _LIKE else None
@@ -54,14 +59,12 @@ class _Sighting:
     Attributes:
         time: (T,) from -1 to 1 over the whole video.
         cover: (T, H, W) in 0..1, how much of each pixel is thing.
-        area: (T,) pixels.
         centre: (T, 2) x and y in pixels.
         colour: (3,) RGB in 0..255.
     """
 
     time: np.ndarray
     cover: np.ndarray
-    area: np.ndarray
     centre: np.ndarray
     colour: np.ndarray
 
@@ -78,9 +81,12 @@ def _to_world_size(pixels_THWC: np.ndarray) -> np.ndarray:
 def _soften(frames: np.ndarray) -> np.ndarray:
     """(T, H, W, ...) smoothed by 1-2-1 along both sides, which takes two thirds of the noise."""
     for axis in (1, 2):
-        widths = [(1, 1) if a == axis else (0, 0) for a in range(frames.ndim)]
-        padded = np.moveaxis(np.pad(frames, widths, mode="edge"), axis, 0)
-        frames = np.moveaxis((padded[:-2] + 2 * padded[1:-1] + padded[2:]) / 4, 0, axis)
+        old = frames.swapaxes(0, axis)
+        new = old / 2
+        new[1:] += old[:-1] / 4
+        new[:-1] += old[1:] / 4
+        new[[0, -1]] += old[[0, -1]] / 4  # beyond the edge it goes on as at the edge
+        frames = new.swapaxes(0, axis)
     return frames
 
 
@@ -106,15 +112,16 @@ def _find(frames: np.ndarray) -> _Sighting | None:
     if shown.mean() < _SEEN_FRAMES:
         return None
     colour = _core_offset(offset[shown], distance[shown], patch[shown])  # (T, 3), off the ground
-    cover = np.einsum("thwc,tc->thw", offset[shown], colour) / (colour**2).sum(1)[:, None, None]
-    cover = np.clip(cover, 0.0, 1.0) * _grow(patch[shown], 2)
+    lever = colour @ _METRIC
+    lever /= (lever * colour).sum(axis=1, keepdims=True)
+    cover = np.einsum("thwc,tc->thw", offset[shown], lever)
+    cover = np.clip(cover, 0.0, 1.0) * _grow(patch[shown])
     area = cover.sum(axis=(1, 2))
     middles = np.arange(PIXELS) + 0.5
     centre = np.stack([cover.sum(axis=1) @ middles, cover.sum(axis=2) @ middles], axis=1)
     return _Sighting(
         time=np.linspace(-1.0, 1.0, len(frames))[shown],
         cover=cover,
-        area=area,
         centre=centre / area[:, None],
         colour=np.average(ground[shown, 0] + colour, axis=0, weights=area),
     )
@@ -131,21 +138,19 @@ def _largest_patch(mask: np.ndarray) -> np.ndarray:
     patch &= mask
     size = 0
     while (new_size := int(patch.sum())) > size:
-        size, patch = new_size, _grow(patch, 2) & mask  # bridges a gap of one pixel
+        size, patch = new_size, _grow(patch) & mask  # bridges a gap of one pixel
     return patch
 
 
-def _grow(mask: np.ndarray, by: int) -> np.ndarray:
-    """(T, H, W) bool, grown by so many pixels to all sides."""
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """(T, H, W) bool, grown by two pixels to all sides."""
     for axis in (1, 2):
-        widths = [(0, 0), (0, 0), (0, 0)]
-        widths[axis] = (by, by)
-        padded = np.moveaxis(np.pad(mask, widths), axis, 0)
-        length = mask.shape[axis]
-        grown = padded[:length].copy()
-        for step in range(1, 2 * by + 1):
-            grown |= padded[step : step + length]
-        mask = np.moveaxis(grown, 0, axis)
+        old = mask.swapaxes(0, axis)
+        new = old.copy()
+        for step in (1, 2):
+            new[step:] |= old[:-step]
+            new[:-step] |= old[step:]
+        mask = new.swapaxes(0, axis)
     return mask
 
 
@@ -159,31 +164,33 @@ def _core_offset(offset: np.ndarray, distance: np.ndarray, patch: np.ndarray) ->
 
 
 @cache
-def _unit_area() -> np.ndarray:
-    """(shapes,): the area of each shape of radius 1."""
-    middle, radius = PIXELS / 2, PIXELS / 4
-    return np.array([coverage(s, middle, middle, radius).sum() / radius**2 for s in SHAPES])
-
-
-@cache
 def _templates() -> np.ndarray:
-    """(shapes, radii, pixels of the patch): unit vectors times their own length, see `_likeness`."""
+    """(shapes x radii x blurs, pixels of the patch): each shape drawn in the middle, length 1."""
     middle, edge = PIXELS / 2, (PIXELS - _PATCH) // 2
-    drawn = [coverage(shape, middle, middle, r) for shape in SHAPES for r in _RADII]
-    soft = _soften(np.stack(drawn))[:, edge:-edge, edge:-edge]
-    return soft.reshape(len(SHAPES), len(_RADII), -1)
+    cover = np.stack([coverage(shape, middle, middle, r) for shape in SHAPES for r in _RADII])
+    drawn = []
+    for times in range(1, max(_BLURS) + 1):
+        cover = _soften(cover)
+        if times in _BLURS:
+            drawn.append(cover[:, edge:-edge, edge:-edge].reshape(len(cover), -1))
+    return _unit(np.stack(drawn, axis=1).reshape(-1, _PATCH**2))
 
 
-def _likeness(sighting: _Sighting) -> np.ndarray:
-    """(shapes,) in 0..1: Dice of cover and template, at the best radius and shift, frames' mean."""
-    templates = _templates().reshape(-1, _PATCH**2)
-    steps = np.array([(0, 0), (-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
-    patches = np.stack([_cut(sighting.cover, sighting.centre + step) for step in steps])
-    patches = patches.reshape(-1, _PATCH**2)  # (steps x T, pixels)
-    squares = (patches**2).sum(axis=1)[:, None] + (templates**2).sum(axis=1)
-    dice = 2 * (patches @ templates.T) / squares
-    dice = dice.reshape(len(steps), -1, len(SHAPES), len(_RADII))
-    return dice.max(axis=(0, 3)).mean(axis=0)
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def _compare(sighting: _Sighting) -> tuple[np.ndarray, np.ndarray]:
+    """Likeness to each shape (shapes,), and the radius of each frame's best template (shapes, T).
+
+    Likeness is the cosine, 0..1, of cover and best template at the best shift, frames' mean.
+    """
+    shifts = np.array([(0, 0), (-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
+    patches = np.stack([_cut(sighting.cover, sighting.centre + shift) for shift in shifts])
+    cosine = _unit(patches.reshape(-1, _PATCH**2)) @ _templates().T
+    cosine = cosine.reshape(len(shifts), -1, len(SHAPES), len(_RADII), len(_BLURS))
+    by_radius = cosine.max(axis=(0, 4))  # (T, shapes, radii)
+    return by_radius.max(axis=2).mean(axis=0), _RADII[by_radius.argmax(axis=2)].T
 
 
 def _cut(cover: np.ndarray, centre: np.ndarray) -> np.ndarray:

@@ -20,10 +20,13 @@ _SILENT = 1e-3  # amplitude that nothing audible stays below
 _FLOOR = 0.2  # quantile of a band's energies over time; silence lasts longer than that
 _STANDS_OUT = 6.0  # dB that the loudest moment is above the floor
 _BEGINS, _ENDS = 11.0, 16.0  # dB below the loudest moment: where a sounding begins, and is over
-_APART = 0.30  # seconds: what begins sooner after a sounding's start belongs to it
+_APART = 0.42  # seconds: what begins sooner after a sounding's start belongs to it
+_FAINT = 0.1  # of the strongest sounding's energy; less is none
 _RANGE = 35.0  # dB: what is further below the loudest band and stretch does not count
+_LENGTH = int(SOUNDING * RATE / _HOP)  # frames of a sounding
 _STRETCHES = 8  # of 50 ms, that a sounding is cut into
-_LIKE = 0.7  # correlation below which it is none of the timbres
+_LIKE = 0.65  # correlation below which it is none of the timbres
+_REMOTE = 0.5  # correlation below which it is no sounding at all: noise, a hum
 _TAKES = 4  # renderings that a template is the mean of
 
 
@@ -34,12 +37,12 @@ def judge_samples(samples: np.ndarray, rate: int) -> dict[str, Value | None]:
     starts = _starts(energies)
     if not starts:
         return heard
-    heard["count"] = len(starts) if len(starts) in COUNTS else None
-    templates = _templates()
     likeness = np.mean([_likeness(energies, start) for start in starts], axis=0)
     best = int(likeness.argmax())
+    if likeness[best] >= _REMOTE:
+        heard["count"] = len(starts) if len(starts) in COUNTS else None
     if likeness[best] >= _LIKE:
-        heard["timbre"], heard["pitch"] = list(templates)[best]
+        heard["timbre"], heard["pitch"] = list(_templates())[best]
     return heard
 
 
@@ -67,7 +70,7 @@ def _energies(samples: np.ndarray, rate: int) -> np.ndarray:
 
 def _starts(energies: np.ndarray) -> list[int]:
     """The frames in which soundings begin."""
-    loudness = energies.sum(axis=1)
+    loudness = np.convolve(energies.sum(axis=1), np.ones(3) / 3, mode="same")
     if not loudness.any():
         return []
     begins, ends = (loudness.max() * 10 ** (-drop / 10) for drop in (_BEGINS, _ENDS))
@@ -78,21 +81,22 @@ def _starts(energies: np.ndarray) -> list[int]:
             sounding = False
         elif loud > begins and not sounding:
             sounding = True
-            if not starts or (frame - starts[-1]) * _HOP > _APART * RATE:
+            if not starts or frame - starts[-1] > _APART * RATE / _HOP:
                 starts.append(frame)
-    return starts
+    sums = np.array([energies[start : start + _LENGTH].sum() for start in starts])
+    return [start for start, sum_ in zip(starts, sums, strict=True) if sum_ > _FAINT * sums.max()]
 
 
 def _features(energies: np.ndarray, start: int, bands_up: int = 0) -> np.ndarray:
     """One sounding, (stretches x bands,): dB within the range, of mean 0 and length 1."""
-    length = int(SOUNDING * RATE / _HOP)
-    padded = np.pad(energies, ((_STRETCHES, length), (1, 1)))
-    first = start + _STRETCHES
-    cut = padded[first : first + length, 1 + bands_up : 1 + bands_up + _BANDS]
+    padded = np.pad(energies, ((_LENGTH, 2 * _LENGTH), (1, 1)))
+    first = start + _LENGTH
+    cut = padded[first : first + _LENGTH, 1 + bands_up : 1 + bands_up + _BANDS]
     stretches = cut.reshape(_STRETCHES, -1, _BANDS).mean(axis=1)
-    decibels = 10 * np.log10(np.maximum(stretches / stretches.max(), 10 ** (-_RANGE / 10)))
+    lowest = max(stretches.max(), 1e-12) * 10 ** (-_RANGE / 10)
+    decibels = 10 * np.log10(np.maximum(stretches, lowest))
     centred = (decibels - decibels.mean()).ravel()
-    return centred / np.linalg.norm(centred)
+    return centred / max(np.linalg.norm(centred), 1e-12)
 
 
 @cache
