@@ -1,0 +1,39 @@
+"""The scoreboard: runs tuned parameters on held-out things and says what comes out right.
+
+python evaluate.py --config mini
+python evaluate.py --cells T-I,I-T --samples 100 --out outputs/quick
+"""
+
+import argparse
+from pathlib import Path
+
+from chat.answering import find_delta
+from config.entry import run_entry
+from config.loader import load_config, project_path
+from evaluation.items import CELLS, parse_cells
+from evaluation.scoreboard import evaluate
+
+
+def main() -> None:
+    """Arguments in, one call."""
+    parser = argparse.ArgumentParser(description="measure any-to-any", allow_abbrev=False)
+    parser.add_argument("--config", default="mini", help="mini or a YAML file")
+    parser.add_argument("--delta", type=Path, help="tuned parameters; else the last stage's")
+    parser.add_argument("--samples", type=int, default=40, help="items a cell")
+    parser.add_argument(
+        "--cells",
+        default=",".join(CELLS),
+        help="T-I,I-T,..., the cases, second, plain; quick: words and one medium, six cells",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same one asks the same")
+    parser.add_argument("--out", type=Path, default=project_path("outputs/scoreboard"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    arguments = parser.parse_args()
+    cells = parse_cells(arguments.cells)
+    config = load_config(arguments.config, overrides=arguments.set)
+    delta = arguments.delta or find_delta(config)
+    evaluate(config, delta, cells, arguments.samples, arguments.seed, arguments.out)
+
+
+if __name__ == "__main__":
+    run_entry(main)

@@ -1,0 +1,179 @@
+"""The scoreboard: asks, answers, judges, counts; a table, `scoreboard.json` and two pictures.
+
+With 40 items a cell and the mini parts it takes about 15 minutes on one core.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tqdm import tqdm
+
+from chat.assistant import Assistant
+from chat.options import ChatOptions
+from config.atomic import written_aside
+from config.errors import InputError
+from config.schema import Config
+from conversation.parts import Text
+from evaluation.items import MATRIX, PLAIN, build_items, write_media
+from evaluation.pictures import draw_contact_sheet, draw_matrix
+from evaluation.plain_talk import talk_plainly
+from evaluation.running import Clock, Result, answer_items, compare_with_captions
+from evaluation.scoring import share, summarise
+from evaluation.table import table
+from model.delta import read_delta
+
+SCOREBOARD, MATRIX_PICTURE, SHEET = "scoreboard.json", "matrix.png", "contact_sheet.png"
+_PLAIN_QUESTIONS = 100
+_LONGEST = 128  # tokens; right answers have at most 90
+
+
+@dataclass
+class Board:
+    """What was measured.
+
+    Attributes:
+        cells: figures by cell, as `scoring.summarise` and `_captions` give them.
+        plain: figures of plain talk, as `plain_talk.talk_plainly` gives them; empty if left out.
+        results: every item with its answers.
+        seconds: what the time went to.
+    """
+
+    cells: dict[str, dict[str, Any]]
+    plain: dict[str, Any]
+    results: list[Result]
+    seconds: dict[str, float]
+
+
+def evaluate(
+    config: Config, delta: Path, cells: Sequence[str], samples: int, seed: int, out: Path
+) -> None:
+    """Measure, print the table, and write JSON and pictures into the folder `out`.
+
+    Raises:
+        InputError: a part is missing, a figure makes no sense, or `out` cannot be written.
+    """
+    if samples < 1 or seed < 0:
+        raise InputError(f"--samples {samples}, --seed {seed}: give at least 1 and at least 0")
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise InputError(f"{out} cannot be written: give another folder for --out")
+    assistant = Assistant.load(config, delta)
+    print("\n".join(assistant.report))
+    with TemporaryDirectory() as folder:
+        board = measure(assistant, cells, samples, seed, Path(folder))
+        clock = Clock()
+        with clock.time("pictures"):
+            draw_matrix(board.cells, out / MATRIX_PICTURE)
+            draw_contact_sheet(board.results, seed, out / SHEET)
+    board.seconds |= clock.seconds
+    source = read_delta(delta).source
+    head = {
+        "config": config.name,
+        "delta": str(source),
+        "fingerprint": hashlib.sha256(source.read_bytes()).hexdigest()[:16],
+        "samples": samples,
+        "seed": seed,
+    }
+    print(table(board.cells, board.plain, board.seconds))
+    _write(board, head, out / SCOREBOARD)
+    print(f"written to {out}: {SCOREBOARD}, {MATRIX_PICTURE}, {SHEET}")
+
+
+def measure(
+    assistant: Assistant, cells: Sequence[str], samples: int, seed: int, folder: Path
+) -> Board:
+    """Ask `samples` items of each of `cells`, half of them of held-out pairs, and score.
+
+    The answers are the likeliest ones (temperature 0), of at most 128 tokens.
+
+    Args:
+        folder: where the media that are shown are rendered to.
+    """
+    figures = ChatOptions.from_config(assistant.config)
+    longest = min(figures.max_new_tokens, _LONGEST)
+    options = replace(figures, temperature=0.0, max_new_tokens=longest)
+    clock = Clock()
+    with clock.time("rendering"):
+        items = build_items(cells, samples, seed, folder)
+        write_media(items, seed)
+    rounds = sum(len(item.rounds) for item in items)
+    with tqdm(total=rounds, desc="answers", unit="answer", disable=None) as bar:
+        results = answer_items(assistant, items, options, clock, bar.update)
+    wanted = [one for item in items for one in item.wanted if one.kind != "text"]
+    with tqdm(total=2 * len(wanted), desc="captions", unit="medium", disable=None) as bar:
+        results = compare_with_captions(assistant, results, options, clock, bar.update)
+    plain: dict[str, Any] = {}
+    if PLAIN in cells:
+        with tqdm(total=_PLAIN_QUESTIONS, desc="plain talk", unit="answer", disable=None) as bar:
+            plain = talk_plainly(assistant, _PLAIN_QUESTIONS, options, clock, bar.update)
+    by_cell: dict[str, list[Result]] = {}
+    for result in results:
+        by_cell.setdefault(result.item.cell, []).append(result)
+    summaries = {
+        cell: summarise([r.item for r in same], [r.score for r in same]) | _captions(same)
+        for cell, same in by_cell.items()
+    }
+    return Board(summaries, plain, results, clock.seconds)
+
+
+def average(cells: dict[str, dict[str, Any]], names: Sequence[str] = MATRIX) -> float:
+    """The mean share of right answers over those of `names` that were measured."""
+    return fmean(cells[name]["right"] for name in names if name in cells)
+
+
+def _captions(results: Sequence[Result]) -> dict[str, Any]:
+    """`written`, `ceiling` and `passed` of a cell that generates: shares in all and by attribute.
+
+    `written` reads the model's own captions, `passed` decodes them, `ceiling` decodes true ones.
+    """
+    summary = {}
+    for name in ("written", "ceiling", "passed"):
+        found = [rights for result in results if (rights := getattr(result, name))]
+        if found:
+            attributes = sorted({attribute for rights in found for attribute in rights})
+            summary[name] = share([all(rights.values()) for rights in found]) | {
+                "attributes": {
+                    attribute: fmean(rights[attribute] for rights in found if attribute in rights)
+                    for attribute in attributes
+                }
+            }
+    return summary
+
+
+def _write(board: Board, head: dict[str, Any], path: Path) -> None:
+    content = {
+        **head,
+        "seconds": board.seconds,
+        "cells": board.cells,
+        "plain": board.plain,
+        "items": [_row(result) for result in board.results],
+    }
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def _row(result: Result) -> dict[str, Any]:
+    item = result.item
+    said = [part.text for turn in item.rounds for part in turn.parts if isinstance(part, Text)]
+    return {
+        "cell": item.cell,
+        "held_out": item.held_out,
+        "shown": [item.shown[0], asdict(item.shown[1])] if item.shown else None,
+        "said": said,
+        "answers": [answer.text for answer in result.answers],
+        "wanted": [[one.kind, one.attributes] for one in item.wanted],
+        "seen": list(map(list, result.seen)),
+        "right": result.score.right,
+        "modalities": result.score.modalities,
+        "attributes": result.score.attributes,
+        "written": result.written,
+        "ceiling": result.ceiling,
+        "passed": result.passed,
+    }

@@ -1,0 +1,311 @@
+"""The scoreboard: what is asked and wanted, how it is scored, and a run on tiny real parts."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate as entry
+from chat.assistant import Assistant
+from config.entry import run_entry
+from config.errors import InputError
+from config.loader import load_config
+from conversation.parts import Media, Text
+from evaluation.items import (
+    CASES,
+    CELLS,
+    LETTERS,
+    MATRIX,
+    PLAIN,
+    QUICK,
+    SECOND,
+    Item,
+    Wanted,
+    build_items,
+    parse_cells,
+    write_media,
+)
+from evaluation.judge import judge_file
+from evaluation.plain_talk import QUESTIONS, perplexity
+from evaluation.running import caption_before
+from evaluation.scoreboard import average, measure
+from evaluation.scoring import chance, score_answer, summarise, wilson
+from evaluation.table import table
+from mini_world.captions import as_heard, read_caption
+from mini_world.phrasing import COURSE_REQUESTS, EDITS, HEAR, HEAR_COUNTED, OPENINGS, REVERSE, SHOW
+from mini_world.plain_talk import plain_talk
+from mini_world.words import Wording
+from tiny_parts import tiny_overrides, write_tiny_parts
+
+
+def items_of(*cells: str, samples: int = 24) -> list[Item]:
+    return build_items(cells, samples, 3, Path("/media"))
+
+
+# What is asked.
+
+
+def test_cells_are_read_in_any_form() -> None:
+    assert parse_cells("T-I, A->V,T→T") == ("T→T", "T→I", "A→V")
+    assert parse_cells("second,T+I-T+A,plain") == ("T+I→T+A", SECOND, PLAIN)
+    assert parse_cells("quick") == QUICK
+    assert len(MATRIX) == 16 and len(CASES) == 4
+    with pytest.raises(InputError, match="T→X"):
+        parse_cells("T-I,T-X")
+
+
+def test_items_are_the_same_again_and_whatever_else_is_asked(tmp_path: Path) -> None:
+    both = build_items(["I→V", SECOND], 6, 5, tmp_path)
+    assert both == build_items(["I→V", SECOND], 6, 5, tmp_path)
+    assert both[6:8] == build_items([SECOND], 2, 5, tmp_path)
+    assert both != build_items(["I→V", SECOND], 6, 6, tmp_path)
+
+
+def test_half_of_the_items_show_held_out_pairs() -> None:
+    for item in items_of(*CELLS, samples=8):
+        if item.shown:
+            assert item.shown[1].held_out == item.held_out
+        for one in item.wanted:
+            pair = {"shape", "colour"} & one.attributes.keys()
+            if len(pair) == 2:
+                told = read_caption(one.caption)
+                assert (told["shape"], told["colour"]) == (
+                    one.attributes["shape"],
+                    one.attributes["colour"],
+                )
+    held_out = [item.held_out for item in items_of("T→I", samples=8)]
+    assert held_out == [False, True] * 4
+
+
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != PLAIN])
+def test_what_is_wanted_is_what_the_generators_captions_tell(cell: str) -> None:
+    """The true caption names every wanted attribute, and of pictures and videos no other one."""
+    for item in items_of(cell):
+        kinds = [one.kind for one in item.wanted]
+        if cell != SECOND:
+            goals = [LETTERS[letter] for letter in cell.split("→")[1].split("+")]
+            assert kinds == goals
+        for one in item.wanted:
+            told = read_caption(one.caption)
+            if one.heard or one.kind == "audio":
+                told = as_heard(told)
+            assert one.attributes.items() <= told.items()
+            if one.kind in ("image", "video"):
+                assert told == one.attributes
+
+
+def test_requests_are_in_held_out_wordings() -> None:
+    beginnings: set[str] = set()
+    wordings: list[Wording] = [*OPENINGS.values(), *SHOW.values(), *COURSE_REQUESTS.values()]
+    wordings += [wording for edits in EDITS.values() for wording in edits.values()]
+    for wording in [*wordings, HEAR, HEAR_COUNTED, REVERSE]:
+        beginnings |= {template.split("{")[0].strip(" .?") for template in wording.training}
+    beginnings = {b for b in beginnings if len(b.split()) > 2}
+    for item in items_of(*CELLS, samples=12):
+        assert not [b for b in beginnings if item.request.startswith(b)], item.request
+
+
+def test_a_sounds_count_is_wanted_only_where_it_was_said_or_shown() -> None:
+    for item in items_of("I→A", "V→A", "T+I→T+A"):
+        counted = any(word in item.request for word in ("once", "twice", "time", "thrice"))
+        assert ("count" in item.wanted[-1].attributes) == counted
+    for item in items_of("T→A", "A→A", "T→T+I+V+A"):
+        assert "count" in item.wanted[-1].attributes
+
+
+def test_what_was_only_heard_determines_no_colour() -> None:
+    named = [set(item.wanted[0].attributes) for item in items_of("A→I")]
+    assert {"size", "shape"} in named and {"size", "shape", "colour", "place"} in named
+    assert all({"size", "shape"} <= one for one in named)
+
+
+def test_second_rounds_lean_on_the_first() -> None:
+    items = items_of(SECOND)
+    assert all(len(item.rounds) == 2 for item in items)
+    assert {item.wanted[0].kind for item in items} == {"text", "image", "video", "audio"}
+    assert all(not isinstance(item.rounds[1].parts[0], Media) for item in items)
+
+
+def test_media_show_what_the_items_say(tmp_path: Path) -> None:
+    items = build_items(["I→T", "V→T", "A→T"], 2, 0, tmp_path)
+    write_media(items, 0)
+    for item in items:
+        modality, thing, path = item.shown
+        assert item.rounds[0].parts[0] == Media(modality, path=str(path))
+        assert judge_file(modality, path) == thing.attributes(modality)
+
+
+# How it is scored.
+
+RED = Wanted("image", {"size": "small", "colour": "red", "shape": "circle"}, "a small red circle")
+HIGH = Wanted("audio", {"pitch": "high", "timbre": "bell"}, "a high bell")
+SEEN_RED = {"size": "small", "colour": "red", "shape": "circle", "place": "top"}
+
+
+def test_an_answer_is_right_with_the_right_media_and_all_named_attributes() -> None:
+    assert score_answer([RED], "", [("image", SEEN_RED)]).right
+    blue = score_answer([RED], "", [("image", SEEN_RED | {"colour": "blue"})])
+    assert blue.modalities and not blue.right
+    assert blue.attributes == {"image size": True, "image colour": False, "image shape": True}
+    nothing = score_answer([RED], "", [("image", dict.fromkeys(SEEN_RED))])
+    assert nothing.modalities and not any(nothing.attributes.values())
+
+
+@pytest.mark.parametrize("kinds", [[], ["video"], ["image", "image"], ["image", "audio"]])
+def test_media_of_another_kind_or_number_are_wrong(kinds: list) -> None:
+    score = score_answer([RED], "a small red circle", [(kind, SEEN_RED) for kind in kinds])
+    assert not score.modalities and not score.right
+
+
+def test_words_are_read_with_synonyms_and_need_no_media() -> None:
+    wanted = [Wanted("text", {"shape": "circle", "colour": "red"}, "")]
+    assert score_answer(wanted, "It is a crimson disc, I think.", []).right
+    assert not score_answer(wanted, "A red circle that is blue.", []).right
+    assert not score_answer(wanted, "A red circle.", [("image", SEEN_RED)]).right
+    heard = Wanted("text", {"pitch": "high", "timbre": "bell"}, "")
+    assert not score_answer([heard], "A small circle.", []).right
+    assert score_answer([replace(heard, heard=True)], "A small circle.", []).right
+
+
+def test_several_parts_are_all_needed() -> None:
+    wanted = [Wanted("text", {}, "here"), RED, HIGH]
+    bell = ("audio", {"pitch": "high", "timbre": "bell", "count": None})
+    assert score_answer(wanted, "Here:", [bell, ("image", SEEN_RED)]).right
+    assert not score_answer(wanted, "Here:", [("image", SEEN_RED)]).modalities
+    assert not score_answer(wanted, " ", [bell, ("image", SEEN_RED)]).right
+
+
+def test_wilson_gives_known_intervals() -> None:
+    # Newcombe (Stat. Med. 17, 1998, p. 857), table I.
+    known = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611),
+             (1, 29): (0.0061, 0.1718)}  # fmt: skip
+    for (right, count), interval in known.items():
+        assert wilson(right, count) == pytest.approx(interval, abs=1e-4)
+    assert wilson(20, 20) == pytest.approx((1 - 0.1611, 1), abs=1e-4)
+    assert wilson(0, 0) == (0, 1)
+
+
+def test_chance_is_one_over_the_values_of_what_is_wanted() -> None:
+    item = items_of("T→I", samples=1)[0]
+    assert chance([item]) == pytest.approx(1 / (2 * 8 * 6 * 5))
+    halves = [replace(item, wanted=(replace(RED, attributes=a),)) for a in ({}, {"size": "big"})]
+    assert chance(halves) == pytest.approx(0.75)
+
+
+def test_a_summary_counts_pairs_apart() -> None:
+    items = items_of("T→I", samples=4)
+    right = score_answer([RED], "", [("image", SEEN_RED)])
+    wrong = score_answer([RED], "", [("image", SEEN_RED | {"size": "big"})])
+    summary = summarise(items, [right, wrong, right, right])
+    assert (summary["n"], summary["right"], summary["modalities"]) == (4, 0.75, 1)
+    assert summary["seen_pairs"]["right"] == 1 and summary["held_out_pairs"]["right"] == 0.5
+    assert summary["attributes"] == {"image size": 0.75, "image colour": 1, "image shape": 1}
+
+
+def test_the_caption_before_a_medium_is_what_stands_behind_the_colon() -> None:
+    parts = (
+        Text("A box. Here is the picture: a small red circle, on the left."),
+        Media("image"),
+        Media("video"),
+        Text("You hear a bell."),
+        Media("audio"),
+    )
+    assert caption_before(parts, "image") == "a small red circle, on the left"
+    assert caption_before(parts, "video") == ""
+    assert caption_before(parts, "audio") == "You hear a bell"
+    assert caption_before((), "image") == ""
+
+
+# A whole run.
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny parts with signal tokens that now and then win."""
+    folder = tmp_path_factory.mktemp("babbler")
+    write_tiny_parts(folder, favoured=range(38))
+    return folder
+
+
+def overrides_of(folder: Path) -> list[str]:
+    return [*tiny_overrides(folder), "generation.max_new_tokens=30"]
+
+
+def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
+    babbler: Path, tmp_path: Path
+) -> None:
+    config = load_config("7b", overrides=overrides_of(babbler))
+    assistant = Assistant.load(config, babbler / "tuned" / "stage_3")
+    cells = ("T→T", "T→I", "I→A", "A→V", "T→T+I+V+A", SECOND)
+    boards = [measure(assistant, cells, 2, 0, tmp_path) for _ in "ab"]
+    assert boards[0].cells == boards[1].cells
+    assert set(boards[0].cells) == set(cells)
+    for cell, figures in boards[0].cells.items():
+        assert figures["n"] == 2 and 0 <= figures["right"] <= 1
+        assert ("ceiling" in figures) == ("passed" in figures) == (cell not in ("T→T", SECOND)) or (
+            cell == SECOND
+        )
+    assert 0 <= average(boards[0].cells) <= 1
+    printed = table(boards[0].cells, {}, {"judge": 3.0})
+    assert all(cell in printed for cell in cells)
+
+
+def test_the_entry_writes_json_and_pictures(
+    babbler: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [word for override in overrides_of(babbler) for word in ("--set", override)]
+    line = ["evaluate.py", "--config", "7b", *settings, "--samples", "2", "--seed", "4"]
+    line += ["--cells", "T-T,I-I,A->V,T+V-T+A,second,plain", "--out", str(tmp_path / "board")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", line)
+        run_entry(entry.main)
+    written = json.loads((tmp_path / "board" / "scoreboard.json").read_text())
+    assert (written["samples"], written["seed"]) == (2, 4)
+    assert len(written["fingerprint"]) == 16 and written["delta"].endswith("delta.safetensors")
+    assert len(written["items"]) == 10
+    assert set(written["cells"]) == {"T→T", "I→I", "A→V", "T+V→T+A", SECOND}
+    assert written["plain"]["n"] == 100 and written["plain"]["ratio"] > 0
+    assert "language_model" in written["seconds"]
+    for name in ("matrix.png", "contact_sheet.png"):
+        picture = np.asarray(Image.open(tmp_path / "board" / name).convert("L"))
+        assert picture.std() > 5
+    assert "I→I" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["--cells", "T-X"], "T→X"), (["--samples", "0"], "--samples 0"), (["--delta", "no"], "no")],
+)
+def test_faults_end_with_a_word(
+    arguments: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["evaluate.py", "--out", str(tmp_path), *arguments])
+        with pytest.raises(SystemExit) as ended:
+            run_entry(entry.main)
+    assert ended.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_plain_questions_are_a_hundred_of_our_own() -> None:
+    questions = QUESTIONS.read_text().splitlines()
+    assert len(questions) == len(set(questions)) == 100
+    trained = {question for question, _ in plain_talk(np.random.default_rng(0), 10_000)}
+    assert not trained & set(questions)
+
+
+@torch.no_grad()
+def test_perplexity_is_that_of_the_models_own_loss(babbler: Path) -> None:
+    config = load_config("7b", overrides=overrides_of(babbler))
+    model = Assistant.load(config, babbler / "tuned" / "stage_3").model.language_model
+    prompts, answers = [[1, 5, 6], [1, 7]], [[8, 9, 10], [11, 12, 13, 14]]
+    losses = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        losses += [float(model(input_ids=ids, labels=labels).loss)] * len(answer)
+    assert perplexity(model, prompts, answers) == pytest.approx(np.exp(np.mean(losses)), rel=1e-4)
