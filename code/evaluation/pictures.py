@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from config.atomic import written_aside
@@ -20,9 +21,10 @@ from model.media_files import Frames, Output, Sound
 
 KINDS = {"text": "words", "image": "a picture", "video": "a video", "audio": "a sound"}
 _GOOD, _BAD = "#1a7f37", "#c62828"
+_ASKED, _PANEL = "#1f3a8a", "#f3f4f1"
 _SHOWN_FRAMES = 4  # of a video
-_WIDTH, _HEIGHT = 4.6, 1.75  # inches of an example
-_HEADER, _MARGIN = 0.75, 0.5  # inches above, and on the left
+# Inches: an example, the space around it, its media, the widest of them, a heading.
+_WIDTH, _HEIGHT, _GAP, _MEDIA, _WIDEST, _HEADING = 4.6, 1.75, 0.08, 0.85, 1.95, 0.32
 
 
 def draw_matrix(cells: Mapping[str, dict[str, Any]], path: Path) -> None:
@@ -38,7 +40,9 @@ def draw_matrix(cells: Mapping[str, dict[str, Any]], path: Path) -> None:
     axes[0].set_xticks(range(4), kinds)
     axes[0].set_yticks(range(4), kinds)
     axes[0].xaxis.tick_top()
-    axes[0].set_title("given (down), asked for (across): answers all right, in %", pad=14)
+    axes[0].set_title(
+        "Any to any: answers all right, in %\ngiven (down), asked for (across)", pad=14
+    )
     if others:
         _draw_cells(axes[1], cells, [others])
         labels = ["second\nrounds" if cell == SECOND else cell for cell in others]
@@ -53,6 +57,10 @@ def _draw_cells(axes: Axes, cells: Mapping[str, dict[str, Any]], grid: list[list
     axes.imshow(np.ma.masked_invalid(shares), cmap=colours, vmin=0, vmax=1, aspect="auto")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
+    axes.set_xticks(np.arange(1, len(grid[0])) - 0.5, minor=True)
+    axes.set_yticks(np.arange(1, len(grid)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=3)
+    axes.tick_params(which="minor", length=0)
     for y, row in enumerate(grid):
         for x, cell in enumerate(row):
             if cell not in cells:
@@ -73,27 +81,29 @@ def draw_contact_sheet(results: Sequence[Result], seed: int, path: Path) -> None
     first: dict[str, list[Result]] = {}
     for result in results:
         first.setdefault(result.item.cell, []).append(result)
-    rows = [[c for c in MATRIX if c.startswith(f"{given}→") and c in first] for given in LETTERS]
-    rows += [[cell] for cell in (*CASES, SECOND) if cell in first]
-    strips = [row for row in rows if row]
-    columns = max(2 if row[0] not in MATRIX else len(row) for row in strips)
-    lines = sum(2 if row[0] in MATRIX else 1 for row in strips)
-    size = (columns * _WIDTH + _MARGIN, lines * _HEIGHT + _HEADER + 0.3 * len(strips))
-    figure = Figure(figsize=size)
-    title = "shown and said, and what came"
-    figure.text(0.5, 1 - 0.3 / size[1], title, fontsize=17, ha="center", va="center")
-    top = size[1] - _HEADER
-    for row in strips:
-        in_matrix = row[0] in MATRIX
-        for column, cell in enumerate(row):
+    matrix = [[c for c in MATRIX if c.startswith(f"{given}→") and c in first] for given in LETTERS]
+    others = [cell for cell in (*CASES, SECOND) if cell in first]
+    across = max(*map(len, matrix), 2)  # cells of the matrix, or two examples of another
+    bands = [*(row for row in matrix if row), *([cell] for cell in others)]
+    lines = [2 if band[0] in MATRIX else 1 for band in bands]
+    wide = across * _WIDTH + 0.2
+    high = sum(lines) * _HEIGHT + len(bands) * _HEADING + 0.6
+    figure = Figure(figsize=(wide, high))
+    figure.text(0.5, 1 - 0.35 / high, "Shown and said, and what came", fontsize=20, ha="center")
+    top = high - 0.6
+    for band, line in zip(bands, lines, strict=True):
+        top -= _HEADING
+        for column, cell in enumerate(band):
+            name = "second rounds: what they lean on, and what came" if cell == SECOND else cell
+            place = ((0.12 + column * _WIDTH) / wide, (top + 0.06) / high)
+            figure.text(*place, name, fontsize=12, weight="bold")
             for number, result in enumerate(first[cell][:2]):
-                across = column if in_matrix else number
-                left = _MARGIN + across * (_WIDTH if in_matrix else columns / 2 * _WIDTH)
-                wide = _WIDTH if in_matrix else columns / 2 * _WIDTH
-                below = top - (number + 1 if in_matrix else 1) * _HEIGHT
-                _Example(figure, left, below, wide).draw(result, seed, heading=number == 0)
-        top -= _HEIGHT * (2 if in_matrix else 1) + 0.3
-    _save(figure, path, dpi=80)
+                column, row = (column, number) if cell in MATRIX else (number, 0)
+                width = _WIDTH if cell in MATRIX else across * _WIDTH / 2
+                below = top - (row + 1) * _HEIGHT
+                _Example(figure, 0.2 + column * width, below, width).draw(result, seed)
+        top -= line * _HEIGHT
+    _save(figure, path, dpi=90)
 
 
 class _Example:
@@ -101,59 +111,57 @@ class _Example:
 
     def __init__(self, figure: Figure, left: float, below: float, width: float) -> None:
         self.figure = figure
-        self.left, self.below, self.width = left, below, width
+        self.left, self.below, self.width = left, below, width - _GAP
+        panel = self._place(-0.08, 0, self.width, _HEIGHT - _GAP)
+        figure.add_artist(Rectangle(*panel, facecolor=_PANEL, zorder=-1))  # behind the media
 
-    def draw(self, result: Result, seed: int, heading: bool) -> None:
-        """The heading, the request, the media given and made, the answer's words."""
+    def draw(self, result: Result, seed: int) -> None:
+        """The request, the media given and made, the answer's words."""
         item, last = result.item, result.answers[-1]
-        if heading:
-            cell = "a second round" if item.cell == SECOND else item.cell
-            self._text(0, _HEIGHT + 0.02, cell, weight="bold", size=11)
-        given = []
+        given: list[Output] = []
         if item.cell == SECOND:
             given = list(result.answers[0].outputs)
         elif item.shown:
             modality, thing, path = item.shown
             given = [render_medium(path.name, modality, thing, seed)]
         said = f"“{item.request}”" + ("  (held-out pair)" if item.held_out else "")
-        self._text(0, _HEIGHT - 0.22, said, weight="normal", size=9, colour="#1f3a8a")
-        middle = self.width * (0.5 if item.cell in MATRIX else 0.3)
-        self._media(given, 0.0, middle - 0.3, "#9ca3af")
+        self._text(0, _HEIGHT - 0.27, said, size=9.5, colour=_ASKED)
+        edge = self._media(given, 0, "#9ca3af")
         mark, colour = ("✓", _GOOD) if result.score.right else ("✗", _BAD)
-        self._text(middle - 0.18, 0.85, "→" if last.outputs else "", size=13)
-        self._media(last.outputs, middle + 0.05, self.width - middle - 0.3, colour)
-        self._text(0, 0.2, f"{mark} {last.text}".replace("\n", " "), size=9, colour=colour)
+        if last.outputs:
+            self._text(edge + 0.03, _MEDIA / 2 + 0.42, "→", size=13)
+            self._media(last.outputs, edge + 0.3, colour)
+        words = f"{mark} {last.text}".replace("\n", " ")
+        self._text(0, 0.22 if last.outputs or given else 0.9, words, size=9.5, colour=colour)
 
-    def _media(self, media: Sequence[Output], left: float, width: float, colour: str) -> None:
-        heights = 0.82
-        room = width / max(len(media), 1) - 0.05
-        for number, medium in enumerate(media):
-            picture, across = _as_picture(medium)
-            wide = min(room, heights * across)
-            high = wide / across if not isinstance(medium, Sound) else heights
-            place = (left + number * (room + 0.05), 0.94 - high / 2, wide, high)
-            size = self.figure.get_size_inches()
-            corner = (self.left + place[0], self.below + place[1])
-            axes = self.figure.add_axes(
-                (corner[0] / size[0], corner[1] / size[1], wide / size[0], high / size[1])
-            )
+    def _media(self, media: Sequence[Output], left: float, colour: str) -> float:
+        """Draw `media` side by side from `left` on; return where they end."""
+        for medium in media:
+            picture, ratio = _as_picture(medium)
+            wide = min(_MEDIA * ratio, _WIDEST)
+            high = _MEDIA if isinstance(medium, Sound) else wide / ratio
+            corner, across, up = self._place(left, 0.42 + (_MEDIA - high) / 2, wide, high)
+            axes = self.figure.add_axes((*corner, across, up))
             cmap = "magma" if picture.ndim == 2 else None
             axes.imshow(picture, aspect="auto", cmap=cmap, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(color=colour, linewidth=1.6)
+            left += wide + 0.08
+        return left
 
-    def _text(
-        self, x: float, y: float, text: str, size: float, weight: str = "normal",
-        colour: str = "black",
-    ) -> None:  # fmt: skip
+    def _text(self, x: float, y: float, text: str, size: float, colour: str = "black") -> None:
+        letters = int((self.width - x) / (size * 0.0074))
+        (across, up), *_ = self._place(x, y, 0, 0)
+        lines = "\n".join(textwrap.wrap(text, letters)[:2])
+        self.figure.text(across, up, lines, fontsize=size, color=colour, va="center")
+
+    def _place(
+        self, x: float, y: float, width: float, height: float
+    ) -> tuple[tuple[float, float], float, float]:
+        """Corner, width and height as shares of the sheet, of inches within the example."""
         wide, high = self.figure.get_size_inches()
-        letters = int((self.width - 0.15) / (size * 0.0078))
-        self.figure.text(
-            (self.left + x) / wide,
-            (self.below + y) / high,
-            "\n".join(textwrap.wrap(text, letters)[:2]),
-            fontsize=size, weight=weight, color=colour, va="center", linespacing=1.0,
-        )  # fmt: skip
+        corner = ((self.left + x) / wide, (self.below + y) / high)
+        return corner, width / wide, height / high
 
 
 def _as_picture(medium: Output) -> tuple[np.ndarray, float]:
