@@ -105,7 +105,7 @@ def _hiss(medium: Output, rng: Rng) -> Output:
 
 
 def _from_mel(medium: Output, rng: Rng) -> Output:
-    """Through 64 mel bands and back by Griffin and Lim (1984): phases are lost, tones are blurred."""
+    """Through 64 mel bands and back by Griffin and Lim (1984): phases lost, tones blurred."""
     return _griffin_lim(_log_mel(medium), rng, medium)
 
 
