@@ -27,7 +27,7 @@ _MOTION_LEAD = 1.4  # the strongest motion beats the others by this factor
 _SEEN_FRAMES = 0.6  # a video must show its thing in this share of the frames
 _PATCH = 44  # pixels, around the centre
 _RADII = np.geomspace(3.5, 19.0, 24)
-_BLURS = (1, 3, 6)  # how often templates are softened: deviation 0.7, 1.2 and 1.7 pixels
+_BLURS = (1, 3, 6, 10)  # how often templates are softened: deviations 0.7 to 2.2 pixels
 # Squared length of a colour difference, BT.601: JPEG and MP4 blur hues, so brightness counts more.
 _LUMA_WEIGHT = 4.0
 _TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
@@ -183,14 +183,18 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def _compare(sighting: _Sighting) -> tuple[np.ndarray, np.ndarray]:
     """Likeness to each shape (shapes,), and the radius of each frame's best template (shapes, T).
 
-    Likeness is the cosine, 0..1, of cover and best template at the best shift, frames' mean.
+    Likeness is the cosine, 0..1, of cover and best template at the best shift, a mean of frames.
     """
     shifts = np.array([(0, 0), (-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
     patches = np.stack([_cut(sighting.cover, sighting.centre + shift) for shift in shifts])
     cosine = _unit(patches.reshape(-1, _PATCH**2)) @ _templates().T
     cosine = cosine.reshape(len(shifts), -1, len(SHAPES), len(_RADII), len(_BLURS))
     by_radius = cosine.max(axis=(0, 4))  # (T, shapes, radii)
-    return by_radius.max(axis=2).mean(axis=0), _RADII[by_radius.argmax(axis=2)].T
+    # The larger a thing, the more its frame tells of the shape.
+    weights = sighting.cover.sum(axis=(1, 2)) ** 2
+    return np.average(by_radius.max(axis=2), axis=0, weights=weights), _RADII[
+        by_radius.argmax(axis=2)
+    ].T
 
 
 def _cut(cover: np.ndarray, centre: np.ndarray) -> np.ndarray:
