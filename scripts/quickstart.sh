@@ -15,7 +15,7 @@ parts=ckpt/pretrained_ckpt
 world=data/mini_world
 
 say "frozen parts"
-python -m mini_world.build_parts
+python -m mini_world.build_parts --untrained
 say "data of the mini world"
 python -m mini_world.write_data --out $world
 

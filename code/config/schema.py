@@ -35,6 +35,7 @@ class LanguageModelConfig(Section):
 
     path: str  # Hugging Face folder, or a hub name
     template: Literal["published", "chatml"]  # how turns are written: "### Human:", or <|im_start|>
+    attention: Literal["sdpa", "eager"]  # eager is faster on the CPU, for short conversations
     lora_rank: Positive
     lora_alpha: Positive
     lora_dropout: Fraction

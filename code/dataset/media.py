@@ -59,10 +59,11 @@ def image_views(image: Image.Image) -> Tensor:
     width, height = int(SIZE * width / short), int(SIZE * height / short)
     left, top = round((width - SIZE) / 2), round((height - SIZE) / 2)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    return _normalise(np.array(image.crop((left, top, left + SIZE, top + SIZE))))
+    return normalise(np.array(image.crop((left, top, left + SIZE, top + SIZE))))
 
 
-def _normalise(pixels_HWC: np.ndarray) -> Tensor:
+def normalise(pixels_HWC: np.ndarray) -> Tensor:
+    """RGB bytes (H, W, 3) -> (3, H, W) float32, by CLIP's mean and deviation."""
     return (torch.from_numpy(pixels_HWC).permute(2, 0, 1) / 255 - _MEAN) / _STD
 
 
@@ -93,7 +94,7 @@ def _three_crops(frame_HWC: np.ndarray) -> Tensor:
     height, width = frame_HWC.shape[:2]
     short = min(height, width)
     size = (int(SIZE * height / short), int(SIZE * width / short))
-    scaled = interpolate(_normalise(frame_HWC.copy())[None], size, mode="bilinear")[0]
+    scaled = interpolate(normalise(frame_HWC.copy())[None], size, mode="bilinear")[0]
     spare = max(size) - SIZE
     starts = (0, math.ceil(spare / 2), spare)
     return torch.stack([scaled.narrow(1 if size[0] > SIZE else 2, s, SIZE) for s in starts])

@@ -1,10 +1,10 @@
-"""Builds the mini Stable Diffusion, ZeroScope and AudioLDM from nothing, untrained.
+"""The mini Stable Diffusion, ZeroScope and AudioLDM: their parts, and folders of them.
 
-The same diffusers pipelines as the real ones in the same folder format, 6 to 8 M parameters each,
-in half precision 16 MB or less. `MiniFigures` holds every size.
+The same diffusers pipelines as the real ones in the same folder format. `MiniFigures` holds every
+size; `part_training` trains them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -53,24 +53,19 @@ class MiniFigures:
     text_tokens: int = 24  # a caption is padded and cut to so many
     sound_width: int = 256  # of CLAP's projection: the embedding of a sound's caption
 
-    groups: int = 16  # of every group norm; divides all channels
+    groups: int = 16  # of the denoising networks' group norms; divides all their channels
     head_width: int = 32  # of the networks' attention heads
+    latents: int = 12  # channels
+    vae: tuple[int, ...] = (24, 48, 64, 64)  # 8 x 8 latents of a frame, 16 x 8 of a sound
+    vae_groups: int = 4  # of its group norms; one channel a group would lose what is bright or red
 
     size: int = 64  # pixels, both sides, image and video
-    image_vae: tuple[int, ...] = (32, 64, 64)  # 16 x 16 latents
-    image_latents: int = 4
-    image_unet: tuple[int, ...] = (64, 96, 128)
-
-    video_vae: tuple[int, ...] = (32, 48, 64, 64)  # 8 x 8 latents a frame
-    video_latents: int = 8
-    video_unet: tuple[int, ...] = (64, 96)
+    picture_unet: tuple[int, ...] = (96, 128)  # of image and video
 
     sample_rate: int = 16000  # samples per second
     upsampling: tuple[int, ...] = (5, 5, 5, 2)  # product: samples per mel frame, 15.6 ms
     sound_frames: int = 128  # mel frames: 2 s
     mel_bins: int = 64
-    audio_vae: tuple[int, ...] = (32, 48, 64)  # 32 x 16 latents
-    audio_latents: int = 8
     audio_unet: tuple[int, ...] = (64, 128)
     vocoder_channels: int = 192  # halved after each upsampling
 
@@ -81,6 +76,8 @@ class MiniFigures:
 
 
 MINI = MiniFigures()
+# Stable Diffusion's pipeline without a check of what it makes.
+UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def build_mini_decoder(
@@ -89,16 +86,18 @@ def build_mini_decoder(
     seed: int,
     captions: Sequence[str],
     figures: MiniFigures = MINI,
+    trained: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one untrained pipeline to `folder` (diffusers format, float16), whole or not at all.
+    """Write one pipeline to `folder` (diffusers format, float16), whole or not at all.
 
     Args:
-        seed: of the weights; the global random state is left alone.
+        seed: of the untrained weights; the global random state is left alone.
         captions: the tokenizer knows their words whole.
+        trained: parts by diffusers' names that take the place of untrained ones.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _PARTS[modality](figures, captions)
+        parts = _PARTS[modality](figures, captions) | dict(trained or {})
         pipeline: DiffusionPipeline = PIPELINES[modality](scheduler=scheduler(), **parts)
     with written_aside(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
@@ -122,78 +121,31 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def _image_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
+def _picture_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
     tokenizer = clip_tokenizer(captions, f.text_tokens)
-    unet = UNet2DConditionModel(
-        sample_size=_latent_size(f.size, f.image_vae),
-        in_channels=f.image_latents,
-        out_channels=f.image_latents,
-        cross_attention_dim=f.text_width,
-        attention_head_dim=_heads(f.image_unet, f),  # diffusers means the number of heads
-        **_unet_blocks(f.image_unet, f, "2D"),
-    )
     return {
         "tokenizer": tokenizer,
-        "text_encoder": _clip(tokenizer, f),
-        "vae": _vae(3, f.image_latents, f.image_vae, f.size, f),
-        "unet": unet,
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
+        "text_encoder": CLIPTextModel(clip_text_config(tokenizer, f)),
+        "vae": vae(3, f.size, f),
     }
+
+
+def _image_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
+    return {**_picture_parts(f, captions), "unet": unet("image", f), **UNCHECKED}
 
 
 def _video_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
-    tokenizer = clip_tokenizer(captions, f.text_tokens)
-    unet = UNet3DConditionModel(
-        sample_size=_latent_size(f.size, f.video_vae),
-        in_channels=f.video_latents,
-        out_channels=f.video_latents,
-        cross_attention_dim=f.text_width,
-        attention_head_dim=f.head_width,
-        **_unet_blocks(f.video_unet, f, "3D"),
-    )
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": _clip(tokenizer, f),
-        "vae": _vae(3, f.video_latents, f.video_vae, f.size, f),
-        "unet": unet,
-    }
+    return {**_picture_parts(f, captions), "unet": unet("video", f)}
 
 
 def _audio_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
     tokenizer = roberta_tokenizer(captions, f.text_tokens)
-    unet = UNet2DConditionModel(
-        sample_size=_latent_size(f.sound_frames, f.audio_vae),
-        in_channels=f.audio_latents,
-        out_channels=f.audio_latents,
-        # As in AudioLDM the caption comes in with the time; "cross" attention looks at itself.
-        class_embed_type="simple_projection",
-        projection_class_embeddings_input_dim=f.sound_width,
-        class_embeddings_concat=True,
-        cross_attention_dim=f.audio_unet,
-        attention_head_dim=_heads(f.audio_unet, f),
-        **_unet_blocks(f.audio_unet, f, "2D"),
-    )
-    vocoder = SpeechT5HifiGan(
-        SpeechT5HifiGanConfig(
-            model_in_dim=f.mel_bins,
-            sampling_rate=f.sample_rate,
-            upsample_initial_channel=f.vocoder_channels,
-            upsample_rates=f.upsampling,
-            # Kernel minus stride is even, so that a frame becomes exactly `hop` samples.
-            upsample_kernel_sizes=[2 * rate + rate % 2 for rate in f.upsampling],
-            resblock_kernel_sizes=(3, 7),
-            resblock_dilation_sizes=((1, 3, 5), (1, 3, 5)),
-            normalize_before=False,
-        )
-    )
     return {
         "tokenizer": tokenizer,
-        "text_encoder": _clap(tokenizer, f),
-        "vae": _vae(1, f.audio_latents, f.audio_vae, f.sound_frames, f),
-        "unet": unet,
-        "vocoder": vocoder,
+        "text_encoder": clap_text_model(tokenizer, f),
+        "vae": vae(1, f.sound_frames, f),
+        "unet": unet("audio", f),
+        "vocoder": vocoder(f),
     }
 
 
@@ -204,17 +156,17 @@ _PARTS: dict[Modality, Callable[[MiniFigures, Sequence[str]], dict[str, Any]]] =
 }
 
 
-def _clip(tokenizer: CLIPTokenizer, f: MiniFigures) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            projection_dim=f.text_width,
-            max_position_embeddings=f.text_tokens,
-            **_text(tokenizer, f),
-        )
+def clip_text_config(tokenizer: CLIPTokenizer, f: MiniFigures) -> CLIPTextConfig:
+    """The projection is the encoder's text tower's; the pipelines have none."""
+    return CLIPTextConfig(
+        projection_dim=f.sound_width, max_position_embeddings=f.text_tokens, **_text(tokenizer, f)
     )
 
 
-def _clap(tokenizer: PreTrainedTokenizerBase, f: MiniFigures) -> ClapTextModelWithProjection:
+def clap_text_model(
+    tokenizer: PreTrainedTokenizerBase, f: MiniFigures
+) -> ClapTextModelWithProjection:
+    """Untrained."""
     return ClapTextModelWithProjection(
         ClapTextConfig(
             projection_dim=f.sound_width,
@@ -238,37 +190,73 @@ def _text(tokenizer: PreTrainedTokenizerBase, f: MiniFigures) -> dict[str, int]:
     }
 
 
-def _vae(
-    channels: int, latents: int, widths: tuple[int, ...], size: int, f: MiniFigures
-) -> AutoencoderKL:
+def vae(channels: int, size: int, f: MiniFigures) -> AutoencoderKL:
+    """Untrained, for `size` pixels or frames."""
     return AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
-        latent_channels=latents,
-        block_out_channels=widths,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        latent_channels=f.latents,
+        block_out_channels=f.vae,
+        down_block_types=("DownEncoderBlock2D",) * len(f.vae),
+        up_block_types=("UpDecoderBlock2D",) * len(f.vae),
         layers_per_block=1,
-        norm_num_groups=f.groups,
+        norm_num_groups=f.vae_groups,
         sample_size=size,
+        scaling_factor=1.0,  # training folds the latents' mean and deviation into the weights
     )
 
 
-def _unet_blocks(widths: tuple[int, ...], f: MiniFigures, kind: str) -> dict[str, Any]:
-    """Convolutions alone at the finest resolution, with attention below."""
-    below = len(widths) - 1
-    return {
+def unet(modality: Modality, f: MiniFigures) -> UNet2DConditionModel | UNet3DConditionModel:
+    """The untrained denoising network: convolutions at the finest resolution, attention below."""
+    audio = modality == "audio"
+    widths = f.audio_unet if audio else f.picture_unet
+    kind, below = "3D" if modality == "video" else "2D", len(widths) - 1
+    figures: dict[str, Any] = {
+        "sample_size": _latent_size(f.sound_frames if audio else f.size, f),
+        "in_channels": f.latents,
+        "out_channels": f.latents,
         "block_out_channels": widths,
         "down_block_types": (f"DownBlock{kind}",) + (f"CrossAttnDownBlock{kind}",) * below,
         "up_block_types": (f"CrossAttnUpBlock{kind}",) * below + (f"UpBlock{kind}",),
         "layers_per_block": 1,
         "norm_num_groups": f.groups,
     }
+    if modality == "video":
+        return UNet3DConditionModel(
+            cross_attention_dim=f.text_width, attention_head_dim=f.head_width, **figures
+        )
+    # diffusers means the number of heads
+    figures["attention_head_dim"] = tuple(width // f.head_width for width in widths)
+    if modality == "image":
+        return UNet2DConditionModel(
+            cross_attention_dim=f.text_width, use_linear_projection=True, **figures
+        )
+    return UNet2DConditionModel(
+        # As in AudioLDM the caption comes in with the time; "cross" attention looks at itself.
+        class_embed_type="simple_projection",
+        projection_class_embeddings_input_dim=f.sound_width,
+        class_embeddings_concat=True,
+        cross_attention_dim=widths,
+        **figures,
+    )
 
 
-def _heads(widths: tuple[int, ...], f: MiniFigures) -> tuple[int, ...]:
-    return tuple(width // f.head_width for width in widths)
+def vocoder(f: MiniFigures) -> SpeechT5HifiGan:
+    """Untrained; reads the VAE's spectrograms as they are."""
+    return SpeechT5HifiGan(
+        SpeechT5HifiGanConfig(
+            model_in_dim=f.mel_bins,
+            sampling_rate=f.sample_rate,
+            upsample_initial_channel=f.vocoder_channels,
+            upsample_rates=f.upsampling,
+            # Kernel minus stride is even, so that a frame becomes exactly `hop` samples.
+            upsample_kernel_sizes=[2 * rate + rate % 2 for rate in f.upsampling],
+            resblock_kernel_sizes=(3, 7),
+            resblock_dilation_sizes=((1, 3, 5), (1, 3, 5)),
+            normalize_before=False,
+        )
+    )
 
 
-def _latent_size(size: int, vae: tuple[int, ...]) -> int:
-    return size // 2 ** (len(vae) - 1)
+def _latent_size(size: int, f: MiniFigures) -> int:
+    return size // 2 ** (len(f.vae) - 1)

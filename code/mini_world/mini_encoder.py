@@ -1,26 +1,35 @@
-"""Builds the mini ImageBind from nothing, untrained: the huge one's classes with small figures."""
+"""The mini ImageBind: the huge one's classes with small figures, and its folder."""
 
 from pathlib import Path
 
 import torch
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from config.atomic import written_aside
 from model.imagebind.config import ImageBindConfig, TrunkConfig
 from model.imagebind.encoder import ImageBind
 from model.imagebind.loading import save_imagebind
 
-# 4 M parameters; what goes in has the huge model's format.
+# What goes in has the huge model's format, in larger patches.
 MINI_IMAGEBIND = ImageBindConfig(
-    vision=TrunkConfig(width=192, blocks=4, heads=3),
-    audio=TrunkConfig(width=192, blocks=4, heads=3),
+    vision=TrunkConfig(width=144, blocks=4, heads=4),
+    audio=TrunkConfig(width=144, blocks=4, heads=4),
     output_dim=256,
+    patch_size=28,
+    audio_stride=16,
 )
+# Captions into the encoder's own space, for retrieval; stands for ImageBind's text trunk.
+TEXT_TOWER = "text_tower"
 
 
-def build_mini_imagebind(folder: Path, seed: int, config: ImageBindConfig = MINI_IMAGEBIND) -> None:
-    """Write it to `folder` in float16, whole or not; the global random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ImageBind(config)
+def write_mini_encoder(
+    folder: Path,
+    model: ImageBind,
+    text_tower: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+) -> None:
+    """Write the encoder and its text tower to `folder` in float16, whole or not at all."""
     with written_aside(folder) as aside:
         save_imagebind(model, aside, torch.float16)
+        text_tower.half().save_pretrained(aside / TEXT_TOWER)
+        tokenizer.save_pretrained(aside / TEXT_TOWER)

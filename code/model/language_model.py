@@ -50,6 +50,7 @@ def load_language_model(
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
         raise InputError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
+    model.set_attn_implementation(config.attention)
     fit_language_model(model, config, signals.first_id, len(signals), lora=lora)
     return model
 

@@ -1,0 +1,1 @@
+"""Trains the mini world's frozen parts from nothing: encoder, caption towers, decoders."""

@@ -1,0 +1,185 @@
+"""What the parts learn from: things with media and captions, rendered anew from a seed.
+
+Pictures are rendered as they are asked for, 1 ms each. Videos and sounds for the encoder, whose
+files and views cost 30 ms, come from pools that are made once and kept in the work folder.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+from tqdm import tqdm
+
+from config.atomic import written_aside
+from conversation.parts import Modality
+from dataset.decoding import read_video_frames
+from dataset.media import SIZE, audio_views, image_views, normalise, video_frame_indices
+from mini_world.album import write_medium
+from mini_world.captions import caption
+from mini_world.render_image import render_image
+from mini_world.render_sound import render_sound
+from mini_world.render_video import render_video
+from mini_world.things import ATTRIBUTES, PITCH_OF, TIMBRE_OF, VALUES, Thing, changes, sample_thing
+from mini_world.words import choose
+
+ALL_ATTRIBUTES = tuple(VALUES)
+NOT_TOLD = -1
+# What a decoder's frames are: every second one that is rendered.
+DECODED_FRAMES = 8
+
+
+def things(rng: np.random.Generator, count: int) -> list[Thing]:
+    """Things of the training split."""
+    return [sample_thing(rng) for _ in range(count)]
+
+
+def neighbours(rng: np.random.Generator, modality: Modality, count: int) -> list[Thing]:
+    """Things in fours that differ in one attribute each: what a contrast learns most from."""
+    drawn: list[Thing] = []
+    attributes = [_source(name) for name in ATTRIBUTES[modality]]
+    while len(drawn) < count:
+        thing = sample_thing(rng)
+        drawn.append(thing)
+        for _ in range(3):
+            drawn.append(choose(rng, changes(thing, choose(rng, attributes)) or [thing]))
+    return drawn[:count]
+
+
+def _source(attribute: str) -> str:
+    """What of a thing decides this attribute of its sound."""
+    return {"timbre": "shape", "pitch": "size"}.get(attribute, attribute)
+
+
+def full_caption(thing: Thing, modality: Modality, rng: np.random.Generator) -> str:
+    """A caption that tells all that the medium shows."""
+    return caption(thing, modality, rng)
+
+
+def some_caption(
+    thing: Thing,
+    modality: Modality,
+    rng: np.random.Generator,
+    told: frozenset[str] | None = None,
+) -> tuple[str, frozenset[str]]:
+    """A caption as answers have them, which may leave colour, place or motion open.
+
+    Args:
+        told: the attributes to tell; None draws them.
+
+    Returns:
+        The caption and the attributes that it tells.
+    """
+    if told is not None:
+        return caption(thing, modality, rng, told), told
+    told = frozenset(ATTRIBUTES[modality])
+    if modality != "audio" and rng.random() < 0.25:
+        open_ = [name for name in told if name not in ("size", "shape")]
+        told -= {name for name in sorted(open_) if rng.random() < 0.5}
+    return caption(thing, modality, rng, told), told
+
+
+def labels(things_: Sequence[Thing], told: Sequence[Collection[str]]) -> Tensor:
+    """Index of each attribute's value, NOT_TOLD for those not in `told`: (N, attributes) int64."""
+    rows = [
+        [
+            VALUES[name].index(_value(thing, name)) if name in names else NOT_TOLD
+            for name in ALL_ATTRIBUTES
+        ]
+        for thing, names in zip(things_, told, strict=True)
+    ]
+    return torch.tensor(rows)
+
+
+def _value(thing: Thing, attribute: str) -> str | int:
+    if attribute == "timbre":
+        return TIMBRE_OF[thing.shape]
+    return PITCH_OF[thing.size] if attribute == "pitch" else getattr(thing, attribute)
+
+
+def pictures(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
+    """Fresh pictures: (N, 3, 64, 64) float32 in -1..1."""
+    return to_unit(np.stack([render_image(thing, rng) for thing in things_]))
+
+
+def videos(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
+    """Fresh videos at half the frame rate: (N, 8, 3, 64, 64) float32 in -1..1."""
+    step = 16 // DECODED_FRAMES
+    return to_unit(np.stack([render_video(thing, rng)[::step] for thing in things_]))
+
+
+def sounds(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
+    """Fresh sounds: (N, 32000) float32."""
+    return torch.from_numpy(np.stack([render_sound(thing, rng) for thing in things_]))
+
+
+def to_unit(pixels: np.ndarray) -> Tensor:
+    """Bytes (..., H, W, 3) to float32 (..., 3, H, W) in -1..1."""
+    return torch.from_numpy(pixels).movedim(-1, -3).float() / 127.5 - 1
+
+
+def picture_views(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
+    """What the encoder takes in of fresh pictures: (N, 3, 224, 224)."""
+    rendered = [Image.fromarray(render_image(thing, rng)) for thing in things_]
+    return torch.stack([image_views(picture) for picture in rendered])
+
+
+class Pool:
+    """What the encoder sees of videos or sounds, made once through real files and kept on disk.
+
+    One view a medium: all clips and crops of a square video of 2 s are the same, and the clips of a
+    sound of 2 s but for their mean.
+    """
+
+    def __init__(self, modality: Modality, count: int, work: Path, seed: int) -> None:
+        """Make the pool, or load it: a video costs 25 ms, a sound 15 ms."""
+        rng = np.random.default_rng([seed, 1])
+        self._modality = modality
+        self._things = neighbours(rng, modality, count)
+        path = work / f"pool_{modality}_{count}.pt"
+        if not path.is_file():
+            make = _sound_view if modality == "audio" else _video_ends
+            with written_aside(path) as aside:
+                made = [make(seed, *one) for one in enumerate(tqdm(self._things, path.stem))]
+                torch.save(torch.stack(made), aside)
+        self._kept = torch.load(path, weights_only=True, mmap=True)
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[list[Thing], Tensor]:
+        """`count` media, in fours that differ in one attribute: things and views (N, ...)."""
+        fours = rng.integers(len(self._things) // 4, size=count // 4)
+        rows = (fours[:, None] * 4 + np.arange(4)).ravel()
+        kept = self._kept[torch.from_numpy(rows)]
+        if self._modality == "audio":
+            views = kept.float()
+        else:
+            views = torch.stack([_clip_view(ends.numpy()) for ends in kept])
+        return [self._things[row] for row in rows], views
+
+
+def _sound_view(seed: int, number: int, thing: Thing) -> Tensor:
+    """(1, 128, 204) float16."""
+    samples = render_sound(thing, np.random.default_rng([seed, 2, number]))
+    return audio_views(torch.from_numpy(samples))[0].half()
+
+
+def _video_ends(seed: int, number: int, thing: Thing) -> Tensor:
+    """First and last frame of the file that is written: (2, 64, 64, 3) uint8."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / f"pool_{number:06d}.mp4"
+        write_medium(path, "video", thing, seed)
+        frames = read_video_frames(path, video_frame_indices)
+    return torch.from_numpy(np.stack(frames[:2]))
+
+
+def _clip_view(ends_THWC: np.ndarray) -> Tensor:
+    """What `video_views` makes of two square frames, once: (3, 2, 224, 224)."""
+    frames_TCHW = torch.stack([normalise(frame) for frame in ends_THWC])
+    return interpolate(frames_TCHW, (SIZE, SIZE), mode="bilinear").transpose(0, 1)
+
+
+Render = Callable[[Sequence[Thing], np.random.Generator], Tensor]
+RENDER: dict[Modality, Render] = {"image": pictures, "video": videos, "audio": sounds}

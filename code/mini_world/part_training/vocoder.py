@@ -1,0 +1,81 @@
+"""The vocoder: from mel spectrograms to samples (HiFi-GAN's generator, arXiv 2010.05646).
+
+No discriminators: it learns from the magnitudes of three spectra of different windows
+(arXiv 1910.11480). Half of what it reads comes through the trained VAE, so that it knows what a
+generated spectrogram looks like. About 0.6 s a step on one core.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn.functional import l1_loss
+from transformers import SpeechT5HifiGan
+
+from mini_world.mini_decoders import MINI, vocoder
+from mini_world.part_training.mel import log_mel
+from mini_world.part_training.runner import Losses, Plan, train
+from mini_world.part_training.samples import sounds, things
+
+PLAN = Plan(steps=1400, learning_rate=1e-3)
+_WINDOWS = (2048, 1024, 512, 256)  # samples
+_FRAMES = 40  # of each piece that is learned from: 0.6 s
+_BATCH = 8
+
+
+def train_vocoder(vae: AutoencoderKL, work: Path, seed: int, plan: Plan = PLAN) -> SpeechT5HifiGan:
+    """Train it, or go on, or load what is trained."""
+    torch.manual_seed(seed)
+    model = vocoder(MINI)
+
+    def loss_of(rng: np.random.Generator) -> Losses:
+        spectrograms_NTM, samples_NS = _pieces(vae, rng)
+        with torch.autocast("cpu", torch.bfloat16):
+            made_NS = model(spectrograms_NTM).float()
+        return _losses(made_NS, samples_NS)
+
+    return train("vocoder", model, loss_of, plan, work, seed)
+
+
+def _pieces(vae: AutoencoderKL, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Pieces of sounds: spectrograms (N, 40, 64), half of them by the VAE, and samples (N, S)."""
+    samples_NS = sounds(things(rng, _BATCH), rng)
+    spectrograms_NTM = log_mel(samples_NS)
+    half = spectrograms_NTM[: _BATCH // 2].unsqueeze(1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        again = vae.decode(vae.encode(half).latent_dist.mean).sample.float()
+    spectrograms_NTM = torch.cat([again.squeeze(1), spectrograms_NTM[_BATCH // 2 :]])
+    starts = rng.integers(0, MINI.sound_frames - _FRAMES, size=_BATCH)
+    frames = [s[start : start + _FRAMES] for s, start in zip(spectrograms_NTM, starts, strict=True)]
+    pieces = [
+        s[start * MINI.hop : (start + _FRAMES) * MINI.hop]
+        for s, start in zip(samples_NS, starts, strict=True)
+    ]
+    return torch.stack(frames), torch.stack(pieces)
+
+
+def _losses(made_NS: Tensor, samples_NS: Tensor) -> Losses:
+    """Spectral convergence and log magnitude, averaged over the windows, and the mel itself."""
+    convergence, magnitude = [], []
+    for size in _WINDOWS:
+        made, wanted = _magnitudes(made_NS, size), _magnitudes(samples_NS, size)
+        distance = torch.linalg.vector_norm(wanted - made, dim=(1, 2))
+        convergence.append(
+            (distance / torch.linalg.vector_norm(wanted, dim=(1, 2)).clamp(min=1.0)).mean()
+        )
+        magnitude.append(l1_loss(made.log(), wanted.log()))
+    return {
+        "convergence": torch.stack(convergence).mean(),
+        "magnitude": 0.5 * torch.stack(magnitude).mean(),
+        "mel": 5 * l1_loss(log_mel(made_NS), log_mel(samples_NS)),
+    }
+
+
+def _magnitudes(samples_NS: Tensor, size: int) -> Tensor:
+    """(N, frequencies, frames)."""
+    spectra = torch.stft(
+        samples_NS, size, size // 4, window=torch.hann_window(size), return_complex=True
+    )
+    return spectra.abs().clamp(min=1e-3)
