@@ -164,6 +164,22 @@ class _Example:
         return corner, width / wide, height / high
 
 
+def draw_grid(media: Sequence[Output], titles: Sequence[str], path: Path) -> None:
+    """Media in rows of four, each under its title."""
+    rows = -(-len(media) // 4)
+    figure = Figure(figsize=(16, 2.4 * rows), layout="constrained")
+    for axes, medium, title in zip(
+        figure.subplots(rows, 4, squeeze=False).flat, media, titles, strict=False
+    ):
+        picture, ratio = _as_picture(medium)
+        axes.imshow(
+            picture, aspect=picture.shape[1] / picture.shape[0] / ratio, interpolation="nearest"
+        )
+        axes.set(xticks=[], yticks=[])
+        axes.set_title("\n".join(textwrap.wrap(title, 40)), fontsize=9)
+    _save(figure, path, dpi=90)
+
+
 def _as_picture(medium: Output) -> tuple[np.ndarray, float]:
     """A picture, a strip of frames or a spectrogram, and how many times wider than high it is."""
     if isinstance(medium, Image.Image):

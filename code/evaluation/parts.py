@@ -1,0 +1,149 @@
+"""Scores of the frozen parts alone, on what they never saw: what the whole system cannot exceed.
+
+Decoders: own text encoder, true caption, and the judge looks at what comes out. Encoder: which of
+100 captions is nearest to a medium? Half of the things are of held-out pairs, the others are seen
+pairs in held-out wordings. With 300 things a part it takes about 12 minutes on one core.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm import tqdm
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+
+from chat.options import ChatOptions
+from config.atomic import written_aside
+from config.loader import project_path
+from config.schema import Config
+from conversation.parts import MODALITIES, Modality
+from dataset.media import load_views
+from evaluation.judge import judge
+from evaluation.pictures import draw_grid
+from evaluation.running import in_batches
+from evaluation.scoring import share
+from mini_world.album import write_medium
+from mini_world.captions import caption
+from mini_world.mini_encoder import TEXT_TOWER
+from mini_world.things import ATTRIBUTES, Thing, sample_thing
+from model.build import build_media_encoder, resolve_model_path
+from model.decoders import Decoder
+from model.device import choose_device
+from model.media_files import SUFFIXES, Output
+
+CANDIDATES = 100
+_SHOWN = 16  # media a kind in the picture
+
+
+def score_parts(config: Config, parts: Sequence[str], samples: int, seed: int, out: Path) -> None:
+    """Score `parts` (modalities, and "encoder"), print, and write `parts.json` and a picture each.
+
+    Args:
+        samples: things a modality.
+        out: gets the files.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    figures: dict[str, Any] = {}
+    for modality in MODALITIES:
+        if modality in parts:
+            figures[modality] = _score_decoder(config, modality, samples, seed, out)
+            print(f"{modality} decoder: {_line(figures[modality])}", flush=True)
+    if "encoder" in parts:
+        figures["encoder"] = _score_encoder(config, samples, seed)
+        for modality, found in figures["encoder"].items():
+            print(f"encoder, {modality} among {CANDIDATES} captions: {found['right']:.1%}")
+    with written_aside(out / "parts.json") as aside:
+        aside.write_text(json.dumps({"samples": samples, "seed": seed, **figures}, indent=1) + "\n")
+
+
+def held_out(count: int, modality: Modality, seed: int) -> list[tuple[Thing, str]]:
+    """Things with full captions in held-out wordings, every second of a held-out pair."""
+    rng = np.random.default_rng([seed, MODALITIES.index(modality)])
+    things = [sample_thing(rng, "held_out" if n % 2 else "training") for n in range(count)]
+    return [(thing, caption(thing, modality, rng, split="held_out")) for thing in things]
+
+
+def _score_decoder(
+    config: Config, modality: Modality, samples: int, seed: int, out: Path
+) -> dict[str, Any]:
+    """Shares of media with every attribute right, and with each, seen and held-out pairs apart."""
+    decoder = Decoder(modality, resolve_model_path(config.decoders[modality].path), choose_device())
+    options = ChatOptions.from_config(config).decode[modality]
+    cases = held_out(samples, modality, seed)
+    made: list[Output] = []
+    with tqdm(total=samples, desc=f"{modality} decoder") as bar:
+        for batch in in_batches(cases):
+            embeddings = decoder.captions.encode([text for _, text in batch])
+            seeds = tuple(range(seed + len(made), seed + len(made) + len(batch)))
+            made += decoder.decode(embeddings, replace(options, seed=seeds))
+            bar.update(len(batch))
+    rights = []
+    for (thing, _), medium in zip(cases, made, strict=True):
+        seen = judge(modality, medium)
+        rights.append({n: seen[n] == getattr(thing, n) for n in ATTRIBUTES[modality]})
+    draw_grid(made[:_SHOWN], [text for _, text in cases[:_SHOWN]], out / f"{modality}.png")
+    whole = [all(right.values()) for right in rights]
+    return {
+        "all": share(whole),
+        "seen_pairs": share(whole[::2]),
+        "held_out_pairs": share(whole[1::2]),
+        "attributes": {n: share([right[n] for right in rights]) for n in ATTRIBUTES[modality]},
+    }
+
+
+def _line(figures: dict[str, Any]) -> str:
+    each = ", ".join(f"{n} {found['right']:.1%}" for n, found in figures["attributes"].items())
+    return f"every attribute right {figures['all']['right']:.1%} ({each})"
+
+
+def _score_encoder(config: Config, samples: int, seed: int) -> dict[str, Any]:
+    """How often a medium's own caption is the nearest of 100 that differ from it."""
+    imagebind = build_media_encoder(config)
+    folder = project_path(config.encoder.path) / TEXT_TOWER
+    tower = CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    found = {}
+    for modality in MODALITIES:
+        rng = np.random.default_rng([seed, 9])
+        rights = []
+        with TemporaryDirectory() as place, torch.no_grad():
+            for number, (thing, text) in enumerate(
+                tqdm(held_out(samples, modality, seed), f"encoder, {modality}")
+            ):
+                path = Path(place) / f"held_out_{number:06d}{SUFFIXES[modality]}"
+                write_medium(path, modality, thing, seed + 1)
+                feature_D = imagebind.encode(modality, load_views(modality, path)[None])[0]
+                texts = [text, *_other_captions(thing, modality, rng)]
+                rights.append(_nearest(tower, tokenizer, texts, feature_D) == 0)
+        found[modality] = share(rights)
+    return found
+
+
+def _other_captions(thing: Thing, modality: Modality, rng: np.random.Generator) -> list[str]:
+    """99 captions of things that differ from `thing` in what this medium shows."""
+    texts: list[str] = []
+    own = thing.attributes(modality)
+    while len(texts) < CANDIDATES - 1:
+        split = "held_out" if rng.random() < 0.5 else "training"
+        other = sample_thing(rng, split)
+        if other.attributes(modality) != own:
+            texts.append(caption(other, modality, rng, split="held_out"))
+    return texts
+
+
+def _nearest(
+    tower: CLIPTextModelWithProjection,
+    tokenizer: CLIPTokenizer,
+    texts: list[str],
+    feature_D: Tensor,
+) -> int:
+    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    texts_ND = normalize(tower(tokens.input_ids).text_embeds, dim=-1)
+    return int((texts_ND @ feature_D).argmax())

@@ -1,0 +1,137 @@
+"""Training of the mini world's parts: exact resume, true labels, and what is folded or copied."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dataset.media import load_views
+from mini_world.album import write_medium
+from mini_world.captions import as_heard, read_caption
+from mini_world.mini_decoders import unet, vae
+from mini_world.part_training import runner
+from mini_world.part_training.diffusion import begin_with, predict
+from mini_world.part_training.mel import log_mel
+from mini_world.part_training.runner import Losses, Plan, train
+from mini_world.part_training.samples import (
+    ALL_ATTRIBUTES,
+    NOT_TOLD,
+    _clip_view,
+    _video_ends,
+    labels,
+    neighbours,
+    some_caption,
+    sounds,
+    things,
+)
+from mini_world.part_training.vae import standardise
+from mini_world.things import ATTRIBUTES, VALUES
+from tiny_decoders import TINY
+
+PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_every=2, log_every=3, average=0.5)
+
+
+def losses_of(model: nn.Linear) -> runner.LossOf:
+    """Regression to random numbers that come from both generators."""
+
+    def loss_of(rng: np.random.Generator) -> Losses:
+        inputs = torch.from_numpy(rng.standard_normal((8, 3))).float()
+        return {"squared": (model(inputs) - torch.randn(8, 2)).square().mean()}
+
+    return loss_of
+
+
+def new_model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    whole = new_model()
+    straight = train("part", whole, losses_of(whole), PLAN, tmp_path / "a", seed=1)
+    broken = new_model()
+    loss_of, calls = losses_of(broken), []
+
+    def stops_once(rng: np.random.Generator) -> Losses:
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return loss_of(rng)
+
+    with pytest.raises(KeyboardInterrupt):
+        train("part", broken, stops_once, PLAN, tmp_path / "b", seed=1)
+    again = new_model()
+    resumed = train("part", again, losses_of(again), PLAN, tmp_path / "b", seed=1)
+    assert torch.equal(straight.weight, resumed.weight)
+    assert torch.equal(whole.weight, again.weight)
+    assert not torch.equal(straight.weight, whole.weight)  # the average is kept, not the last
+
+
+def test_neighbours_come_in_fours_that_differ_in_at_most_one_attribute() -> None:
+    drawn = neighbours(np.random.default_rng(0), "video", 40)
+    rows = labels(drawn, [ATTRIBUTES["video"]] * 40).view(10, 4, -1)
+    differing = (rows[:, 1:] != rows[:, :1]).sum(dim=-1)
+    assert differing.max() == 1
+    assert differing.float().mean() > 0.9
+    assert not any(thing.held_out for thing in drawn)
+
+
+@pytest.mark.parametrize("modality", ["image", "video", "audio"])
+def test_labels_say_what_the_caption_tells_and_nothing_else(modality: str) -> None:
+    rng = np.random.default_rng(3)
+    for thing in things(rng, 40):
+        text, told = some_caption(thing, modality, rng)
+        label = labels([thing], [told])[0]
+        read = read_caption(text)
+        read = as_heard(read) if modality == "audio" else read
+        for name, index in zip(ALL_ATTRIBUTES, label.tolist(), strict=True):
+            assert (index == NOT_TOLD) == (name not in read), text
+            if name in read:
+                assert VALUES[name][index] == read[name], text
+
+
+def test_a_pooled_video_is_seen_as_training_and_chat_see_its_file(tmp_path: Path) -> None:
+    thing = things(np.random.default_rng(0), 1)[0]
+    path = tmp_path / "pool_000007.mp4"
+    write_medium(path, "video", thing, 5)
+    pooled = _clip_view(_video_ends(5, 7, thing).numpy())
+    for view in load_views("video", path):
+        assert torch.allclose(view, pooled, atol=1e-5)
+
+
+def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:
+    torch.manual_seed(0)
+    model = vae(3, 16, TINY).eval()
+    batch = torch.rand(8, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        before = model.encode(batch).latent_dist
+        made = model.decode(before.mean).sample
+        deviation = before.std / before.mean.std(dim=(0, 2, 3), keepdim=True)
+        standardise(model, before.mean)
+        after = model.encode(batch).latent_dist
+        assert torch.allclose(model.decode(after.mean).sample, made, atol=1e-4)
+    assert torch.allclose(after.mean.mean(dim=(0, 2, 3)), torch.zeros(TINY.latents), atol=1e-4)
+    assert torch.allclose(after.mean.std(dim=(0, 2, 3)), torch.ones(TINY.latents), atol=1e-4)
+    assert torch.allclose(after.std, deviation, rtol=1e-3)
+
+
+def test_a_video_network_begins_as_its_picture_network_frame_by_frame() -> None:
+    torch.manual_seed(0)
+    picture, video = unet("image", TINY).eval(), unet("video", TINY).eval()
+    begin_with(video, picture)
+    noisy = torch.randn(2, TINY.latents, 3, 8, 8)
+    steps, captions = torch.tensor([10, 900]), torch.randn(2, 12, TINY.text_width)
+    with torch.no_grad():
+        made = predict(video, "video", noisy, steps, captions)
+        for frame in range(3):
+            alone = predict(picture, "image", noisy[:, :, frame], steps, captions)
+            assert torch.allclose(made[:, :, frame], alone, atol=1e-5)
+
+
+def test_a_mel_frame_is_one_hop_and_quiet_lies_at_the_floor() -> None:
+    spectrograms = log_mel(sounds(things(np.random.default_rng(0), 2), np.random.default_rng(1)))
+    assert spectrograms.shape == (2, 128, 64)
+    silence = log_mel(torch.zeros(1, 32000))
+    assert silence.max() == silence.min() < spectrograms.min() + 0.5
