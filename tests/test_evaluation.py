@@ -29,15 +29,17 @@ from evaluation.items import (
     parse_cells,
     write_media,
 )
-from evaluation.judge import judge_file
+from evaluation.judge import judge, judge_file
 from evaluation.plain_talk import QUESTIONS, perplexity
 from evaluation.running import caption_before
 from evaluation.scoreboard import average, measure
 from evaluation.scoring import chance, score_answer, summarise, wilson
 from evaluation.table import table
+from mini_world.album import render_medium
 from mini_world.captions import as_heard, read_caption
 from mini_world.phrasing import COURSE_REQUESTS, EDITS, HEAR, HEAR_COUNTED, OPENINGS, REVERSE, SHOW
 from mini_world.plain_talk import plain_talk
+from mini_world.things import SHAPE_OF, SIZE_OF, Thing
 from mini_world.words import Wording
 from tiny_parts import tiny_overrides, write_tiny_parts
 
@@ -177,6 +179,30 @@ def test_several_parts_are_all_needed() -> None:
     assert score_answer(wanted, "Here:", [bell, ("image", SEEN_RED)]).right
     assert not score_answer(wanted, "Here:", [("image", SEEN_RED)]).modalities
     assert not score_answer(wanted, " ", [bell, ("image", SEEN_RED)]).right
+
+
+def test_perfect_answers_to_every_item_are_right() -> None:
+    """Words and rendered media that are as wanted: reader, judge and expectation agree."""
+    for item in items_of(*CELLS, samples=4):
+        media = []
+        for one in item.wanted:
+            if one.kind != "text":
+                thing = thing_with(one.attributes)
+                media.append((one.kind, judge(one.kind, render_medium("x", one.kind, thing, 0))))
+        words = " ".join(one.caption for one in item.wanted if one.kind == "text")
+        assert score_answer(item.wanted, words, media).right, item
+
+
+def thing_with(attributes: dict) -> Thing:
+    """A thing that has them, whatever else it is."""
+    of_thing = {"pitch": ("size", SIZE_OF), "timbre": ("shape", SHAPE_OF)}
+    figures = {
+        of_thing[name][0] if name in of_thing else name: (
+            of_thing[name][1][value] if name in of_thing else value
+        )
+        for name, value in attributes.items()
+    }
+    return replace(Thing("star", "green", "small", "middle", "grows", 1), **figures)
 
 
 def test_wilson_gives_known_intervals() -> None:

@@ -143,10 +143,9 @@ def _take(
         return _ask(scene or Scene(thing, frozenset({"size", "shape"}), None), rng)
     if goal in CASES:
         taken = course_case(goal, thing, rng, "held_out")
-        source = CASE_INPUT[goal]
-        # Where a picture is to be described; elsewhere the words lead in and may say anything.
-        told = "I" not in goal.split("→")[1] and source
-        attributes = _determined(taken.scene, source) if told else {}
+        # What is shown is to be described, or else the words lead in and may say anything.
+        described = CASE_INPUT[goal] if goal.endswith("→T+A") else None
+        attributes = _determined(taken.scene, described) if described else {}
         wanted = [Wanted("text", attributes, str(taken.answer[0]))]
     elif scene is None:
         taken, wanted = opening(goal, rng, "held_out", thing), []

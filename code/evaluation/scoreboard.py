@@ -19,6 +19,7 @@ from chat.assistant import Assistant
 from chat.options import ChatOptions
 from config.atomic import written_aside
 from config.errors import InputError
+from config.loader import PROJECT_ROOT
 from config.schema import Config
 from conversation.parts import Text
 from evaluation.items import MATRIX, PLAIN, build_items, write_media
@@ -69,21 +70,23 @@ def evaluate(
     with TemporaryDirectory() as folder:
         board = measure(assistant, cells, samples, seed, Path(folder))
         clock = Clock()
-        with clock.time("pictures"):
-            draw_matrix(board.cells, out / MATRIX_PICTURE)
-            draw_contact_sheet(board.results, seed, out / SHEET)
+        if board.results:
+            with clock.time("pictures"):
+                draw_matrix(board.cells, out / MATRIX_PICTURE)
+                draw_contact_sheet(board.results, seed, out / SHEET)
     board.seconds |= clock.seconds
     source = read_delta(delta).source
     head = {
         "config": config.name,
-        "delta": str(source),
+        "delta": os.path.relpath(source, PROJECT_ROOT),
         "fingerprint": hashlib.sha256(source.read_bytes()).hexdigest()[:16],
         "samples": samples,
         "seed": seed,
     }
     print(table(board.cells, board.plain, board.seconds))
     _write(board, head, out / SCOREBOARD)
-    print(f"written to {out}: {SCOREBOARD}, {MATRIX_PICTURE}, {SHEET}")
+    written = [name for name in (SCOREBOARD, MATRIX_PICTURE, SHEET) if (out / name).is_file()]
+    print(f"in {out}: {', '.join(written)}")
 
 
 def measure(
