@@ -2,7 +2,7 @@
 
 By rules alone, nothing is learned: what is seen and heard is compared with what the renderer draws
 and plays. What is not there, or is none of the values, is None. On one core a picture costs 4 ms,
-a video 15 ms, a sound 5 ms; the first of a kind half a second more, for the templates.
+a video 20 ms, a sound 5 ms; the first of a kind half a second more, for the templates.
 """
 
 from pathlib import Path
