@@ -75,7 +75,9 @@ def measure(config_name: str, stage: int, steps: int) -> None:
         trainer.make_model(delta=None), config.training, steps + 1, trainer.device, trainer.dtype
     )
     path = resolve_model_path(config.language_model.path)
-    bare = AutoModelForCausalLM.from_pretrained(path, dtype=trainer.dtype).to(trainer.device)
+    bare = AutoModelForCausalLM.from_pretrained(
+        path, dtype=trainer.dtype, attn_implementation=config.language_model.attention
+    ).to(trainer.device)
     last_id = bare.config.vocab_size - 1
 
     def bare_step(batches: list[Batch], trained: bool) -> None:

@@ -124,7 +124,8 @@ def test_every_flag_named_in_the_readmes_is_some_programs(help_of: Callable) -> 
         ROOT / name
         for name in (
             "code/inference.py", "code/process_embeddings.py", "code/dataset/preprocess_dataset.py",
-            "code/mini_world/write_data.py", "scripts/train.sh",
+            "code/mini_world/write_data.py", "code/mini_world/build_parts.py", "code/evaluate.py",
+            "code/evaluate_parts.py", "scripts/train.sh",
         )
     ]  # fmt: skip
     known = {"--help"}.union(*(help_of(file) for file in programs))

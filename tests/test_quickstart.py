@@ -14,6 +14,13 @@ ROOT = Path(__file__).parent.parent
 SUFFIX_OF = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 
 
+def kinds_in(answers: Path, case: dict) -> list[str]:
+    """The kinds of what was written for a case, words first."""
+    folder = answers / case["name"].replace("→", "-")
+    there = {path.suffix for path in folder.iterdir()}
+    return ["text", *(modality for modality in MODALITIES if SUFFIX_OF[modality] in there)]
+
+
 @pytest.mark.slow
 def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
@@ -37,6 +44,8 @@ def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path)
     assert len(cases) == 4
     histories = sorted(answers.glob("*/history.json"))
     assert len(histories) == len(cases)
+    right = [case["name"] for case in cases if kinds_in(answers, case) == case["expects"]]
+    assert len(right) >= 3, f"only {right} were answered with the kinds of media asked for"
     for modality in MODALITIES:
         files = list(answers.rglob(f"*{SUFFIX_OF[modality]}"))
         assert files, f"no answer called for {modality}"

@@ -123,7 +123,7 @@ def course_case(
         parts = sum((_present(scene, m, rng, course=True) for m in MODALITIES), ())
         return Step(request, parts, scene.showing(thing, "audio", "count"))
     if case == "T+I→T+I+V":
-        parts = _present(scene, "image", rng) + _present(scene, "video", rng, course=True)
+        parts = sum((_present(scene, m, rng, course=True) for m in ("image", "video")), ())
         return Step(request, parts, replace(scene, last="video"))
     source = CASE_INPUT[case] or "image"
     words = sentence(caption(thing, source, rng))

@@ -28,7 +28,7 @@ from mini_world.things import HELD_OUT_PAIRS, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 2  # of the world: raise it when the same seed gives something else
+VERSION = 3  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
@@ -50,7 +50,8 @@ Rows = list[dict[str, Any]]
 _Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
 _CELLS: list[tuple[Modality | None, str]] = [
     *((source, goal) for source in (None, *MODALITIES) for goal in OUTPUTS),
-    *((source, case) for case, source in CASE_INPUT.items()),
+    # Several media in one answer are the hardest to learn: as often as three cells.
+    *((source, case) for case, source in CASE_INPUT.items() for _ in range(3)),
 ]
 
 
