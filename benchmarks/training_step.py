@@ -53,7 +53,7 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     plan = BatchPlan(sizes, training.global_batch_size, data.batching, training.seed)
     order = shares(plan, 0, count, rank=0, world=1)
     width = trainer.config.encoder.width
-    ready = load_batches(samples, order, training.micro_batch_size, width, workers=0)
+    ready = load_batches(samples, order, training.micro_batch_size, width, 0, data.row_length)
     completer = BatchCompleter(trainer.config, samples.caches, trainer.device)
     return [[completer.complete(one) for one in step] for step in itertools.islice(ready, count)]
 
@@ -86,7 +86,8 @@ def measure(config_name: str, stage: int, steps: int) -> None:
             embeddings = bare.get_input_embeddings()(batch.input_ids.clamp(max=last_id))
             bare(
                 inputs_embeds=embeddings if trained else embeddings.requires_grad_(),
-                attention_mask=batch.attention_mask,
+                attention_mask=batch.attention_mask if batch.position_ids is None else None,
+                position_ids=batch.position_ids,
                 labels=batch.targets.clamp(max=last_id),
             ).loss.backward()
         bare.zero_grad(set_to_none=True)

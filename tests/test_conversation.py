@@ -3,6 +3,7 @@
 import pytest
 
 from config.errors import MediaError
+from conversation.batch import pack_conversations
 from conversation.encoding import IGNORE, ConversationEncoder
 from conversation.parts import MODALITIES, Conversation, Media, Text, Turn
 from parity_tools import cases
@@ -123,3 +124,26 @@ def test_an_answer_is_read_back_as_its_parts(encoder: ConversationEncoder) -> No
     prompt = encoder.encode(Conversation((question,)))
     whole = encoder.encode(Conversation((question, Turn("assistant", parts))))
     assert encoder.decode_answer(whole.input_ids[len(prompt.input_ids) :]) == parts
+
+
+def test_packed_conversations_lie_whole_in_their_places_and_count_from_zero() -> None:
+    encoder = tiny_encoder()
+    kinds = ("image", "video", "audio", "image")
+    encoded = [
+        encoder.encode(recorded_conversation(f"stage1.{kind}", row))
+        for kind in kinds
+        for row in (0, 1)
+    ]
+    longest = max(len(one.input_ids) for one in encoded)
+    batch, places = pack_conversations(encoded, pad_id=0, row_length=2 * longest)
+    assert len(batch.input_ids) < len(encoded)
+    assert int(batch.attention_mask.sum()) == sum(len(one.input_ids) for one in encoded)
+    slots = [tuple(slot) for slot in batch.slots.tolist()]
+    for (row, first), one in zip(places, encoded, strict=True):
+        here = slice(first, first + len(one.input_ids))
+        assert batch.input_ids[row, here].tolist() == one.input_ids
+        assert batch.targets[row, here].tolist() == one.targets
+        assert batch.position_ids[row, here].tolist() == list(range(len(one.input_ids)))
+        assert [(row, first + position) for position, _ in one.slots] == slots[: len(one.slots)]
+        slots = slots[len(one.slots) :]
+    assert not slots

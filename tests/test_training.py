@@ -134,6 +134,16 @@ def test_the_micro_batch_size_changes_nothing(tmp_path: Path, alone: TinyRun) ->
     assert run.losses == pytest.approx(alone.losses, rel=1e-4)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_lose_what_rows_of_one_conversation_lose(
+    tmp_path: Path, alone: TinyRun, attention: str
+) -> None:
+    sets = [*ONE_AT_A_TIME, "training.micro_batch_size=4", "training.max_steps=6"]
+    sets += ["data.row_length=300", f"language_model.attention={attention}"]
+    packed = TinyRun(tmp_path, 3, sets, from_stage(2)).finish()
+    assert packed.losses == pytest.approx(alone.losses, rel=1e-4)
+
+
 def test_activation_checkpointing_draws_the_same_dropout(tmp_path: Path) -> None:
     runs = []
     for way in ("true", "false"):

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from conversation.encoding import IGNORE, EncodedConversation
 from conversation.parts import Media, Modality
@@ -12,16 +11,18 @@ from conversation.parts import Media, Modality
 
 @dataclass
 class Batch:
-    """B conversations, padded on the right to L tokens.
+    """B rows of L tokens: a conversation each, or several packed one after the other.
 
     Attributes:
-        input_ids: (B, L) int64.
+        input_ids: (B, L) int64, padded on the right.
         attention_mask: (B, L) int64, 0 on padding.
         targets: (B, L) int64, `IGNORE` where there is no loss; not shifted.
         slots: (S, 2) int64, row and position of every input medium.
         features: (S, E) float32, the encoder's vectors of those media.
         runs: by modality (R, 2) int64, row and first position of the signal runs to be projected.
         captions: by modality (R, *caption_shape) float32, what the projections should give.
+        position_ids: (B, L) int64 of packed rows: 0 begins another conversation, which sees nothing
+            of the ones before it; none where each row is one conversation.
     """
 
     input_ids: torch.Tensor
@@ -31,6 +32,7 @@ class Batch:
     features: torch.Tensor
     runs: dict[Modality, torch.Tensor] = field(default_factory=dict)
     captions: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on `device`."""
@@ -38,33 +40,75 @@ class Batch:
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return {modality: tensor.to(device) for modality, tensor in value.items()}
-            return value.to(device)
+            return None if value is None else value.to(device)
 
         return Batch(**{name: moved(value) for name, value in vars(self).items()})
 
 
+Places = list[tuple[int, int]]  # of each conversation: its row and its first position there
+
+
 def pad_conversations(encoded: list[EncodedConversation], pad_id: int) -> Batch:
-    """The batch of `encoded`, with its features and captions still empty."""
-    ids = [torch.tensor(one.input_ids) for one in encoded]
-    targets = [torch.tensor(one.targets) for one in encoded]
-    slots = [(row, position) for row, one in enumerate(encoded) for position, _ in one.slots]
+    """The batch of `encoded`, a row each, with its features and captions still empty."""
+    return _lay_out(encoded, [(row, 0) for row in range(len(encoded))], pad_id)
+
+
+def pack_conversations(
+    encoded: list[EncodedConversation], pad_id: int, row_length: int
+) -> tuple[Batch, Places]:
+    """As `pad_conversations`, but with several in a row of `row_length` tokens; and their places.
+
+    The longest go first, each into the first row with room for it; one that is longer than a row
+    has a row of its own. It costs attention over whole rows, and saves nearly all padding.
+    """
+    places: Places = [(0, 0)] * len(encoded)
+    used: list[int] = []  # tokens of each row
+    for index in sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids)):
+        length = len(encoded[index].input_ids)
+        row = next((r for r, n in enumerate(used) if n + length <= row_length), len(used))
+        if row == len(used):
+            used.append(0)
+        places[index] = (row, used[row])
+        used[row] += length
+    batch = _lay_out(encoded, places, pad_id)
+    batch.position_ids = torch.arange(batch.input_ids.shape[1]).repeat(len(used), 1)
+    for (row, first), one in zip(places, encoded, strict=True):
+        batch.position_ids[row, first : first + len(one.input_ids)] -= first
+    return batch, places
+
+
+def _lay_out(encoded: list[EncodedConversation], places: Places, pad_id: int) -> Batch:
+    rows = 1 + max(row for row, _ in places)
+    ends = [first + len(one.input_ids) for (_, first), one in zip(places, encoded, strict=True)]
+    input_ids = torch.full((rows, max(ends)), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.full_like(input_ids, IGNORE)
+    for (row, first), end, one in zip(places, ends, encoded, strict=True):
+        input_ids[row, first:end] = torch.tensor(one.input_ids)
+        attention_mask[row, first:end] = 1
+        targets[row, first:end] = torch.tensor(one.targets)
+    slots = [
+        (row, first + position)
+        for (row, first), one in zip(places, encoded, strict=True)
+        for position, _ in one.slots
+    ]
     return Batch(
-        input_ids=pad_sequence(ids, batch_first=True, padding_value=pad_id),
-        attention_mask=pad_sequence([torch.ones_like(one) for one in ids], batch_first=True),
-        targets=pad_sequence(targets, batch_first=True, padding_value=IGNORE),
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        targets=targets,
         slots=torch.tensor(slots, dtype=torch.int64).view(-1, 2),
         features=torch.empty(0, 0),
     )
 
 
 def locate_runs(encoded: list[EncodedConversation]) -> dict[Modality, list[tuple[int, int, Media]]]:
-    """Row, first position and medium of the signal runs, by modality, in reading order.
+    """Conversation, first position and medium of the signal runs, by modality, in reading order.
 
     Left out are media that say no caption: they have no alignment target.
     """
     located: dict[Modality, list[tuple[int, int, Media]]] = {}
-    for row, one in enumerate(encoded):
+    for index, one in enumerate(encoded):
         for position, medium in one.runs:
             if medium.caption or medium.embedding:
-                located.setdefault(medium.modality, []).append((row, position, medium))
+                located.setdefault(medium.modality, []).append((index, position, medium))
     return located

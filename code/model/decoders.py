@@ -18,6 +18,7 @@ from diffusers.pipelines.deprecated.audioldm.pipeline_audioldm import AudioLDMPi
 from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_synth import (
     TextToVideoSDPipeline,
 )
+from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -26,6 +27,8 @@ from conversation.parts import Modality
 from model.caption_encoders import CaptionEncoder
 from model.media_files import Frames, Output, Sound
 from model.pretrained_folder import loading, resolve
+
+disable_progress_bar()  # of loading a pipeline's five parts
 
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 PIPELINES: dict[Modality, type[DiffusionPipeline]] = {

@@ -84,11 +84,21 @@ class NextGPT(nn.Module):
         return embeddings.index_put((slots[:, 0], slots[:, 1]), projected)
 
     def read(
-        self, embeddings: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        embeddings: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last hidden states (B, L, H), after the final norm, of embeddings (B, L, H)."""
+        """Last hidden states (B, L, H), after the final norm, of embeddings (B, L, H).
+
+        With `position_ids` (B, L), as in `Batch`, rows are packed; their padding stands last and is
+        seen by none, so that the mask goes unused: transformers takes one or the other.
+        """
         return self.language_model.model(
-            inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+            inputs_embeds=embeddings,
+            attention_mask=attention_mask if position_ids is None else None,
+            position_ids=position_ids,
+            use_cache=False,
         ).last_hidden_state
 
     def project_runs(
@@ -107,7 +117,7 @@ class NextGPT(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """The losses of `batch`."""
         embeddings = self.embed(batch.input_ids, batch.slots, batch.features)
-        hidden = self.read(embeddings, batch.attention_mask)
+        hidden = self.read(embeddings, batch.attention_mask, batch.position_ids)
 
         next_targets = batch.targets[:, 1:]
         has_target = next_targets != IGNORE

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from config.errors import InputError
 from conversation.parts import Modality
+
+disable_progress_bar()  # parts are loaded in a second or two, and a bar each hides what is said
 
 # Names in older texts that the hub no longer has.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}

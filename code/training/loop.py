@@ -137,6 +137,7 @@ class Trainer:
             agent.micro_batch_size,
             self.config.encoder.width,
             self.config.data.workers,
+            self.config.data.row_length,
         )
         completer = BatchCompleter(self.config, samples.caches, self.device)
         for step in range(first_step + 1, steps + 1):

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config.errors import InputError, MediaError
-from conversation.batch import Batch, locate_runs, pad_conversations
+from conversation.batch import Batch, locate_runs, pack_conversations, pad_conversations
 from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
 from conversation.parts import Media, Modality
 from dataset.caption_embeddings import read_embedding
@@ -142,7 +142,11 @@ class ReadySamples(Dataset[ReadySample]):
 
 
 def split_by_length(
-    samples: Sequence[ReadySample], size: int, pad_id: int, feature_width: int
+    samples: Sequence[ReadySample],
+    size: int,
+    pad_id: int,
+    feature_width: int,
+    row_length: int | None = None,
 ) -> list[ReadyBatch]:
     """Micro batches of `size` samples of like length, so that little is spent on padding.
 
@@ -150,15 +154,21 @@ def split_by_length(
     """
     ordered = sorted(samples, key=lambda sample: len(sample.encoded.input_ids))
     return [
-        collate(ordered[start : start + size], pad_id, feature_width)
+        collate(ordered[start : start + size], pad_id, feature_width, row_length)
         for start in range(0, len(ordered), size)
     ]
 
 
-def collate(samples: Sequence[ReadySample], pad_id: int, feature_width: int) -> ReadyBatch:
-    """The micro batch of `samples`."""
+def collate(
+    samples: Sequence[ReadySample], pad_id: int, feature_width: int, row_length: int | None = None
+) -> ReadyBatch:
+    """The micro batch of `samples`, packed into rows of `row_length` tokens, or a row each."""
     encoded = [sample.encoded for sample in samples]
-    ready = ReadyBatch(pad_conversations(encoded, pad_id), samples=len(samples))
+    if row_length is None:
+        batch, places = pad_conversations(encoded, pad_id), [(i, 0) for i in range(len(encoded))]
+    else:
+        batch, places = pack_conversations(encoded, pad_id, row_length)
+    ready = ReadyBatch(batch, samples=len(samples))
     ready.cut_tokens = sum(one.cut_tokens for one in encoded)
     ready.skipped = [skipped for sample in samples for skipped in sample.skipped]
 
@@ -175,8 +185,9 @@ def collate(samples: Sequence[ReadySample], pad_id: int, feature_width: int) -> 
             ready.batch.features[index] = torch.from_numpy(feature)
 
     for modality, runs in locate_runs(encoded).items():
-        ready.batch.runs[modality] = torch.tensor([[row, position] for row, position, _ in runs])
-        known = [samples[row].captions.get(medium) for row, _, medium in runs]
+        starts = [(*places[index], position) for index, position, _ in runs]
+        ready.batch.runs[modality] = torch.tensor([[r, first + p] for r, first, p in starts])
+        known = [samples[index].captions.get(medium) for index, _, medium in runs]
         if any(caption is None for caption in known):
             ready.texts[modality] = [medium.caption for _, _, medium in runs]
         else:
@@ -204,6 +215,7 @@ def load_batches(
     micro_batch_size: int,
     feature_width: int,
     workers: int,
+    row_length: int | None = None,
 ) -> Iterator[list[ReadyBatch]]:
     """The micro batches of each share in `order`, made ready by `workers` processes ahead of use.
 
@@ -215,6 +227,7 @@ def load_batches(
         size=micro_batch_size,
         pad_id=samples.encoder.tokenizer.eos_token_id,
         feature_width=feature_width,
+        row_length=row_length,
     )
     return iter(
         DataLoader(
