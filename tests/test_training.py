@@ -174,7 +174,7 @@ def test_a_medium_is_decoded_and_encoded_once_for_all_runs(tmp_path: Path) -> No
 def test_bf16_learns(tmp_path: Path) -> None:
     sets = ["training.precision=bf16", "training.max_steps=40", "training.epochs=5"]
     losses = TinyRun(tmp_path, 2, sets, from_stage(1)).finish().losses
-    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
 def test_the_learning_rate_rises_over_a_tenth_then_falls_to_zero(tmp_path: Path) -> None:

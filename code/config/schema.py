@@ -85,7 +85,7 @@ class DataConfig(Section):
     batching: Literal["mixed", "one_dataset_in_turn"]
     caption_embeddings: Literal["precomputed", "online"]
     max_length: Positive  # tokens of one conversation
-    # Tokens of a row that conversations are packed into: little padding. None: a row each.
+    # Tokens of a row that conversations are packed into, for little padding; none: a row each.
     row_length: Positive | None
     workers: Annotated[int, Field(ge=0)]  # loader processes a rank
 

@@ -60,7 +60,7 @@ class MiniFigures:
     vae_groups: int = 4  # of its group norms; one channel a group would lose what is bright or red
 
     size: int = 64  # pixels, both sides, image and video
-    picture_unet: tuple[int, ...] = (96, 128)  # of image and video
+    picture_unet: tuple[int, ...] = (80, 128)  # of image and video
 
     sample_rate: int = 16000  # samples per second
     upsampling: tuple[int, ...] = (5, 5, 5, 2)  # product: samples per mel frame, 15.6 ms
