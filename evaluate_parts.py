@@ -1,0 +1,1 @@
+code/evaluate_parts.py
