@@ -2,7 +2,7 @@
 
 Decoders: own text encoder, true caption, and the judge looks at what comes out. Encoder: which of
 100 captions is nearest to a medium? Half of the things are of held-out pairs, the others are seen
-pairs in held-out wordings. With 300 things a part it takes about 12 minutes on one core.
+pairs in held-out wordings.
 """
 
 import json

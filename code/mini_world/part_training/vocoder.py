@@ -2,7 +2,7 @@
 
 No discriminators: it learns from the magnitudes of three spectra of different windows
 (arXiv 1910.11480). Half of what it reads comes through the trained VAE, so that it knows what a
-generated spectrogram looks like. About 0.6 s a step on one core.
+generated spectrogram looks like.
 """
 
 from pathlib import Path
