@@ -1,6 +1,6 @@
 """The scoreboard: asks, answers, judges, counts; a table, `scoreboard.json` and two pictures.
 
-With 40 items a cell and the mini parts it takes about 15 minutes on one core.
+What the time went to is printed at the end.
 """
 
 import hashlib
