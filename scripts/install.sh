@@ -17,12 +17,6 @@ python=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
 if [ -z "$python" ] || ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
     fail "Python 3.11 is needed; install it, or name it: PYTHON=/path/to/python3.11"
 fi
-# DeepSpeed compiles a small extension at its first run.
-command -v c++ >/dev/null || fail "a C++ compiler is needed (on Debian: apt install g++)"
-"$python" - <<'CHECK' || fail "Python's headers are needed (on Debian: apt install python3.11-dev)"
-import pathlib, sys, sysconfig
-sys.exit(not pathlib.Path(sysconfig.get_path("include"), "Python.h").is_file())
-CHECK
 
 echo "installing into .venv (a few minutes the first time)"
 "$python" -m venv .venv

@@ -1,18 +1,20 @@
 """The two small tokenizers of the mini pipelines: every word of the mini world is one token.
 
-Byte-pair encodings trained on captions in a second; other words fall into letters.
+Byte-pair encodings from captions, made in a second; other words fall into letters.
 """
 
-import string
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer, RobertaTokenizer
 
 from conversation.parts import MODALITIES
 from mini_world.captions import caption
 from mini_world.things import sample_thing
 
+_WORD_END = "</w>"
 _NO_LIMIT = 4096  # tokens; training stops earlier, when every word is whole
 _SAMPLE = 2000  # captions of each modality and split; every word comes up many times
 
@@ -29,12 +31,30 @@ def sample_captions() -> list[str]:
 
 
 def clip_tokenizer(captions: Sequence[str], length: int) -> CLIPTokenizer:
-    """CLIP's kind, for pictures and videos; captions are padded and cut to `length` tokens."""
-    # Single characters are there so that each also exists at the end of a word.
-    characters = [*string.ascii_lowercase, *string.digits, *string.punctuation]
-    empty = CLIPTokenizer(model_max_length=length)
-    corpus = [[*captions, *characters]]
-    return empty.train_new_from_iterator(corpus, _NO_LIMIT, show_progress=False)
+    """CLIP's kind, for pictures and videos; captions are padded and cut to `length` tokens.
+
+    Its merges are laid down here: the trainer's numbering of tokens differs from run to run.
+    """
+    words = sorted({word for caption in captions for word in re.findall("[a-z]+", caption)})
+    merges: dict[tuple[str, str], None] = {}  # in order of rank
+    split = [[*word[:-1], word[-1] + _WORD_END] for word in words]
+    while split:  # a merge of one word can come first in another and leave it in pieces
+        for first, *others in split:
+            for piece in others:
+                merges.setdefault((first, piece))
+                first += piece
+        tokenizer = CLIPTokenizer(_vocabulary(merges), list(merges), model_max_length=length)
+        split = [left for word in words if len(left := tokenizer.tokenize(word)) > 1]
+    return tokenizer
+
+
+def _vocabulary(merges: Collection[tuple[str, str]]) -> dict[str, int]:
+    """Bytes, bytes at the end of a word, what the merges make, the two special tokens."""
+    characters = sorted(ByteLevel.alphabet())
+    tokens = [*characters, *(character + _WORD_END for character in characters)]
+    tokens += ["".join(pair) for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: number for number, token in enumerate(dict.fromkeys(tokens))}
 
 
 def roberta_tokenizer(captions: Sequence[str], length: int) -> RobertaTokenizer:

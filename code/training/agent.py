@@ -59,6 +59,9 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (alone | {"MASTER_PORT": "0"}).items():  # any free port
         os.environ.setdefault(name, value)
+    # Gloo adds up well enough; DeepSpeed's own sums on CPUs are compiled at the first start, which
+    # needs a compiler and, once cut off in the middle, lets every later start wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if device.type == "cuda":
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:  # processes that share cores slow each other down

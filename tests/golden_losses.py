@@ -1,0 +1,44 @@
+"""Records the losses of a seeded run of fifty steps of each stage: `python tests/golden_losses.py`.
+
+The runs are those of `tests/test_golden.py`: the real training entry on the tiny system, one
+process, float32. Record anew only when a change is meant to change what is learned, and say why.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT / "code"), str(ROOT / "tests")]
+
+from tiny_run import TinyRun  # noqa: E402  (the paths come first)
+
+GOLDEN = ROOT / "tests" / "golden_losses.json"
+STAGES = (1, 2, 3)
+STEPS = 50
+
+
+def runs(save_path: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
+    """Each stage's name and the losses of all its steps, one stage starting from the one before."""
+    for stage in STAGES:
+        sets = [f"training.max_steps={STEPS}", "training.precision=fp32", "training.epochs=50"]
+        metrics = TinyRun(save_path, stage, sets=sets).finish().metrics
+        kept = [{k: v for k, v in row.items() if "loss" in k or "align" in k} for row in metrics]
+        yield f"stage_{stage}", kept
+
+
+def main() -> None:
+    """Run and write."""
+    with TemporaryDirectory() as folder:
+        golden = dict(runs(Path(folder)))
+    lines = [
+        f'"{stage}": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]"
+        for stage, rows in golden.items()
+    ]
+    GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Fifty seeded steps of each stage give the losses that were recorded (`golden_losses.py`)."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from golden_losses import GOLDEN, STEPS, runs
+
+
+def test_fifty_steps_of_each_stage_lose_what_was_recorded(tmp_path: Path) -> None:
+    golden = json.loads(GOLDEN.read_text())
+    for stage, rows in runs(tmp_path):
+        assert len(rows) == len(golden[stage]) == STEPS
+        for step, (row, wanted) in enumerate(zip(rows, golden[stage], strict=True), start=1):
+            assert row == pytest.approx(wanted, rel=2e-3), f"{stage}, step {step}"
