@@ -1,6 +1,6 @@
 """Computes caption embeddings ahead of training.
 
-    python process_embeddings.py CAPTIONS.json image|video|audio OUT_DIR MODEL
+    python process_embeddings.py CAPTIONS.json [...] image|video|audio OUT_DIR MODEL
 
 Starts on one process, or on several with `torchrun` or `deepspeed`. Goes on where it was stopped.
 """
@@ -18,26 +18,27 @@ from training.embed_captions import embed_captions
 
 
 def main() -> None:
-    """Arguments in, one call."""
+    """Arguments in, one call a file."""
     parser = argparse.ArgumentParser(description="compute the embeddings of captions")
-    parser.add_argument("captions", type=Path, help="annotation file, JSON")
+    parser.add_argument("captions", type=Path, nargs="+", help="annotation files, JSON")
     parser.add_argument("modality", choices=MODALITIES)
     parser.add_argument("out", type=Path, help="folder for the .npy files")
     parser.add_argument("model", help="the decoder: a diffusers folder or a hub name")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", choices=["float16", "float32"])
     arguments = parser.parse_args()
-    embed_captions(
-        arguments.captions,
-        arguments.modality,
-        arguments.out,
-        arguments.model,
-        device=choose_device(),
-        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
-        batch_size=arguments.batch_size,
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-    )
+    for annotation in arguments.captions:
+        embed_captions(
+            annotation,
+            arguments.modality,
+            arguments.out,
+            arguments.model,
+            device=choose_device(),
+            dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+            batch_size=arguments.batch_size,
+            rank=int(os.environ.get("RANK", 0)),
+            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        )
 
 
 if __name__ == "__main__":

@@ -20,18 +20,17 @@ say "data of the mini world"
 python -m mini_world.write_data --out $world
 
 say "caption embeddings"
-for modality in image video audio; do
-    case $modality in
-        image) decoder=$parts/mini_stable_diffusion ;;
-        video) decoder=$parts/mini_zeroscope ;;
-        audio) decoder=$parts/mini_audioldm ;;
-    esac
-    for captions in T-X_pair_data/$modality/$modality.json \
-        IT_data/T-T+X_data/mini_request/mini_request.json \
-        IT_data/MosIT_data/mini_mosit/mini_mosit.json; do
-        python code/process_embeddings.py "$world/$captions" $modality $world/embed $decoder
-    done
-done
+instructions=$world/IT_data
+embed() {  # modality, decoder
+    python code/process_embeddings.py "$world/T-X_pair_data/$1/$1.json" \
+        "$instructions/T-T+X_data/mini_request/mini_request.json" \
+        "$instructions/MosIT_data/mini_mosit/mini_mosit.json" "$1" $world/embed "$2"
+}
+embed image $parts/mini_stable_diffusion &
+images=$!
+embed video $parts/mini_zeroscope
+embed audio $parts/mini_audioldm
+wait $images
 
 for stage in 1 2 3; do
     say "training stage $stage"

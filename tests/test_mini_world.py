@@ -240,15 +240,12 @@ def test_examples_hold_the_four_cases_with_their_media(world: Path) -> None:
             assert case[modality] is None or (world / "examples" / case[modality]).is_file()
 
 
-def test_plain_talk_has_hundreds_of_different_questions() -> None:
-    pairs = plain_talk(rng(), 400)
-    assert len(pairs) == len({question for question, _ in pairs}) == 400
-    assert pairs == plain_talk(rng(), 400)
+def test_plain_talk_is_hundreds_of_different_questions_with_whole_answers() -> None:
+    pairs = plain_talk(rng())
+    assert len({question for question, _ in pairs}) == len(pairs) >= 250
+    assert pairs == plain_talk(rng())
     for question, answer in pairs:
-        if sum_ := re.fullmatch(r"What is (\d+) (plus|minus|times) (\d+)\?", question):
-            a, sign, b = sum_.groups()
-            result = {"plus": int(a) + int(b), "minus": int(a) - int(b), "times": int(a) * int(b)}
-            assert answer.endswith(f" is {result[sign]}.")
+        assert answer.strip() == answer != "", question
 
 
 def test_writing_again_gives_the_same_files_and_is_skipped_when_there(

@@ -18,13 +18,13 @@ from mini_world.part_training.runner import Losses, Plan, train
 from mini_world.part_training.samples import (
     ALL_ATTRIBUTES,
     NOT_TOLD,
-    _clip_view,
-    _video_ends,
+    clip_view,
     labels,
     neighbours,
     some_caption,
     sounds,
     things,
+    video_ends,
 )
 from mini_world.part_training.vae import standardise
 from mini_world.things import ATTRIBUTES, VALUES
@@ -96,7 +96,7 @@ def test_a_pooled_video_is_seen_as_training_and_chat_see_its_file(tmp_path: Path
     thing = things(np.random.default_rng(0), 1)[0]
     path = tmp_path / "pool_000007.mp4"
     write_medium(path, "video", thing, 5)
-    pooled = _clip_view(_video_ends(5, 7, thing).numpy())
+    pooled = clip_view(video_ends(5, 7, thing).numpy())
     for view in load_views("video", path):
         assert torch.allclose(view, pooled, atol=1e-5)
 

@@ -202,3 +202,34 @@ def generate_answers(
         streamer=WordStream(encoder, on_text) if on_text else None,
     )
     return [stops.cut(row) for row in ids.tolist()]
+
+
+@torch.no_grad()
+def greedy_answers(
+    language_model: PreTrainedModel,
+    encoder: ConversationEncoder,
+    prompts: Sequence[list[int]],
+    most: int,
+) -> list[list[int]]:
+    """The likeliest answers of a language model as it was published, without signal tokens.
+
+    Args:
+        prompts: B rows of ids, without media.
+        most: tokens of an answer.
+
+    Returns:
+        B answers' ids, ends included unless the tokens ran out before.
+    """
+    rows = [torch.tensor(prompt, device=language_model.device) for prompt in prompts]
+    ones = [torch.ones_like(row) for row in rows]
+    stops, pad_id = StopSequences(encoder.stop_sequences), encoder.tokenizer.eos_token_id
+    ids = language_model.generate(
+        pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left"),
+        attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
+        generation_config=GenerationConfig(
+            max_new_tokens=most, do_sample=False, pad_token_id=pad_id
+        ),
+        stopping_criteria=StoppingCriteriaList([stops]),
+    )
+    longest = max(map(len, rows))
+    return [stops.cut(row[longest:]) for row in ids.tolist()]

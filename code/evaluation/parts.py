@@ -32,6 +32,7 @@ from evaluation.scoring import share
 from mini_world.album import write_medium
 from mini_world.captions import caption
 from mini_world.mini_encoder import TEXT_TOWER
+from mini_world.mini_tokenizers import tokenize
 from mini_world.things import ATTRIBUTES, Thing, sample_thing
 from model.build import build_media_encoder, resolve_model_path
 from model.decoders import Decoder
@@ -144,6 +145,6 @@ def _nearest(
     texts: list[str],
     feature_D: Tensor,
 ) -> int:
-    tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    tokens = tokenize(tokenizer, texts)
     texts_ND = normalize(tower(tokens.input_ids).text_embeds, dim=-1)
     return int((texts_ND @ feature_D).argmax())

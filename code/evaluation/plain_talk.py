@@ -13,15 +13,10 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PreTrainedModel,
-    StoppingCriteriaList,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from chat.assistant import Assistant
-from chat.generation import StopSequences
+from chat.generation import greedy_answers
 from chat.options import ChatOptions
 from conversation.parts import Conversation, Media, Text, Turn
 from evaluation.running import AT_ONCE, Clock, Tell, in_batches
@@ -66,31 +61,11 @@ def _perplexities(assistant: Assistant, conversations: Sequence[Conversation]) -
     untuned = load_whole(AutoModelForCausalLM, path, tuned.dtype).to(assistant.device).eval()
     prompts = [encoder.encode(conversation).input_ids for conversation in conversations]
     answers: list[list[int]] = []
-    stops = StopSequences(encoder.stop_sequences)
     for batch in in_batches(prompts):
-        answers += _greedy(untuned, batch, stops, encoder.tokenizer.eos_token_id)
+        answers += greedy_answers(untuned, encoder, batch, _ANSWER_TOKENS)
     own = perplexity(untuned, prompts, answers)
     found = perplexity(tuned, prompts, answers)
     return {"perplexity": found, "untuned_perplexity": own, "ratio": found / own}
-
-
-@torch.no_grad()
-def _greedy(
-    model: PreTrainedModel, prompts: Sequence[list[int]], stops: StopSequences, pad_id: int
-) -> list[list[int]]:
-    """The likeliest answers' ids, ends included."""
-    rows = [torch.tensor(prompt, device=model.device) for prompt in prompts]
-    ones = [torch.ones_like(row) for row in rows]
-    ids = model.generate(
-        pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left"),
-        attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
-        generation_config=GenerationConfig(
-            max_new_tokens=_ANSWER_TOKENS, do_sample=False, pad_token_id=pad_id
-        ),
-        stopping_criteria=StoppingCriteriaList([stops]),
-    )
-    longest = max(map(len, rows))
-    return [stops.cut(row[longest:]) for row in ids.tolist()]
 
 
 @torch.no_grad()

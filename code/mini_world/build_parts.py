@@ -26,7 +26,7 @@ from conversation.parts import Modality
 from mini_world.language_model import convert_language_model
 from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder, clip_text_config
 from mini_world.mini_encoder import MINI_IMAGEBIND, write_mini_encoder
-from mini_world.mini_tokenizers import clip_tokenizer, sample_captions
+from mini_world.mini_tokenizers import clip_tokenizer, sample_captions, tokenize
 from mini_world.part_training.diffusion import Embed, train_unet
 from mini_world.part_training.towers import Towers, clap_features, train_encoder, train_towers
 from mini_world.part_training.vae import train_vae
@@ -122,9 +122,7 @@ class Builder:
         """Captions to the states (N, 24, 192) that the picture and video networks attend to."""
 
         def embed(captions: list[str]) -> torch.Tensor:
-            tokens = self.towers.clip_tokenizer(
-                captions, padding="max_length", truncation=True, return_tensors="pt"
-            )
+            tokens = tokenize(self.towers.clip_tokenizer, captions)
             with torch.no_grad():
                 return self.clip(tokens.input_ids).last_hidden_state
 

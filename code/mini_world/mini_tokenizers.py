@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTokenizer, RobertaTokenizer
+from transformers import BatchEncoding, CLIPTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
 from conversation.parts import MODALITIES
 from mini_world.captions import caption
@@ -61,3 +61,8 @@ def roberta_tokenizer(captions: Sequence[str], length: int) -> RobertaTokenizer:
     """CLAP's kind, for sounds; captions are padded and cut to `length` tokens."""
     empty = RobertaTokenizer(model_max_length=length, add_prefix_space=True)
     return empty.train_new_from_iterator([list(captions)], _NO_LIMIT, show_progress=False)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> BatchEncoding:
+    """`input_ids` and `attention_mask` of captions padded and cut: (N, T) int64."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")

@@ -142,7 +142,7 @@ class Pool:
         self._things = neighbours(rng, modality, count)
         path = work / f"pool_{modality}_{count}.pt"
         if not path.is_file():
-            make = _sound_view if modality == "audio" else _video_ends
+            make = _sound_view if modality == "audio" else video_ends
             with written_aside(path) as aside:
                 made = [make(seed, *one) for one in enumerate(tqdm(self._things, path.stem))]
                 torch.save(torch.stack(made), aside)
@@ -156,7 +156,7 @@ class Pool:
         if self._modality == "audio":
             views = kept.float()
         else:
-            views = torch.stack([_clip_view(ends.numpy()) for ends in kept])
+            views = torch.stack([clip_view(ends.numpy()) for ends in kept])
         return [self._things[row] for row in rows], views
 
 
@@ -166,7 +166,7 @@ def _sound_view(seed: int, number: int, thing: Thing) -> Tensor:
     return audio_views(torch.from_numpy(samples))[0].half()
 
 
-def _video_ends(seed: int, number: int, thing: Thing) -> Tensor:
+def video_ends(seed: int, number: int, thing: Thing) -> Tensor:
     """First and last frame of the file that is written: (2, 64, 64, 3) uint8."""
     with TemporaryDirectory() as folder:
         path = Path(folder) / f"pool_{number:06d}.mp4"
@@ -175,7 +175,7 @@ def _video_ends(seed: int, number: int, thing: Thing) -> Tensor:
     return torch.from_numpy(np.stack(frames[:2]))
 
 
-def _clip_view(ends_THWC: np.ndarray) -> Tensor:
+def clip_view(ends_THWC: np.ndarray) -> Tensor:
     """What `video_views` makes of two square frames, once: (3, 2, 224, 224)."""
     frames_TCHW = torch.stack([normalise(frame) for frame in ends_THWC])
     return interpolate(frames_TCHW, (SIZE, SIZE), mode="bilinear").transpose(0, 1)

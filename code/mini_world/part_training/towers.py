@@ -26,7 +26,12 @@ from transformers import (
 from conversation.parts import MODALITIES, Modality
 from mini_world.mini_decoders import MINI, clap_text_model, clip_text_config
 from mini_world.mini_encoder import MINI_IMAGEBIND
-from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer, sample_captions
+from mini_world.mini_tokenizers import (
+    clip_tokenizer,
+    roberta_tokenizer,
+    sample_captions,
+    tokenize,
+)
 from mini_world.part_training.runner import Losses, Plan, train
 from mini_world.part_training.samples import (
     ALL_ATTRIBUTES,
@@ -216,9 +221,7 @@ def clip_states(
 
     The padding behind the end is seen by the pipelines' networks too, and knows the whole caption.
     """
-    ids_NT = tokenizer(
-        captions, padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
+    ids_NT = tokenize(tokenizer, captions).input_ids
     out = clip(ids_NT)
     ends_N = (ids_NT == tokenizer.eos_token_id).int().argmax(dim=1)
     last = ids_NT.shape[1] - 1
@@ -232,7 +235,7 @@ def clap_features(
     clap: ClapTextModelWithProjection, tokenizer: PreTrainedTokenizerBase, captions: list[str]
 ) -> Tensor:
     """Unit-length features (N, D)."""
-    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    tokens = tokenize(tokenizer, captions)
     return normalize(clap(tokens.input_ids, tokens.attention_mask).text_embeds, dim=-1)
 
 
