@@ -2,7 +2,8 @@
 
 Tuning on what the model says anyway keeps it talking as it did. The answers lie beside the
 questions in `plain_talk.json`; they are SmolLM2-135M-Instruct's likeliest ones, cut after a
-sentence, and as right or wrong as it is. To record them anew (minutes):
+sentence, and as right or wrong as it is; those that say a sentence twice are left out. Only
+greetings, which it does not understand, are answered here. To record them anew (6 minutes):
 
     cd code; python -m mini_world.plain_talk
 """
@@ -26,6 +27,20 @@ from model.pretrained_folder import load_whole
 
 QUESTIONS = Path(__file__).with_name("plain_talk_questions.txt")
 ANSWERS = Path(__file__).with_name("plain_talk.json")
+_GREETINGS = (
+    ("Hello!", "Hello! How can I help you?"),
+    ("Hi there.", "Hi! What can I do for you?"),
+    ("Good morning.", "Good morning! How can I help you today?"),
+    ("Good evening!", "Good evening! What can I do for you?"),
+    ("How are you?", "I am fine, thank you. How are you?"),
+    ("Thank you!", "You are welcome."),
+    ("Thanks a lot.", "You are welcome. Is there anything else?"),
+    ("Goodbye.", "Goodbye! Have a nice day."),
+    ("See you later.", "See you later!"),
+    ("What can you do?", "I can talk, and I can take in and make pictures, videos and sounds."),
+    ("Who are you?", "I am an assistant that works with text, pictures, videos and sounds."),
+    ("Can you help me?", "Yes, of course. What do you need?"),
+)
 _TOKENS = 72  # an answer that goes on is cut after its last whole sentence
 _AT_ONCE = 16
 _SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s)")
@@ -33,7 +48,8 @@ _SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s)")
 
 def plain_talk(rng: np.random.Generator) -> list[tuple[str, str]]:
     """Pairs of question and answer in random order, no question twice."""
-    pairs = [tuple(pair) for pair in json.loads(ANSWERS.read_text(encoding="utf-8"))]
+    recorded = json.loads(ANSWERS.read_text(encoding="utf-8"))
+    pairs = [*_GREETINGS, *(tuple(pair) for pair in recorded)]
     return [pairs[index] for index in rng.permutation(len(pairs))]
 
 
@@ -57,12 +73,13 @@ def record_answers() -> list[tuple[str, str]]:
 
 
 def _whole_sentences(answer: str, ended: bool) -> str:
-    """The answer up to its last whole sentence; empty if there is none."""
-    if ended:
-        return answer.strip()
+    """The answer up to its last whole sentence; empty if there is none, or one comes twice."""
     ends = [end.end() for end in _SENTENCE_END.finditer(answer)]
-    # The number of a list's next entry is no sentence.
-    return re.sub(r"\s+\d+\.$", "", answer[: ends[-1]]).strip() if ends else ""
+    if not ended:
+        # The number of a list's next entry is no sentence.
+        answer = re.sub(r"\s+\d+\.$", "", answer[: ends[-1]]) if ends else ""
+    sentences = [sentence.strip() for sentence in _SENTENCE_END.split(answer) if sentence.strip()]
+    return answer.strip() if len(set(sentences)) == len(sentences) else ""
 
 
 def main() -> None:
