@@ -1,0 +1,1 @@
+code/convert_delta.py
