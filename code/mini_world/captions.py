@@ -1,7 +1,8 @@
 """Captions of pictures, videos and sounds, and the grammar that reads them back.
 
-A caption is a template filled with synonyms; some templates are held out of training. Reading takes
-about 20 microseconds. A sound is told by its timbre and pitch or by the thing that makes it;
+A caption is a template filled with synonyms; some templates are held out of training. Answers are
+worded plainly, so that little training is spent on how to say it. Reading takes about 20
+microseconds. A sound is told by its timbre and pitch or by the thing that makes it;
 `as_heard` turns the second into the first.
 """
 
@@ -115,6 +116,17 @@ def caption(
     if named is None or modality == "audio" or set(ATTRIBUTES[modality]) <= set(named):
         return say(CAPTIONS[modality].pick(rng, split), rng, thing)
     return say(choose(rng, _PARTIAL[modality]), rng, thing, named)
+
+
+def plain_caption(thing: Thing, modality: Modality, named: Collection[str] | None = None) -> str:
+    """The caption that answers use: one template, the first word for everything.
+
+    Args:
+        named: as for `caption`.
+    """
+    if modality == "audio":
+        named = None
+    return say(CAPTIONS[modality].training[0], None, thing, named)
 
 
 def read_caption(text: str) -> dict[str, Value]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from conversation.parts import MODALITIES, Modality
 from mini_world.album import Album
-from mini_world.captions import caption
+from mini_world.captions import caption, plain_caption
 from mini_world.phrasing import (
     COURSE_REQUESTS,
     EDITS,
@@ -86,7 +86,7 @@ def step(scene: Scene, output: str, rng: np.random.Generator, split: Split = "tr
         request, after = _hear(scene, rng, split)
     else:
         request, after = _show(scene, output, rng, split)
-    return Step(request, _present(after, output, rng), after)
+    return Step(request, _present(after, output), after)
 
 
 def opening(
@@ -106,7 +106,7 @@ def opening(
         return step(scene, output, rng, split)
     request = sentence(say(OPENINGS[output].pick(rng, split), rng, thing))
     after = scene.showing(thing, output, *_KNOWN[output])
-    return Step(request, _present(after, output, rng), after)
+    return Step(request, _present(after, output), after)
 
 
 def course_case(
@@ -120,15 +120,15 @@ def course_case(
     request = sentence(say(COURSE_REQUESTS[case].pick(rng, split), rng, thing))
     scene = shown(thing, "video")
     if case == "T→T+I+V+A":
-        parts = sum((_present(scene, m, rng, course=True) for m in MODALITIES), ())
+        parts = sum((_present(scene, m) for m in MODALITIES), ())
         return Step(request, parts, scene.showing(thing, "audio", "count"))
     if case == "T+I→T+I+V":
-        parts = sum((_present(scene, m, rng, course=True) for m in ("image", "video")), ())
+        parts = sum((_present(scene, m) for m in ("image", "video")), ())
         return Step(request, parts, replace(scene, last="video"))
     source = CASE_INPUT[case] or "image"
-    words = sentence(caption(thing, source, rng))
+    words = sentence(plain_caption(thing, source))
     scene = shown(thing, source)
-    answer = (words, *_present(scene, "audio", rng, course=True))
+    answer = (words, *_present(scene, "audio"))
     return Step(request, answer, replace(scene, last="audio"))
 
 
@@ -197,13 +197,10 @@ def _assistant(answer: tuple[str | tuple[Modality, str], ...], album: Album) -> 
     }
 
 
-def _present(
-    scene: Scene, modality: Modality, rng: np.random.Generator, course: bool = False
-) -> tuple[str | tuple[Modality, str], ...]:
-    """A few words that tell what comes, and the medium; a course case says which medium it is."""
-    text = caption(scene.thing, modality, rng, scene.known)
-    lead = LEADS[modality][0] if course else choose(rng, LEADS[modality])
-    return sentence(f"{lead} {text}".strip()), (modality, text)
+def _present(scene: Scene, modality: Modality) -> tuple[str | tuple[Modality, str], ...]:
+    """A few words that tell what comes, and the medium."""
+    text = plain_caption(scene.thing, modality, scene.known)
+    return sentence(f"{LEADS[modality]} {text}"), (modality, text)
 
 
 def _edit(

@@ -187,9 +187,9 @@ VIEWED = (
     "{request} {medium}",
 )
 
-# Before the caption of what comes; the first of each names the medium.
-LEADS: dict[Modality, tuple[str, ...]] = {
-    "image": ("Here is the picture:", "Sure, here it is:", "Here you go:", ""),
-    "video": ("Here is the video:", "Sure, here it is:", "Here you go:", ""),
-    "audio": ("It sounds like this:", "Sure, listen:", "Here you go:", ""),
+# Before the caption of what comes.
+LEADS: dict[Modality, str] = {
+    "image": "Here is the picture:",
+    "video": "Here is the video:",
+    "audio": "It sounds like this:",
 }

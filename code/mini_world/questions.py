@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from conversation.parts import Modality
-from mini_world.captions import caption
+from mini_world.captions import plain_caption
 from mini_world.things import SHAPES, SIZES, Split, Thing
 from mini_world.words import Wording, choose, say, sentence
 
@@ -154,7 +154,7 @@ def ask(
         topic = "describe" if rng.random() < 0.4 and "describe" in known else choose(rng, known)
     question = topics[topic].questions.pick(rng, split)
     if topic == "describe":
-        return question, sentence(caption(thing, modality, rng, named))
+        return question, sentence(plain_caption(thing, modality, named))
     return question, say(choose(rng, topics[topic].answers), None, thing)
 
 
