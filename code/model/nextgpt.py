@@ -109,10 +109,17 @@ class NextGPT(nn.Module):
         embeddings: torch.Tensor,
     ) -> torch.Tensor:
         """Caption embeddings (R, *caption_shape) of the signal runs at `runs` (R, 2)."""
+        hidden_RTH = self.states_of_runs(modality, runs, hidden)
+        embeddings_RTH = self.states_of_runs(modality, runs, embeddings)
+        return self.output_projections[modality](hidden_RTH, embeddings_RTH)
+
+    def states_of_runs(
+        self, modality: Modality, runs: torch.Tensor, states: torch.Tensor
+    ) -> torch.Tensor:
+        """The states (R, T, H) of the signal runs at `runs` (R, 2) among `states` (B, L, H)."""
         rows = runs[:, :1]  # (R, 1)
         columns = runs[:, 1:] + torch.arange(self.signal_counts[modality], device=runs.device)
-        projection = self.output_projections[modality]
-        return projection(hidden[rows, columns], embeddings[rows, columns])
+        return states[rows, columns]
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of `batch`."""

@@ -14,6 +14,9 @@ class OutputProjection(nn.Module):
         width: of the transformer.
         caption_shape: (Q, D) of one caption embedding, or (D,) where the decoder reads one vector.
         encoder_layers, decoder_layers, heads, feedforward: figures of the transformer.
+        centred: subtract a constant from what comes in (`centre`, (H,), frozen; 0 until it is set).
+            Last hidden states have a mean many times as large as what tells captions apart, and
+            nothing is learned until the first layer has unlearned it. Not in the published system.
     """
 
     def __init__(
@@ -25,11 +28,14 @@ class OutputProjection(nn.Module):
         decoder_layers: int,
         heads: int,
         feedforward: int,
+        centred: bool = False,
     ) -> None:
         super().__init__()
         self.caption_shape = caption_shape
         queries = caption_shape[0] if len(caption_shape) == 2 else 1
         self.query_embs = nn.Parameter(torch.randn(1, queries, width))
+        centre = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
+        self.register_parameter("centre", centre if centred else None)
         self.fc = nn.Linear(hidden_size, width)
         layer = {"dropout": 0.0, "norm_first": True, "batch_first": True}
         encoder = nn.TransformerEncoder(
@@ -55,7 +61,8 @@ class OutputProjection(nn.Module):
             hidden: (R, T, H) last hidden states of the runs' T tokens.
             embeddings: (R, T, H) input embeddings of the same tokens.
         """
-        x = self.fc(hidden + embeddings)  # (R, T, width)
+        x = hidden + embeddings if self.centre is None else hidden + embeddings - self.centre
+        x = self.fc(x)  # (R, T, width)
         queries = self.query_embs.expand(len(x), -1, -1)
         return self.model(self.tfm(x, queries)).view(len(x), *self.caption_shape)
 

@@ -28,6 +28,11 @@ def is_own_vocabulary(name: str) -> bool:
     return name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
+def is_measured(name: str) -> bool:
+    """Whether `name` is a constant that is measured before training, saved and never trained."""
+    return name.endswith(".centre")
+
+
 def tuned_parameters(
     model: nn.Module, *, own_vocabulary: bool
 ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -46,7 +51,7 @@ def set_trainable(model: nn.Module, trains: list[Part], *, own_vocabulary: bool)
     """Freeze everything but the parts in `trains`; what trains is float32 from here on."""
     model.requires_grad_(False)
     for name, parameter in tuned_parameters(model, own_vocabulary=own_vocabulary):
-        if part_of(name) in trains:
+        if part_of(name) in trains and not is_measured(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 

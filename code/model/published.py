@@ -64,8 +64,11 @@ def model_to_published(model: NextGPT) -> Tensors:
     tuned = {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=True)}
     published: Tensors = {}
     for name, tensor in tuned.items():
-        if name.endswith(".new_rows"):
+        if name.endswith((".new_rows", ".centre")):
             continue
+        centre = tuned.get(name.removesuffix("fc.bias") + "centre")
+        if centre is not None and name.endswith(".fc.bias"):
+            tensor = tensor - tuned[name.removesuffix("bias") + "weight"] @ centre
         new_rows = tuned.get(name.removesuffix("weight") + "new_rows")
         whole = tensor if new_rows is None else torch.cat([tensor.float(), new_rows])
         published[published_name(name)] = whole

@@ -23,6 +23,7 @@ from model.device import choose_device, choose_dtype
 from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table, set_trainable
 from training.agent import Agent, StepCounts, start_processes, sum_over_processes
+from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
@@ -35,6 +36,7 @@ _TRAINED_BEFORE: dict[int, set[Part]] = {
     3: {"input_projection", "output_projections", "vocabulary"},
 }
 STOPPED_BY_SIGNAL = 143
+_CENTRING_BATCHES = 4  # a few tens of runs of each modality are enough
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Trainer:
             delta and delta.holds_own_vocabulary
         )
         vocabulary_size = model.own_vocabulary_size
+        if lack_a_centre(model):
+            self.centre(model, samples, plan)
         agent = Agent(model, training, steps, self.device, self.dtype)
         torch.manual_seed(training.seed + self.rank)  # every process drops out its own
 
@@ -116,6 +120,16 @@ class Trainer:
             folder.finish(carried | tensors, vocabulary_size)
         self.say(f"stage {self.options.stage} is finished: {folder.delta}")
         return True
+
+    def centre(self, model: NextGPT, samples: ReadySamples, plan: BatchPlan) -> None:
+        """Centre new output projections by the run's first batches, the same in every process."""
+        order = shares(plan, 0, _CENTRING_BATCHES, rank=0, world=1)
+        size, data = self.config.training.micro_batch_size, self.config.data
+        ready = load_batches(samples, order, size, self.config.encoder.width, 0, data.row_length)
+        completer = BatchCompleter(self.config, samples.caches, self.device)
+        batches = (completer.complete(one) for whole in ready for one in whole)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            centre_projections(model.to(self.device), batches)
 
     def take_steps(
         self,

@@ -1,0 +1,79 @@
+"""Output projections that subtract the mean of what comes in: measured once, saved, foldable."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from config.loader import load_config
+from conversation.parts import MODALITIES
+from model.build import build_model
+from model.delta import load_delta, read_delta
+from model.output_projection import OutputProjection
+from model.published import model_to_published, published_to_delta
+from tiny_run import TinyRun, same, trained
+
+CENTRED = "output_projection.centred=true"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Stage 2 with centred projections, from the usual stage 1."""
+    start = ["--init-from", str(trained(1).folder)]
+    return TinyRun(tmp_path_factory.mktemp("centred"), 2, [CENTRED], start).finish()
+
+
+def centres(run: TinyRun) -> dict[str, torch.Tensor]:
+    return {name: tensor for name, tensor in run.delta.items() if name.endswith(".centre")}
+
+
+def test_every_new_projection_is_centred_and_keeps_its_centre_through_stage_3(
+    run: TinyRun, tmp_path: Path
+) -> None:
+    assert len(centres(run)) == len(MODALITIES)
+    assert all(centre.any() for centre in centres(run).values())
+    later = TinyRun(tmp_path, 3, [CENTRED], ["--init-from", str(run.folder)]).finish()
+    assert same(centres(run), centres(later))
+
+
+def test_all_processes_measure_the_same_centres(run: TinyRun, tmp_path: Path) -> None:
+    start = ["--init-from", str(trained(1).folder)]
+    both = TinyRun(tmp_path, 2, [CENTRED], start, world=2).finish()
+    assert same(centres(run), centres(both))
+    assert both.losses == pytest.approx(run.losses, rel=1e-4)
+
+
+def test_a_resumed_run_measures_the_same_centres_again(run: TinyRun, tmp_path: Path) -> None:
+    start = ["--init-from", str(trained(1).folder)]
+    broken = TinyRun(tmp_path, 2, [CENTRED, "training.save_every=1"], start)
+    broken.kill_when(lambda: "step_000002" in broken.checkpoints)
+    resumed = TinyRun(tmp_path, 2, [CENTRED, "training.save_every=1"], ["--resume"]).finish()
+    assert same(run.delta, resumed.delta)
+
+
+def test_states_come_in_with_the_mean_that_was_measured_taken_away() -> None:
+    figures = {"width": 8, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "feedforward": 8}
+    torch.manual_seed(0)
+    plain = OutputProjection(16, caption_shape=(3, 4), **figures)
+    centred = OutputProjection(16, caption_shape=(3, 4), **figures, centred=True)
+    centred.load_state_dict(plain.state_dict() | {"centre": torch.full((16,), 3.0)})
+    hidden, embeddings = torch.randn(2, 5, 2, 16)
+    torch.testing.assert_close(centred(hidden + 3, embeddings), plain(hidden, embeddings))
+
+
+def test_the_published_layout_has_the_centre_in_the_bias(run: TinyRun) -> None:
+    overrides = [word for flag, word in pairwise(run.arguments) if flag == "--set"]
+    config = load_config("7b", 2, overrides)
+    model = build_model(config, torch.float32, lora=True, output_projections=True)
+    load_delta(model, read_delta(run.folder), {"output_projections"})
+    written = published_to_delta(model_to_published(model), run.folder)
+    plain_config = load_config("7b", 2, [*overrides, "output_projection.centred=false"])
+    plain = build_model(plain_config, torch.float32, lora=True, output_projections=True)
+    names = plain.state_dict().keys()
+    plain.load_state_dict({n: t for n, t in written.items() if n in names}, strict=False)
+    for modality in MODALITIES:
+        count, width = model.signal_counts[modality], model.input_projection.out_features
+        states = torch.randn(2, 3, count, width)
+        found = plain.output_projections[modality](*states)
+        torch.testing.assert_close(found, model.output_projections[modality](*states))
