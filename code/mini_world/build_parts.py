@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
 from config.entry import run_entry
 from config.loader import project_path
@@ -28,7 +28,14 @@ from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder, clip_tex
 from mini_world.mini_encoder import MINI_IMAGEBIND, write_mini_encoder
 from mini_world.mini_tokenizers import clip_tokenizer, sample_captions, tokenize
 from mini_world.part_training.diffusion import Embed, train_unet
-from mini_world.part_training.towers import Towers, clap_features, train_encoder, train_towers
+from mini_world.part_training.encoder import train_encoder
+from mini_world.part_training.towers import (
+    ClapTower,
+    ClipTower,
+    clap_features,
+    train_clap,
+    train_clip,
+)
 from mini_world.part_training.vae import train_vae
 from mini_world.part_training.vocoder import train_vocoder
 from model.imagebind.encoder import ImageBind
@@ -57,14 +64,14 @@ class Builder:
         self.untrained = untrained
 
     @cached_property
-    def towers(self) -> Towers:
-        """Encoder and caption towers."""
-        return train_towers(self.work, self.seed)
+    def clip(self) -> ClipTower:
+        """The caption tower of the encoder and of the picture and video pipelines."""
+        return train_clip(self.work, self.seed)
 
     @cached_property
-    def clip(self) -> CLIPTextModel:
-        """The text encoder of the picture and video pipelines."""
-        return self.towers.clip.text_model
+    def clap(self) -> ClapTower:
+        """The caption tower of the sound pipeline."""
+        return train_clap(self.work, self.seed)
 
     @cached_property
     def picture_vae(self) -> AutoencoderKL:
@@ -91,8 +98,8 @@ class Builder:
             tower = CLIPTextModelWithProjection(clip_text_config(tokenizer, MINI))
             write_mini_encoder(folder, ImageBind(MINI_IMAGEBIND), tower, tokenizer)
         elif part == "encoder":
-            encoder = train_encoder(self.towers, self.work, self.seed)
-            write_mini_encoder(folder, encoder, self.towers.clip, self.towers.clip_tokenizer)
+            encoder = train_encoder(self.clip, self.work, self.seed)
+            write_mini_encoder(folder, encoder, self.clip.model, self.clip.tokenizer)
         else:
             trained = None if self.untrained else self._trained(part)
             build_mini_decoder(part, folder, self.seed, sample_captions(), trained=trained)
@@ -101,8 +108,8 @@ class Builder:
         """Trained parts of one pipeline, by diffusers' names."""
         if modality == "audio":
             return {
-                "tokenizer": self.towers.clap_tokenizer,
-                "text_encoder": self.towers.clap,
+                "tokenizer": self.clap.tokenizer,
+                "text_encoder": self.clap.model,
                 "vae": self.sound_vae,
                 "unet": train_unet("audio", self.sound_vae, self._features, self.work, self.seed),
                 "vocoder": train_vocoder(self.sound_vae, self.work, self.seed),
@@ -111,8 +118,8 @@ class Builder:
         if modality == "video":
             unet = train_unet("video", self.picture_vae, self._states, self.work, self.seed, unet)
         return {
-            "tokenizer": self.towers.clip_tokenizer,
-            "text_encoder": self.clip,
+            "tokenizer": self.clip.tokenizer,
+            "text_encoder": self.clip.model.text_model,
             "vae": self.picture_vae,
             "unet": unet,
         }
@@ -122,9 +129,9 @@ class Builder:
         """Captions to the states (N, 24, 192) that the picture and video networks attend to."""
 
         def embed(captions: list[str]) -> torch.Tensor:
-            tokens = tokenize(self.towers.clip_tokenizer, captions)
+            tokens = tokenize(self.clip.tokenizer, captions)
             with torch.no_grad():
-                return self.clip(tokens.input_ids).last_hidden_state
+                return self.clip.model.text_model(tokens.input_ids).last_hidden_state
 
         return embed
 
@@ -134,7 +141,7 @@ class Builder:
 
         def embed(captions: list[str]) -> torch.Tensor:
             with torch.no_grad():
-                return clap_features(self.towers.clap, self.towers.clap_tokenizer, captions)
+                return clap_features(self.clap, captions)
 
         return embed
 

@@ -31,6 +31,10 @@ CAPTIONS: dict[Modality, Wording] = {
             "you can see a {size} {colour} {shape} {place}",
             "this picture shows a {size} {colour} {shape} {place}",
             "one {size}, {colour} {shape} {place} of the picture",
+            "a {shape} {place}, {size} and {colour}",
+            "it is a {size} {colour} {shape} {place}",
+            "{colour} and {size}, a {shape} {place}",
+            "look at the {size} {shape} {place}, it is {colour}",
         ),
         held_out=(
             "{place} sits a {colour} {shape} that is {size}",
@@ -52,6 +56,14 @@ CAPTIONS: dict[Modality, Wording] = {
             "you can see how a {size} {colour} {shape} {place} {moves}",
             "this video shows a {size} {colour} {shape} {moving} {place}",
             "a {shape} that is {size} and {colour} {moves} {place}",
+            "see a {size} {colour} {shape} {place}, it {moves}",
+            "in this video {place} a {size} {colour} {shape} {moves}",
+            "it is a {size} {colour} {shape} {place} and it {moves}",
+            "a {shape} {moves}, it is {size} and {colour} and {place}",
+            "while {moving}, a {size} {colour} {shape} is {place}",
+            "a {colour} {shape} {place}, {size}, that {moves}",
+            "a {size} {shape} {moves} {place}, {colour} on gray",
+            "{place} you can see a {size} {shape}, {colour}, {moving}",
         ),
         held_out=(
             "watch a {size} {colour} {shape} {place} as it {moves}",
@@ -69,6 +81,10 @@ CAPTIONS: dict[Modality, Wording] = {
             "you hear a {pitch} {timbre} {count}",
             "a {timbre}, {pitch}, {count}",
             "a {timbre} {rings} {count} on a {pitch} note",
+            "listen, a {pitch} {timbre} {rings} {count}",
+            "it is a {timbre} that {rings} {count}, {pitch}",
+            "a {pitch} note of a {timbre}, {count}",
+            "{pitch} and {count}, a {timbre} sounds",
             "the sound of a {size} {shape}, {count}",
             "a {size} {shape} sounds {count}",
             "you hear a {size} {shape} {count}",
@@ -81,17 +97,22 @@ CAPTIONS: dict[Modality, Wording] = {
         ),
     ),
 }
-# For captions that leave something open; any slot may stay empty.
+# For captions that leave something open; any slot may stay empty, and a shape be a thing.
 _PARTIAL: dict[Modality, tuple[str, ...]] = {
     "image": (
         "a {size} {colour} {shape} {place}",
         "there is a {size} {colour} {shape} {place}",
         "a picture of a {size} {colour} {shape} {place}",
+        "{place} a {size} {colour} {shape}",
+        "it is a {size} {colour} {shape} {place}",
     ),
     "video": (
         "a {size} {colour} {shape} {place} {moving}",
         "there is a {size} {colour} {shape} {place} {moving}",
         "a video of a {size} {colour} {shape} {place} {moving}",
+        "a {size} {colour} {shape} {place} {moves}",
+        "a {size} {colour} {shape} {moves} {place}",
+        "{place} a {size} {colour} {shape} {moves}",
     ),
 }
 _PHRASES = phrases()

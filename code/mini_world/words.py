@@ -106,6 +106,7 @@ _SLOTS = {name: name for name in SYNONYMS} | {
     "moving": "motion",
     "rings": "timbre",
 }
+_UNTOLD = {"shape": "thing"}
 
 
 @dataclass(frozen=True)
@@ -135,13 +136,13 @@ def say(
 
     Args:
         rng: draws among synonyms; None takes the plain words.
-        named: attributes that may be told, all if None; other slots stay empty.
+        named: attributes that may be told, all if None; others stay empty, a shape is a "thing".
     """
     words = {}
     for _, slot, _, _ in Formatter().parse(template):
         if slot is not None:
             told = named is None or _SLOTS[slot] in named
-            words[slot] = _word(slot, rng, thing) if told else ""
+            words[slot] = _word(slot, rng, thing) if told else _UNTOLD.get(slot, "")
     text = re.sub(r"\s+", " ", template.format(**words)).strip()
     text = re.sub(r" ([,.?;])", r"\1", text)
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 from transformers import SpeechT5HifiGan
 
@@ -23,12 +23,16 @@ PLAN = Plan(steps=1400, learning_rate=1e-3)
 _WINDOWS = (2048, 1024, 512, 256)  # samples
 _FRAMES = 40  # of each piece that is learned from: 0.6 s
 _BATCH = 8
+_FLOOR = 1e-6  # of squared magnitudes
 
 
 def train_vocoder(vae: AutoencoderKL, work: Path, seed: int, plan: Plan = PLAN) -> SpeechT5HifiGan:
     """Train it, or go on, or load what is trained."""
     torch.manual_seed(seed)
     model = vocoder(MINI)
+    for module in model.modules():  # its own first weights are so small that it begins in silence
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            module.reset_parameters()
 
     def loss_of(rng: np.random.Generator) -> Losses:
         spectrograms_NTM, samples_NS = _pieces(vae, rng)
@@ -78,4 +82,4 @@ def _magnitudes(samples_NS: Tensor, size: int) -> Tensor:
     spectra = torch.stft(
         samples_NS, size, size // 4, window=torch.hann_window(size), return_complex=True
     )
-    return spectra.abs().clamp(min=1e-3)
+    return (spectra.real**2 + spectra.imag**2 + _FLOOR).sqrt()  # has a slope in silence too
