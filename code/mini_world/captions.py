@@ -64,6 +64,8 @@ CAPTIONS: dict[Modality, Wording] = {
             "a {colour} {shape} {place}, {size}, that {moves}",
             "a {size} {shape} {moves} {place}, {colour} on gray",
             "{place} you can see a {size} {shape}, {colour}, {moving}",
+            "in this video a {size} {colour} {shape} {moves} {place}",
+            "here is how a {size} {shape} in {colour} {moves} {place}",
         ),
         held_out=(
             "watch a {size} {colour} {shape} {place} as it {moves}",

@@ -34,9 +34,9 @@ from mini_world.part_training.runner import Losses, Plan, train
 from mini_world.part_training.samples import full_caption, labels, neighbours, some_caption
 from mini_world.things import ATTRIBUTES
 
-CLIP_PLAN = Plan(steps=1000, learning_rate=1e-3, weight_decay=0.05)
+CLIP_PLAN = Plan(steps=800, learning_rate=1e-3, weight_decay=0.05, average=0.99)
 # RoBERTa has its norms behind the layers: at 1e-3 it may end giving everything one place.
-CLAP_PLAN = Plan(steps=1500, learning_rate=4e-4, weight_decay=0.05)
+CLAP_PLAN = Plan(steps=900, learning_rate=4e-4, weight_decay=0.05, average=0.99)
 _BATCH = 32  # things of each modality
 # Captions to unit-length features (N, D), and to states (N, P, W) of some places if there are any.
 _Read = Callable[[list[str]], tuple[Tensor, Tensor | None]]
