@@ -26,8 +26,8 @@ from torch.nn.functional import conv1d, pad
 from config.errors import MediaError
 
 # Named, because FFmpeg and Pillow also read playlists, scripts and text, which may lead elsewhere.
-_CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
-_PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _DECODING_ERRORS = (OSError, ValueError, EOFError, SyntaxError, av.FFmpegError)
 _MAX_ASPECT = 50  # beyond it, one side scaled to the encoder's size makes the other one huge
 
@@ -46,7 +46,7 @@ def _naming(path: Path, kind: str) -> Iterator[None]:
 
 
 def _open_container(path: Path) -> InputContainer:
-    return av.open(str(path), options={"format_whitelist": _CONTAINERS})
+    return av.open(str(path), options={"format_whitelist": CONTAINERS})
 
 
 def _check_aspect(path: Path, width: int, height: int) -> None:
@@ -61,7 +61,7 @@ def read_image(path: Path | str) -> Image.Image:
         MediaError: missing, broken or not a picture.
     """
     path = Path(path)
-    with _naming(path, "a picture"), Image.open(path, formats=_PICTURES) as image:
+    with _naming(path, "a picture"), Image.open(path, formats=PICTURES) as image:
         _check_aspect(path, *image.size)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits; converting would clip at 255

@@ -1,0 +1,197 @@
+"""One server: the page at `/`, its media at `/media`, an OpenAI-style API at `/v1`.
+
+It listens on the loopback unless told otherwise. Everything temporary lies in one folder that goes
+away with the server.
+"""
+
+import asyncio
+import json
+import mimetypes
+import os
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from http.cookies import SimpleCookie
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from chat.answering import find_delta
+from chat.assistant import Assistant
+from chat.options import ChatOptions
+from config.schema import Config
+from demo.desk import Desk
+from demo.examples import read_examples
+from demo.handlers import COOKIE, Handlers
+from demo.limits import MAX_BYTES
+from demo.openai_api import openai_routes
+from demo.page import STYLE, THEME, build_page
+from demo.sessions import Sessions
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_SWEEP_SECONDS = 60.0
+_FILE_ADDRESS = "/gradio_api/file="
+_UPLOAD_ADDRESS = "/gradio_api/upload"
+
+
+def serve(config: Config, delta: Path | None, host: str, port: int) -> None:
+    """Load the system and answer until the process is told to end.
+
+    Raises:
+        InputError: a part is missing or wrong.
+    """
+    start = time.perf_counter()
+    # uvicorn ends in order, then hands the signal on: to this, or nothing below would be tidied up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with TemporaryDirectory(prefix="nextgpt_demo_") as folder:
+        assistant = Assistant.load(config, delta or find_delta(config))
+        print("\n".join(assistant.report))
+        desk = Desk(assistant)
+        app = build_app(desk, Path(folder), host)
+        desk.warm()
+        print(f"ready after {time.perf_counter() - start:.1f} s: http://{host}:{port}", flush=True)
+        try:
+            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+        finally:
+            desk.close()
+
+
+def build_app(desk: Desk, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
+    """The whole application.
+
+    Args:
+        folder: for everything temporary.
+        host: where it will listen: on the loopback, no other name of this computer is answered to.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    sessions = Sessions(folder)
+    options = ChatOptions.from_config(desk.assistant.config)
+    handlers = Handlers(desk, sessions, options)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(_sweep(sessions))
+        yield
+        sweeping.cancel()
+
+    app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.sessions = sessions
+    app.include_router(openai_routes(handlers))
+
+    @app.get("/media/{token}/{name:path}")
+    def media(token: str, name: str, request: Request) -> Response:
+        path = sessions.media_file(token, name, request.cookies.get(COOKIE, ""))
+        return _media_response(path) if path else Response("not found", 404)
+
+    page = build_page(handlers, read_examples(), _about(desk.assistant.config))
+    page.queue(default_concurrency_limit=None, max_size=None)
+    app = gr.mount_gradio_app(
+        app,
+        page,
+        path="",
+        server_name=host,
+        max_file_size=MAX_BYTES,
+        theme=THEME,
+        css=STYLE.read_text(encoding="utf-8"),
+        footer_links=["api"],
+        run_history=False,
+        show_error=True,
+        ssr_mode=False,
+        pwa=False,
+    )
+    app.add_middleware(OwnFilesOnly, sessions=sessions)
+    if host in LOOPBACK:  # pages of other sites cannot make a name of theirs mean this server
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]", "testserver"])
+    return app
+
+
+def _about(config: Config) -> str:
+    return f"{config.name}: words, pictures, videos and sounds in; the same out. It makes mistakes."
+
+
+def _media_response(path: Path) -> Response:
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    shown = kind.split("/")[0] in ("image", "video", "audio") and kind != "image/svg+xml"
+    headers = {
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "sandbox",
+        "Cache-Control": "private",
+    }
+    return FileResponse(
+        path, media_type=kind if shown else "application/octet-stream", headers=headers
+    )
+
+
+async def _sweep(sessions: Sessions) -> None:
+    with suppress(asyncio.CancelledError):
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            await asyncio.to_thread(sessions.sweep)
+
+
+class OwnFilesOnly:
+    """Gives every visitor a cookie, remembers who uploaded what, and hands out nobody else's files.
+
+    Plain ASGI: Starlette's own middleware class would hold back what is streamed.
+    """
+
+    def __init__(self, app: Any, sessions: Sessions) -> None:
+        self.app = app
+        self.sessions = sessions
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        visitor = Request(scope).cookies.get(COOKIE)
+        fresh = not visitor
+        if not visitor:
+            visitor = secrets.token_urlsafe(24)
+            cookie = f"{COOKIE}={visitor}".encode()
+            scope = {**scope, "headers": [*scope["headers"], (b"cookie", cookie)]}
+        path = scope["path"]
+        file = path.removeprefix(_FILE_ADDRESS)
+        if file != path and not self.sessions.may_use(file, visitor):
+            await Response("not found", 404)(scope, receive, send)
+            return
+        send = _with_cookie(send, visitor) if fresh else send
+        if path == _UPLOAD_ADDRESS:
+            send = self._remembering(send, visitor)
+        await self.app(scope, receive, send)
+
+    def _remembering(self, send: Any, visitor: str) -> Any:
+        """Passes an upload's answer on, and lends the visitor what it lists."""
+        body = bytearray()
+
+        async def remember(message: dict) -> None:
+            body.extend(message.get("body", b""))
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                with suppress(ValueError):  # an error's text
+                    for path in json.loads(body):
+                        self.sessions.lend(str(path), visitor)
+            await send(message)
+
+        return remember
+
+
+def _with_cookie(send: Any, visitor: str) -> Any:
+    cookie: SimpleCookie = SimpleCookie({COOKIE: visitor})
+    cookie[COOKIE].update({"path": "/", "httponly": True, "samesite": "Lax"})
+    header = (b"set-cookie", cookie[COOKIE].OutputString().encode())
+
+    async def send_with_cookie(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), header]}
+        await send(message)
+
+    return send_with_cookie
