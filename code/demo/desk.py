@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from threading import Event as Flag
 
@@ -110,13 +111,35 @@ class Desk:
         self.bank = CaptionBank()
         self.line: list[Job] = []
         self._worker = ThreadPoolExecutor(1, "assistant")
+        self._closed = False
 
-    def warm(self) -> Future[None]:
-        """Load, before anybody needs them, what else would be loaded at the first answer."""
-        return self._worker.submit(self._load_all)
+    def warm(self) -> None:
+        """Load, before anybody needs it, what else would be loaded during the first answers.
+
+        A piece at a time, so that an answer never waits for all of them.
+        """
+        assistant, modalities = self.assistant, list(self.assistant.config.decoders)
+        pieces: list[Callable[[], object]] = [
+            assistant.load_encoder,
+            *(partial(assistant.load_decoder, modality) for modality in modalities),
+            *(
+                lambda modality=modality: self.bank.embed(assistant.load_decoder(modality).captions)
+                for modality in modalities
+            ),
+        ]
+        self._worker.submit(self._warm, pieces)
+
+    def _warm(self, pieces: list[Callable[[], object]]) -> None:
+        try:
+            pieces[0]()
+        except InputError as error:  # who needs the part will be told
+            _log.warning("%s", error)
+        if pieces[1:] and not self._closed:
+            self._worker.submit(self._warm, pieces[1:])
 
     def close(self) -> None:
         """End all answers and let the thread go."""
+        self._closed = True
         for job in self.line:
             job.stopped.set()
         self._worker.shutdown(cancel_futures=True)
@@ -207,11 +230,6 @@ class Desk:
             self.bank.nearest(self.assistant.load_decoder(modality).captions, caption)
             for modality, caption in zip(modalities, answer.captions, strict=True)
         )
-
-    def _load_all(self) -> None:
-        self.assistant.load_encoder()
-        for modality in self.assistant.config.decoders:
-            self.bank.embed(self.assistant.load_decoder(modality).captions)
 
 
 class _MediaTeller:

@@ -1,0 +1,91 @@
+"""A demo that runs: tiny real parts, a real server on a free port of the loopback."""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import uvicorn
+
+from chat.assistant import Assistant
+from config.loader import load_config
+from demo.desk import Desk
+from demo.server import build_app
+from demo.sessions import Sessions
+from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
+from tiny_system import tiny_encoder
+
+WORDS = ("Sure", "the music")
+
+
+def scripted_ids() -> list[int]:
+    """Words, a picture, a video, words, a sound, end."""
+    encoder = tiny_encoder()
+    first, second = (encoder.tokenizer(text, add_special_tokens=False).input_ids for text in WORDS)
+    media = [encoder.signals.run(modality) for modality in ("image", "video", "audio")]
+    return [*first, *media[0], *media[1], *second, *media[2], 333]
+
+
+def scripted_assistant(folder: Path) -> Assistant:
+    """Always says the same, with media of its own seed."""
+    write_tiny_parts(folder)
+    overrides = script_language_model(folder, scripted_ids())
+    return Assistant.load(load_config("7b", overrides=overrides), folder / "tuned" / "stage_3")
+
+
+def babbling_assistant(folder: Path) -> Assistant:
+    """Says what the seed and the prompt make it say, with media here and there."""
+    write_tiny_parts(folder, favoured=range(38))
+    overrides = [*tiny_overrides(folder), "generation.top_p=1.0", "generation.max_new_tokens=20"]
+    return Assistant.load(load_config("7b", overrides=overrides), folder / "tuned" / "stage_3")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers, and its inside."""
+
+    address: str
+    desk: Desk
+    sessions: Sessions
+    folder: Path
+
+
+@contextmanager
+def running_demo(assistant: Assistant) -> Iterator[Running]:
+    """Serve `assistant` until the block ends."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with TemporaryDirectory(prefix="demo_test_") as folder:
+        desk = Desk(assistant)
+        app = build_app(desk, Path(folder))
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1)
+        )
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            yield Running(f"http://127.0.0.1:{port}", desk, app.state.sessions, Path(folder))
+        finally:
+            server.should_exit = True
+            desk.close()
+            thread.join()
+            if before is None:
+                del os.environ["GRADIO_TEMP_DIR"]
+            else:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until calling `true` gives something true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
