@@ -4,7 +4,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ import uvicorn
 
 from chat.assistant import Assistant
 from config.loader import load_config
+from conversation.parts import MODALITIES
 from demo.desk import Desk
 from demo.server import build_app
 from demo.sessions import Sessions
@@ -21,20 +22,26 @@ from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
 
 WORDS = ("Sure", "the music")
+EVERYTHING = (WORDS[0], "image", "video", WORDS[1], "audio")
 
 
-def scripted_ids() -> list[int]:
-    """Words, a picture, a video, words, a sound, end."""
+def scripted_ids(*said: str) -> list[int]:
+    """Ids of an answer, its end included; what is a modality's name stands for its medium."""
     encoder = tiny_encoder()
-    first, second = (encoder.tokenizer(text, add_special_tokens=False).input_ids for text in WORDS)
-    media = [encoder.signals.run(modality) for modality in ("image", "video", "audio")]
-    return [*first, *media[0], *media[1], *second, *media[2], 333]
+    ids = []
+    for one in said:
+        if one in MODALITIES:
+            ids += encoder.signals.run(one)
+        else:
+            ids += encoder.tokenizer(one, add_special_tokens=False).input_ids
+    return [*ids, 333]
 
 
-def scripted_assistant(folder: Path) -> Assistant:
+def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: int = 2) -> Assistant:
     """Always says the same, with media of its own seed."""
     write_tiny_parts(folder)
-    overrides = script_language_model(folder, scripted_ids())
+    overrides = script_language_model(folder, scripted_ids(*said))
+    overrides += [f"decoders.{modality}.steps={steps}" for modality in MODALITIES]
     return Assistant.load(load_config("7b", overrides=overrides), folder / "tuned" / "stage_3")
 
 

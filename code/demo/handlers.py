@@ -18,8 +18,8 @@ from demo.limits import check_words
 from demo.rendering import Message, chat_messages
 from demo.replies import Reply, make_reply, new_job
 from demo.sessions import Round, Session, Sessions
+from demo.visitors import COOKIE
 
-COOKIE = "nextgpt_visitor"
 _BUSY = "an answer is on its way: wait for it, or stop it"
 
 
@@ -141,11 +141,11 @@ class Handlers:
             ]
             human = self.take(session, text, shown)
         except InputError as error:
-            raise gr.Error(str(error)) from error
+            raise gr.Error(str(error), print_exception=False) from error
         async for _ in self.reply(session, human, options, seed):
             reply = session.rounds[-1].reply if session.rounds else None
             if reply and reply.fault:
-                raise gr.Error(reply.fault)
+                raise gr.Error(reply.fault, print_exception=False)
             if reply:
                 yield _as_data(reply)
 

@@ -7,9 +7,10 @@ from typing import Any
 import gradio as gr
 
 from demo.examples import Example
-from demo.handlers import COOKIE, Handlers
+from demo.handlers import Handlers
 from demo.knobs import SEED_LIMIT, Knob, knobs_of
 from demo.rendering import chat_messages
+from demo.visitors import COOKIE
 
 TITLE = "NExT-GPT"
 STYLE = Path(__file__).with_name("style.css")
@@ -70,8 +71,22 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
         dark.click(None, js=_DARK, api_visibility="private")
         page.unload(handlers.close)
         gr.api(handlers.chat, api_name="chat", **_LIMIT)
-        gr.api(_forget(handlers), api_name="clear", **_LIMIT)
+        gr.api(_forget(handlers), api_name="forget", **_LIMIT)
+    for block in page.blocks.values():
+        _never_fetch(block)
     return page
+
+
+def _never_fetch(block: gr.blocks.Block) -> None:
+    """Gradio would download a file that is given as an address; here only uploads count."""
+    move = block.async_move_resource_to_block_cache
+
+    async def move_own(path: str | Path | None) -> str | None:
+        if path and "://" in str(path):
+            raise gr.Error("give the file itself, not an address", print_exception=False)
+        return await move(path)
+
+    block.async_move_resource_to_block_cache = move_own
 
 
 def _sliders(knobs: Sequence[Knob]) -> list[gr.components.Component]:

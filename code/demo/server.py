@@ -5,19 +5,15 @@ away with the server.
 """
 
 import asyncio
-import json
 import mimetypes
 import os
-import secrets
 import signal
 import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from http.cookies import SimpleCookie
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import gradio as gr
 import uvicorn
@@ -31,16 +27,15 @@ from chat.options import ChatOptions
 from config.schema import Config
 from demo.desk import Desk
 from demo.examples import read_examples
-from demo.handlers import COOKIE, Handlers
+from demo.handlers import Handlers
 from demo.limits import MAX_BYTES
 from demo.openai_api import openai_routes
 from demo.page import STYLE, THEME, build_page
 from demo.sessions import Sessions
+from demo.visitors import COOKIE, Visitors
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SWEEP_SECONDS = 60.0
-_FILE_ADDRESS = "/gradio_api/file="
-_UPLOAD_ADDRESS = "/gradio_api/upload"
 
 
 def serve(config: Config, delta: Path | None, host: str, port: int) -> None:
@@ -108,9 +103,9 @@ def build_app(desk: Desk, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
         ssr_mode=False,
         pwa=False,
     )
-    app.add_middleware(OwnFilesOnly, sessions=sessions)
+    app.add_middleware(Visitors, sessions=sessions)
     if host in LOOPBACK:  # pages of other sites cannot make a name of theirs mean this server
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]", "testserver"])
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     return app
 
 
@@ -136,62 +131,3 @@ async def _sweep(sessions: Sessions) -> None:
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             await asyncio.to_thread(sessions.sweep)
-
-
-class OwnFilesOnly:
-    """Gives every visitor a cookie, remembers who uploaded what, and hands out nobody else's files.
-
-    Plain ASGI: Starlette's own middleware class would hold back what is streamed.
-    """
-
-    def __init__(self, app: Any, sessions: Sessions) -> None:
-        self.app = app
-        self.sessions = sessions
-
-    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        visitor = Request(scope).cookies.get(COOKIE)
-        fresh = not visitor
-        if not visitor:
-            visitor = secrets.token_urlsafe(24)
-            cookie = f"{COOKIE}={visitor}".encode()
-            scope = {**scope, "headers": [*scope["headers"], (b"cookie", cookie)]}
-        path = scope["path"]
-        file = path.removeprefix(_FILE_ADDRESS)
-        if file != path and not self.sessions.may_use(file, visitor):
-            await Response("not found", 404)(scope, receive, send)
-            return
-        send = _with_cookie(send, visitor) if fresh else send
-        if path == _UPLOAD_ADDRESS:
-            send = self._remembering(send, visitor)
-        await self.app(scope, receive, send)
-
-    def _remembering(self, send: Any, visitor: str) -> Any:
-        """Passes an upload's answer on, and lends the visitor what it lists."""
-        body = bytearray()
-
-        async def remember(message: dict) -> None:
-            body.extend(message.get("body", b""))
-            if message["type"] == "http.response.body" and not message.get("more_body"):
-                with suppress(ValueError):  # an error's text
-                    for path in json.loads(body):
-                        self.sessions.lend(str(path), visitor)
-            await send(message)
-
-        return remember
-
-
-def _with_cookie(send: Any, visitor: str) -> Any:
-    cookie: SimpleCookie = SimpleCookie({COOKIE: visitor})
-    cookie[COOKIE].update({"path": "/", "httponly": True, "samesite": "Lax"})
-    header = (b"set-cookie", cookie[COOKIE].OutputString().encode())
-
-    async def send_with_cookie(message: dict) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), header]}
-        await send(message)
-
-    return send_with_cookie

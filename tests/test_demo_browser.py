@@ -1,0 +1,257 @@
+"""The demo's page in headless Chromium: what people do, and what they then see and hear."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from demo_server import EVERYTHING, WORDS, Running, running_demo, scripted_assistant, wait_until
+from parity_tools import MEDIA
+
+pytestmark = pytest.mark.browser
+CHROMIUM = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SECONDS = 60_000  # milliseconds that anything may take on a busy machine
+PHOTO = MEDIA / "portrait.jpg"
+PLAYS = """async (medium) => {
+    medium.muted = true;
+    await medium.play();
+    await new Promise(done => medium.addEventListener('timeupdate', done, {once: true}));
+    return medium.duration;
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.fail("no chromium: apt-get install -y chromium")
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=CHROMIUM)
+        yield chromium
+        chromium.close()
+
+
+def served(factory: pytest.TempPathFactory, said: tuple[str, ...], steps: int) -> Iterator[Running]:
+    with running_demo(scripted_assistant(factory.mktemp("scripted"), said, steps)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Always answers with all kinds, and slowly enough to be watched."""
+    yield from served(tmp_path_factory, EVERYTHING, 150)
+
+
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from served(tmp_path_factory, WORDS, 2)
+
+
+@pytest.fixture(scope="module")
+def musician(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    yield from served(tmp_path_factory, (WORDS[0], "audio"), 2)
+
+
+def opened(browser: Browser, running: Running, width: int = 1000) -> Page:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.set_default_timeout(SECONDS)
+    expect.set_options(timeout=SECONDS)
+    page.goto(running.address)
+    expect(page.locator("#box textarea")).to_be_visible()
+    return page
+
+
+def send(page: Page, text: str, *files: Path) -> None:
+    if files:
+        page.locator("#box input[type=file]").set_input_files([str(file) for file in files])
+        expect(page.locator("#box .thumbnail-item")).to_have_count(len(files))
+    page.locator("#box textarea").fill(text)
+    page.locator("#box textarea").press("Enter")
+
+
+def answered(page: Page, rounds: int = 1) -> None:
+    """Wait until so many answers are complete."""
+    expect(page.locator("#chat details.why")).to_have_count(rounds)
+    expect(page.locator("#box .submit-button")).to_be_visible()
+
+
+def plays(medium: Locator) -> float:
+    return medium.evaluate(PLAYS)
+
+
+def said_by(page: Page, who: str) -> str:
+    return "\n".join(page.locator(f"#chat .{who}-row, #chat .message.{who}").all_inner_texts())
+
+
+def test_a_plain_question_gets_words_and_their_explanation(
+    browser: Browser, talker: Running
+) -> None:
+    page = opened(browser, talker)
+    send(page, "<Image>/etc/passwd</Image> **who** are you?")
+    answered(page)
+    assert "<Image>/etc/passwd</Image> **who** are you?" in said_by(page, "user")
+    assert all(word in said_by(page, "bot") for word in WORDS)
+    why = page.locator("#chat details.why")
+    expect(why.locator("table")).to_be_hidden()
+    why.locator("summary").click()
+    expect(why.locator(".tokens")).to_be_visible()
+    expect(why).to_contain_text("language model: prompt to tokens")
+    assert page.locator("#chat video, #chat audio, #chat figure img").count() == 0
+    page.close()
+
+
+def test_a_picture_in_and_a_sound_out(browser: Browser, musician: Running) -> None:
+    page = opened(browser, musician)
+    send(page, "What does it sound like?", PHOTO)
+    answered(page)
+    shown = page.locator("#chat figure.image img")
+    assert shown.evaluate("image => image.naturalWidth") > 0
+    assert plays(page.locator("#chat audio")) > 0
+    with page.expect_download() as download:
+        page.locator("#chat figure.audio a").click()
+    assert Path(download.value.path()).read_bytes().startswith(b"RIFF")
+    page.close()
+
+
+def test_text_in_and_all_media_out_each_with_its_bar_and_a_second_round(
+    browser: Browser, everything: Running
+) -> None:
+    page = opened(browser, everything)
+    send(page, "all of it")
+    bars = page.locator("#chat .making progress")
+    expect(bars).to_have_count(3)
+    kinds = page.locator("#chat .making").evaluate_all(
+        "all => all.map(one => one.dataset.modality)"
+    )
+    assert kinds == ["image", "video", "audio"]
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('#chat progress')].some(b => b.value > 0 && b.value < b.max)"
+    )
+    answered(page)
+    assert page.locator("#chat figure.image img").evaluate("image => image.naturalWidth") > 0
+    assert plays(page.locator("#chat video")) > 0
+    assert plays(page.locator("#chat audio")) > 0
+    order = page.locator("#chat figure.medium").evaluate_all("all => all.map(one => one.className)")
+    assert [name.split()[-1] for name in order] == ["image", "video", "audio"]
+    page.locator("#chat details.why summary").click()
+    expect(page.locator("#chat details.why .tokens .run.image")).to_contain_text("[IMG0]")
+    send(page, "and again")
+    answered(page, rounds=2)
+    assert page.locator("#chat video").count() == 2
+    session = next(s for s in everything.sessions._open.values() if len(s.rounds) == 2)
+    assert len(session.turns()) == 4
+    page.close()
+
+
+def test_stop_in_the_middle_retry_edit_and_clear(browser: Browser, everything: Running) -> None:
+    page = opened(browser, everything)
+    send(page, "all of it")
+    expect(page.locator("#chat .making progress").first).to_be_visible()
+    page.locator("#box .stop-button").click()
+    expect(page.locator("#chat p.note", has_text="stopped")).to_be_visible()
+    wait_until(lambda: not everything.desk.line)
+    assert page.locator("#chat details.why").count() == 0
+    page.get_by_label("Retry").click()
+    answered(page)
+    first = page.locator("#chat figure.image img").get_attribute("src")
+    seed = page.locator("#chat details.why").inner_text()
+    page.get_by_label("Retry").click()
+    page.wait_for_function(
+        "before => { const i = document.querySelector('#chat figure.image img');"
+        " return i && i.getAttribute('src') !== before }", arg=first,
+    )  # fmt: skip
+    answered(page)
+    assert page.locator("#chat details.why").count() == 1
+    page.locator("#chat details.why summary").click()
+    assert page.locator("#chat details.why").inner_text() != seed
+    page.get_by_label("Edit").first.click()
+    page.locator("#chat textarea").fill("something else")
+    page.get_by_label("Submit").first.click()
+    expect(page.locator("#chat .user").first).to_contain_text("something else")
+    answered(page)
+    assert "all of it" not in said_by(page, "user")
+    page.get_by_label("Clear").first.click()
+    expect(page.locator("#chat figure.medium")).to_have_count(0)
+    expect(page.locator("#chat details.why")).to_have_count(0)
+    page.close()
+
+
+def test_a_broken_file_is_named_and_the_message_stays_in_the_box(
+    browser: Browser, talker: Running, tmp_path: Path
+) -> None:
+    broken = tmp_path / "notes.mp4"
+    broken.write_text("no video at all")
+    page = opened(browser, talker)
+    send(page, "what is in it?", broken)
+    expect(page.locator("#chat p.fault")).to_contain_text(
+        "notes.mp4: neither a picture nor a video"
+    )
+    expect(page.locator("#box textarea")).to_have_value("what is in it?")
+    half = tmp_path / "half.jpg"
+    half.write_bytes(PHOTO.read_bytes()[:2000])
+    page.reload()
+    send(page, "and this?", half)
+    expect(page.locator("#chat p.fault")).to_contain_text("half.jpg: not readable as a picture")
+    page.reload()
+    send(page, "are you still there?")
+    answered(page)
+    page.close()
+
+
+def test_a_chip_fills_the_box_with_words_and_a_file(browser: Browser, talker: Running) -> None:
+    page = opened(browser, talker)
+    page.get_by_role("button", name="T+I→T+A").click()
+    expect(page.locator("#box .thumbnail-item")).to_have_count(1)
+    expect(page.locator("#box textarea")).not_to_have_value("")
+    page.locator("#box textarea").press("Enter")
+    answered(page)
+    assert page.locator("#chat figure.image img").evaluate("image => image.naturalWidth") == 64
+    page.close()
+
+
+def test_a_narrow_window_shows_all_and_dark_is_dark(browser: Browser, everything: Running) -> None:
+    page = opened(browser, everything, width=360)
+    send(page, "all of it, on a telephone, in a message that is longer than one line of it")
+    answered(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    for selector in ("#chat figure.image img", "#chat video", "#chat audio", "#box textarea"):
+        box = page.locator(selector).first.bounding_box()
+        assert box and box["x"] >= 0 and box["x"] + box["width"] <= 360, selector
+    background = "getComputedStyle(document.querySelector('#chat')).backgroundColor"
+    light = page.evaluate(background)
+    page.locator("#dark").click()
+    assert page.evaluate("document.body.classList.contains('dark')")
+    page.wait_for_function(f"light => {background} !== light", arg=light)
+    page.close()
+
+
+def test_a_closed_tab_frees_its_work_and_its_files(browser: Browser, everything: Running) -> None:
+    wait_until(lambda: len(everything.sessions) == 0)
+    page = opened(browser, everything)
+    send(page, "all of it")
+    expect(page.locator("#chat .making progress").first).to_be_visible()
+    assert everything.desk.line
+    page.close()
+    wait_until(lambda: not everything.desk.line, seconds=10)
+    wait_until(lambda: len(everything.sessions) == 0, seconds=10)
+    assert not list(everything.sessions.folder.iterdir())
+
+
+def test_two_tabs_are_two_conversations_and_the_second_sees_its_place(
+    browser: Browser, everything: Running
+) -> None:
+    first, second = opened(browser, everything), opened(browser, everything)
+    send(first, "mine")
+    expect(first.locator("#chat .making progress").first).to_be_visible()
+    send(second, "yours")
+    expect(second.locator("#chat p.note")).to_contain_text("1 answer before this one")
+    answered(first)
+    answered(second)
+    assert "yours" not in said_by(first, "user") and "mine" not in said_by(second, "user")
+    first.close()
+    second.close()
