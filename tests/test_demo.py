@@ -4,6 +4,7 @@ import struct
 import wave
 import zlib
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import av
@@ -22,7 +23,7 @@ from demo.explanation import explanation_html
 from demo.knobs import check_seed, knobs_of, turn_knobs
 from demo.limits import MAX_BYTES, check_medium
 from demo.nearest import CaptionBank, bank_captions
-from demo.rendering import chat_messages
+from demo.rendering import as_said, chat_messages
 from demo.replies import Reply
 from demo.sessions import Round, Session, Sessions, safe_name
 from mini_world.captions import read_caption
@@ -228,8 +229,9 @@ def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
     assert human.parts == (Text(typed),)
     session.rounds.append(Round(human, Reply(0, words=typed, stopped=True)))
     messages, rounds = chat_messages(session, notice=typed)
-    assert messages[0] == {"role": "user", "content": [typed]}  # shown as it is, no markdown
-    assert messages[1]["content"][0] == typed
+    shown = messages[0]["content"][0]
+    assert "<" not in shown and unescape(shown) == typed and as_said(shown) == typed
+    assert messages[1]["content"][0] == shown
     notice = messages[-1]["content"][0].value
     assert "<script" not in notice and "<Image" not in notice
     assert rounds == [0, 0, 1]

@@ -9,7 +9,7 @@ import gradio as gr
 from demo.examples import Example
 from demo.handlers import Handlers
 from demo.knobs import SEED_LIMIT, Knob, knobs_of
-from demo.rendering import chat_messages
+from demo.rendering import as_said, chat_messages
 from demo.visitors import COOKIE
 
 TITLE = "NExT-GPT"
@@ -151,7 +151,7 @@ def _connect(
 
     async def edit(event: gr.EditData, request: gr.Request, *values: Any) -> AsyncIterator[dict]:
         number = _round_of(handlers, event.index, request)
-        async for update in again(number, _text_of(event.value), values, request):
+        async for update in again(number, as_said(_text_of(event.value)), values, request):
             yield update
 
     def clear(request: gr.Request) -> dict:

@@ -1,4 +1,4 @@
-"""Rounds as messages of Gradio's chatbot: words as plain text, everything else as escaped HTML."""
+"""Rounds as messages of Gradio's chatbot: words letter by letter, all else as own HTML."""
 
 from collections.abc import Sequence
 from html import escape
@@ -14,6 +14,16 @@ from demo.sessions import Round, Session
 
 Message = dict[str, Any]
 _TITLES: dict[Modality, str] = {"image": "picture", "video": "video", "audio": "sound"}
+
+
+def as_typed(text: str) -> str:
+    """Text as Gradio shows it letter by letter: even without markdown it reads HTML."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
+
+
+def as_said(typed: str) -> str:
+    """What `as_typed` was made of."""
+    return typed.replace("&lt;", "<").replace("&amp;", "&")
 
 
 def chat_messages(session: Session, notice: str = "") -> tuple[list[Message], list[int]]:
@@ -32,7 +42,8 @@ def chat_messages(session: Session, notice: str = "") -> tuple[list[Message], li
 
 def _said(one: Round, folder: Path) -> list[Message]:
     media = [_shown(part, folder) for part in one.human.parts if isinstance(part, Media)]
-    words = [part.text for part in one.human.parts if isinstance(part, Text) and part.text.strip()]
+    texts = [part.text for part in one.human.parts if isinstance(part, Text)]
+    words = [as_typed(text) for text in texts if text.strip()]
     # Apart from each other, so that the words alone can be edited.
     return [_message("user", content) for content in ([_html(media)] if media else [], words)
             if content]  # fmt: skip
@@ -43,7 +54,7 @@ def _replied(reply: Reply, folder: Path) -> list[Message]:
     number = 0
     for part in reply.parts:
         if isinstance(part, Text):
-            content.append(part.text)
+            content.append(as_typed(part.text))
         else:
             content.append(_html([_made(part, number, reply, folder)]))
             number += 1

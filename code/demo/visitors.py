@@ -29,7 +29,7 @@ _PAGES = {
 }  # fmt: skip
 _FOLDERS = (
     "/assets/", "/static/", "/svelte/", "/media/", "/v1/",
-    f"{_GRADIO}/heartbeat/", f"{_GRADIO}/call/", _FILE,
+    f"{_GRADIO}/heartbeat/", f"{_GRADIO}/call/", f"{_GRADIO}/run/", _FILE,
 )  # fmt: skip
 
 
