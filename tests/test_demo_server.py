@@ -360,7 +360,14 @@ def test_a_client_that_goes_away_frees_the_desk(demo: Running) -> None:
 def test_memory_stays_flat_over_200_requests(babbler: Running) -> None:
     process = psutil.Process(os.getpid())
 
+    one = client(babbler)
+
     def ask(number: int) -> None:
+        if number % 2:
+            shown = [handle_file(str(PHOTO))]
+            one.predict(f"number {number}", shown, {"seed": number}, api_name="/chat")
+            one.predict(api_name="/forget")
+            return
         openai(babbler).chat.completions.create(
             model="any", messages=[user(f"number {number}", picture())], seed=number
         )

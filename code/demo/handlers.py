@@ -1,5 +1,6 @@
 """What the page's buttons and Gradio's client do: each is a walk over a session and its desk."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -46,11 +47,9 @@ class Handlers:
         """Answer what stands in the box: (messages, whether the box may be emptied), many times."""
         session = self.session(request)
         try:
-            if session.job:
-                raise InputError(_BUSY)
             options, seed = self.settings(knobs)
             files = [(Path(path), Path(path).name) for path in said.get("files") or []]
-            human = self.take(session, said.get("text") or "", files)
+            human = await self.take(session, said.get("text") or "", files)
         except InputError as error:
             yield chat_messages(session, str(error))[0], False
             return
@@ -102,12 +101,19 @@ class Handlers:
         seed = check_seed(values.pop("seed", None))
         return turn_knobs(self.options, values), seed
 
-    def take(self, session: Session, text: str, files: Sequence[tuple[Path, str]]) -> Turn:
-        """The human's turn; only the visitor's own uploads are read."""
+    async def take(self, session: Session, text: str, files: Sequence[tuple[Path, str]]) -> Turn:
+        """The human's turn; only the visitor's own uploads are read.
+
+        Raises:
+            InputError: the session is busy, or what is shown is unusable.
+        """
         for path, name in files:
             if not self.sessions.may_use(str(path), session.visitor) or not path.is_file():
                 raise InputError(f"{name}: not a file that you uploaded here, upload it again")
-        return session.show(text, files)
+        human = await asyncio.to_thread(session.show, text, files)
+        if session.job:
+            raise InputError(_BUSY)
+        return human
 
     def stop(self, request: gr.Request) -> None:
         """End the answer being made."""
@@ -133,13 +139,11 @@ class Handlers:
         session = self.session(request)
         try:
             options, seed = self.settings(knobs or {})
-            if session.job:
-                raise InputError(_BUSY)
             shown = [
                 (Path(file["path"]), file.get("orig_name") or Path(file["path"]).name)
                 for file in files or []
             ]
-            human = self.take(session, text, shown)
+            human = await self.take(session, text, shown)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
         async for _ in self.reply(session, human, options, seed):

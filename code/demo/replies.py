@@ -7,6 +7,7 @@ from pathlib import Path
 
 from chat.options import ChatOptions
 from config.errors import InputError
+from config.loader import PROJECT_ROOT
 from conversation.parts import Conversation, Media, Part, Text, Turn
 from demo.desk import Desk, Event, Finished, Job, Ready, Step, Stopped, Waiting, Words, Written
 
@@ -91,7 +92,8 @@ async def make_reply(
     except Stopped:
         reply.stopped = True
     except InputError as error:
-        reply.fault = str(error).replace(f"{private or job.folder}/", "")
+        told = str(error).replace(f"{private or job.folder}/", "")
+        reply.fault = told.replace(f"{PROJECT_ROOT}/", "")  # nor where this program lies
 
 
 def new_job(turns: tuple[Turn, ...], options: ChatOptions, reply: Reply, folder: Path) -> Job:

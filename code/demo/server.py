@@ -14,12 +14,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Mount
 
 from chat.answering import find_delta
 from chat.assistant import Assistant
@@ -55,9 +57,22 @@ def serve(config: Config, delta: Path | None, host: str, port: int) -> None:
         desk.warm()
         print(f"ready after {time.perf_counter() - start:.1f} s: http://{host}:{port}", flush=True)
         try:
-            uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+            _Server(
+                uvicorn.Config(
+                    app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2
+                )
+            ).run()
         finally:
             desk.close()
+
+
+class _Server(uvicorn.Server):
+    """Lets the open tabs go when it is to end, instead of waiting for people to close them."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The signal to end is there."""
+        self.config.app.state.page.stop_event.set()
+        super().handle_exit(sig, frame)
 
 
 def build_app(desk: Desk, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
@@ -103,6 +118,7 @@ def build_app(desk: Desk, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
         ssr_mode=False,
         pwa=False,
     )
+    app.state.page = next(route.app for route in app.routes if isinstance(route, Mount))
     app.add_middleware(Visitors, sessions=sessions)
     if host in LOOPBACK:  # pages of other sites cannot make a name of theirs mean this server
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
