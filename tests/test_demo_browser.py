@@ -14,6 +14,7 @@ pytestmark = pytest.mark.browser
 CHROMIUM = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 ]  # fmt: skip
 SECONDS = 60_000  # milliseconds that anything may take on a busy machine
 PHOTO = MEDIA / "portrait.jpg"
@@ -218,6 +219,38 @@ def test_a_chip_fills_the_box_with_words_and_a_file(
     page.locator("#box textarea").press("Enter")
     answered(page)
     assert page.locator("#chat figure.image img").evaluate("image => image.naturalWidth") == 64
+
+
+def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running) -> None:
+    page = opened(visitor, musician)
+    page.get_by_role("button", name="Knobs").click()
+    page.locator("#knob_steps_audio input[type=number]").fill("7")
+    page.locator("#knob_seed input").fill("123")
+    page.locator("#knob_seed input").press("Tab")
+    send(page, "play")
+    answered(page)
+    expect(page.locator("#chat details.why")).to_contain_text("Seed 123")
+    (session,) = (s for s in musician.sessions._open.values() if s.rounds)
+    assert session.rounds[0].reply.steps[0] == (7, 7)
+
+
+def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Running) -> None:
+    visitor.grant_permissions(["camera", "microphone"])
+    page = opened(visitor, talker)
+    page.get_by_label("Record audio").click()
+    page.get_by_label("Start recording").click()
+    page.wait_for_timeout(1500)  # of sound
+    page.get_by_label("Stop recording").click()
+    page.get_by_label("Attach audio").click()
+    expect(page.locator("#box .thumbnail-item")).to_have_count(1)
+    page.get_by_role("button", name="Camera").click()
+    page.locator("#photo").get_by_text("Click to Access Webcam").click()
+    page.locator("#photo").get_by_label("capture photo").click()
+    expect(page.locator("#box .thumbnail-item")).to_have_count(2)
+    send(page, "what do you see and hear?")
+    answered(page)
+    assert page.locator("#chat .user-row figure.image img").evaluate("i => i.naturalWidth") > 0
+    assert plays(page.locator("#chat .user-row audio")) > 0.5
 
 
 def test_a_narrow_window_shows_all_and_dark_is_dark(

@@ -243,6 +243,14 @@ def test_an_upload_that_is_too_large_is_refused_on_its_way(demo: Running) -> Non
     assert reply.status_code == 413
 
 
+def test_nothing_is_uploaded_when_the_room_is_taken(
+    demo: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("demo.sessions.MOST_BYTES", -1)
+    reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
+    assert reply.status_code == 507 and not demo.sessions._uploads.get("a.png")
+
+
 def test_sixteen_at_once_never_mix(babbler: Running) -> None:
     """Each gets, of two rounds, the very answers that it would have got alone."""
 

@@ -73,11 +73,13 @@ class Finished:
         token_names: as written.
         nearest: of each medium, the captions that its signal run stands closest to.
         seconds: of each link, with `first_word` and `whole` from the turn at the desk on.
+        prompt_tokens: that the language model read.
     """
 
     token_names: tuple[str, ...]
     nearest: tuple[Near, ...]
     seconds: dict[str, float]
+    prompt_tokens: int = 0
 
 
 Event = Waiting | Words | Written | Step | Ready | Finished
@@ -143,10 +145,6 @@ class Desk:
         for job in self.line:
             job.stopped.set()
         self._worker.shutdown(cancel_futures=True)
-
-    def prompt_tokens(self, turns: tuple[Turn, ...]) -> int:
-        """How many tokens the language model reads for `turns`."""
-        return len(self.assistant.encoder.encode(Conversation(turns)).input_ids)
 
     async def answer(self, job: Job) -> AsyncIterator[Event]:
         """What happens until the answer is complete. Leaving the iterator ends the answer.
@@ -222,7 +220,8 @@ class Desk:
         nearest = self._nearest(answer)
         seconds = dict(answer.seconds) | ({"first_word": first[0]} if first else {})
         seconds["whole"] = time.perf_counter() - start
-        tell(Finished(tuple(answer.token_names), nearest, seconds))
+        read = len(self.assistant.encoder.encode(job.conversation).input_ids)
+        tell(Finished(tuple(answer.token_names), nearest, seconds, read))
 
     def _nearest(self, answer: Answer) -> tuple[Near, ...]:
         modalities = [part.modality for part in answer.turn.parts if isinstance(part, Media)]

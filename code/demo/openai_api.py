@@ -138,7 +138,7 @@ class _Served:
             }
         choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
         return self.head | {
-            "object": "chat.completion", "choices": [choice], "usage": self._usage(turns)
+            "object": "chat.completion", "choices": [choice], "usage": self._usage()
         }  # fmt: skip
 
     async def stream(self) -> AsyncIterator[str]:
@@ -176,9 +176,9 @@ class _Served:
         written = len(self.reply.finished.token_names) if self.reply.finished else 0
         return "length" if written >= self.options.max_new_tokens else "stop"
 
-    def _usage(self, turns: tuple) -> dict[str, int]:
-        read = self.handlers.desk.prompt_tokens(turns)
-        written = len(self.reply.finished.token_names) if self.reply.finished else 0
+    def _usage(self) -> dict[str, int]:
+        finished = self.reply.finished
+        read, written = (finished.prompt_tokens, len(finished.token_names)) if finished else (0, 0)
         return {
             "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written
         }  # fmt: skip

@@ -56,8 +56,10 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
             autofocus=True,
         )
         with gr.Accordion("Camera", open=False, elem_id="camera"), gr.Row():
-            photo = gr.Image(sources=["webcam"], type="filepath", label="Photograph", height=240)
-            film = gr.Video(sources=["webcam"], label="Film", height=240)
+            photo = gr.Image(
+                sources=["webcam"], type="filepath", label="Photograph", height=240, elem_id="photo"
+            )
+            film = gr.Video(sources=["webcam"], label="Film", height=240, elem_id="film")
         with gr.Accordion("Knobs", open=False, elem_id="knobs"):
             turned = _sliders(knobs)
         names = [*(knob.name for knob in knobs), "seed"]
@@ -65,7 +67,7 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
         for chip, example in zip(chips, examples, strict=True):
             chip.click(_fill(handlers, example), None, box, api_visibility="private", **_LIMIT)
         for camera in (photo, film):
-            camera.input(
+            camera.change(
                 _attach(handlers), [box, camera], [box, camera], api_visibility="private", **_LIMIT
             )
         dark.click(None, js=_DARK, api_visibility="private")
@@ -197,12 +199,12 @@ def _fill(handlers: Handlers, example: Example) -> Any:
 def _attach(handlers: Handlers) -> Any:
     """What the camera does: its file goes into the box."""
 
-    def attach(said: dict | None, path: str | None, request: gr.Request) -> tuple[dict, None]:
-        said = said or {"text": "", "files": []}
-        if path:
-            handlers.sessions.lend(path, request.cookies.get(COOKIE, ""))
-        files = [*said.get("files", []), *([path] if path else [])]
-        return {"text": said.get("text", ""), "files": files}, None
+    def attach(said: dict | None, path: str | None, request: gr.Request) -> tuple[Any, Any]:
+        if not path:  # emptied below
+            return gr.skip(), gr.skip()
+        handlers.sessions.lend(path, request.cookies.get(COOKIE, ""))
+        said = said or {}
+        return {"text": said.get("text", ""), "files": [*said.get("files", []), path]}, None
 
     return attach
 

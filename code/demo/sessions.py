@@ -21,6 +21,7 @@ from demo.limits import MAX_FILES, check_medium, check_words
 from demo.replies import Reply
 
 IDLE_SECONDS = 3600.0
+MOST_BYTES = 2_000_000_000  # of all temporary files; beyond it nothing is uploaded
 _UNUSUAL = re.compile(r"[^\w.-]+")
 
 
@@ -150,6 +151,11 @@ class Sessions:
     def lend(self, path: str, visitor: str) -> None:
         """Let `visitor` use and fetch the temporary file at `path`."""
         self._uploads.setdefault(path, set()).add(visitor)
+
+    def full(self) -> bool:
+        """Whether the temporary files take all the room that they may."""
+        sizes = (path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        return sum(sizes) > MOST_BYTES
 
     def new_upload(self, name: str) -> Path:
         """Where a file may be put that is lent then."""

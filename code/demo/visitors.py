@@ -56,6 +56,9 @@ class Visitors:
             return
         send = _with_cookie(send, visitor) if fresh else send
         if scope["path"] == _UPLOAD:
+            if self.sessions.full():
+                await Response("too much is uploaded, try again later", 507)(scope, receive, send)
+                return
             send = self._remembering(send, visitor)
         await self.app(scope, receive, send)
 
