@@ -245,6 +245,7 @@ def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Run
     expect(page.locator("#box .thumbnail-item")).to_have_count(1)
     page.get_by_role("button", name="Camera").click()
     page.locator("#photo").get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("() => document.querySelector('#photo video').readyState > 2")
     page.locator("#photo").get_by_label("capture photo").click()
     expect(page.locator("#box .thumbnail-item")).to_have_count(2)
     send(page, "what do you see and hear?")
