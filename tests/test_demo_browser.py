@@ -248,10 +248,16 @@ def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Run
     page.wait_for_function("() => document.querySelector('#photo video').readyState > 2")
     page.locator("#photo").get_by_label("capture photo").click()
     expect(page.locator("#box .thumbnail-item")).to_have_count(2)
+    page.locator("#film").get_by_text("Click to Access Webcam").click()
+    page.locator("#film").get_by_label("start recording").click()
+    page.wait_for_timeout(1500)  # of film
+    page.locator("#film").get_by_label("start recording").click()  # it now says Stop
+    expect(page.locator("#box .thumbnail-item")).to_have_count(3)
     send(page, "what do you see and hear?")
     answered(page)
     assert page.locator("#chat .user-row figure.image img").evaluate("i => i.naturalWidth") > 0
     assert plays(page.locator("#chat .user-row audio")) > 0.5
+    assert plays(page.locator("#chat .user-row video")) > 0.5  # or without end
 
 
 def test_a_narrow_window_shows_all_and_dark_is_dark(

@@ -7,10 +7,9 @@ Waiting costs nothing but a look at the line five times a second.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from threading import Event as Flag
 
@@ -118,26 +117,29 @@ class Desk:
     def warm(self) -> None:
         """Load, before anybody needs it, what else would be loaded during the first answers.
 
-        A piece at a time, so that an answer never waits for all of them.
+        Piece by piece: an answer that comes in between waits for one of them, not for all.
         """
-        assistant, modalities = self.assistant, list(self.assistant.config.decoders)
-        pieces: list[Callable[[], object]] = [
-            assistant.load_encoder,
-            *(partial(assistant.load_decoder, modality) for modality in modalities),
-            *(
-                lambda modality=modality: self.bank.embed(assistant.load_decoder(modality).captions)
-                for modality in modalities
-            ),
-        ]
-        self._worker.submit(self._warm, pieces)
+        self._worker.submit(self._warm, self._pieces())
 
-    def _warm(self, pieces: list[Callable[[], object]]) -> None:
+    def _pieces(self) -> Iterator[None]:
+        self.assistant.load_encoder()
+        yield
+        for modality in self.assistant.config.decoders:
+            self.assistant.load_decoder(modality)
+            yield
+        for modality in self.assistant.config.decoders:
+            yield from self.bank.embedding(self.assistant.load_decoder(modality).captions)
+
+    def _warm(self, pieces: Iterator[None]) -> None:
         try:
-            pieces[0]()
+            next(pieces)
+        except StopIteration:
+            return
         except InputError as error:  # who needs the part will be told
             _log.warning("%s", error)
-        if pieces[1:] and not self._closed:
-            self._worker.submit(self._warm, pieces[1:])
+            return
+        if not self._closed:
+            self._worker.submit(self._warm, pieces)
 
     def close(self) -> None:
         """End all answers and let the thread go."""

@@ -9,13 +9,11 @@ from pathlib import Path
 
 import av
 from av.container import InputContainer
-from av.stream import Disposition
-from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from config.errors import InputError, MediaError
 from conversation.parts import Modality
-from dataset.decoding import CONTAINERS, PICTURES
+from dataset.decoding import CONTAINERS, PICTURES, moving_pictures
 
 MAX_BYTES = 50_000_000  # of a file
 MAX_PIXELS = 40_000_000  # of a picture
@@ -85,18 +83,14 @@ def _check_stream(path: Path, name: str) -> Modality:
 
 
 def _check_container(container: InputContainer, name: str) -> Modality:
-    moving = [
-        stream
-        for stream in container.streams.video
-        if stream.average_rate and not stream.disposition & Disposition.attached_pic
-    ]
-    if not moving and not container.streams.audio:
+    moving = moving_pictures(container)
+    if moving is None and not container.streams.audio:
         raise MediaError(f"{name}: neither moving pictures nor sound in it")
-    modality: Modality = "video" if moving else "audio"
-    stream = moving[0] if moving else container.streams.audio[0]
-    frame_pixels = stream.width * stream.height if isinstance(stream, VideoStream) else 0
+    modality: Modality = "audio" if moving is None else "video"
+    stream = moving or container.streams.audio[0]
+    frame_pixels = moving.width * moving.height if moving else 0
     if frame_pixels > MAX_FRAME_PIXELS:
-        raise MediaError(f"{name}: {stream.width}x{stream.height} is too large, make it smaller")
+        raise MediaError(f"{name}: {frame_pixels} pixels a frame are too many, make it smaller")
     frames = 0
     for packet in container.demux(stream):  # what the header says of the length may be wrong
         frames += packet.size > 0

@@ -7,6 +7,7 @@ which is the distance that training makes small, are shown. A bank says nothing 
 the model means may have no caption in it.
 """
 
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -45,14 +46,19 @@ class CaptionBank:
 
     def embed(self, encoder: CaptionEncoder) -> tuple[list[str], Tensor]:
         """The captions of the encoder's modality and their embeddings (N, T * D), float32."""
-        if encoder.modality not in self._embedded:
-            captions = bank_captions(encoder.modality)
-            parts = [
-                encoder.encode(captions[first : first + _BATCH]).flatten(1).float().cpu()
-                for first in range(0, len(captions), _BATCH)
-            ]
-            self._embedded[encoder.modality] = captions, torch.cat(parts)
+        for _ in self.embedding(encoder):
+            pass
         return self._embedded[encoder.modality]
+
+    def embedding(self, encoder: CaptionEncoder) -> Iterator[None]:
+        """The work of `embed`, a batch a step."""
+        if encoder.modality in self._embedded:
+            return
+        captions, parts = bank_captions(encoder.modality), []
+        for first in range(0, len(captions), _BATCH):
+            parts.append(encoder.encode(captions[first : first + _BATCH]).flatten(1).float().cpu())
+            yield
+        self._embedded[encoder.modality] = captions, torch.cat(parts)
 
 
 def bank_captions(modality: Modality) -> list[str]:

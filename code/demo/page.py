@@ -59,7 +59,16 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
             photo = gr.Image(
                 sources=["webcam"], type="filepath", label="Photograph", height=240, elem_id="photo"
             )
-            film = gr.Video(sources=["webcam"], label="Film", height=240, elem_id="film")
+            film = (
+                gr.Video(  # as it is: to mirror or to mute it, Gradio would need FFmpeg's program
+                    sources=["webcam"],
+                    label="Film",
+                    height=240,
+                    elem_id="film",
+                    include_audio=True,
+                    webcam_options=gr.WebcamOptions(mirror=False),
+                )
+            )
         with gr.Accordion("Knobs", open=False, elem_id="knobs"):
             turned = _sliders(knobs)
         names = [*(knob.name for knob in knobs), "seed"]
