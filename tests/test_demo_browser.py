@@ -253,6 +253,7 @@ def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Run
     page.wait_for_timeout(1500)  # of film
     page.locator("#film").get_by_label("start recording").click()  # it now says Stop
     expect(page.locator("#box .thumbnail-item")).to_have_count(3)
+    page.wait_for_timeout(1000)  # the camera is emptied, which is an event too
     send(page, "what do you see and hear?")
     answered(page)
     assert page.locator("#chat .user-row figure.image img").evaluate("i => i.naturalWidth") > 0

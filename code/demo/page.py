@@ -77,7 +77,12 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
             chip.click(_fill(handlers, example), None, box, api_visibility="private", **_LIMIT)
         for camera in (photo, film):
             camera.change(
-                _attach(handlers), [box, camera], [box, camera], api_visibility="private", **_LIMIT
+                _attach(handlers),
+                [box, camera],
+                [box, camera],
+                show_progress="hidden",
+                api_visibility="private",
+                **_LIMIT,
             )
         dark.click(None, js=_DARK, api_visibility="private")
         page.unload(handlers.close)
