@@ -1,5 +1,6 @@
 """A demo that runs: tiny real parts, a real server on a free port of the loopback."""
 
+import base64
 import os
 import socket
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import uvicorn
+from gradio_client import Client
+from openai import OpenAI
 
 from chat.assistant import Assistant
 from config.loader import load_config
@@ -18,9 +21,11 @@ from conversation.parts import MODALITIES
 from demo.desk import Desk
 from demo.server import build_app
 from demo.sessions import Sessions
+from parity_tools import MEDIA
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
 
+PHOTO = MEDIA / "portrait.jpg"
 WORDS = ("Sure", "the music")
 EVERYTHING = (WORDS[0], "image", "video", WORDS[1], "audio")
 
@@ -96,3 +101,23 @@ def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
     while not true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+def openai(running: Running) -> OpenAI:
+    return OpenAI(base_url=f"{running.address}/v1", api_key="none", max_retries=0)
+
+
+def user(*parts: dict | str) -> dict:
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts],
+    }
+
+
+def picture(path: Path = PHOTO) -> dict:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+
+
+def client(running: Running) -> Client:
+    return Client(running.address, verbose=False, download_files=str(running.folder.parent))

@@ -7,8 +7,15 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from demo_server import EVERYTHING, WORDS, Running, running_demo, scripted_assistant, wait_until
-from parity_tools import MEDIA
+from demo_server import (
+    EVERYTHING,
+    PHOTO,
+    WORDS,
+    Running,
+    running_demo,
+    scripted_assistant,
+    wait_until,
+)
 
 pytestmark = pytest.mark.browser
 CHROMIUM = [
@@ -17,7 +24,6 @@ CHROMIUM = [
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 ]  # fmt: skip
 SECONDS = 60_000  # milliseconds that anything may take on a busy machine
-PHOTO = MEDIA / "portrait.jpg"
 PLAYS = """async (medium) => {
     medium.muted = true;
     await medium.play();
