@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # Installs what is needed, checks the style and runs the tests; arguments go to pytest
 # (bash scripts/test.sh -m slow: the ones that take minutes).
+# bash scripts/test.sh --browser: those that go through the demo's page with Chromium.
 set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
 bash scripts/install.sh
 export PATH="$root/.venv/bin:$PATH"
+if [ "${1:-}" = --browser ]; then
+    shift
+    exec python -m pytest -m browser "$@"
+fi
 ruff check .
 ruff format --check .
 python -m pytest "$@"

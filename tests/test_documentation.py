@@ -95,7 +95,8 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     def ask(file: Path) -> set[str]:
         if file.suffix == ".sh":
             own = set(re.findall(r"--\w+", file.read_text()))
-            return own | (ask(ROOT / "code/train.py") if file.name == "train.sh" else set())
+            behind = {"train.sh": "code/train.py", "app.sh": "code/demo_app.py"}.get(file.name)
+            return own | (ask(ROOT / behind) if behind else set())
         monkeypatch.setattr(sys, "argv", [str(file), "--help"])
         monkeypatch.setattr(sys, "path", [str(ROOT / "code"), *sys.path])
         with pytest.raises(SystemExit, match="0"):
@@ -125,7 +126,7 @@ def test_every_flag_named_in_the_readmes_is_some_programs(help_of: Callable) -> 
         for name in (
             "code/inference.py", "code/process_embeddings.py", "code/dataset/preprocess_dataset.py",
             "code/mini_world/write_data.py", "code/mini_world/build_parts.py", "code/evaluate.py",
-            "code/evaluate_parts.py", "scripts/train.sh",
+            "code/evaluate_parts.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
         )
     ]  # fmt: skip
     known = {"--help"}.union(*(help_of(file) for file in programs))

@@ -9,7 +9,7 @@ share the passes: with SmolLM2, sixteen are written in a quarter of the time of 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from chat.generation import generate_answers, readable_parts, words
+from chat.answers import Answer, Progress
+from chat.generation import generate_answers, readable_parts
 from chat.options import ChatOptions
 from config.errors import InputError, MediaError
 from config.schema import Config
@@ -38,7 +39,7 @@ from model.imagebind import ImageBind
 from model.media_files import Output
 from model.nextgpt import NextGPT
 
-Progress = Callable[[Modality, int, int], None]  # (modality, steps done, steps in all)
+_FEATURES_KEPT = 1000  # of the media last seen
 
 
 class _Run(NamedTuple):
@@ -47,31 +48,6 @@ class _Run(NamedTuple):
     answer: int
     number: int
     position: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the assistant gave.
-
-    Attributes:
-        turn: its parts in order; the media have no path yet.
-        outputs: the media themselves, in the order of the turn's `Media` parts.
-        token_ids: as written, the end included.
-        token_names: of the same tokens.
-        seconds: of every link: `load` (what was not loaded yet), `encode`, `language_model`,
-            `projection` and each decoder's modality; shared by all that were answered together.
-    """
-
-    turn: Turn
-    outputs: tuple[Output, ...]
-    token_ids: list[int]
-    token_names: list[str]
-    seconds: dict[str, float]
-
-    @property
-    def text(self) -> str:
-        """The words alone; equal to what was streamed."""
-        return words(self.turn.parts)
 
 
 class Assistant:
@@ -130,15 +106,37 @@ class Assistant:
         seed: int,
         options: ChatOptions,
         on_text: Callable[[str], None] | None = None,
+        on_turn: Callable[[Turn], None] | None = None,
         on_progress: Progress | None = None,
+        on_medium: Callable[[int, Output], None] | None = None,
     ) -> Answer:
         """The assistant's answer to `conversation`: `answer` with one alone, its media one by one.
 
+        What a callback raises ends the answer.
+
         Args:
             on_text: gets the words as they are written.
+            on_turn: gets the turn when all of it is written and no medium is made yet.
+            on_progress: called after every diffusion step.
+            on_medium: gets each medium when it is made, with its number among the answer's media.
         """
+
+        def tell_turns(turns: list[Turn]) -> None:
+            if on_turn:
+                on_turn(turns[0])
+
+        def tell_medium(_: int, number: int, output: Output) -> None:
+            if on_medium:
+                on_medium(number, output)
+
         return self.answer(
-            [conversation], seeds=[seed], options=options, on_text=on_text, on_progress=on_progress
+            [conversation],
+            seeds=[seed],
+            options=options,
+            on_text=on_text,
+            on_turns=tell_turns,
+            on_progress=on_progress,
+            on_medium=tell_medium,
         )[0]
 
     @torch.no_grad()
@@ -150,7 +148,9 @@ class Assistant:
         options: ChatOptions,
         media_at_once: int = 1,
         on_text: Callable[[str], None] | None = None,
+        on_turns: Callable[[list[Turn]], None] | None = None,
         on_progress: Progress | None = None,
+        on_medium: Callable[[int, int, Output], None] | None = None,
     ) -> list[Answer]:
         """The assistant's answers to `conversations`, each of which ends with a human turn.
 
@@ -160,7 +160,9 @@ class Assistant:
             seeds: one each; the same one gives the same answer. Medium i of an answer has seed + i.
             media_at_once: how many media of one modality are decoded together.
             on_text: gets the words of a single conversation's answer as they are written.
+            on_turns: gets the turns when they are written.
             on_progress: called after every diffusion step; what it raises ends the answers.
+            on_medium: gets (answer, number among its media, medium) when it is made.
 
         Raises:
             InputError: too long for the language model, or a part cannot be loaded.
@@ -175,15 +177,33 @@ class Assistant:
                 self.model.language_model, self.encoder, prompts, options, seeds, on_text
             )
         turns = [Turn("assistant", readable_parts(self.encoder, one)) for one in ids]
+        if on_turns:
+            on_turns(turns)
         with self._timed(seconds, "projection"):
             runs = self._find_runs(ids)
             captions = self._project(prompts, ids, runs)
-        made = self._decode(runs, captions, options, seeds, seconds, media_at_once, on_progress)
-        outputs = [
-            tuple(made[run] for run in sorted(made) if run.answer == i) for i in range(len(ids))
-        ]
-        names = [[self._name(token_id) for token_id in one] for one in ids]
-        return [Answer(*one, seconds) for one in zip(turns, outputs, ids, names, strict=True)]
+        made = self._decode(
+            runs, captions, options, seeds, seconds, media_at_once, on_progress, on_medium
+        )
+        given = {
+            run: caption.cpu()
+            for modality, found in runs.items()
+            for run, caption in zip(found, captions[modality], strict=True)
+        }
+        answers = []
+        for i, (turn, one) in enumerate(zip(turns, ids, strict=True)):
+            own = [run for run in sorted(made) if run.answer == i]
+            answers.append(
+                Answer(
+                    turn=turn,
+                    outputs=tuple(made[run] for run in own),
+                    captions=tuple(given[run] for run in own),
+                    token_ids=one,
+                    token_names=[self._name(token_id) for token_id in one],
+                    seconds=seconds,
+                )
+            )
+        return answers
 
     def _check_length(self, prompt: int, answer: int) -> None:
         context = self.model.language_model.config.max_position_embeddings
@@ -201,7 +221,7 @@ class Assistant:
         media = [medium for one in encoded for _, medium in one.slots]
         if media:
             with self._timed(seconds, "load"):
-                self._load_imagebind()
+                self.load_encoder()
         batch = pad_conversations(encoded, pad_id=0).to(self.device)
         with self._timed(seconds, "encode"):
             features = [self._feature(medium) for medium in media]
@@ -218,10 +238,13 @@ class Assistant:
         key = (medium.modality, str(path), path.stat().st_mtime_ns)
         if key not in self._features:
             views = load_views(medium.modality, path).to(self.device)
-            self._features[key] = self._load_imagebind().encode(medium.modality, views[None])[0]
+            self._features[key] = self.load_encoder().encode(medium.modality, views[None])[0]
+            if len(self._features) > _FEATURES_KEPT:
+                del self._features[next(iter(self._features))]
         return self._features[key]
 
-    def _load_imagebind(self) -> ImageBind:
+    def load_encoder(self) -> ImageBind:
+        """The encoder of the human's media, loaded when first asked for and kept."""
         if self._imagebind is None:
             self._imagebind = build_media_encoder(self.config).to(self.device)
         return self._imagebind
@@ -275,6 +298,7 @@ class Assistant:
         seconds: dict[str, float],
         at_once: int,
         on_progress: Progress | None,
+        on_medium: Callable[[int, int, Output], None] | None,
     ) -> dict[_Run, Output]:
         """The medium of every run, `at_once` of one modality together."""
         made: dict[_Run, Output] = {}
@@ -293,6 +317,9 @@ class Assistant:
                 with self._timed(seconds, modality):
                     outputs = decoder.decode(captions[modality][group], decode, tell)
                 made |= dict(zip(found[group], outputs, strict=True))
+                if on_medium:
+                    for run, output in zip(found[group], outputs, strict=True):
+                        on_medium(run.answer, run.number, output)
         return made
 
     def load_decoder(self, modality: Modality) -> Decoder:

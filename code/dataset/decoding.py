@@ -26,9 +26,10 @@ from torch.nn.functional import conv1d, pad
 from config.errors import MediaError
 
 # Named, because FFmpeg and Pillow also read playlists, scripts and text, which may lead elsewhere.
-_CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
-_PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
+PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _DECODING_ERRORS = (OSError, ValueError, EOFError, SyntaxError, av.FFmpegError)
+_STILLS = ("mjpeg", "png", "bmp", "tiff", "webp")  # codecs of covers
 _MAX_ASPECT = 50  # beyond it, one side scaled to the encoder's size makes the other one huge
 
 
@@ -46,7 +47,7 @@ def _naming(path: Path, kind: str) -> Iterator[None]:
 
 
 def _open_container(path: Path) -> InputContainer:
-    return av.open(str(path), options={"format_whitelist": _CONTAINERS})
+    return av.open(str(path), options={"format_whitelist": CONTAINERS})
 
 
 def _check_aspect(path: Path, width: int, height: int) -> None:
@@ -61,7 +62,7 @@ def read_image(path: Path | str) -> Image.Image:
         MediaError: missing, broken or not a picture.
     """
     path = Path(path)
-    with _naming(path, "a picture"), Image.open(path, formats=_PICTURES) as image:
+    with _naming(path, "a picture"), Image.open(path, formats=PICTURES) as image:
         _check_aspect(path, *image.size)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits; converting would clip at 255
@@ -136,11 +137,10 @@ def read_video_frames(
     with _naming(path, "a video"):
         with _open_container(path) as container:
             stream = _moving_pictures(path, container)
-            packets = container.demux(stream)
-            count = sum(packet.size > 0 and not packet.is_discard for packet in packets)
-            if not count:
+            packets = [p for p in container.demux(stream) if p.size > 0 and not p.is_discard]
+            if not packets:
                 raise MediaError(f"{path}: a video without frames")
-            indices = choose(count, float(stream.average_rate))
+            indices = choose(len(packets), float(stream.average_rate or _rate_of(packets)))
         with _open_container(path) as container:
             frames = container.decode(_moving_pictures(path, container))
             pictures = {
@@ -154,13 +154,32 @@ def read_video_frames(
     return [pictures.get(index, last) for index in indices]
 
 
-def _moving_pictures(path: Path, container: InputContainer) -> VideoStream:
+def moving_pictures(container: InputContainer) -> VideoStream | None:
+    """The first stream of moving pictures, which the cover of an album is not.
+
+    What browsers record has no frame rate in its header, so that alone decides nothing.
+    """
     for stream in container.streams.video:
-        if stream.average_rate and not stream.disposition & Disposition.attached_pic:
-            _check_aspect(path, stream.width, stream.height)
-            stream.thread_type = "AUTO"
+        moving = stream.average_rate or stream.codec_context.name not in _STILLS
+        if moving and not stream.disposition & Disposition.attached_pic:
             return stream
-    raise MediaError(f"{path}: no moving pictures in it")
+    return None
+
+
+def _moving_pictures(path: Path, container: InputContainer) -> VideoStream:
+    stream = moving_pictures(container)
+    if stream is None:
+        raise MediaError(f"{path}: no moving pictures in it")
+    _check_aspect(path, stream.width, stream.height)
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _rate_of(packets: list[av.Packet]) -> float:
+    """Frames per second by the times at which they are shown; 1 if the times do not tell."""
+    times = [float(p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base]
+    length = max(times, default=0.0) - min(times, default=0.0)
+    return (len(packets) - 1) / length if length > 0 else 1.0
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:

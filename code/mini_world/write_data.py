@@ -81,7 +81,7 @@ def write_world(out: Path, seed: int = 0, scale: float = 1.0, progress: bool = T
             *_write_instructions(aside / "IT_data", seed, counts),
         ]
         _render(media, seed, progress)
-        _write_examples(aside / "examples", seed)
+        write_examples(aside / "examples", seed)
         _write_json(aside / "world.json", world)
         if out.exists():
             shutil.rmtree(out)
@@ -186,9 +186,9 @@ def _render(media: _Media, seed: int, progress: bool) -> None:
                 bar.update()
 
 
-def _write_examples(folder: Path, seed: int) -> None:
+def write_examples(folder: Path, seed: int) -> None:
     """One input for each of the course's four cases, with its medium."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     rng = generator(seed, "examples")
     outputs = {"T": "text", "I": "image", "V": "video", "A": "audio"}
     cases = []

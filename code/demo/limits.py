@@ -1,0 +1,109 @@
+"""What people may show: told by content, not by name, and measured without decoding it.
+
+A picture costs reading its header, a video or sound reading its packets once (50 MB: below 0.1 s
+for most formats). Decoding comes later and may still refuse a broken file.
+"""
+
+import warnings
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from PIL import Image, UnidentifiedImageError
+
+from config.errors import InputError, MediaError
+from conversation.parts import Modality
+from dataset.decoding import CONTAINERS, PICTURES, moving_pictures
+
+MAX_BYTES = 50_000_000  # of a file
+MAX_PIXELS = 40_000_000  # of a picture
+MAX_FRAME_PIXELS = 3840 * 2160  # of a video's frame
+MAX_VIDEO_PIXELS = 4_000_000_000  # of all frames together: two minutes of 720p
+MAX_SECONDS: dict[Modality, float] = {"video": 120, "audio": 300}
+MAX_FILES = 8  # of a message
+MAX_CHARACTERS = 20_000  # of a message
+
+
+def check_words(text: str) -> None:
+    """Refuse a text that is too long.
+
+    Raises:
+        InputError: with the numbers.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise InputError(f"the text has {len(text)} characters, more than {MAX_CHARACTERS}")
+
+
+def check_medium(path: Path, name: str) -> Modality:
+    """What the file at `path` is, if it may be shown.
+
+    Args:
+        name: what people call the file; messages name it and never the path.
+
+    Raises:
+        MediaError: it is no medium, or beyond a limit.
+    """
+    size = path.stat().st_size
+    if size == 0:
+        raise MediaError(f"{name}: an empty file (0 bytes)")
+    if size > MAX_BYTES:
+        raise MediaError(f"{name}: {size / 1e6:.0f} MB, more than {MAX_BYTES / 1e6:.0f} MB")
+    return "image" if _is_picture(path, name) else _check_stream(path, name)
+
+
+def _is_picture(path: Path, name: str) -> bool:
+    try:
+        with warnings.catch_warnings():  # Pillow's own limit is higher, it warns first
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=PICTURES) as image:
+                width, height = image.size
+    except UnidentifiedImageError:
+        return False
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name}: {_too_many_pixels()}") from error
+    except (OSError, ValueError, SyntaxError) as error:
+        raise MediaError(f"{name}: a broken picture: {error}") from error
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"{name}: {width}x{height}: {_too_many_pixels()}")
+    return True
+
+
+def _too_many_pixels() -> str:
+    return f"a picture may have at most {MAX_PIXELS / 1e6:.0f} million pixels, make it smaller"
+
+
+def _check_stream(path: Path, name: str) -> Modality:
+    try:
+        with av.open(str(path), options={"format_whitelist": CONTAINERS}) as container:
+            return _check_container(container, name)
+    except (OSError, ValueError, EOFError, av.FFmpegError) as error:
+        raise MediaError(
+            f"{name}: neither a picture nor a video nor a sound that can be read"
+        ) from error
+
+
+def _check_container(container: InputContainer, name: str) -> Modality:
+    moving = moving_pictures(container)
+    if moving is None and not container.streams.audio:
+        raise MediaError(f"{name}: neither moving pictures nor sound in it")
+    modality: Modality = "audio" if moving is None else "video"
+    stream = moving or container.streams.audio[0]
+    frame_pixels = moving.width * moving.height if moving else 0
+    if frame_pixels > MAX_FRAME_PIXELS:
+        raise MediaError(f"{name}: {frame_pixels} pixels a frame are too many, make it smaller")
+    frames = 0
+    for packet in container.demux(stream):  # what the header says of the length may be wrong
+        frames += packet.size > 0
+        if packet.pts is not None and packet.time_base is not None:
+            start = stream.start_time or 0
+            seconds = float((packet.pts - start + (packet.duration or 0)) * packet.time_base)
+            if seconds > MAX_SECONDS[modality] + 0.5:
+                raise MediaError(
+                    f"{name}: longer than {MAX_SECONDS[modality]:.0f} s, the limit for "
+                    f"{'a video' if moving else 'a sound'}: cut it"
+                )
+        if frames * frame_pixels > MAX_VIDEO_PIXELS:
+            raise MediaError(f"{name}: too many frames of this size, shorten or shrink it")
+    if not frames:
+        raise MediaError(f"{name}: nothing in it")
+    return modality

@@ -1,0 +1,207 @@
+"""`/v1/chat/completions` as OpenAI's clients speak it, with media as data URLs both ways.
+
+What comes in: a user's `content` is a text or a list of parts `text`, `image_url`, `video_url`,
+`audio_url` (each `{"url": "data:..."}`) and `input_audio` (`{"data", "format"}`). Addresses other
+than data URLs are refused, none is ever fetched or opened. What goes out: `content` holds the words
+and `parts` all of the answer in order, the media as parts of the same kinds; in a stream a medium
+comes as `delta.parts` when it is made, with its `index` among all parts. The knobs of the page are
+fields of the request (`extra_body` in OpenAI's package).
+"""
+
+import asyncio
+import base64
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import ValidationError
+
+from config.errors import InputError
+from conversation.parts import Media, Modality, Text
+from demo.desk import Ready, Words
+from demo.handlers import Handlers
+from demo.knobs import SEED_LIMIT, check_seed, knobs_of, turn_knobs
+from demo.openai_messages import Completion, conversation_turns
+from demo.replies import Reply, make_reply, new_job
+from demo.sessions import Session
+
+MAX_BODY = 100_000_000  # bytes of a request
+_MIME: dict[Modality, str] = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav"}
+
+
+def openai_routes(handlers: Handlers) -> APIRouter:
+    """The routes, answered at the handlers' desk."""
+    router = APIRouter(prefix="/v1")
+    name = handlers.desk.assistant.config.name
+
+    @router.get("/models")
+    def models() -> dict[str, Any]:
+        model = {"id": name, "object": "model", "created": 0, "owned_by": "nextgpt"}
+        return {"object": "list", "data": [model]}
+
+    @router.post("/chat/completions")
+    async def complete(request: Request) -> Response:
+        try:
+            asked = await _read(request)
+            served = _Served(handlers, asked)
+            if asked.stream:
+                return StreamingResponse(served.stream(), media_type="text/event-stream")
+            return JSONResponse(await served.whole())
+        except InputError as error:
+            return JSONResponse(_error(str(error)), 400)
+
+    return router
+
+
+async def _read(request: Request) -> Completion:
+    """The request, as far as it is one.
+
+    Raises:
+        InputError: naming what is wrong.
+    """
+    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
+        raise InputError("send Content-Type: application/json")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_BODY:
+            raise InputError(f"the request is larger than {MAX_BODY / 1e6:.0f} MB")
+    try:
+        return Completion.model_validate_json(bytes(body))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise InputError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
+
+
+def _error(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "invalid_request_error", "code": None}}
+
+
+class _Served:
+    """One completion, from the request to the files' end."""
+
+    def __init__(self, handlers: Handlers, asked: Completion) -> None:
+        """Check what can be checked before the answer begins.
+
+        Raises:
+            InputError: a figure, a message or a medium is wrong.
+        """
+        self.handlers = handlers
+        values = asked.model_extra or {}
+        knobs = {knob.name: values.get(knob.name) for knob in knobs_of(handlers.options)}
+        knobs |= {"top_p": asked.top_p, "temperature": asked.temperature}
+        knobs["max_new_tokens"] = asked.max_completion_tokens or asked.max_tokens
+        self.options = turn_knobs(handlers.options, knobs)
+        seed = check_seed(asked.seed)
+        self.reply = Reply(secrets.randbelow(SEED_LIMIT) if seed is None else seed)
+        self.messages = asked.messages
+        self.head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": handlers.desk.assistant.config.name,
+        }
+        self.key = f"v1 {self.head['id']}"
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """A session for this completion alone."""
+        try:
+            yield self.handlers.sessions.of(self.key, self.key)
+        finally:
+            self.handlers.sessions.close(self.key)
+
+    async def whole(self) -> dict[str, Any]:
+        """The completion at once.
+
+        Raises:
+            InputError: what was shown is unusable, or the answer failed.
+        """
+        with self._session() as session:
+            turns = await asyncio.to_thread(conversation_turns, self.messages, session)
+            job = new_job(turns, self.options, self.reply, session.new_folder())
+            session.job = job
+            async for _ in make_reply(self.handlers.desk, self.reply, job, session.folder):
+                pass
+            if self.reply.fault:
+                raise InputError(self.reply.fault)
+            message = {
+                "role": "assistant",
+                "content": _words(self.reply),
+                "refusal": None,
+                "parts": _parts(self.reply),
+            }
+        choice = {"index": 0, "message": message, "finish_reason": self._reason(), "logprobs": None}
+        return self.head | {
+            "object": "chat.completion", "choices": [choice], "usage": self._usage()
+        }  # fmt: skip
+
+    async def stream(self) -> AsyncIterator[str]:
+        """The completion as server-sent events; a fault is the last one."""
+        yield self._chunk({"role": "assistant", "content": ""})
+        try:
+            with self._session() as session:
+                turns = await asyncio.to_thread(conversation_turns, self.messages, session)
+                session.job = job = new_job(turns, self.options, self.reply, session.new_folder())
+                reply = make_reply(self.handlers.desk, self.reply, job, session.folder)
+                async with aclosing(reply) as events:
+                    async for event in events:
+                        if isinstance(event, Words):
+                            yield self._chunk({"content": event.text})
+                        elif isinstance(event, Ready):
+                            yield self._chunk({"parts": [self._numbered(event.number)]})
+                if self.reply.fault:
+                    raise InputError(self.reply.fault)
+            yield self._chunk({}, self._reason())
+        except InputError as error:
+            yield f"data: {json.dumps(_error(str(error)))}\n\n"
+        yield "data: [DONE]\n\n"
+
+    def _numbered(self, number: int) -> dict[str, Any]:
+        """Medium `number` as a part, with its place among all parts."""
+        places = [i for i, part in enumerate(self.reply.parts) if isinstance(part, Media)]
+        return {"index": places[number], **_parts(self.reply)[places[number]]}
+
+    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+        chunk = self.head | {"object": "chat.completion.chunk", "choices": [choice]}
+        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+    def _reason(self) -> str:
+        written = len(self.reply.finished.token_names) if self.reply.finished else 0
+        return "length" if written >= self.options.max_new_tokens else "stop"
+
+    def _usage(self) -> dict[str, int]:
+        finished = self.reply.finished
+        read, written = (finished.prompt_tokens, len(finished.token_names)) if finished else (0, 0)
+        return {
+            "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written
+        }  # fmt: skip
+
+
+def _words(reply: Reply) -> str:
+    return "\n".join(part.text for part in reply.parts if isinstance(part, Text))
+
+
+def _parts(reply: Reply) -> list[dict[str, Any]]:
+    """All parts of an answer; a medium that is not made yet is an empty address."""
+    parts: list[dict[str, Any]] = []
+    for part in reply.parts:
+        if isinstance(part, Text):
+            parts.append({"type": "text", "text": part.text})
+        else:
+            kind = f"{part.modality}_url"
+            parts.append({"type": kind, kind: {"url": _data_url(part)}})
+    return parts
+
+
+def _data_url(medium: Media) -> str:
+    if not medium.path:
+        return ""
+    data = base64.b64encode(Path(medium.path).read_bytes()).decode()
+    return f"data:{_MIME[medium.modality]};base64,{data}"

@@ -1,0 +1,232 @@
+"""The page: a chat, a box for words and files, chips with examples, the knobs folded away."""
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from demo.examples import Example
+from demo.handlers import Handlers
+from demo.knobs import SEED_LIMIT, Knob, knobs_of
+from demo.rendering import as_said, chat_messages
+from demo.visitors import COOKIE
+
+TITLE = "NExT-GPT"
+STYLE = Path(__file__).with_name("style.css")
+_DARK = "() => document.body.classList.toggle('dark')"
+THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+_LIMIT: dict[str, Any] = {"concurrency_limit": None}  # the desk has the queue
+
+
+def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> gr.Blocks:
+    """The page and its API.
+
+    Args:
+        about: a line below the title, of the system that is served.
+    """
+    knobs = knobs_of(handlers.options)
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        with gr.Row(elem_id="head"):
+            gr.Markdown(f"# {TITLE}\n{about}")
+            dark = gr.Button("light / dark", size="sm", elem_id="dark", scale=0, min_width=96)
+        chat = gr.Chatbot(
+            elem_id="chat",
+            show_label=False,
+            height="62vh",
+            layout="bubble",
+            editable="user",
+            render_markdown=False,
+            buttons=["copy"],
+            feedback_options=None,
+            placeholder="Ask for words, a picture, a video, a sound. Show some too.",
+        )
+        with gr.Row(elem_id="chips"):
+            chips = [
+                gr.Button(example.name, size="sm", elem_classes="chip", min_width=90)
+                for example in examples
+            ]
+        box = gr.MultimodalTextbox(
+            elem_id="box",
+            show_label=False,
+            placeholder="Type, paste, drop or record",
+            sources=["upload", "microphone"],
+            file_count="multiple",
+            max_plain_text_length=20_000,
+            autofocus=True,
+        )
+        with gr.Accordion("Camera", open=False, elem_id="camera"), gr.Row():
+            photo = gr.Image(
+                sources=["webcam"], type="filepath", label="Photograph", height=240, elem_id="photo"
+            )
+            film = (
+                gr.Video(  # as it is: to mirror or to mute it, Gradio would need FFmpeg's program
+                    sources=["webcam"],
+                    label="Film",
+                    height=240,
+                    elem_id="film",
+                    include_audio=True,
+                    webcam_options=gr.WebcamOptions(mirror=False),
+                )
+            )
+        with gr.Accordion("Knobs", open=False, elem_id="knobs"):
+            turned = _sliders(knobs)
+        names = [*(knob.name for knob in knobs), "seed"]
+        _connect(handlers, names, chat, box, turned)
+        for chip, example in zip(chips, examples, strict=True):
+            chip.click(_fill(handlers, example), None, box, api_visibility="private", **_LIMIT)
+        for camera in (photo, film):
+            camera.change(
+                _attach(handlers),
+                [box, camera],
+                [box, camera],
+                show_progress="hidden",
+                api_visibility="private",
+                **_LIMIT,
+            )
+        dark.click(None, js=_DARK, api_visibility="private")
+        page.unload(handlers.close)
+        gr.api(handlers.chat, api_name="chat", **_LIMIT)
+        gr.api(_forget(handlers), api_name="forget", **_LIMIT)
+    for block in page.blocks.values():
+        _never_fetch(block)
+    return page
+
+
+def _never_fetch(block: gr.blocks.Block) -> None:
+    """Gradio would download a file that is given as an address; here only uploads count."""
+    move = block.async_move_resource_to_block_cache
+
+    async def move_own(path: str | Path | None) -> str | None:
+        if path and "://" in str(path):
+            raise gr.Error("give the file itself, not an address", print_exception=False)
+        return await move(path)
+
+    block.async_move_resource_to_block_cache = move_own
+
+
+def _sliders(knobs: Sequence[Knob]) -> list[gr.components.Component]:
+    """A slider for each knob, by groups, and a field for the seed."""
+    sliders: dict[str, gr.components.Component] = {}
+    for group in dict.fromkeys(knob.group for knob in knobs):
+        with gr.Row():
+            for knob in knobs:
+                if knob.group == group:
+                    sliders[knob.name] = gr.Slider(
+                        knob.low,
+                        knob.high,
+                        knob.value,
+                        step=knob.step,
+                        label=knob.label if group == "Words" else f"{group}: {knob.label}",
+                        elem_id=f"knob_{knob.name}",
+                        min_width=220,
+                    )
+    seed = gr.Number(
+        -1,
+        label="seed (-1: another one each time)",
+        precision=0,
+        minimum=-1,
+        maximum=SEED_LIMIT,
+        elem_id="knob_seed",
+    )
+    return [*(sliders[knob.name] for knob in knobs), seed]
+
+
+def _connect(
+    handlers: Handlers,
+    names: Sequence[str],
+    chat: gr.Chatbot,
+    box: gr.MultimodalTextbox,
+    knobs: list[gr.components.Component],
+) -> None:
+    """What sending, stopping, retrying, editing and clearing do."""
+    idle = {"submit_btn": True, "stop_btn": False}
+    busy = {"submit_btn": False, "stop_btn": True}
+
+    async def send(request: gr.Request, said: dict, *values: Any) -> AsyncIterator[dict]:
+        emptied = False
+        turned = dict(zip(names, values, strict=True))
+        async for messages, taken in handlers.send(said, turned, request):
+            yield {chat: messages} | ({box: _box(busy, "")} if taken and not emptied else {})
+            emptied |= taken
+        yield {box: gr.MultimodalTextbox(interactive=True, **idle)}
+
+    async def again(
+        number: int, text: str | None, values: Sequence[Any], request: gr.Request
+    ) -> AsyncIterator[dict]:
+        turned = dict(zip(names, values, strict=True))
+        yield {box: gr.MultimodalTextbox(**busy)}
+        async for messages in handlers.again(number, text, turned, request):
+            yield {chat: messages}
+        yield {box: gr.MultimodalTextbox(interactive=True, **idle)}
+
+    async def retry(event: gr.RetryData, request: gr.Request, *values: Any) -> AsyncIterator[dict]:
+        number = _round_of(handlers, event.index, request)
+        async for update in again(number, None, values, request):
+            yield update
+
+    async def edit(event: gr.EditData, request: gr.Request, *values: Any) -> AsyncIterator[dict]:
+        number = _round_of(handlers, event.index, request)
+        async for update in again(number, as_said(_text_of(event.value)), values, request):
+            yield update
+
+    def clear(request: gr.Request) -> dict:
+        return {chat: handlers.clear(request), box: gr.MultimodalTextbox(**idle)}
+
+    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"} | _LIMIT
+    box.submit(send, [box, *knobs], [chat, box], **hidden)
+    box.stop(handlers.stop, None, None, queue=False, **hidden)
+    chat.retry(retry, knobs, [chat, box], **hidden)
+    chat.edit(edit, knobs, [chat, box], **hidden)
+    chat.clear(clear, None, [chat, box], queue=False, **hidden)
+
+
+def _box(state: dict[str, Any], text: str) -> gr.MultimodalTextbox:
+    return gr.MultimodalTextbox(value={"text": text, "files": []}, **state)
+
+
+def _round_of(handlers: Handlers, index: int | tuple[int, int], request: gr.Request) -> int:
+    """The round of the message with this number, which is -1 for one that is not there."""
+    message = index[0] if isinstance(index, list | tuple) else index
+    rounds = chat_messages(handlers.session(request))[1]
+    return rounds[message] if 0 <= message < len(rounds) else -1
+
+
+def _text_of(value: Any) -> str:
+    """The words of an edited message, in whatever form the browser sends them."""
+    if isinstance(value, list):
+        return "\n".join(_text_of(one) for one in value)
+    return str(value.get("text", "")) if isinstance(value, dict) else str(value)
+
+
+def _fill(handlers: Handlers, example: Example) -> Any:
+    """What a chip does: the example's words and files go into the box."""
+
+    def fill(request: gr.Request) -> dict:
+        files = [example.lend(handlers.sessions, request.cookies.get(COOKIE, ""))
+                 for example in [example] if example.file]  # fmt: skip
+        return {"text": example.text, "files": files}
+
+    return fill
+
+
+def _attach(handlers: Handlers) -> Any:
+    """What the camera does: its file goes into the box."""
+
+    def attach(said: dict | None, path: str | None, request: gr.Request) -> tuple[Any, Any]:
+        if not path:  # emptied below
+            return gr.skip(), gr.skip()
+        handlers.sessions.lend(path, request.cookies.get(COOKIE, ""))
+        said = said or {}
+        return {"text": said.get("text", ""), "files": [*said.get("files", []), path]}, None
+
+    return attach
+
+
+def _forget(handlers: Handlers) -> Any:
+    def clear(request: gr.Request) -> str:
+        """Begin a new conversation."""
+        handlers.clear(request)
+        return "cleared"
+
+    return clear

@@ -1,0 +1,190 @@
+"""Sessions: what one tab, or one API client, has said and shown, and the files of it.
+
+A session belongs to a visitor, known by a random cookie. Its files lie in a folder of its own, go
+out to that visitor alone, and go away with the session: when the tab is closed, when the
+conversation is cleared, after an hour of silence, and when the server ends.
+"""
+
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chat.requests import human_turn
+from config.errors import InputError
+from conversation.parts import Modality, Turn
+from demo.desk import Job
+from demo.limits import MAX_FILES, check_medium, check_words
+from demo.replies import Reply
+
+IDLE_SECONDS = 3600.0
+MOST_BYTES = 2_000_000_000  # of all temporary files; beyond it nothing is uploaded
+_UNUSUAL = re.compile(r"[^\w.-]+")
+
+
+@dataclass
+class Round:
+    """What the human said, and the reply."""
+
+    human: Turn
+    reply: Reply
+
+
+@dataclass
+class Session:
+    """One conversation.
+
+    Attributes:
+        folder: of all its files; its name is secret and part of their addresses.
+        rounds: so far.
+        job: the answer being made.
+        used: when it was last used, by the clock that never goes back.
+    """
+
+    visitor: str
+    folder: Path
+    rounds: list[Round] = field(default_factory=list)
+    job: Job | None = None
+    used: float = field(default_factory=time.monotonic)
+    _folders: int = 0
+
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns that the next answer reads: all rounds in which something was answered."""
+        turns: list[Turn] = []
+        for one in self.rounds:
+            if one.reply.parts:
+                turns += [one.human, Turn("assistant", one.reply.parts)]
+        return tuple(turns)
+
+    def show(self, text: str, files: Sequence[tuple[Path, str]]) -> Turn:
+        """The human's turn, its files checked and copied into the session's folder.
+
+        Args:
+            files: where they lie, and what people call them.
+
+        Raises:
+            InputError: a limit is passed, a file is none or unusable, or there is nothing.
+        """
+        check_words(text)
+        if len(files) > MAX_FILES:
+            raise InputError(f"{len(files)} files at once: give at most {MAX_FILES}")
+        found = [(check_medium(path, name), path, name) for path, name in files]
+        media: dict[Modality, list[Path]] = {}
+        for modality, path, name in found:
+            own = self.new_folder() / safe_name(name)
+            shutil.copyfile(path, own)
+            media.setdefault(modality, []).append(own)
+        return human_turn(text, media)
+
+    def new_folder(self) -> Path:
+        """A new empty folder in the session's."""
+        self._folders += 1
+        folder = self.folder / str(self._folders)
+        folder.mkdir(parents=True)
+        return folder
+
+    def stop(self) -> None:
+        """End the answer being made."""
+        if self.job:
+            self.job.stopped.set()
+
+    def clear(self) -> None:
+        """Forget all that was said, and remove the files."""
+        self.stop()
+        self.rounds.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def cut(self, rounds: int) -> None:
+        """Keep only the first `rounds` rounds, and remove the files of the others' answers."""
+        for one in self.rounds[rounds:]:
+            for path in one.reply.files.values():
+                path.unlink(missing_ok=True)
+        del self.rounds[rounds:]
+
+
+def safe_name(name: str) -> str:
+    """A file name without folders, spaces and surprises, its suffix kept."""
+    plain = _UNUSUAL.sub("_", Path(name).name).lstrip(".")[-60:]
+    return plain or "file"
+
+
+class Sessions:
+    """All sessions of a server.
+
+    Args:
+        root: folder of all temporary files; Gradio's uploads lie in it too.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = root / "sessions"
+        self._open: dict[str, Session] = {}
+        self._uploads: dict[str, set[str]] = {}  # path to the visitors whose it is
+
+    def __len__(self) -> int:
+        """How many are open."""
+        return len(self._open)
+
+    def of(self, key: str, visitor: str) -> Session:
+        """The session called `key`, opened if there is none.
+
+        Raises:
+            InputError: it is another visitor's.
+        """
+        if key not in self._open:
+            self._open[key] = Session(visitor, self.folder / secrets.token_urlsafe(24))
+        session = self._open[key]
+        if session.visitor != visitor:
+            raise InputError("this is another visitor's conversation: allow cookies, and reload")
+        session.used = time.monotonic()
+        return session
+
+    def close(self, key: str) -> None:
+        """End the session called `key`, if it is open: its work, then its files."""
+        session = self._open.pop(key, None)
+        if session:
+            session.clear()
+
+    def lend(self, path: str, visitor: str) -> None:
+        """Let `visitor` use and fetch the temporary file at `path`."""
+        self._uploads.setdefault(path, set()).add(visitor)
+
+    def full(self) -> bool:
+        """Whether the temporary files take all the room that they may."""
+        sizes = (path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        return sum(sizes) > MOST_BYTES
+
+    def new_upload(self, name: str) -> Path:
+        """Where a file may be put that is lent then."""
+        folder = self.root / secrets.token_hex(16)
+        folder.mkdir(parents=True)
+        return folder / name
+
+    def may_use(self, path: str, visitor: str) -> bool:
+        """Whether the file is the visitor's: uploaded or lent, or in one of the own sessions."""
+        if visitor in self._uploads.get(path, ()):
+            return True
+        own = [one.folder for one in self._open.values() if one.visitor == visitor]
+        return any(Path(path).resolve().is_relative_to(folder) for folder in own)
+
+    def media_file(self, token: str, name: str, visitor: str) -> Path | None:
+        """The visitor's own file at the address `token`/`name`, or none."""
+        path = (self.folder / token / name).resolve()
+        inside = path.is_relative_to((self.folder / token).resolve()) and path != self.folder
+        return path if inside and self.may_use(str(path), visitor) and path.is_file() else None
+
+    def sweep(self, idle: float = IDLE_SECONDS) -> None:
+        """Close what has been silent for `idle` seconds, and remove uploads as old."""
+        now = time.monotonic()
+        for key in [key for key, one in self._open.items() if now - one.used > idle]:
+            if self._open[key].job is None:
+                self.close(key)
+        oldest = time.time() - idle
+        for path in self.root.rglob("*"):
+            inside = path.is_relative_to(self.folder)
+            if not inside and path.is_file() and path.stat().st_mtime < oldest:
+                path.unlink()
+                self._uploads.pop(str(path), None)

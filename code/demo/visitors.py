@@ -1,0 +1,95 @@
+"""Who asks, and what may be asked for: before any request reaches Gradio.
+
+Every visitor gets a random cookie. Gradio hands out any file of its folder to whoever knows the
+address, and brings routes that this demo does not use; here a file goes only to the visitor whose
+it is, and only the addresses that the page and Gradio's client need are there.
+"""
+
+import json
+import secrets
+from contextlib import suppress
+from http.cookies import SimpleCookie
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from demo.sessions import Sessions
+
+COOKIE = "nextgpt_visitor"
+_GRADIO = "/gradio_api"
+_FILE = f"{_GRADIO}/file="
+_UPLOAD = f"{_GRADIO}/upload"
+_PAGES = {
+    "/", "/config", "/config/", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json",
+    _UPLOAD, *(f"{_GRADIO}/{name}" for name in (
+        "info", "info/", "queue/join", "queue/data", "upload_progress", "startup-events", "app_id",
+        "app_id/", "login_check", "cancel", "reset", "theme.css",
+    )),
+}  # fmt: skip
+_FOLDERS = (
+    "/assets/", "/static/", "/svelte/", "/media/", "/v1/",
+    f"{_GRADIO}/heartbeat/", f"{_GRADIO}/call/", f"{_GRADIO}/run/", _FILE,
+)  # fmt: skip
+
+
+class Visitors:
+    """Middleware in plain ASGI: Starlette's own class would hold back what is streamed."""
+
+    def __init__(self, app: Any, sessions: Sessions) -> None:
+        self.app = app
+        self.sessions = sessions
+
+    async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        visitor = Request(scope).cookies.get(COOKIE, "")
+        fresh = not visitor
+        if fresh:
+            visitor = secrets.token_urlsafe(24)
+            cookie = f"{COOKIE}={visitor}".encode()
+            scope = {**scope, "headers": [*scope["headers"], (b"cookie", cookie)]}
+        if not self._may_ask(scope["path"], visitor):
+            await Response("not found", 404)(scope, receive, send)
+            return
+        send = _with_cookie(send, visitor) if fresh else send
+        if scope["path"] == _UPLOAD:
+            if self.sessions.full():
+                await Response("too much is uploaded, try again later", 507)(scope, receive, send)
+                return
+            send = self._remembering(send, visitor)
+        await self.app(scope, receive, send)
+
+    def _may_ask(self, path: str, visitor: str) -> bool:
+        if path.startswith(_FILE):
+            return self.sessions.may_use(path.removeprefix(_FILE), visitor)
+        return path in _PAGES or path.startswith(_FOLDERS)
+
+    def _remembering(self, send: Any, visitor: str) -> Any:
+        """Passes an upload's answer on, and lends the visitor what it lists."""
+        body = bytearray()
+
+        async def remember(message: dict) -> None:
+            body.extend(message.get("body", b""))
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                with suppress(ValueError):  # an error's text
+                    for path in json.loads(body):
+                        self.sessions.lend(str(path), visitor)
+            await send(message)
+
+        return remember
+
+
+def _with_cookie(send: Any, visitor: str) -> Any:
+    cookie: SimpleCookie = SimpleCookie({COOKIE: visitor})
+    cookie[COOKIE].update({"path": "/", "httponly": True, "samesite": "Lax"})
+    header = (b"set-cookie", cookie[COOKIE].OutputString().encode())
+
+    async def send_with_cookie(message: dict) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", []), header]}
+        await send(message)
+
+    return send_with_cookie

@@ -1,0 +1,1 @@
+code/demo_app.py

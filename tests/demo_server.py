@@ -1,0 +1,123 @@
+"""A demo that runs: tiny real parts, a real server on a free port of the loopback."""
+
+import base64
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import uvicorn
+from gradio_client import Client
+from openai import OpenAI
+
+from chat.assistant import Assistant
+from config.loader import load_config
+from conversation.parts import MODALITIES
+from demo.desk import Desk
+from demo.server import build_app
+from demo.sessions import Sessions
+from parity_tools import MEDIA
+from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
+from tiny_system import tiny_encoder
+
+PHOTO = MEDIA / "portrait.jpg"
+WORDS = ("Sure", "the music")
+EVERYTHING = (WORDS[0], "image", "video", WORDS[1], "audio")
+
+
+def scripted_ids(*said: str) -> list[int]:
+    """Ids of an answer, its end included; what is a modality's name stands for its medium."""
+    encoder = tiny_encoder()
+    ids = []
+    for one in said:
+        if one in MODALITIES:
+            ids += encoder.signals.run(one)
+        else:
+            ids += encoder.tokenizer(one, add_special_tokens=False).input_ids
+    return [*ids, 333]
+
+
+def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: int = 2) -> Assistant:
+    """Always says the same, with media of its own seed."""
+    write_tiny_parts(folder)
+    overrides = script_language_model(folder, scripted_ids(*said))
+    overrides += [f"decoders.{modality}.steps={steps}" for modality in MODALITIES]
+    return Assistant.load(load_config("7b", overrides=overrides), folder / "tuned" / "stage_3")
+
+
+def babbling_assistant(folder: Path) -> Assistant:
+    """Says what the seed and the prompt make it say, with media here and there."""
+    write_tiny_parts(folder, favoured=range(38))
+    overrides = [*tiny_overrides(folder), "generation.top_p=1.0", "generation.max_new_tokens=20"]
+    return Assistant.load(load_config("7b", overrides=overrides), folder / "tuned" / "stage_3")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that answers, and its inside."""
+
+    address: str
+    desk: Desk
+    sessions: Sessions
+    folder: Path
+
+
+@contextmanager
+def running_demo(assistant: Assistant) -> Iterator[Running]:
+    """Serve `assistant` until the block ends."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with TemporaryDirectory(prefix="demo_test_") as folder:
+        desk = Desk(assistant)
+        app = build_app(desk, Path(folder))
+        server = uvicorn.Server(
+            uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1)
+        )
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            wait_until(lambda: server.started)
+            yield Running(f"http://127.0.0.1:{port}", desk, app.state.sessions, Path(folder))
+        finally:
+            server.should_exit = True
+            desk.close()
+            thread.join()
+            if before is None:
+                del os.environ["GRADIO_TEMP_DIR"]
+            else:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
+def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
+    """Wait until calling `true` gives something true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def openai(running: Running) -> OpenAI:
+    return OpenAI(base_url=f"{running.address}/v1", api_key="none", max_retries=0)
+
+
+def user(*parts: dict | str) -> dict:
+    return {
+        "role": "user",
+        "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts],
+    }
+
+
+def picture(path: Path = PHOTO) -> dict:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+
+
+def client(running: Running) -> Client:
+    return Client(running.address, verbose=False, download_files=str(running.folder.parent))

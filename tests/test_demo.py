@@ -1,0 +1,289 @@
+"""The demo's rooms one by one: limits, knobs, sessions, what is drawn, the bank of captions."""
+
+import struct
+import wave
+import zlib
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from chat.options import ChatOptions
+from config.errors import InputError, MediaError
+from config.loader import load_config
+from conversation.parts import Media, Text, Turn
+from demo.desk import Finished, Ready, Step, Waiting, Words, Written
+from demo.examples import read_examples
+from demo.explanation import explanation_html
+from demo.knobs import check_seed, knobs_of, turn_knobs
+from demo.limits import MAX_BYTES, check_medium
+from demo.nearest import CaptionBank, bank_captions
+from demo.rendering import as_said, chat_messages
+from demo.replies import Reply
+from demo.sessions import Round, Session, Sessions, safe_name
+from mini_world.captions import read_caption
+from model.caption_encoders import CaptionEncoder
+from model.media_files import Frames, Sound, save_medium
+from parity_tools import MEDIA
+from tiny_decoders import tiny_decoder
+
+OPTIONS = ChatOptions.from_config(load_config("mini"))
+
+
+def png_of_size(path: Path, width: int, height: int) -> Path:
+    """A PNG that claims to be this large in its header, a few bytes long."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    return path
+
+
+def video_of_length(path: Path, seconds: int, fps: int = 1) -> Path:
+    frames = np.zeros((seconds * fps, 16, 16, 3), np.uint8)
+    save_medium(Frames(frames, fps), path)
+    return path
+
+
+def sound_of_length(path: Path, seconds: int) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(b"\0" * (16000 * seconds))
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def sparse(path: Path, size: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
+
+
+REFUSED = {
+    "an empty file": (lambda p: written(p / "a.png", b""), "0 bytes"),
+    "a large file": (lambda p: sparse(p / "a.bin", MAX_BYTES + 1), "more than 50 MB"),
+    "text named .mp4": (lambda p: written(p / "a.mp4", b"hello " * 99), "neither a picture"),
+    "text named .png": (lambda p: written(p / "a.png", b"hello " * 99), "neither a picture"),
+    "a playlist": (lambda p: written(p / "a.mp4", b"#EXTM3U\n/etc/passwd\n"), "neither a picture"),
+    "an SVG": (lambda p: written(p / "a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+               "neither a picture"),
+    "30000 x 30000 pixels": (lambda p: png_of_size(p / "a.png", 30000, 30000), "million pixels"),
+    "9000 x 9000 pixels": (lambda p: png_of_size(p / "a.png", 9000, 9000), "million pixels"),
+    "a video of two hours": (lambda p: video_of_length(p / "a.mp4", 7200), "longer than 120 s"),
+    "a sound of ten minutes": (lambda p: sound_of_length(p / "a.wav", 600), "longer than 300 s"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_beyond_a_limit_is_refused_by_its_name_and_never_its_path(
+    kind: str, tmp_path: Path
+) -> None:
+    make, word = REFUSED[kind]
+    with pytest.raises(MediaError, match=word) as refused:
+        check_medium(make(tmp_path), "my file")
+    assert str(refused.value).startswith("my file")
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=60, options={"preset": "ultrafast"})
+        stream.width = stream.height = 2048
+        stream.pix_fmt = "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((2048, 2048, 3), np.uint8), format="rgb24")
+        first = stream.encode(frame)
+        container.mux(first)
+        container.mux(stream.encode())
+    limit = 2 * 2048 * 2048
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("demo.limits.MAX_VIDEO_PIXELS", limit // 4)
+        with pytest.raises(MediaError, match="too many frames"):
+            check_medium(tmp_path / "a.mp4", "bomb")
+        patch.setattr("demo.limits.MAX_FRAME_PIXELS", 1000)
+        with pytest.raises(MediaError, match="too many"):
+            check_medium(tmp_path / "a.mp4", "bomb")
+
+
+def test_kinds_are_told_by_content_not_by_name(tmp_path: Path) -> None:
+    wrong = {
+        "image": written(tmp_path / "a.mp4", (MEDIA / "portrait.jpg").read_bytes()),
+        "audio": written(tmp_path / "a.png", (MEDIA / "tone_16k.wav").read_bytes()),
+        "video": video_of_length(tmp_path / "a.mp4.mp4", 2),
+    }
+    for modality, path in wrong.items():
+        assert check_medium(path, "it") == modality
+
+
+def test_every_knob_is_turned_within_its_range_and_refused_beyond() -> None:
+    for knob in knobs_of(OPTIONS):
+        for value in (knob.low, knob.high, knob.value):
+            turn_knobs(OPTIONS, {knob.name: value})
+        for value in (knob.low - knob.step, knob.high + knob.step, float("nan"), "1", True):
+            with pytest.raises(InputError, match=rf"{knob.name}.*give"):
+                turn_knobs(OPTIONS, {knob.name: value})
+    turned = turn_knobs(OPTIONS, {"steps_video": 7, "top_p": 0.5, "frames_video": None})
+    assert turned.decode["video"] == replace(OPTIONS.decode["video"], steps=7)
+    assert turned.top_p == 0.5 and turned.decode["image"] == OPTIONS.decode["image"]
+    with pytest.raises(InputError, match="no knob"):
+        turn_knobs(OPTIONS, {"path": 1})
+    with pytest.raises(InputError, match="whole number"):
+        turn_knobs(OPTIONS, {"steps_image": 2.5})
+
+
+def test_seeds() -> None:
+    assert check_seed(-1) is None and check_seed(None) is None and check_seed(7) == 7
+    for seed in (-2, 2**31, 1.5, "7"):
+        with pytest.raises(InputError, match="seed"):
+            check_seed(seed)
+
+
+def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> None:
+    sessions = Sessions(tmp_path)
+    session = sessions.of("tab", "ada")
+    turn = session.show("what is it?", [(MEDIA / "portrait.jpg", "../../etc/my pass wd.jpg")])
+    shown = Path(turn.parts[0].path)
+    assert shown.name == "my_pass_wd.jpg" and shown.is_relative_to(session.folder)
+    assert shown.read_bytes() == (MEDIA / "portrait.jpg").read_bytes()
+    token, inner = session.folder.name, str(shown.relative_to(session.folder))
+    assert sessions.media_file(token, inner, "ada") == shown
+    assert sessions.media_file(token, inner, "bob") is None
+    assert sessions.media_file("", f"{token}/{inner}", "bob") is None
+    with pytest.raises(InputError, match="another visitor"):
+        sessions.of("tab", "bob")
+    sessions.close("tab")
+    assert not session.folder.exists() and len(sessions) == 0
+    assert sessions.media_file(token, inner, "ada") is None
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "%2e%2e/x", "..", "", "."])
+def test_no_media_address_leads_out_of_the_own_session(name: str, tmp_path: Path) -> None:
+    sessions = Sessions(tmp_path)
+    session = sessions.of("tab", "ada")
+    session.new_folder()
+    other = sessions.of("other", "bob")
+    secret = written(other.new_folder() / "a.png", b"secret")
+    for address in (name, f"../{other.folder.name}/1/a.png", str(secret)):
+        assert sessions.media_file(session.folder.name, address, "ada") is None
+
+
+@pytest.mark.parametrize("name", ["", "..", "/", "a/b/../c.png", "c.png", "\0c.png", "x" * 300])
+def test_file_names_are_made_safe(name: str) -> None:
+    safe = safe_name(name)
+    assert safe and "/" not in safe and not safe.startswith(".") and len(safe) <= 60
+
+
+def test_silent_sessions_and_old_uploads_are_swept(tmp_path: Path) -> None:
+    sessions = Sessions(tmp_path)
+    session = sessions.of("tab", "ada")
+    session.new_folder()
+    upload = written(sessions.new_upload("a.png"), b"x")
+    sessions.lend(str(upload), "ada")
+    sessions.sweep(idle=1000)
+    assert upload.exists() and len(sessions) == 1
+    sessions.sweep(idle=-1)
+    assert not upload.exists() and not session.folder.exists() and len(sessions) == 0
+    assert not sessions.may_use(str(upload), "ada")
+
+
+def test_a_reply_grows_event_by_event(tmp_path: Path) -> None:
+    reply = Reply(seed=3)
+    turn = Turn("assistant", (Text("Sure"), Media("image"), Media("audio")))
+    assert reply.parts == ()
+    for event in (Waiting(2), Words("Su"), Words("re")):
+        reply.take(event)
+    assert reply.parts == (Text("Sure"),) and reply.before == 2
+    for event in (Written(turn), Step(0, 1, 4), Ready(0, tmp_path / "a.png")):
+        reply.take(event)
+    assert reply.parts == (Text("Sure"), Media("image", str(tmp_path / "a.png")), Media("audio"))
+    assert not reply.ended
+    reply.take(Finished(("a",), (), {}))
+    assert reply.ended
+
+
+TYPED = [
+    "<Image>/etc/passwd</Image>", "../../etc/passwd", "file=/etc/passwd", "file:///etc/passwd",
+    "/gradio_api/file=/etc/passwd", "https://example.com/a.png", "[IMG0]", "<script>x()</script>",
+    "![a](/etc/passwd)", "${7*7} {{7*7}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
+    session = Sessions(tmp_path).of("tab", "ada")
+    human = session.show(typed, [])
+    assert human.parts == (Text(typed),)
+    session.rounds.append(Round(human, Reply(0, words=typed, stopped=True)))
+    messages, rounds = chat_messages(session, notice=typed)
+    shown = messages[0]["content"][0]
+    assert "<" not in shown and unescape(shown) == typed and as_said(shown) == typed
+    assert messages[1]["content"][0] == shown
+    notice = messages[-1]["content"][0].value
+    assert "<script" not in notice and "<Image" not in notice
+    assert rounds == [0, 0, 1]
+
+
+def test_tokens_in_the_explanation_are_escaped_and_runs_are_marked() -> None:
+    names = ("Ġ<b>", "[IMG0]", "[IMG1]", "</s>")
+    reply = Reply(5, turn=Turn("assistant", (Text("<b>"), Media("image"))))
+    reply.finished = Finished(names, ((("a <i>red</i> circle", 0.25),),), {"image": 1.5})
+    html = explanation_html(reply)
+    assert "<b>" not in html and "<i>" not in html and "·&lt;b&gt;" in html
+    assert html.count('class="run image"') == 2  # in the tokens, and beside the caption
+    assert "a &lt;i&gt;red&lt;/i&gt; circle" in html and "1.50" in html and "Seed 5" in html
+
+
+@pytest.mark.parametrize("modality", ["image", "video", "audio"])
+def test_a_captions_own_embedding_is_nearest_to_it(modality: str) -> None:
+    encoder = CaptionEncoder(modality, str(tiny_decoder(modality)), torch.device("cpu"))
+    bank = CaptionBank()
+    captions = bank_captions(modality)
+    assert len(captions) == {"image": 480, "video": 2880, "audio": 36}[modality]
+    assert captions == bank_captions(modality)
+    assert all(read_caption(caption) for caption in captions)
+    bank._embedded[modality] = captions[:30], encoder.encode(captions[:30]).flatten(1)
+    for index in (0, 7, 29):
+        near = bank.nearest(encoder, encoder.encode([captions[index]])[0])
+        assert near[0][1] < 1e-6 and near[0][1] <= near[1][1] <= near[2][1]
+        found = encoder.encode([near[0][0]])
+        torch.testing.assert_close(found, encoder.encode([captions[index]]))
+
+
+def test_the_examples_are_the_four_cases_with_files_that_pass_the_limits() -> None:
+    examples = read_examples()
+    assert [e.name for e in examples] == ["T+I→T+A", "T+V→T+A", "T+I→T+I+V", "T→T+I+V+A"]
+    kinds = [check_medium(e.file, "it") if e.file else None for e in examples]
+    assert kinds == ["image", "video", "image", None]
+
+
+def test_a_session_of_many_rounds_reads_only_what_was_answered(tmp_path: Path) -> None:
+    session = Session("ada", tmp_path / "s")
+    said = [Turn("human", (Text(str(i)),)) for i in range(3)]
+    session.rounds = [
+        Round(said[0], Reply(0, words="zero", stopped=True)),
+        Round(said[1], Reply(0, fault="broken")),
+        Round(said[2], Reply(0, words="two")),
+    ]
+    zero, two = (Turn("assistant", (Text(word),)) for word in ("zero", "two"))
+    assert session.turns() == (said[0], zero, said[2], two)
+
+
+def test_sounds_of_the_model_pass_the_limits(tmp_path: Path) -> None:
+    save_medium(Sound(np.zeros(16000, np.float32), 16000), tmp_path / "a.wav")
+    assert check_medium(tmp_path / "a.wav", "it") == "audio"
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    assert check_medium(tmp_path / "a.png", "it") == "image"

@@ -1,0 +1,192 @@
+"""Many at once at one desk, those who leave, what fails in the middle, and the memory of it."""
+
+import asyncio
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from gradio_client import handle_file
+from openai import BadRequestError
+
+from chat.assistant import Assistant
+from chat.options import ChatOptions
+from conversation.parts import Conversation, Text, Turn
+from demo.desk import Finished, Job, Stopped, Waiting, Words
+from demo_server import (
+    PHOTO,
+    Running,
+    babbling_assistant,
+    client,
+    openai,
+    picture,
+    running_demo,
+    scripted_assistant,
+    user,
+    wait_until,
+)
+
+SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+    return scripted_assistant(tmp_path_factory.mktemp("scripted"))
+
+
+@pytest.fixture(scope="module")
+def demo(assistant: Assistant) -> Iterator[Running]:
+    with running_demo(assistant) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def babbler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_demo(babbling_assistant(tmp_path_factory.mktemp("babbler"))) as running:
+        yield running
+
+
+def test_sixteen_at_once_never_mix(babbler: Running) -> None:
+    """Each gets, of two rounds, the very answers that it would have got alone."""
+
+    def talk(number: int) -> list[tuple[str, list[str]]]:
+        one = client(babbler)
+        told = []
+        for text in (f"tell me of {number}", f"and of {number * 7}"):
+            answer = one.predict(text=text, files=[], knobs={"seed": number}, api_name="/chat")
+            told.append((answer["text"], answer["tokens"]))
+        return told
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(talk, range(16)))
+    assert len({str(one) for one in together}) == 16
+    assistant = babbler.desk.assistant
+    options = ChatOptions.from_config(assistant.config)
+    for number in (0, 5, 15):
+        turns: tuple[Turn, ...] = ()
+        for text, told in zip(
+            (f"tell me of {number}", f"and of {number * 7}"), together[number], strict=True
+        ):
+            turns += (Turn("human", (Text(text),)),)
+            alone = assistant.chat(Conversation(turns), seed=number, options=options)
+            assert told == (alone.text, alone.token_names)
+            turns += (alone.turn,)
+
+
+def job(running: Running, **figures: int) -> Job:
+    options = ChatOptions.from_config(running.desk.assistant.config)
+    decode = {m: replace(one, steps=100) for m, one in options.decode.items()}
+    said = Conversation((Turn("human", (Text("all of it"),)),))
+    return Job(said, replace(options, decode=decode), 0, running.folder / "desk")
+
+
+def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assistant) -> None:
+    with running_demo(assistant) as running:
+
+        async def follow(one: Job, seen: list) -> None:
+            async for event in running.desk.answer(one):
+                seen.append(event)
+
+        async def scene() -> None:
+            jobs = [job(running) for _ in range(4)]
+            seen: list[list] = [[] for _ in jobs]
+            tasks = []
+            for one, events in zip(jobs, seen, strict=True):
+                tasks.append(asyncio.create_task(follow(one, events)))
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)
+            assert [events[0] for events in seen] == [Waiting(n) for n in range(4)]
+            jobs[1].stopped.set()  # somebody presses stop
+            tasks[2].cancel()  # somebody closes the tab
+            with pytest.raises(Stopped):
+                await tasks[1]
+            await asyncio.gather(tasks[0], tasks[3])
+            assert isinstance(seen[0][-1], Finished) and isinstance(seen[3][-1], Finished)
+            assert Waiting(1) in seen[3] and Waiting(0) in seen[3]
+            assert not any(isinstance(event, Words) for event in seen[2])
+            assert not running.desk.line
+
+        asyncio.run(scene())
+
+
+def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
+    one = job(demo)
+
+    async def scene() -> None:
+        with pytest.raises(Stopped):
+            async for event in demo.desk.answer(one):
+                if isinstance(event, Words):
+                    one.stopped.set()
+        while demo.desk.line:
+            await asyncio.sleep(0.01)
+
+    start = time.monotonic()
+    asyncio.run(scene())
+    assert time.monotonic() - start < 5
+    assert not (one.folder / "audio_3.wav").exists()
+
+
+def test_a_failing_decoder_ends_that_answer_with_a_message_and_the_server_goes_on(
+    demo: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"secret of {demo.folder}")
+
+    decoder = demo.desk.assistant.load_decoder("video")
+    monkeypatch.setattr(decoder.pipeline, "unet", None)
+    asked = {"model": "any", "messages": [user("all of it")]}
+    with pytest.raises(BadRequestError, match="failed inside"):
+        openai(demo).chat.completions.create(**asked)
+    monkeypatch.undo()
+    assert openai(demo).chat.completions.create(**asked).choices[0].message.content
+
+
+def test_a_broken_picture_ends_that_answer_with_its_name(demo: Running, tmp_path: Path) -> None:
+    broken = tmp_path / "half.jpg"
+    broken.write_bytes(PHOTO.read_bytes()[:2000])
+    with pytest.raises(BadRequestError, match="not readable as a picture") as refused:
+        openai(demo).chat.completions.create(model="any", messages=[user("a", picture(broken))])
+    assert str(demo.folder) not in str(refused.value)
+
+
+def test_a_client_that_goes_away_frees_the_desk(demo: Running) -> None:
+    asked = {"messages": [user("all of it")], "stream": True} | SLOW
+    with httpx.stream("POST", f"{demo.address}/v1/chat/completions", json=asked) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        wait_until(lambda: demo.desk.line)
+    wait_until(lambda: not demo.desk.line, seconds=5)
+    wait_until(lambda: not any(k.startswith("v1") for k in demo.sessions._open), seconds=5)
+
+
+@pytest.mark.slow
+def test_memory_stays_flat_over_200_requests(babbler: Running) -> None:
+    process = psutil.Process(os.getpid())
+
+    one = client(babbler)
+
+    def ask(number: int) -> None:
+        if number % 2:
+            shown = [handle_file(str(PHOTO))]
+            one.predict(f"number {number}", shown, {"seed": number}, api_name="/chat")
+            one.predict(api_name="/forget")
+            return
+        openai(babbler).chat.completions.create(
+            model="any", messages=[user(f"number {number}", picture())], seed=number
+        )
+
+    grown = []
+    for number in range(240):
+        ask(number)
+        if number % 40 == 39:
+            gc.collect()
+            grown.append(process.memory_info().rss / 1e6)
+    assert threading.active_count() < 100
+    assert grown[-1] - grown[0] < 30, grown  # MB over 200 requests

@@ -1,0 +1,217 @@
+"""The demo's server from outside: OpenAI's package, Gradio's client, crowds and attackers."""
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client import Client, handle_file
+from openai import BadRequestError
+
+from chat.assistant import Assistant
+from conversation.parts import Media
+from demo.visitors import COOKIE
+from demo_server import (
+    PHOTO,
+    WORDS,
+    Running,
+    openai,
+    picture,
+    running_demo,
+    scripted_assistant,
+    user,
+    wait_until,
+)
+from parity_tools import MEDIA
+
+SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
+
+
+@pytest.fixture(scope="module")
+def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
+    return scripted_assistant(tmp_path_factory.mktemp("scripted"))
+
+
+@pytest.fixture(scope="module")
+def demo(assistant: Assistant) -> Iterator[Running]:
+    with running_demo(assistant) as running:
+        yield running
+
+
+def sound() -> dict:
+    data = base64.b64encode((MEDIA / "tone_16k.wav").read_bytes()).decode()
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+
+
+def opened(url: str) -> bytes:
+    head, _, body = url.partition(",")
+    assert head.startswith("data:") and head.endswith(";base64")
+    return base64.b64decode(body)
+
+
+def test_openais_package_gets_words_and_all_media_in_their_places(demo: Running) -> None:
+    reply = openai(demo).chat.completions.create(
+        model="any", messages=[user("all of it", picture(), sound())], seed=3
+    )
+    message = reply.choices[0].message
+    assert message.content == "\n".join(WORDS)
+    kinds = [part["type"] for part in message.parts]
+    assert kinds == ["text", "image_url", "video_url", "text", "audio_url"]
+    assert opened(message.parts[1]["image_url"]["url"]).startswith(b"\x89PNG")
+    assert b"ftyp" in opened(message.parts[2]["video_url"]["url"])[:16]
+    assert opened(message.parts[4]["audio_url"]["url"]).startswith(b"RIFF")
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
+
+
+def test_a_stream_holds_the_same_as_the_whole_and_rounds_go_on(demo: Running) -> None:
+    asked = {"model": "any", "messages": [user("all of it", picture())], "seed": 4}
+    whole = openai(demo).chat.completions.create(**asked).choices[0].message
+    text, parts = "", {}
+    for chunk in openai(demo).chat.completions.create(**asked, stream=True):
+        delta = chunk.choices[0].delta
+        text += delta.content or ""
+        for part in getattr(delta, "parts", None) or []:
+            parts[part.pop("index")] = part
+    assert text == whole.content
+    assert parts == {i: p for i, p in enumerate(whole.parts) if p["type"] != "text"}
+    again = [user("all of it", picture()), whole.model_dump(), user("more", sound())]
+    answer = openai(demo).chat.completions.create(model="any", messages=again)
+    assert answer.choices[0].message.content == "\n".join(WORDS)
+    assert answer.usage.prompt_tokens > 60  # signal runs of the first answer were read again
+
+
+BAD = {
+    "a path": ({"messages": [user({"type": "image_url", "image_url": {"url": "/etc/passwd"}})]},
+               "not read"),
+    "file:": ({"messages": [user({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}})]
+               }, "not read"),
+    "http": ({"messages": [user({"type": "video_url", "video_url": {"url": "http://127.0.0.1/"}})]},
+             "not read"),
+    "not base64": ({"messages": [user({"type": "input_audio", "input_audio": {"data": "%%"}})]},
+                   "base64"),
+    "no medium": ({"messages": [user({"type": "audio_url", "audio_url":
+                  {"url": "data:audio/wav;base64,aGVsbG8="}})]}, "neither a picture"),
+    "no messages": ({"messages": []}, "messages"),
+    "two users": ({"messages": [user("a"), user("b")]}, "take turns"),
+    "nothing said": ({"messages": [user("  ")]}, "nothing to answer"),
+    "temperature": ({"messages": [user("a")], "temperature": 9}, "temperature"),
+    "a knob": ({"messages": [user("a")], "steps_image": 10_000}, "steps_image"),
+    "n": ({"messages": [user("a")], "n": 2}, "n:"),
+    "too long": ({"messages": [user("word " * 5000)]}, "characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bad_request_is_refused_with_a_reason(demo: Running, fault: str, stream: bool) -> None:
+    body, word = BAD[fault]
+    reply = httpx.post(f"{demo.address}/v1/chat/completions", json=body | {"stream": stream})
+    assert word in reply.text and '"error"' in reply.text
+    assert str(demo.folder) not in reply.text and "root:" not in reply.text
+    if not stream:
+        assert reply.status_code == 400
+        with pytest.raises(BadRequestError):
+            openai(demo).chat.completions.create(
+                model="any", messages=body["messages"], extra_body=body
+            )
+
+
+def test_other_content_types_and_names_of_the_server_are_refused(demo: Running) -> None:
+    address = f"{demo.address}/v1/chat/completions"
+    plain = httpx.post(address, content=json.dumps({"messages": [user("a")]}))
+    assert plain.status_code == 400 and "Content-Type" in plain.text
+    other = httpx.get(demo.address, headers={"Host": "evil.example"})
+    assert other.status_code == 400
+
+
+def test_nothing_is_left_of_a_completion(demo: Running) -> None:
+    openai(demo).chat.completions.create(model="any", messages=[user("a", picture())])
+    wait_until(lambda: not demo.desk.line)
+    assert not list(demo.sessions.folder.glob("*/*/*"))
+
+
+def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_path: Path) -> None:
+    one = Client(demo.address, verbose=False, download_files=str(tmp_path))
+    asked = {"text": "all of it", "files": [handle_file(str(PHOTO))], "knobs": {"seed": 3}}
+    first = one.predict(**asked, api_name="/chat")
+    assert first["finished"] and first["text"] == "\n".join(WORDS) and first["seed"] == 3
+    contents = [Path(file).read_bytes()[:4] for file in first["files"]]
+    assert contents[0] == b"\x89PNG" and contents[2] == b"RIFF" and len(contents) == 3
+    assert first["tokens"][-1] == "</s>" or len(first["tokens"]) > 30
+    second = one.predict(text="more", files=[], knobs={}, api_name="/chat")
+    assert second["text"] == first["text"]
+    session = next(s for s in demo.sessions._open.values() if len(s.rounds) == 2)
+    assert [part.modality for part in session.turns()[1].parts if isinstance(part, Media)] == [
+        "image", "video", "audio"
+    ]  # fmt: skip
+    assert one.predict(api_name="/forget") == "cleared"
+    assert not session.rounds and not session.folder.exists()
+    with pytest.raises(Exception, match="steps_image 0: give 1 to 100"):
+        one.predict(text="a", files=[], knobs={"steps_image": 0}, api_name="/chat")
+
+
+def test_a_file_of_the_server_cannot_be_shown_or_fetched(demo: Running, tmp_path: Path) -> None:
+    own = demo.folder / "sessions" / "x.png"
+    own.parent.mkdir(exist_ok=True)
+    own.write_bytes(PHOTO.read_bytes())
+    for path in ("/etc/passwd", str(PHOTO), str(own), "../../etc/passwd", "https://a.example/a"):
+        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        asked = {"data": ["a", [file], {}]}
+        call = httpx.post(f"{demo.address}/gradio_api/call/chat", json=asked).json()["event_id"]
+        told = httpx.get(f"{demo.address}/gradio_api/call/chat/{call}", timeout=30).text
+        assert "event: error" in told and "event: complete" not in told
+        assert "://" not in path or "not an address" in told
+        for address in (f"/gradio_api/file={path}", f"/gradio_api/file/{path}", f"/media/{path}"):
+            assert httpx.get(demo.address + address).status_code in (403, 404)
+
+
+def test_files_go_out_to_the_visitor_whose_they_are_and_to_nobody_else(demo: Running) -> None:
+    with httpx.Client(base_url=demo.address) as ada, httpx.Client(base_url=demo.address) as bob:
+        ada.get("/")
+        bob.get("/")
+        assert ada.cookies[COOKIE] != bob.cookies[COOKIE]
+        files = {"files": ("my photo.jpg", PHOTO.read_bytes(), "image/jpeg")}
+        (path,) = ada.post("/gradio_api/upload", files=files).json()
+        address = f"/gradio_api/file={path}"
+        assert ada.get(address).content == PHOTO.read_bytes()
+        assert bob.get(address).status_code == 404
+        assert httpx.get(demo.address + address).status_code == 404
+        session = demo.sessions.of("ada's tab", ada.cookies[COOKIE])
+        turn = session.show("", [(PHOTO, "my photo.jpg")])
+        shown = Path(turn.parts[0].path).relative_to(session.folder)
+        address = f"/media/{session.folder.name}/{shown}"
+        reply = ada.get(address, headers={"Range": "bytes=0-9"})
+        assert reply.status_code == 206 and reply.content == PHOTO.read_bytes()[:10]
+        assert reply.headers["x-content-type-options"] == "nosniff"
+        assert bob.get(address).status_code == 404
+        demo.sessions.close("ada's tab")
+        assert ada.get(address).status_code == 404
+
+
+@pytest.mark.parametrize("path", [
+    "/monitoring", "/gradio_api/vibe-code", "/gradio_api/deep_link", "/gradio_api/openapi.json",
+    "/gradio_api/proxy=https://huggingface.co/", "/gradio_api/file=https://huggingface.co/",
+    "/gradio_api/runs", "/gradio_api/dev/reload", "/docs", "/openapi.json",
+])  # fmt: skip
+def test_what_gradio_brings_and_the_demo_does_not_use_is_not_there(
+    demo: Running, path: str
+) -> None:
+    assert httpx.get(demo.address + path).status_code == 404
+
+
+def test_an_upload_that_is_too_large_is_refused_on_its_way(demo: Running) -> None:
+    with httpx.Client(base_url=demo.address) as ada:
+        files = {"files": ("a.bin", b"\0" * 51_000_000)}
+        reply = ada.post("/gradio_api/upload", files=files, timeout=60)
+    assert reply.status_code == 413
+
+
+def test_nothing_is_uploaded_when_the_room_is_taken(
+    demo: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("demo.sessions.MOST_BYTES", -1)
+    reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
+    assert reply.status_code == 507 and not demo.sessions._uploads.get("a.png")
