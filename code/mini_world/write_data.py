@@ -43,6 +43,7 @@ COUNTS = {  # at scale 1
     "mosit_video": 160,
     "mosit_audio": 72,
     "text_world": 300,
+    "text_plain": 400,  # at most: as many as there are
 }
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
@@ -116,7 +117,7 @@ def _write_instructions(folder: Path, seed: int, counts: dict[str, int]) -> _Med
     _write_json(mosit / "mini_mosit.json", dialogues(albums["mosit"], seed, counts["mosit"]))
     _write_json(
         folder / "text" / "mini_text.json",
-        texts(seed, counts["text_world"]),
+        texts(seed, counts["text_world"], counts["text_plain"]),
     )
     return [(question, albums["question"]), (mosit, albums["mosit"])]
 
@@ -158,11 +159,11 @@ def dialogues(album: Album, seed: int, count: int) -> Rows:
     return rows
 
 
-def texts(seed: int, world: int) -> Rows:
+def texts(seed: int, world: int, plain: int) -> Rows:
     """Instruction rows in words alone: about the world's sounds, and plain talk."""
     rng = generator(seed, "texts")
     pairs = world_facts() + [ask_world(sample_thing(rng), rng) for _ in range(world)]
-    pairs = list(dict(pairs).items()) + plain_talk(rng)
+    pairs = list(dict(pairs).items()) + plain_talk(rng)[:plain]
     return [{"conversation": _round(*pairs[index])} for index in rng.permutation(len(pairs))]
 
 

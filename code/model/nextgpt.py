@@ -138,7 +138,7 @@ class NextGPT(nn.Module):
                 found = self.project_runs(modality, runs, hidden, embeddings)
                 losses.alignment[modality] = alignment_distance(found, batch.captions[modality])
                 losses.runs[modality] = len(runs)
-            elif projection.fc.weight.requires_grad:
+            else:  # not a look at a weight: under ZeRO 3 it would be gathered, by this rank alone
                 nothing = hidden.new_zeros(1, 1, projection.fc.in_features)
                 losses.unused = losses.unused + 0 * projection(nothing, nothing).sum()
         return losses
