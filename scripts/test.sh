@@ -9,7 +9,7 @@ bash scripts/install.sh
 export PATH="$root/.venv/bin:$PATH"
 if [ "${1:-}" = --browser ]; then
     shift
-    exec python -m pytest -m browser "$@"
+    exec python -m pytest -m "browser and not slow" "$@"
 fi
 ruff check .
 ruff format --check .
