@@ -107,7 +107,7 @@ class LatentPool:
         self._latents = torch.load(path, weights_only=True, mmap=True)
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[list[Thing], Tensor]:
-        """Things and their latents: (N, 8, 8, 8), (N, 8, 8 frames, 8, 8) or (N, 8, 16, 8)."""
+        """Things and latents: (N, 12, 8, 8), (N, 12, 8 frames, 8, 8) or (N, 12, 16, 8)."""
         rows = rng.integers(len(self._things), size=count)
         return [self._things[row] for row in rows], self._latents[torch.from_numpy(rows)].float()
 
