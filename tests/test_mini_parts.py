@@ -1,5 +1,6 @@
 """The mini world's frozen parts: sizes that ship, shapes that the configuration expects."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,23 +9,56 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from config.loader import load_config
 from conversation.parts import MODALITIES, Modality
-from mini_world.build_parts import PARTS, Builder, build
+from mini_world.build_parts import PARTS, RECORD, Builder, build
 from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder
 from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer, sample_captions
+from mini_world.part_training import diffusion, encoder, towers, vae, vocoder
+from mini_world.part_training.runner import Plan
 from model.caption_encoders import CaptionEncoder
 from model.imagebind.loading import load_imagebind
 from tiny_decoders import TINY
 
 CPU = torch.device("cpu")
+TRAINED = [part for part in PARTS if part != "language_model"]
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All parts but the language model, as the command builds them."""
     out = tmp_path_factory.mktemp("parts")
-    builder = Builder(tmp_path_factory.mktemp("work"), seed=0, untrained=True)
-    build(builder, out, [part for part in PARTS if part != "language_model"], rebuild=False)
+    builder = Builder(out, tmp_path_factory.mktemp("work"), seed=0, untrained=True)
+    build(builder, TRAINED)
     return out
+
+
+@pytest.fixture
+def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every training takes one step on a few media."""
+    short = Plan(steps=1, learning_rate=1e-4, warmup=1)
+    for owner, name in [(towers, "CLIP_PLAN"), (towers, "CLAP_PLAN"), (encoder, "PLAN")]:
+        monkeypatch.setattr(owner, name, short)
+    monkeypatch.setattr(vocoder, "PLAN", short)
+    monkeypatch.setattr(vae, "PLANS", dict.fromkeys(vae.PLANS, short))
+    monkeypatch.setattr(vae, "_MEASURED", 1)
+    monkeypatch.setattr(diffusion, "PLANS", dict.fromkeys(diffusion.PLANS, short))
+    monkeypatch.setattr(diffusion, "POOL", dict.fromkeys(diffusion.POOL, 8))
+    monkeypatch.setattr(encoder, "POOL", dict.fromkeys(encoder.POOL, 40))
+
+
+@pytest.mark.usefixtures("one_step")
+def test_a_part_is_trained_anew_from_what_the_others_folders_hold(tmp_path: Path) -> None:
+    out = tmp_path / "parts"
+    build(Builder(out, tmp_path / "work", seed=0), TRAINED)
+    record = json.loads((out / FOLDERS["audio"] / RECORD).read_text())
+    assert set(record) == {"clap", "sound_vae", "audio_unet", "vocoder"}
+    assert all(line["step"] == 1 for line in record.values())
+
+    other = tmp_path / "other"
+    build(Builder(out, other, seed=1, rebuilt=["video"]), TRAINED)
+    assert [path.stem for path in other.glob("*.jsonl")] == ["video_unet"]
+    video, image = (out / FOLDERS[modality] for modality in ("video", "image"))
+    for inner in ("text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors"):
+        assert (video / inner).read_bytes() == (image / inner).read_bytes()
 
 
 def megabytes(folder: Path) -> float:
@@ -67,7 +101,7 @@ def test_failed_build_leaves_no_folder(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_language_model_talks_and_its_special_tokens_are_right(tmp_path: Path) -> None:
     folder = tmp_path / "language_model"
-    Builder(tmp_path, seed=0).write("language_model", folder)
+    Builder(tmp_path, tmp_path, seed=0).write("language_model", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]) == [1, 2]

@@ -2,33 +2,43 @@
 
     cd code; python -m mini_world.build_parts [--only PART ...] [--rebuild] [--untrained]
 
-A part that is there is left alone unless --rebuild is given. What a part needs of another (the
-decoders the caption towers, the video network the picture network) is trained before it. Every
-training keeps a checkpoint and its log in the work folder and goes on from there when it is started
-again. The language model is not trained but unpacked, in 30 s.
+A part that is there and trained is left alone unless --rebuild is given. What a part needs of
+another (the decoders the caption towers, the video network the picture network) is taken from that
+one's folder, or trained before it. Every training keeps a checkpoint and its log in the work folder
+and goes on from there when it is started again; remove them to begin anew. The language model is
+not trained but unpacked, in 30 s.
 """
 
 import argparse
+import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextModelWithProjection
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet3DConditionModel
+from torch import nn
+from transformers import (
+    AutoTokenizer,
+    ClapTextModelWithProjection,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    SpeechT5HifiGan,
+)
 
 from config.entry import run_entry
 from config.loader import project_path
 from conversation.parts import Modality
 from mini_world.language_model import convert_language_model
 from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder, clip_text_config
-from mini_world.mini_encoder import MINI_IMAGEBIND, write_mini_encoder
+from mini_world.mini_encoder import MINI_IMAGEBIND, TEXT_TOWER, write_mini_encoder
 from mini_world.mini_tokenizers import clip_tokenizer, sample_captions, tokenize
 from mini_world.part_training.diffusion import Embed, train_unet
 from mini_world.part_training.encoder import train_encoder
+from mini_world.part_training.runner import last_line
 from mini_world.part_training.towers import (
     ClapTower,
     ClipTower,
@@ -38,7 +48,7 @@ from mini_world.part_training.towers import (
 )
 from mini_world.part_training.vae import train_vae
 from mini_world.part_training.vocoder import train_vocoder
-from model.imagebind.encoder import ImageBind
+from model.imagebind import ImageBind, load_imagebind
 
 Part = Literal["language_model", "encoder", "image", "video", "audio"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -47,62 +57,144 @@ _PATHS: dict[Part, str] = {
     "encoder": "imagebind_ckpt/mini",
     **FOLDERS,
 }
+# Where each component that is trained lies: its part, and the folder in it.
+_HOMES: dict[str, tuple[Part, str]] = {
+    "clip": ("encoder", TEXT_TOWER),
+    "encoder": ("encoder", "."),
+    "picture_vae": ("image", "vae"),
+    "image_unet": ("image", "unet"),
+    "video_unet": ("video", "unet"),
+    "clap": ("audio", "text_encoder"),
+    "sound_vae": ("audio", "vae"),
+    "audio_unet": ("audio", "unet"),
+    "vocoder": ("audio", "vocoder"),
+}
+RECORD = "training.json"  # in a part's folder: what of it is trained, how long, the last losses
 
 
 class Builder:
-    """Trains what the parts are made of, each once, when it is first asked for.
+    """Makes what the parts are of, each component once, when it is first asked for.
+
+    A component that its part's record calls trained is taken from there; others are trained.
 
     Args:
+        out: folder of the parts.
         work: folder of checkpoints, logs and pools.
         seed: of everything.
-        untrained: write the parts with random weights: in a second, to look at the format.
+        rebuilt: parts to train anew although they are there.
+        untrained: give random weights to what is not trained: in a second, to look at the format.
     """
 
-    def __init__(self, work: Path, seed: int, *, untrained: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        work: Path,
+        seed: int,
+        *,
+        rebuilt: Collection[Part] = (),
+        untrained: bool = False,
+    ) -> None:
+        self.out = out
         self.work = work
         self.seed = seed
+        self.rebuilt = rebuilt
         self.untrained = untrained
 
     @cached_property
     def clip(self) -> ClipTower:
         """The caption tower of the encoder and of the picture and video pipelines."""
+        if self._is_trained("clip"):
+            folder = self._home("clip")
+            tokenizer = CLIPTokenizer.from_pretrained(folder)
+            return ClipTower(_frozen(CLIPTextModelWithProjection, folder), tokenizer)
         return train_clip(self.work, self.seed)
+
+    @cached_property
+    def encoder(self) -> ImageBind:
+        """Of media."""
+        if self._is_trained("encoder"):
+            return load_imagebind(self._home("encoder")).requires_grad_(False)
+        return train_encoder(self.clip, self.work, self.seed)
 
     @cached_property
     def clap(self) -> ClapTower:
         """The caption tower of the sound pipeline."""
+        if self._is_trained("clap"):
+            folder = self._home("clap")
+            tokenizer = AutoTokenizer.from_pretrained(folder.with_name("tokenizer"))
+            return ClapTower(_frozen(ClapTextModelWithProjection, folder), tokenizer)
         return train_clap(self.work, self.seed)
 
     @cached_property
     def picture_vae(self) -> AutoencoderKL:
         """Of pictures and of frames."""
+        if self._is_trained("picture_vae"):
+            return _frozen(AutoencoderKL, self._home("picture_vae"))
         return train_vae("picture", self.work, self.seed)
 
     @cached_property
     def sound_vae(self) -> AutoencoderKL:
         """Of mel spectrograms."""
+        if self._is_trained("sound_vae"):
+            return _frozen(AutoencoderKL, self._home("sound_vae"))
         return train_vae("sound", self.work, self.seed)
 
     @cached_property
-    def picture_unet(self) -> UNet2DConditionModel:
+    def image_unet(self) -> UNet2DConditionModel:
         """Of the picture pipeline; the video pipeline's begins with it."""
+        if self._is_trained("image_unet"):
+            return _frozen(UNet2DConditionModel, self._home("image_unet"))
         return train_unet("image", self.picture_vae, self._states, self.work, self.seed)
+
+    @cached_property
+    def video_unet(self) -> UNet3DConditionModel:
+        """Of the video pipeline."""
+        if self._is_trained("video_unet"):
+            return _frozen(UNet3DConditionModel, self._home("video_unet"))
+        return train_unet(
+            "video", self.picture_vae, self._states, self.work, self.seed, self.image_unet
+        )
+
+    @cached_property
+    def audio_unet(self) -> UNet2DConditionModel:
+        """Of the sound pipeline."""
+        if self._is_trained("audio_unet"):
+            return _frozen(UNet2DConditionModel, self._home("audio_unet"))
+        return train_unet("audio", self.sound_vae, self._features, self.work, self.seed)
+
+    @cached_property
+    def vocoder(self) -> SpeechT5HifiGan:
+        """Of the sound pipeline."""
+        if self._is_trained("vocoder"):
+            return _frozen(SpeechT5HifiGan, self._home("vocoder"))
+        return train_vocoder(self.sound_vae, self.work, self.seed)
 
     def write(self, part: Part, folder: Path) -> None:
         """Train what is missing of `part` and write its folder, whole or not at all."""
         if part == "language_model":
             convert_language_model(folder)
-        elif part == "encoder" and self.untrained:
+            return
+        if part == "encoder":
+            self._write_encoder(folder)
+        else:
+            trained = {} if self.untrained else self._trained(part)
+            build_mini_decoder(part, folder, self.seed, sample_captions(), trained=trained)
+        (folder / RECORD).write_text(json.dumps(self._record(part), indent=1) + "\n")
+
+    def is_complete(self, part: Part) -> bool:
+        """Whether the folder is there, with all of it trained unless that is not asked for."""
+        folder = self.out / _PATHS[part]
+        of_it = [name for name, (home, _) in _HOMES.items() if home == part]
+        return folder.exists() and (self.untrained or all(n in _trained_in(folder) for n in of_it))
+
+    def _write_encoder(self, folder: Path) -> None:
+        if self.untrained:
             torch.manual_seed(self.seed)
             tokenizer = clip_tokenizer(sample_captions(), MINI.text_tokens)
             tower = CLIPTextModelWithProjection(clip_text_config(tokenizer, MINI))
             write_mini_encoder(folder, ImageBind(MINI_IMAGEBIND), tower, tokenizer)
-        elif part == "encoder":
-            encoder = train_encoder(self.clip, self.work, self.seed)
-            write_mini_encoder(folder, encoder, self.clip.model, self.clip.tokenizer)
         else:
-            trained = None if self.untrained else self._trained(part)
-            build_mini_decoder(part, folder, self.seed, sample_captions(), trained=trained)
+            write_mini_encoder(folder, self.encoder, self.clip.model, self.clip.tokenizer)
 
     def _trained(self, modality: Modality) -> dict[str, Any]:
         """Trained parts of one pipeline, by diffusers' names."""
@@ -111,18 +203,36 @@ class Builder:
                 "tokenizer": self.clap.tokenizer,
                 "text_encoder": self.clap.model,
                 "vae": self.sound_vae,
-                "unet": train_unet("audio", self.sound_vae, self._features, self.work, self.seed),
-                "vocoder": train_vocoder(self.sound_vae, self.work, self.seed),
+                "unet": self.audio_unet,
+                "vocoder": self.vocoder,
             }
-        unet = self.picture_unet
-        if modality == "video":
-            unet = train_unet("video", self.picture_vae, self._states, self.work, self.seed, unet)
         return {
             "tokenizer": self.clip.tokenizer,
             "text_encoder": self.clip.model.text_model,
             "vae": self.picture_vae,
-            "unet": unet,
+            "unet": self.image_unet if modality == "image" else self.video_unet,
         }
+
+    def _home(self, name: str) -> Path:
+        part, inner = _HOMES[name]
+        return self.out / _PATHS[part] / inner
+
+    def _is_trained(self, name: str) -> bool:
+        part, _ = _HOMES[name]
+        return part not in self.rebuilt and name in _trained_in(self.out / _PATHS[part])
+
+    def _record(self, part: Part) -> dict[str, dict[str, float]]:
+        """Component to its log's last line: steps, seconds on one core, losses."""
+        if self.untrained:
+            return {}
+        before = _trained_in(self.out / _PATHS[part])
+        record = {}
+        for name in (name for name, (home, _) in _HOMES.items() if home == part):
+            if self._is_trained(name):
+                record[name] = before[name]
+            else:
+                record[name] = last_line(self.work, name)
+        return record
 
     @property
     def _states(self) -> Embed:
@@ -146,12 +256,23 @@ class Builder:
         return embed
 
 
-def build(builder: Builder, out: Path, parts: Sequence[Part], *, rebuild: bool) -> None:
-    """Build `parts` into `out`, those that are there only on `rebuild`."""
+def _frozen(kind: type[nn.Module], folder: Path) -> Any:
+    """A component from its folder, in float32."""
+    return kind.from_pretrained(folder).float().eval().requires_grad_(False)
+
+
+def _trained_in(folder: Path) -> dict[str, dict[str, float]]:
+    """A part's record; empty without one."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def build(builder: Builder, parts: Sequence[Part]) -> None:
+    """Build what is missing of `parts`, and those to be rebuilt."""
     builder.work.mkdir(parents=True, exist_ok=True)
     for part in parts:
-        folder = out / _PATHS[part]
-        if folder.exists() and not rebuild:
+        folder = builder.out / _PATHS[part]
+        if part not in builder.rebuilt and builder.is_complete(part):
             print(f"{part}: {folder} is there")
             continue
         start = time.monotonic()
@@ -173,8 +294,14 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--untrained", action="store_true", help="random weights, at once")
     arguments = parser.parse_args()
-    builder = Builder(arguments.work, arguments.seed, untrained=arguments.untrained)
-    build(builder, arguments.out, arguments.only, rebuild=arguments.rebuild)
+    builder = Builder(
+        arguments.out,
+        arguments.work,
+        arguments.seed,
+        rebuilt=arguments.only if arguments.rebuild else (),
+        untrained=arguments.untrained,
+    )
+    build(builder, arguments.only)
 
 
 if __name__ == "__main__":

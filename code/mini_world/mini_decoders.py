@@ -5,6 +5,7 @@ size; `part_training` trains them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -56,15 +57,17 @@ class MiniFigures:
     groups: int = 16  # of the denoising networks' group norms; divides all their channels
     head_width: int = 32  # of the networks' attention heads
     latents: int = 12  # channels
-    vae: tuple[int, ...] = (24, 48, 64, 64)  # 8 x 8 latents of a frame, 16 x 8 of a sound
+    vae: tuple[int, ...] = (24, 48, 64, 64)  # 8 x 8 latents of a frame or a sound
     vae_groups: int = 4  # of its group norms; one channel a group would lose what is bright or red
 
     size: int = 64  # pixels, both sides, image and video
     picture_unet: tuple[int, ...] = (80, 128)  # of image and video
 
     sample_rate: int = 16000  # samples per second
-    upsampling: tuple[int, ...] = (5, 5, 5, 2)  # product: samples per mel frame, 15.6 ms
-    sound_frames: int = 128  # mel frames: 2 s
+    # Product: samples per mel frame, 31 ms. What a vocoder makes of a steady tone repeats with the
+    # frames, so that it plays multiples of 32 Hz: shorter frames would put tones further off.
+    upsampling: tuple[int, ...] = (5, 5, 5, 4)
+    sound_frames: int = 64  # mel frames: 2 s
     mel_bins: int = 64
     audio_unet: tuple[int, ...] = (64, 128)
     vocoder_channels: int = 192  # halved after each upsampling
@@ -97,7 +100,8 @@ def build_mini_decoder(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        parts = _PARTS[modality](figures, captions) | dict(trained or {})
+        # Copies: the pipeline turns its parts to half precision where they lie.
+        parts = _PARTS[modality](figures, captions) | deepcopy(dict(trained or {}))
         pipeline: DiffusionPipeline = PIPELINES[modality](scheduler=scheduler(), **parts)
     with written_aside(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)

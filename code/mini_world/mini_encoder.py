@@ -1,5 +1,6 @@
 """The mini ImageBind: the huge one's classes with small figures, and its folder."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -31,5 +32,5 @@ def write_mini_encoder(
     """Write the encoder and its text tower to `folder` in float16, whole or not at all."""
     with written_aside(folder) as aside:
         save_imagebind(model, aside, torch.float16)
-        text_tower.half().save_pretrained(aside / TEXT_TOWER)
+        deepcopy(text_tower).half().save_pretrained(aside / TEXT_TOWER)
         tokenizer.save_pretrained(aside / TEXT_TOWER)

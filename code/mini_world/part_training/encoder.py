@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conversation.parts import MODALITIES, Modality
 from mini_world.mini_encoder import MINI_IMAGEBIND
 from mini_world.part_training.contrast import SCALE, Probes, contrast, same_things
-from mini_world.part_training.runner import Losses, Plan, train
+from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import (
     Pool,
     full_caption,
@@ -32,7 +32,7 @@ POOL = {"video": 3000, "audio": 2000}
 _NOISE_SHARE = 1e-3  # of all variance; components below it are not blown up
 
 
-def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan = PLAN) -> ImageBind:
+def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan | None = None) -> ImageBind:
     """Train it against the finished caption tower, or go on, or load what is trained."""
     torch.manual_seed(seed)
     learner = nn.ModuleDict(
@@ -49,7 +49,7 @@ def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan = PLAN) ->
         for modality in MODALITIES:
             things, views = _media(modality, pools, rng)
             captions = [full_caption(thing, modality, rng) for thing in things]
-            with torch.autocast("cpu", torch.bfloat16):
+            with cheap_products():
                 with torch.no_grad():
                     texts_ND, _ = clip_states(tower, captions)
                 features_ND = learner["imagebind"].forward_views(modality, views)
@@ -59,7 +59,7 @@ def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan = PLAN) ->
             losses |= {f"{modality}_contrast": contrasted, f"{modality}_seen": probe}
         return losses
 
-    return train("encoder", learner, loss_of, plan, work, seed)["imagebind"]
+    return train("encoder", learner, loss_of, plan or PLAN, work, seed)["imagebind"]
 
 
 @torch.no_grad()

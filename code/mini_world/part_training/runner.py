@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from config.atomic import written_aside
+from model.device import cpu_has_fast_bf16
 
 Losses = dict[str, Tensor]  # scalars with their weights; the sum is minimised
 LossOf = Callable[[np.random.Generator], Losses]
@@ -36,6 +37,11 @@ class Plan:
     average: float = 0.998  # decay of the moving average of the weights, per step
     save_every: int = 200  # steps
     log_every: int = 20  # steps
+
+
+def cheap_products() -> torch.autocast:
+    """Products in bfloat16 where that is faster."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_fast_bf16())
 
 
 def train(
@@ -82,6 +88,11 @@ def train(
         if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
             _save(checkpoint, state, step + 1, seconds)
     return averaged.module.eval().requires_grad_(False)
+
+
+def last_line(work: Path, name: str) -> dict[str, float]:
+    """What a training logged last: steps, seconds, losses."""
+    return json.loads((work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
 def _share_of_peak(step: int, plan: Plan) -> float:

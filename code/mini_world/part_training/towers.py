@@ -30,7 +30,7 @@ from mini_world.mini_tokenizers import (
     tokenize,
 )
 from mini_world.part_training.contrast import SCALE, Probes, contrast, same_things
-from mini_world.part_training.runner import Losses, Plan, train
+from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import full_caption, labels, neighbours, some_caption
 from mini_world.things import ATTRIBUTES
 
@@ -58,7 +58,7 @@ class ClapTower:
     tokenizer: PreTrainedTokenizerBase
 
 
-def train_clip(work: Path, seed: int, plan: Plan = CLIP_PLAN) -> ClipTower:
+def train_clip(work: Path, seed: int, plan: Plan | None = None) -> ClipTower:
     """Train it on captions of all modalities, or go on, or load what is trained."""
     tokenizer = clip_tokenizer(sample_captions(), MINI.text_tokens)
     torch.manual_seed(seed)
@@ -70,12 +70,12 @@ def train_clip(work: Path, seed: int, plan: Plan = CLIP_PLAN) -> ClipTower:
         MODALITIES,
         work,
         seed,
-        plan,
+        plan or CLIP_PLAN,
     )
     return ClipTower(model, tokenizer)
 
 
-def train_clap(work: Path, seed: int, plan: Plan = CLAP_PLAN) -> ClapTower:
+def train_clap(work: Path, seed: int, plan: Plan | None = None) -> ClapTower:
     """Train it on captions of sounds, or go on, or load what is trained."""
     tokenizer = roberta_tokenizer(sample_captions(), MINI.text_tokens)
     torch.manual_seed(seed)
@@ -87,7 +87,7 @@ def train_clap(work: Path, seed: int, plan: Plan = CLAP_PLAN) -> ClapTower:
         ["audio"],
         work,
         seed,
-        plan,
+        plan or CLAP_PLAN,
     )
     return ClapTower(model, tokenizer)
 
@@ -112,7 +112,7 @@ def _train(
     def loss_of(rng: np.random.Generator) -> Losses:
         losses: Losses = {}
         for modality in modalities:
-            with torch.autocast("cpu", torch.bfloat16):
+            with cheap_products():
                 losses |= _losses(learner, read, modality, rng)
         return losses
 
