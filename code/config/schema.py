@@ -109,6 +109,9 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware has it
     activation_checkpointing: bool
     alignment_weights: dict[Modality, float]
+    # Where output projections alone train, the language model always says the same of a caption:
+    # it reads each caption once, and passes after the first cost it nothing.
+    keep_states: bool
     save_every: Positive  # steps between resumable checkpoints
     keep_checkpoints: Positive
     seed: Annotated[int, Field(ge=0, lt=2**32)]

@@ -66,11 +66,11 @@ class MiniFigures:
     sample_rate: int = 16000  # samples per second
     # Product: samples per mel frame, 31 ms. What a vocoder makes of a steady tone repeats with the
     # frames, so that it plays multiples of 32 Hz: shorter frames would put tones further off.
-    upsampling: tuple[int, ...] = (5, 5, 5, 4)
+    upsampling: tuple[int, ...] = (1, 1, 500)
     sound_frames: int = 64  # mel frames: 2 s
     mel_bins: int = 64
     audio_unet: tuple[int, ...] = (64, 128)
-    vocoder_channels: int = 192  # halved after each upsampling
+    vocoder_channels: int = 256  # halved after each upsampling
 
     @property
     def hop(self) -> int:
@@ -255,8 +255,8 @@ def vocoder(f: MiniFigures) -> SpeechT5HifiGan:
             upsample_rates=f.upsampling,
             # Kernel minus stride is even, so that a frame becomes exactly `hop` samples.
             upsample_kernel_sizes=[2 * rate + rate % 2 for rate in f.upsampling],
-            resblock_kernel_sizes=(3, 7),
-            resblock_dilation_sizes=((1, 3, 5), (1, 3, 5)),
+            resblock_kernel_sizes=(3,),
+            resblock_dilation_sizes=((1, 3),),
             normalize_before=False,
         )
     )

@@ -109,20 +109,40 @@ class NextGPT(nn.Module):
         embeddings: torch.Tensor,
     ) -> torch.Tensor:
         """Caption embeddings (R, *caption_shape) of the signal runs at `runs` (R, 2)."""
-        hidden_RTH = self.states_of_runs(modality, runs, hidden)
-        embeddings_RTH = self.states_of_runs(modality, runs, embeddings)
-        return self.output_projections[modality](hidden_RTH, embeddings_RTH)
+        states_2RTH = self.states_of_runs(modality, runs, hidden, embeddings)
+        return self.output_projections[modality](*states_2RTH)
 
     def states_of_runs(
-        self, modality: Modality, runs: torch.Tensor, states: torch.Tensor
+        self,
+        modality: Modality,
+        runs: torch.Tensor,
+        hidden: torch.Tensor,
+        embeddings: torch.Tensor,
     ) -> torch.Tensor:
-        """The states (R, T, H) of the signal runs at `runs` (R, 2) among `states` (B, L, H)."""
+        """What is projected (2, R, T, H): both states (B, L, H) of the signal runs at (R, 2)."""
         rows = runs[:, :1]  # (R, 1)
         columns = runs[:, 1:] + torch.arange(self.signal_counts[modality], device=runs.device)
-        return states[rows, columns]
+        return torch.stack([hidden[rows, columns], embeddings[rows, columns]])
 
     def forward(self, batch: Batch) -> Losses:
-        """The losses of `batch`."""
+        """The losses of `batch`; of the text none where the language model is left out."""
+        if batch.states:
+            losses, states = Losses(batch.features.new_zeros(()), 0), batch.states
+        else:
+            losses, states = self._read_and_score(batch)
+        for modality, projection in self.output_projections.items():
+            states_2RTH = states.get(modality)
+            if states_2RTH is not None:
+                found = projection(*states_2RTH)
+                losses.alignment[modality] = alignment_distance(found, batch.captions[modality])
+                losses.runs[modality] = len(found)
+            else:  # not a look at a weight: under ZeRO 3 it would be gathered, by this rank alone
+                nothing = losses.text.new_zeros(1, 1, projection.fc.in_features)
+                losses.unused = losses.unused + 0 * projection(nothing, nothing).sum()
+        return losses
+
+    def _read_and_score(self, batch: Batch) -> tuple[Losses, dict[Modality, torch.Tensor]]:
+        """The loss of the text, and by modality what is to be projected, (2, R, T, H)."""
         embeddings = self.embed(batch.input_ids, batch.slots, batch.features)
         hidden = self.read(embeddings, batch.attention_mask, batch.position_ids)
 
@@ -130,15 +150,9 @@ class NextGPT(nn.Module):
         has_target = next_targets != IGNORE
         logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_target])
         text = F.cross_entropy(logits.float(), next_targets[has_target], reduction="sum")
-        losses = Losses(text, int(has_target.sum()))
-
-        for modality, projection in self.output_projections.items():
-            runs = batch.runs.get(modality)
-            if runs is not None and len(runs):
-                found = self.project_runs(modality, runs, hidden, embeddings)
-                losses.alignment[modality] = alignment_distance(found, batch.captions[modality])
-                losses.runs[modality] = len(runs)
-            else:  # not a look at a weight: under ZeRO 3 it would be gathered, by this rank alone
-                nothing = hidden.new_zeros(1, 1, projection.fc.in_features)
-                losses.unused = losses.unused + 0 * projection(nothing, nothing).sum()
-        return losses
+        states = {
+            modality: self.states_of_runs(modality, runs, hidden, embeddings)
+            for modality, runs in batch.runs.items()
+            if len(runs) and modality in self.output_projections
+        }
+        return Losses(text, int(has_target.sum())), states

@@ -47,7 +47,7 @@ class StepResult:
     """Losses of one step, averaged over all processes' tokens and runs, before the update."""
 
     loss: float
-    text_loss: float
+    text_loss: float | None  # none where the language model was left out
     alignment: dict[Modality, float]
     learning_rate: float
     gradient_norm: float | None
@@ -232,7 +232,8 @@ class Agent:
         weights = self.training.alignment_weights
         loss = text_loss + sum(weights[m] * value for m, value in alignment.items())
         norm = self.engine.get_global_grad_norm()
-        return StepResult(loss, text_loss, alignment, rate, None if norm is None else float(norm))
+        read = text_loss if counts.tokens else None
+        return StepResult(loss, read, alignment, rate, None if norm is None else float(norm))
 
     def _settings(self, dtype: torch.dtype) -> dict:
         """DeepSpeed's JSON with the run's figures filled in."""

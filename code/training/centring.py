@@ -25,10 +25,11 @@ def centre_projections(model: NextGPT, batches: Iterable[Batch]) -> None:
     states: dict[Modality, list[torch.Tensor]] = {m: [] for m in lack_a_centre(model)}
     for batch in batches:
         embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
-        inputs = embeddings + model.read(embeddings, batch.attention_mask, batch.position_ids)
+        hidden = model.read(embeddings, batch.attention_mask, batch.position_ids)
         for modality in states.keys() & batch.runs.keys():
-            found = model.states_of_runs(modality, batch.runs[modality], inputs)  # (R, T, H)
-            states[modality].append(found.float().flatten(0, 1))
+            runs = batch.runs[modality]
+            found_2RTH = model.states_of_runs(modality, runs, hidden, embeddings).float()
+            states[modality].append(found_2RTH.sum(dim=0).flatten(0, 1))
     for modality, found in states.items():
         if found:
             model.output_projections[modality].centre.copy_(torch.cat(found).mean(dim=0))

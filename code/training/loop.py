@@ -5,7 +5,7 @@ Reads as a story: data, model, what trains, predecessor, agent, steps, delta.
 
 import signal
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from model.parts import format_parts_table, parts_table, set_trainable
 from training.agent import Agent, StepCounts, start_processes, sum_over_processes
 from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
+from training.kept_states import KeptStates
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
 from training.samples import ReadyBatch, ReadySamples, load_batches, shares
@@ -128,8 +129,12 @@ class Trainer:
         ready = load_batches(samples, order, size, self.config.encoder.width, 0, data.row_length)
         completer = BatchCompleter(self.config, samples.caches, self.device)
         batches = (completer.complete(one) for whole in ready for one in whole)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             centre_projections(model.to(self.device), batches)
+
+    def autocast(self) -> torch.autocast:
+        """Products in the run's precision, as in the agent's steps."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def take_steps(
         self,
@@ -154,6 +159,8 @@ class Trainer:
             self.config.data.row_length,
         )
         completer = BatchCompleter(self.config, samples.caches, self.device)
+        training = self.config.training
+        kept = KeptStates(agent.model, training) if training.keep_states else None
         for step in range(first_step + 1, steps + 1):
             ready = next(batches)
             counts, stopped = self.count(step, ready, progress)
@@ -162,9 +169,14 @@ class Trainer:
                 progress.close()
                 self.say(f"stopped after step {step - 1}; go on with --resume")
                 return False
-            result = agent.step([completer.complete(one) for one in ready], counts)
+            whole = [completer.complete(one) for one in ready]
+            if kept is not None:
+                with self.autocast():
+                    whole = [kept.fill(batch) for batch in whole]
+                counts = replace(counts, tokens=0)
+            result = agent.step(whole, counts)
             progress.report(step, result, counts)
-            if step % self.config.training.save_every == 0 and step < steps:
+            if step % training.save_every == 0 and step < steps:
                 folder.save(agent, step, progress.counted)
         return True
 

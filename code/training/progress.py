@@ -91,7 +91,9 @@ class Progress:
         for name, value in line.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, step)
-        shown = {"loss": f"{result.loss:.3f}", "text": f"{result.text_loss:.3f}"}
+        shown = {"loss": f"{result.loss:.3f}"}
+        if result.text_loss is not None:
+            shown["text"] = f"{result.text_loss:.3f}"
         shown |= {modality: f"{value:.2f}" for modality, value in result.alignment.items()}
         self._bar.set_postfix(shown | {"tok/s": f"{line['tokens_per_second']:.0f}"}, refresh=False)
         self._bar.update()

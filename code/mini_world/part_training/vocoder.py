@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 from transformers import SpeechT5HifiGan
+from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 
 from mini_world.mini_decoders import MINI, vocoder
 from mini_world.part_training.mel import log_mel
@@ -23,6 +24,7 @@ PLAN = Plan(steps=2000, learning_rate=1e-3)
 _WINDOWS = (2048, 1024, 512, 256)  # samples
 _FRAMES = 24  # of each piece that is learned from: 0.75 s
 _BATCH = 8
+_PITCHES = (64.0, 7500.0)  # Hz: of the lowest and the highest tone at the beginning
 _RANGE = 40.0  # dB: what is further below the loudest of its piece hardly counts
 _QUIET = 0.1  # magnitude of what hardly counts in a piece of silence
 _TINY = 1e-8  # of squared magnitudes
@@ -34,9 +36,7 @@ def train_vocoder(
     """Train it, or go on, or load what is trained."""
     torch.manual_seed(seed)
     model = vocoder(MINI)
-    for module in model.modules():  # its own first weights are so small that it begins in silence
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            module.reset_parameters()
+    begin_as_oscillators(model)
 
     def loss_of(rng: np.random.Generator) -> Losses:
         spectrograms_NTM, samples_NS = _pieces(vae, rng)
@@ -45,6 +45,43 @@ def train_vocoder(
         return _losses(made_NS, samples_NS)
 
     return train("vocoder", model, loss_of, plan or PLAN, work, seed)
+
+
+def begin_as_oscillators(model: SpeechT5HifiGan) -> None:
+    """The layers at the frames' rate are new; what they give then plays one tone each.
+
+    The last upsampling holds a tone for each of its inputs, under a window two frames long: spread
+    over the pitches as mel bins are, in whole periods a frame, so that frames join seamlessly. Its
+    outputs are pairs of opposite sign: what follows then passes a tone undistorted through the
+    leaky rectifier.
+    """
+    for module in model.modules():  # its own first weights are so small that it begins in silence
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            module.reset_parameters()
+    for block in model.resblocks:
+        for conv in block.convs2:
+            conv.weight.data.zero_()
+            conv.bias.data.zero_()
+    last = model.upsampler[-1]
+    inputs, outputs, length = last.weight.shape
+    mels = torch.linspace(*hertz_to_mel(np.array(_PITCHES), mel_scale="slaney").tolist(), inputs)
+    step = MINI.sample_rate / MINI.hop  # Hz
+    pitches = (
+        torch.from_numpy(mel_to_hertz(mels.numpy(), mel_scale="slaney")) / step
+    ).round() * step
+    cycles = pitches[:, None] * torch.arange(length) / MINI.sample_rate + torch.rand(inputs, 1)
+    tones_IL = torch.hann_window(length) * torch.cos(2 * torch.pi * cycles)
+    place = torch.arange(inputs)
+    pair = place % (outputs // 2) * 2
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.zero_()
+        last.weight[place, pair] = tones_IL.float()
+        last.weight[place, pair + 1] = -tones_IL.float()
+        model.conv_post.weight.zero_()
+        model.conv_post.bias.zero_()
+        model.conv_post.weight[0, ::2, 3] = 0.5
+        model.conv_post.weight[0, 1::2, 3] = -0.5
 
 
 def _pieces(vae: AutoencoderKL, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
@@ -69,10 +106,7 @@ def _losses(made_NS: Tensor, samples_NS: Tensor) -> Losses:
     convergence, magnitude = [], []
     for size in _WINDOWS:
         made, wanted = _magnitudes(made_NS, size), _magnitudes(samples_NS, size)
-        distance = torch.linalg.vector_norm(wanted - made, dim=(1, 2))
-        convergence.append(
-            (distance / torch.linalg.vector_norm(wanted, dim=(1, 2)).clamp(min=1.0)).mean()
-        )
+        convergence.append((wanted - made).norm() / wanted.norm())
         # Noise cannot be foretold bin by bin: counted whole, it would outweigh the few of a tone.
         floor = (wanted.amax(dim=(1, 2), keepdim=True) * 10 ** (-_RANGE / 20)).clamp(min=_QUIET)
         magnitude.append(l1_loss(_log(made, floor), _log(wanted, floor)))

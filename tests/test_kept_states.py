@@ -1,0 +1,47 @@
+"""Stage 2 on states that are read once: the losses of reading them every time, and its limits."""
+
+from pathlib import Path
+
+import pytest
+
+from tiny_run import TinyRun, trained
+
+ALONE = ["training.trains=[output_projections]", "training.max_steps=12", "training.epochs=9"]
+
+
+def run(folder: Path, *sets: str, world: int = 1) -> TinyRun:
+    """Stage 2 on the tiny stage 1."""
+    flags = ["--init-from", str(trained(1).folder)]
+    return TinyRun(folder, 2, [*ALONE, *sets], flags, world)
+
+
+def test_kept_states_give_the_losses_of_states_read_every_time(tmp_path: Path) -> None:
+    kept = run(tmp_path / "kept", "training.keep_states=true").finish().metrics
+    read = run(tmp_path / "read").finish().metrics
+    assert len(kept) == 12  # some captions come more than once
+    for one, other in zip(kept, read, strict=True):
+        assert one["text_loss"] is None
+        assert other["text_loss"] > 0
+        names = {name for name in one if name.startswith("alignment_")}
+        assert names == {name for name in other if name.startswith("alignment_")}
+        assert all(one[name] == pytest.approx(other[name], rel=1e-4) for name in names)
+
+
+def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
+    alone = run(tmp_path / "alone", "training.keep_states=true").finish().metrics
+    both = run(tmp_path / "both", "training.keep_states=true", world=2).finish().metrics
+    assert [line["loss"] for line in both] == pytest.approx(
+        [line["loss"] for line in alone], rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("sets", "fault"),
+    [
+        (["training.trains=[output_projections,vocabulary]"], "states change"),
+        (["data.row_length=128"], "unpacked"),
+        (["data.datasets=[mini_request,mini_mosit]"], "take media out"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(tmp_path: Path, sets: list[str], fault: str) -> None:
+    assert fault in run(tmp_path, "training.keep_states=true", *sets).fail()
