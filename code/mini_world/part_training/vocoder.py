@@ -1,6 +1,6 @@
 """The vocoder: from mel spectrograms to samples (HiFi-GAN's generator, arXiv 2010.05646).
 
-No discriminators: it learns from the magnitudes of three spectra of different windows
+No discriminators: it learns from the magnitudes of four spectra of different windows
 (arXiv 1910.11480). Half of what it reads comes through the trained VAE, so that it knows what a
 generated spectrogram looks like.
 """
@@ -20,7 +20,7 @@ from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import sounds, things
 
-PLAN = Plan(steps=2000, learning_rate=1e-3)
+PLAN = Plan(steps=1500, learning_rate=1e-3)
 _WINDOWS = (2048, 1024, 512, 256)  # samples
 _FRAMES = 24  # of each piece that is learned from: 0.75 s
 _BATCH = 8
@@ -65,12 +65,10 @@ def begin_as_oscillators(model: SpeechT5HifiGan) -> None:
     last = model.upsampler[-1]
     inputs, outputs, length = last.weight.shape
     mels = torch.linspace(*hertz_to_mel(np.array(_PITCHES), mel_scale="slaney").tolist(), inputs)
-    step = MINI.sample_rate / MINI.hop  # Hz
-    pitches = (
-        torch.from_numpy(mel_to_hertz(mels.numpy(), mel_scale="slaney")) / step
-    ).round() * step
-    cycles = pitches[:, None] * torch.arange(length) / MINI.sample_rate + torch.rand(inputs, 1)
-    tones_IL = torch.hann_window(length) * torch.cos(2 * torch.pi * cycles)
+    pitches_I = torch.from_numpy(mel_to_hertz(mels.numpy(), mel_scale="slaney"))
+    periods_I = (pitches_I * MINI.hop / MINI.sample_rate).round()  # in a frame
+    cycles_IL = periods_I[:, None] * torch.arange(length) / MINI.hop + torch.rand(inputs, 1)
+    tones_IL = torch.hann_window(length) * torch.cos(2 * torch.pi * cycles_IL)
     place = torch.arange(inputs)
     pair = place % (outputs // 2) * 2
     with torch.no_grad():
