@@ -109,6 +109,8 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware has it
     activation_checkpointing: bool
     alignment_weights: dict[Modality, float]
+    # A new input projection starts where it puts media among the words of their captions.
+    fit_input_projection: bool
     # Where output projections alone train, the language model always says the same of a caption:
     # it reads each caption once, and passes after the first cost it nothing.
     keep_states: bool

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from config.atomic import written_aside
@@ -19,16 +20,16 @@ from config.entry import run_entry
 from config.errors import InputError
 from conversation.parts import MODALITIES, Modality
 from mini_world.album import Album, generator, write_medium
-from mini_world.captions import caption
+from mini_world.captions import caption, plain_caption
 from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening
 from mini_world.phrasing import COURSE_REQUESTS
 from mini_world.plain_talk import plain_talk
 from mini_world.questions import ask, ask_world, world_facts
-from mini_world.things import HELD_OUT_PAIRS, changes, sample_thing
+from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 4  # of the world: raise it when the same seed gives something else
+VERSION = 5  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
@@ -45,6 +46,7 @@ COUNTS = {  # at scale 1
     "text_world": 300,
     "text_plain": 400,  # at most: as many as there are
 }
+_PLAIN_PAIRS = 0.75  # of the caption pairs
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
 _Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
@@ -94,12 +96,19 @@ def _write_pairs(folder: Path, seed: int, counts: dict[str, int]) -> _Media:
         album = Album("mini_pair", seed, {modality: counts[f"pair_{modality}"]})
         rng = generator(seed, f"pair captions {modality}")
         rows = [
-            {"caption": caption(thing, modality, rng), f"{modality}_name": name}
+            {"caption": _pair_caption(thing, modality, rng), f"{modality}_name": name}
             for name, _, thing in album
         ]
         _write_json(folder / modality / f"{modality}.json", rows)
         media.append((folder / modality / FOLDERS[modality], album))
     return media
+
+
+def _pair_caption(thing: Thing, modality: Modality, rng: np.random.Generator) -> str:
+    """Mostly in the plain words of answers, which is what both alignments are used for later."""
+    if rng.random() < _PLAIN_PAIRS:
+        return plain_caption(thing, modality)
+    return caption(thing, modality, rng)
 
 
 def _write_instructions(folder: Path, seed: int, counts: dict[str, int]) -> _Media:

@@ -4,6 +4,7 @@ Reads as a story: data, model, what trains, predecessor, agent, steps, delta.
 """
 
 import signal
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from config.errors import InputError
 from config.loader import project_path
 from config.schema import Config, Part
+from conversation.batch import Batch
 from conversation.parts import MODALITIES
 from dataset.catalog import resolve_entry
 from dataset.conversations import ConversationDataset
@@ -25,6 +27,7 @@ from model.parts import format_parts_table, parts_table, set_trainable
 from training.agent import Agent, StepCounts, start_processes, sum_over_processes
 from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
+from training.fitting import fit_input_projection
 from training.kept_states import KeptStates
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
@@ -98,8 +101,7 @@ class Trainer:
             delta and delta.holds_own_vocabulary
         )
         vocabulary_size = model.own_vocabulary_size
-        if lack_a_centre(model):
-            self.centre(model, samples, plan)
+        self.measure(model, delta, samples, plan, steps)
         agent = Agent(model, training, steps, self.device, self.dtype)
         torch.manual_seed(training.seed + self.rank)  # every process drops out its own
 
@@ -122,15 +124,31 @@ class Trainer:
         self.say(f"stage {self.options.stage} is finished: {folder.delta}")
         return True
 
-    def centre(self, model: NextGPT, samples: ReadySamples, plan: BatchPlan) -> None:
-        """Centre new output projections by the run's first batches, the same in every process."""
-        order = shares(plan, 0, _CENTRING_BATCHES, rank=0, world=1)
-        size, data = self.config.training.micro_batch_size, self.config.data
-        ready = load_batches(samples, order, size, self.config.encoder.width, 0, data.row_length)
+    def measure(
+        self,
+        model: NextGPT,
+        delta: Delta | None,
+        samples: ReadySamples,
+        plan: BatchPlan,
+        steps: int,
+    ) -> None:
+        """Give new projections their measured starts, the same in every process."""
+        is_new = delta is None or not delta.holds("input_projection")
+        if is_new and self.config.training.fit_input_projection:
+            self.say("fitting the input projection")
+            fit_input_projection(model.to(self.device), self.batches(samples, plan, steps))
+        if lack_a_centre(model):
+            batches = self.batches(samples, plan, min(steps, _CENTRING_BATCHES))
+            with self.autocast():
+                centre_projections(model.to(self.device), batches)
+
+    def batches(self, samples: ReadySamples, plan: BatchPlan, steps: int) -> Iterator[Batch]:
+        """The run's first batches, whole and a conversation a row, outside of training."""
+        order = shares(plan, 0, steps, rank=0, world=1)
+        size, width = self.config.training.micro_batch_size, self.config.encoder.width
         completer = BatchCompleter(self.config, samples.caches, self.device)
-        batches = (completer.complete(one) for whole in ready for one in whole)
-        with self.autocast():
-            centre_projections(model.to(self.device), batches)
+        for ready in load_batches(samples, order, size, width, workers=0):
+            yield from (completer.complete(one) for one in ready)
 
     def autocast(self) -> torch.autocast:
         """Products in the run's precision, as in the agent's steps."""

@@ -1,0 +1,66 @@
+"""The measured start of the input projection."""
+
+from pathlib import Path
+
+import torch
+
+from config.loader import load_config
+from conversation.batch import Batch
+from conversation.encoding import IGNORE
+from model.build import build_model
+from tiny_parts import tiny_overrides
+from tiny_run import TinyRun, trained
+from training.fitting import fit_input_projection, stretched_ridge
+
+IDS = torch.arange(3)
+
+
+def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
+    torch.manual_seed(0)
+    law, given = torch.randn(6, 9), torch.randn(4000, 6)
+    wanted = given @ law + 5
+    weight, bias = stretched_ridge(given, wanted, torch.tensor(30.0))
+    found = given @ weight + bias
+    assert torch.allclose(found.mean(dim=0), wanted.mean(dim=0), atol=1e-3)
+    deviation = (found - found.mean(dim=0)).square().sum(dim=1).mean().sqrt()
+    assert abs(deviation - 30) < 0.5
+    direction = torch.nn.functional.cosine_similarity(weight.flatten(), law.flatten(), dim=0)
+    assert direction > 0.999
+
+
+def test_media_are_put_among_the_words_of_their_captions(tmp_path: Path) -> None:
+    config = load_config("7b", overrides=tiny_overrides(tmp_path))
+    torch.manual_seed(0)
+    model = build_model(config, torch.float32, lora=False, output_projections=False)
+    kinds = torch.arange(40) % 4  # of media, each with its own caption of three words
+    ids = torch.cat([torch.tensor([[1, 5, 2]]).expand(40, -1), 10 + 3 * kinds[:, None] + IDS], 1)
+    targets = ids.clone()
+    targets[:, :3] = IGNORE
+    slots = torch.stack([torch.arange(40), torch.ones(40, dtype=torch.int64)], dim=1)
+    features = torch.nn.functional.one_hot(kinds, config.encoder.width).float()
+    batch = Batch(ids, torch.ones_like(ids), targets, slots, features)
+    fit_input_projection(model, [batch])
+    embed = model.language_model.get_input_embeddings()
+    said = embed(ids[:4, 3:]).mean(dim=1)
+    found = model.embed(ids, slots, features)[:4, 1]
+    likeness = torch.nn.functional.cosine_similarity(
+        (found - found.mean(dim=0))[:, None], (said - said.mean(dim=0))[None], dim=-1
+    )
+    assert likeness.argmax(dim=1).tolist() == [0, 1, 2, 3]
+    assert likeness.diagonal().min() > 0.99
+
+
+def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:
+    sets = ["training.max_steps=1", "training.learning_rate=1e-9"]
+    fitted = TinyRun(tmp_path / "fitted", 1, [*sets, "training.fit_input_projection=true"]).finish()
+    plain = TinyRun(tmp_path / "plain", 1, sets).finish()
+    assert "fitting the input projection" in fitted.output
+    name = "input_projection.weight"
+    assert not torch.allclose(fitted.delta[name], plain.delta[name], atol=1e-3)
+
+
+def test_a_later_stage_keeps_the_projection_that_it_is_given(tmp_path: Path) -> None:
+    sets = ["training.fit_input_projection=true", "training.trains=[output_projections]"]
+    later = TinyRun(tmp_path, 2, sets, ["--init-from", str(trained(1).folder)]).finish()
+    before, after = trained(1).delta, later.delta
+    assert torch.equal(before["input_projection.weight"], after["input_projection.weight"])
