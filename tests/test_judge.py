@@ -165,9 +165,9 @@ def test_there_is_nothing_in_silence_and_noise(name: str) -> None:
 
 
 def a_picture(
-    shape: str = "square", x: float = 32, y: float = 32, radius: float = 11.5, rgb: str = "blue"
+    shape: str = "square", x: float = 32, y: float = 32, radius: float = 11.5, colour: str = "blue"
 ) -> np.ndarray:
-    return paint(shape, rgb, x, y, radius, ground=130)
+    return paint(shape, RGB[colour], x, y, radius, ground=130)
 
 
 def test_a_shape_that_is_none_of_the_six_leaves_the_rest_readable() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from mini_world.things import Thing
 
 PIXELS = 64
-RGB = {
+Rgb = tuple[int, int, int]
+RGB: dict[str, Rgb] = {
     "red": (214, 36, 40),
     "orange": (248, 138, 18),
     "yellow": (250, 226, 48),
@@ -97,10 +98,10 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return edge <= 0
 
 
-def paint(shape: str, colour: str, x: float, y: float, radius: float, ground: float) -> np.ndarray:
+def paint(shape: str, rgb: Rgb, x: float, y: float, radius: float, ground: float) -> np.ndarray:
     """The clean picture: (64, 64, 3) float32 in 0..255."""
     cover = coverage(shape, x, y, radius)[..., None]
-    return cover * np.asarray(RGB[colour], dtype=np.float32) + (1 - cover) * np.float32(ground)
+    return cover * np.asarray(rgb, dtype=np.float32) + (1 - cover) * np.float32(ground)
 
 
 def to_bytes(pixels: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
@@ -109,10 +110,10 @@ def to_bytes(pixels: np.ndarray, noise: float, rng: np.random.Generator) -> np.n
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def render_image(thing: Thing, rng: np.random.Generator) -> np.ndarray:
-    """A picture of `thing`: (64, 64, 3) uint8 RGB."""
+def render_image(thing: Thing, rng: np.random.Generator, rgb: Rgb | None = None) -> np.ndarray:
+    """A picture of `thing`: (64, 64, 3) uint8 RGB; `rgb` takes the place of its colour."""
     nuisance = draw_nuisance(rng)
     x, y = np.add(CENTRE[thing.place], nuisance.shift)
     radius = RADIUS[thing.size] * nuisance.stretch
-    picture = paint(thing.shape, thing.colour, x, y, radius, nuisance.ground)
+    picture = paint(thing.shape, rgb or RGB[thing.colour], x, y, radius, nuisance.ground)
     return to_bytes(picture, nuisance.noise, rng)

@@ -7,7 +7,7 @@ between 65 % and 135 %. Over time, its mean centre is its place and its mean rad
 import numpy as np
 
 from config.errors import InputError
-from mini_world.render_image import CENTRE, RADIUS, draw_nuisance, paint, to_bytes
+from mini_world.render_image import CENTRE, RADIUS, RGB, draw_nuisance, paint, to_bytes
 from mini_world.things import Thing
 
 FRAMES = 16
@@ -35,7 +35,7 @@ def render_video(thing: Thing, rng: np.random.Generator) -> np.ndarray:
     frames = [
         paint(
             thing.shape,
-            thing.colour,
+            RGB[thing.colour],
             x + dx * TRAVEL / 2 * time,
             y + dy * TRAVEL / 2 * time,
             radius * (1 + growth * SWELL * time),

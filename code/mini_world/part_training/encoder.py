@@ -26,7 +26,7 @@ from mini_world.part_training.towers import ClipTower, clip_states
 from mini_world.things import ATTRIBUTES, Thing
 from model.imagebind import ImageBind
 
-PLAN = Plan(steps=1500, learning_rate=1e-3, weight_decay=0.05)
+PLAN = Plan(steps=1200, learning_rate=1e-3, weight_decay=0.05, average=0.99)
 BATCH = 32  # of each modality
 POOL = {"video": 3000, "audio": 2000}
 _NOISE_SHARE = 1e-3  # of all variance; components below it are not blown up

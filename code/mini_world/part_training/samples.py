@@ -21,14 +21,24 @@ from dataset.decoding import read_video_frames
 from dataset.media import SIZE, audio_views, image_views, normalise, video_frame_indices
 from mini_world.album import write_medium
 from mini_world.captions import caption
-from mini_world.render_image import render_image
+from mini_world.render_image import GROUND, RGB, Rgb, render_image
 from mini_world.render_sound import render_sound
 from mini_world.render_video import render_video
-from mini_world.things import ATTRIBUTES, PITCH_OF, TIMBRE_OF, VALUES, Thing, changes, sample_thing
+from mini_world.things import (
+    ATTRIBUTES,
+    HELD_OUT_PAIRS,
+    PITCH_OF,
+    TIMBRE_OF,
+    VALUES,
+    Thing,
+    changes,
+    sample_thing,
+)
 from mini_world.words import choose
 
 ALL_ATTRIBUTES = tuple(VALUES)
 NOT_TOLD = -1
+_STANDS_OUT = 60.0  # distance from the gray of the ground, in RGB
 # What a decoder's frames are: every second one that is rendered.
 DECODED_FRAMES = 8
 
@@ -65,6 +75,7 @@ def some_caption(
     modality: Modality,
     rng: np.random.Generator,
     told: frozenset[str] | None = None,
+    hidden: Collection[str] = (),
 ) -> tuple[str, frozenset[str]]:
     """A caption that may leave something open: each attribute in turn, in half of the captions.
 
@@ -72,6 +83,7 @@ def some_caption(
 
     Args:
         told: the attributes to tell; None draws them.
+        hidden: attributes never to draw.
 
     Returns:
         The caption and the attributes that it tells.
@@ -81,6 +93,7 @@ def some_caption(
     told = frozenset(ATTRIBUTES[modality])
     if modality != "audio" and rng.random() < 0.5:
         told -= {name for name in sorted(told) if rng.random() < 0.4}
+    told -= set(hidden)
     return caption(thing, modality, rng, told), told
 
 
@@ -102,9 +115,23 @@ def _value(thing: Thing, attribute: str) -> str | int:
     return PITCH_OF[thing.size] if attribute == "pitch" else getattr(thing, attribute)
 
 
-def pictures(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
-    """Fresh pictures: (N, 3, 64, 64) float32 in -1..1."""
-    return to_unit(np.stack([render_image(thing, rng) for thing in things_]))
+def pictures(
+    things_: Sequence[Thing], rng: np.random.Generator, rgbs: Sequence[Rgb | None] | None = None
+) -> Tensor:
+    """Fresh pictures: (N, 3, 64, 64) float32 in -1..1; `rgbs` take the place of some colours."""
+    painted = zip(things_, rgbs or [None] * len(things_), strict=True)
+    return to_unit(np.stack([render_image(thing, rng, rgb) for thing, rgb in painted]))
+
+
+def unnamed_colour(shape: str, rng: np.random.Generator) -> Rgb:
+    """Any colour that stands out from the ground and is not like one held out for this shape."""
+    palette = np.array(list(RGB.values()))
+    while True:
+        rgb = rng.integers(256, size=3)
+        nearest = list(RGB)[np.linalg.norm(palette - rgb, axis=1).argmin()]
+        gray = np.clip(rgb.mean(), *GROUND)
+        if (shape, nearest) not in HELD_OUT_PAIRS and np.linalg.norm(rgb - gray) > _STANDS_OUT:
+            return tuple(rgb.tolist())
 
 
 def videos(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:

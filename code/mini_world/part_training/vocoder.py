@@ -20,7 +20,7 @@ from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import sounds, things
 
-PLAN = Plan(steps=1500, learning_rate=1e-3)
+PLAN = Plan(steps=800, learning_rate=1e-3)
 _WINDOWS = (2048, 1024, 512, 256)  # samples
 _FRAMES = 24  # of each piece that is learned from: 0.75 s
 _BATCH = 8
