@@ -76,7 +76,7 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
         for chip, example in zip(chips, examples, strict=True):
             chip.click(_fill(handlers, example), None, box, api_visibility="private", **_LIMIT)
         for camera in (photo, film):
-            camera.input(  # not change: emptying it afterwards would be one
+            camera.change(
                 _attach(handlers),
                 [box, camera],
                 [box, camera],
