@@ -184,8 +184,8 @@ class Builder:
     def is_complete(self, part: Part) -> bool:
         """Whether the folder is there, with all of it trained unless that is not asked for."""
         folder = self.out / _PATHS[part]
-        of_it = [name for name, (home, _) in _HOMES.items() if home == part]
-        return folder.exists() and (self.untrained or all(n in _trained_in(folder) for n in of_it))
+        trained = _trained_in(folder)
+        return folder.exists() and (self.untrained or all(n in trained for n in _components(part)))
 
     def _write_encoder(self, folder: Path) -> None:
         if self.untrained:
@@ -226,13 +226,10 @@ class Builder:
         if self.untrained:
             return {}
         before = _trained_in(self.out / _PATHS[part])
-        record = {}
-        for name in (name for name, (home, _) in _HOMES.items() if home == part):
-            if self._is_trained(name):
-                record[name] = before[name]
-            else:
-                record[name] = last_line(self.work, name)
-        return record
+        return {
+            name: before[name] if self._is_trained(name) else last_line(self.work, name)
+            for name in _components(part)
+        }
 
     @property
     def _states(self) -> Embed:
@@ -259,6 +256,11 @@ class Builder:
 def _frozen(kind: type[nn.Module], folder: Path) -> Any:
     """A component from its folder, in float32."""
     return kind.from_pretrained(folder).float().eval().requires_grad_(False)
+
+
+def _components(part: Part) -> list[str]:
+    """What of `part` is trained."""
+    return [name for name, (home, _) in _HOMES.items() if home == part]
 
 
 def _trained_in(folder: Path) -> dict[str, dict[str, float]]:
