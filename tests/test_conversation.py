@@ -1,13 +1,16 @@
 """Conversations become the published token ids, and truncation keeps what must stay."""
 
 import pytest
+import torch
 
 from config.errors import MediaError
-from conversation.batch import pack_conversations
+from conversation.batch import pack_conversations, pad_conversations
 from conversation.encoding import IGNORE, ConversationEncoder
 from conversation.parts import MODALITIES, Conversation, Media, Text, Turn
+from conversation.pieces import SLOT
+from model.build import build_conversation_encoder, build_model
 from parity_tools import cases
-from tiny_system import ask, recorded_conversation, tiny_encoder
+from tiny_system import ask, recorded_conversation, tiny_config, tiny_encoder
 
 CASE_NAMES = [f"stage{stage}.{modality}" for stage in (1, 2, 3) for modality in MODALITIES]
 CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]
@@ -73,6 +76,28 @@ def test_media_stand_where_they_are_in_any_turn_of_either_side(
         run = encoder.signals.run(medium.modality)
         assert encoded.input_ids[position : position + len(run)] == run
         assert encoded.targets[position : position + len(run)] == run
+
+
+def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
+    config = tiny_config(overrides=["input_projection.tokens=3"])
+    encoder = build_conversation_encoder(config)
+    turn = Turn("human", (Media("audio"), Text("and"), Media("image")))
+    encoded = encoder.encode(Conversation((turn,)))
+    open_, close = encoder.signals.open, encoder.signals.close
+    for position, _ in encoded.slots:
+        assert encoded.input_ids[position - 1 : position + 4] == [open_, SLOT, SLOT, SLOT, close]
+    assert [medium.modality for _, medium in encoded.slots] == ["audio", "image"]
+
+    model = build_model(config, torch.float32, lora=False, output_projections=False)
+    batch = pad_conversations([encoded], pad_id=encoder.tokenizer.eos_token_id)
+    features = torch.randn(2, config.encoder.width)
+    made = model.embed(batch.input_ids, batch.slots, features)[0]
+    own = model.language_model.get_input_embeddings()(batch.input_ids)[0]
+    places = [position + place for position, _ in encoded.slots for place in range(3)]
+    hidden_size = model.language_model.config.hidden_size
+    assert torch.equal(made[places], model.input_projection(features).view(6, hidden_size))
+    others = [place for place in range(len(own)) if place not in places]
+    assert torch.equal(made[others], own[others])
 
 
 @pytest.mark.parametrize(

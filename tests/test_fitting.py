@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from config.loader import load_config
@@ -28,26 +29,31 @@ def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
     assert direction > 0.999
 
 
-def test_media_are_put_among_the_words_of_their_captions(tmp_path: Path) -> None:
-    config = load_config("7b", overrides=tiny_overrides(tmp_path))
+@pytest.mark.parametrize("places", [1, 3])
+def test_each_place_of_a_medium_is_put_among_its_share_of_the_captions_words(
+    tmp_path: Path, places: int
+) -> None:
+    overrides = [*tiny_overrides(tmp_path), f"input_projection.tokens={places}"]
+    config = load_config("7b", overrides=overrides)
     torch.manual_seed(0)
     model = build_model(config, torch.float32, lora=False, output_projections=False)
     kinds = torch.arange(40) % 4  # of media, each with its own caption of three words
-    ids = torch.cat([torch.tensor([[1, 5, 2]]).expand(40, -1), 10 + 3 * kinds[:, None] + IDS], 1)
+    before = torch.tensor([[1] + [0] * places + [2]]).expand(40, -1)
+    ids = torch.cat([before, 10 + 3 * kinds[:, None] + IDS], 1)
     targets = ids.clone()
-    targets[:, :3] = IGNORE
+    targets[:, : places + 2] = IGNORE
     slots = torch.stack([torch.arange(40), torch.ones(40, dtype=torch.int64)], dim=1)
     features = torch.nn.functional.one_hot(kinds, config.encoder.width).float()
     batch = Batch(ids, torch.ones_like(ids), targets, slots, features)
     fit_input_projection(model, [batch])
     embed = model.language_model.get_input_embeddings()
-    said = embed(ids[:4, 3:]).mean(dim=1)
-    found = model.embed(ids, slots, features)[:4, 1]
-    likeness = torch.nn.functional.cosine_similarity(
-        (found - found.mean(dim=0))[:, None], (said - said.mean(dim=0))[None], dim=-1
-    )
-    assert likeness.argmax(dim=1).tolist() == [0, 1, 2, 3]
-    assert likeness.diagonal().min() > 0.99
+    said = embed(ids[:4, places + 2 :]).unflatten(1, (places, -1)).mean(dim=2)  # (4, places, H)
+    found = model.embed(ids, slots, features)[:4, 1 : places + 1]
+    found, said = found - found.mean(dim=0), said - said.mean(dim=0)
+    likeness = torch.nn.functional.cosine_similarity(found[:, None], said[None], dim=-1)
+    for place in range(places):
+        assert likeness[:, :, place].argmax(dim=1).tolist() == [0, 1, 2, 3]
+        assert likeness[:, :, place].diagonal().min() > 0.99
 
 
 def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:

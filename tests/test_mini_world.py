@@ -15,7 +15,7 @@ from dataset.readers import read_record
 from mini_world import phrasing, questions
 from mini_world.album import Album
 from mini_world.captions import CAPTIONS, as_heard, caption, read_caption
-from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue
+from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening, shown, step
 from mini_world.plain_talk import plain_talk
 from mini_world.things import (
     ATTRIBUTES,
@@ -221,6 +221,20 @@ def test_an_answer_shows_what_was_asked_for_in_later_rounds() -> None:
         asked = read_caption(turns[0]["value"])
         shown = read_caption(turns[0]["media"][0]["caption"])
         assert read_caption(turns[1]["media"][0]["caption"]) == shown | asked
+
+
+def test_answers_call_a_sound_as_the_request_does() -> None:
+    seen = set()
+    for seed in range(40):
+        made = opening("audio", rng(seed))
+        asked, told = read_caption(made.request), read_caption(made.answer[0])
+        assert ("shape" in asked) == ("shape" in told) != ("timbre" in told)
+        seen.add("shape" in told)
+        later = step(shown(made.scene.thing, "image"), "audio", rng(seed))
+        assert "shape" in read_caption(later.answer[0])
+        later = step(shown(made.scene.thing, "audio"), "audio", rng(seed))
+        assert "timbre" in read_caption(later.answer[0])
+    assert seen == {True, False}
 
 
 def test_held_out_dialogues_can_be_made_for_every_cell_and_case() -> None:

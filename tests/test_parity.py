@@ -134,7 +134,7 @@ def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
         llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=2048))
         fit_language_model(llama, config.language_model, own_tokens=32000, new_tokens=38, lora=True)
         projections = build_output_projections(config, hidden_size=4096)
-        model = NextGPT(llama, config.encoder.width, projections, signal_counts(config))
+        model = NextGPT(llama, config.encoder.width, projections, signal_counts(config), 1)
     written = model_to_published(model)
     recorded = json.loads((PARITY / "delta_keys_7b.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in written.items()} == recorded

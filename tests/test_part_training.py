@@ -12,6 +12,7 @@ from mini_world.album import write_medium
 from mini_world.captions import as_heard, read_caption
 from mini_world.mini_decoders import unet, vae
 from mini_world.part_training import runner
+from mini_world.part_training.contrast import Probes, held_out_mixes
 from mini_world.part_training.diffusion import begin_with, predict
 from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, train
@@ -24,10 +25,12 @@ from mini_world.part_training.samples import (
     some_caption,
     sounds,
     things,
+    unnamed_colour,
     video_ends,
 )
 from mini_world.part_training.vae import standardise
-from mini_world.things import ATTRIBUTES, VALUES
+from mini_world.render_image import RGB
+from mini_world.things import ATTRIBUTES, VALUES, Thing
 from tiny_decoders import TINY
 
 PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_every=2, log_every=3, average=0.5)
@@ -90,6 +93,41 @@ def test_labels_say_what_the_caption_tells_and_nothing_else(modality: str) -> No
             assert (index == NOT_TOLD) == (name not in read), text
             if name in read:
                 assert VALUES[name][index] == read[name], text
+
+
+def test_unnamed_colours_are_like_none_that_has_a_name() -> None:
+    draw = np.random.default_rng(0)
+    drawn = np.array([unnamed_colour(draw) for _ in range(200)])
+    named = np.array(list(RGB.values()))
+    assert np.linalg.norm(drawn[:, None] - named[None], axis=-1).min() >= 80
+    assert len(np.unique(drawn, axis=0)) == 200
+
+
+def test_held_out_pairs_are_not_held_against_each_other() -> None:
+    told = ATTRIBUTES["image"]
+    red, square, other = (
+        Thing("star", "red", "big", "left", None, 1),
+        Thing("square", "blue", "big", "left", None, 1),
+        Thing("cross", "green", "big", "left", None, 1),
+    )
+    label = labels([red, square, other], [told] * 3)  # no square is red in training
+    assert held_out_mixes(label).tolist() == [
+        [False, True, False],
+        [True, False, False],
+        [False, False, False],
+    ]
+    unnamed = labels([red, square], [set(told) - {"colour"}] * 2)
+    assert not held_out_mixes(unnamed).any()
+
+    probes = Probes(4, may_be_open=False)
+    states = torch.randn(3, 4)
+    probes.loss(states, label, spare_held_out=True).backward()
+    shape = probes.readers[ALL_ATTRIBUTES.index("shape")]
+    square_row = list(VALUES["shape"]).index("square")
+    spared = shape.weight.grad[square_row].clone()
+    probes.zero_grad()
+    probes.loss(states[1:], label[1:], spare_held_out=True).backward()
+    assert torch.allclose(spared * 3, shape.weight.grad[square_row] * 2, atol=1e-6)
 
 
 def test_a_pooled_video_is_seen_as_training_and_chat_see_its_file(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ class LanguageModelConfig(Section):
     train_vocabulary: Literal["new", "all"]  # rows of the new tokens only, or both whole matrices
 
 
+class InputProjectionConfig(Section):
+    """The linear layer between an encoder's vector and the language model."""
+
+    tokens: Positive  # input embeddings that a medium becomes; 1 as published
+
+
 class OutputProjectionConfig(Section):
     """The transformer between signal tokens and a decoder's caption embedding."""
 
@@ -135,6 +141,7 @@ class Config(Section):
     save_path: str  # stage N is written to save_path/stage_N
     encoder: EncoderConfig
     language_model: LanguageModelConfig
+    input_projection: InputProjectionConfig
     output_projection: OutputProjectionConfig
     decoders: dict[Modality, DecoderConfig]
     data: DataConfig

@@ -17,7 +17,7 @@ class Batch:
         input_ids: (B, L) int64, padded on the right.
         attention_mask: (B, L) int64, 0 on padding.
         targets: (B, L) int64, `IGNORE` where there is no loss; not shifted.
-        slots: (S, 2) int64, row and position of every input medium.
+        slots: (S, 2) int64, row and first position of every input medium.
         features: (S, E) float32, the encoder's vectors of those media.
         runs: by modality (R, 2) int64, row and first position of the signal runs to be projected.
         captions: by modality (R, *caption_shape) float32, what the projections should give.

@@ -22,9 +22,9 @@ class EncodedConversation:
     """One conversation of L tokens.
 
     Attributes:
-        input_ids: L ids; a medium's place holds `SLOT`.
+        input_ids: L ids; a medium's places hold `SLOT`.
         targets: L ids, `IGNORE` where there is no loss; not shifted.
-        slots: (position, medium) of every input medium.
+        slots: (position of its first place, medium) of every input medium.
         runs: (position of its first signal token, medium) of every output medium.
         cut_tokens: text tokens left out to fit the maximal length.
     """
@@ -43,14 +43,20 @@ class ConversationEncoder:
         tokenizer: of the language model; a fast one, since shortening asks it for offsets.
         signals: the new tokens.
         template: what is written around the turns.
+        media_tokens: places of an input medium.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, signals: SignalTokens, template: Template
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        signals: SignalTokens,
+        template: Template,
+        media_tokens: int,
     ) -> None:
         self.tokenizer = tokenizer
         self.signals = signals
         self.template = template
+        self.media_tokens = media_tokens
         self.stop_sequences = self._stop_sequences()
 
     def encode(
@@ -66,7 +72,9 @@ class ConversationEncoder:
         Raises:
             MediaError: what must stay is longer than `max_length`.
         """
-        pieces = split_conversation(conversation, self.tokenizer, self.signals, self.template)
+        pieces = split_conversation(
+            conversation, self.tokenizer, self.signals, self.template, self.media_tokens
+        )
         for piece in pieces:
             piece.ids = piece.ids or self._tokenize(piece.text)
         length = sum(len(piece.ids) for piece in pieces)

@@ -29,7 +29,7 @@ class Piece:
     words_end: int = 0
     sealed: bool = False  # nothing is joined to it
     ids: list[int] = field(default_factory=list)
-    slot: Media | None = None  # an input medium: ids are <Img>, SLOT, </Img>
+    slot: Media | None = None  # an input medium: ids are <Img>, SLOTs, </Img>
     run: Media | None = None  # an output medium: ids are its signal tokens
 
 
@@ -88,8 +88,13 @@ def split_conversation(
     tokenizer: PreTrainedTokenizerBase,
     signals: SignalTokens,
     template: Template,
+    media_tokens: int,
 ) -> list[Piece]:
-    """The pieces of `conversation`, left open for the answer if it ends with a human turn."""
+    """The pieces of `conversation`, left open for the answer if it ends with a human turn.
+
+    Args:
+        media_tokens: places of an input medium.
+    """
     pieces = PieceList(tokenizer)
     if template.begins_with_bos:
         pieces.add_ids([tokenizer.bos_token_id], target=False)
@@ -97,10 +102,10 @@ def split_conversation(
         if turn.role == "human":
             opening = template.next_human if index else template.first_human
             pieces.add_markup(opening, target=False, sealed=index == 0)
-            _add_parts(turn, pieces, signals)
+            _add_parts(turn, pieces, signals, media_tokens)
             pieces.add_markup(template.answer_opening, target=False)
         else:
-            _add_parts(turn, pieces, signals)
+            _add_parts(turn, pieces, signals, media_tokens)
             ends_with_text = bool(turn.parts) and isinstance(turn.parts[-1], Text)
             end = template.end_after_text if ends_with_text else template.end_after_media
             pieces.add_markup(end, target=True)
@@ -108,7 +113,7 @@ def split_conversation(
     return pieces.pieces
 
 
-def _add_parts(turn: Turn, pieces: PieceList, signals: SignalTokens) -> None:
+def _add_parts(turn: Turn, pieces: PieceList, signals: SignalTokens, media_tokens: int) -> None:
     answers = turn.role == "assistant"
     for part in turn.parts:
         if isinstance(part, Text):
@@ -117,4 +122,5 @@ def _add_parts(turn: Turn, pieces: PieceList, signals: SignalTokens) -> None:
             pieces.add_ids(signals.run(part.modality), target=True, run=part)
         else:
             pieces.drop_trailing_space()
-            pieces.add_ids([signals.open, SLOT, signals.close], target=False, slot=part)
+            places = [SLOT] * media_tokens
+            pieces.add_ids([signals.open, *places, signals.close], target=False, slot=part)

@@ -14,7 +14,17 @@ import numpy as np
 from config.errors import InputError
 from conversation.parts import MODALITIES, Media, Modality, Text, Turn
 from mini_world.album import generator, write_medium
-from mini_world.dialogues import CASE_INPUT, OUTPUTS, Scene, Step, course_case, opening, shown, step
+from mini_world.dialogues import (
+    CASE_INPUT,
+    OUTPUTS,
+    Scene,
+    Step,
+    course_case,
+    opening,
+    shown,
+    step,
+    unseen,
+)
 from mini_world.questions import ASKED, TOPICS, WORLD, ask, ask_world
 from mini_world.things import Thing, Value, sample_thing
 from mini_world.words import choose
@@ -140,7 +150,7 @@ def _take(
 ) -> tuple[Step, tuple[Wanted, ...]]:
     """One round in held-out wording, and what its answer is to be."""
     if goal == "text":
-        return _ask(scene or Scene(thing, frozenset({"size", "shape"}), None), rng)
+        return _ask(scene or unseen(thing), rng)
     if goal in CASES:
         taken = course_case(goal, thing, rng, "held_out")
         # What is shown is to be described, or else the words lead in and may say anything.

@@ -117,6 +117,7 @@ _PARTIAL: dict[Modality, tuple[str, ...]] = {
         "{place} a {size} {colour} {shape} {moves}",
     ),
 }
+_BY_MAKER = "a {size} {shape} sounds {count}"
 _PHRASES = phrases()
 _PATTERN = re.compile(
     r"\b(?:" + "|".join(sorted(map(re.escape, _PHRASES), key=len, reverse=True)) + r")\b"
@@ -141,14 +142,21 @@ def caption(
     return say(choose(rng, _PARTIAL[modality]), rng, thing, named)
 
 
-def plain_caption(thing: Thing, modality: Modality, named: Collection[str] | None = None) -> str:
+def plain_caption(
+    thing: Thing,
+    modality: Modality,
+    named: Collection[str] | None = None,
+    *,
+    by_maker: bool = False,
+) -> str:
     """The caption that answers use: one template, the first word for everything.
 
     Args:
         named: as for `caption`.
+        by_maker: call a sound by the thing that makes it.
     """
     if modality == "audio":
-        named = None
+        return say(_BY_MAKER if by_maker else CAPTIONS[modality].training[0], None, thing)
     return say(CAPTIONS[modality].training[0], None, thing, named)
 
 

@@ -47,15 +47,23 @@ _KNOWN: dict[Modality, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Scene:
-    """Where a dialogue stands: the thing, which of its attributes are known, how it was shown."""
+    """Where a dialogue stands.
+
+    Attributes:
+        thing: what it is about.
+        known: which of its attributes are known.
+        last: how it was last shown.
+        by_maker: whether its sound is spoken of by the thing that makes it.
+    """
 
     thing: Thing
     known: frozenset[str]
     last: Modality | None
+    by_maker: bool
 
     def showing(self, thing: Thing, modality: Modality, *told: str) -> "Scene":
         """The scene after a medium with `thing`, of which `told` was said besides."""
-        return Scene(thing, self.known | set(told), modality)
+        return replace(self, thing=thing, known=self.known | set(told), last=modality)
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,12 @@ class Step:
 
 def shown(thing: Thing, modality: Modality) -> Scene:
     """The scene after the human has shown a medium."""
-    return Scene(thing, frozenset(_KNOWN[modality]), modality)
+    return Scene(thing, frozenset(_KNOWN[modality]), modality, by_maker=modality != "audio")
+
+
+def unseen(thing: Thing) -> Scene:
+    """The scene before anything is shown."""
+    return Scene(thing, frozenset({"size", "shape"}), None, by_maker=True)
 
 
 def step(scene: Scene, output: str, rng: np.random.Generator, split: Split = "training") -> Step:
@@ -101,11 +114,13 @@ def opening(
         thing: what the request is about; None draws one of the split.
     """
     thing = thing or sample_thing(rng, split)
-    scene = Scene(thing, frozenset({"size", "shape"}), None)
+    scene = unseen(thing)
     if output == "text":
         return step(scene, output, rng, split)
-    request = sentence(say(OPENINGS[output].pick(rng, split), rng, thing))
+    wording = OPENINGS[output].pick(rng, split)
+    request = sentence(say(wording, rng, thing))
     after = scene.showing(thing, output, *_KNOWN[output])
+    after = replace(after, by_maker="{timbre}" not in wording)
     return Step(request, _present(after, output), after)
 
 
@@ -199,7 +214,7 @@ def _assistant(answer: tuple[str | tuple[Modality, str], ...], album: Album) -> 
 
 def _present(scene: Scene, modality: Modality) -> tuple[str | tuple[Modality, str], ...]:
     """A few words that tell what comes, and the medium."""
-    text = plain_caption(scene.thing, modality, scene.known)
+    text = plain_caption(scene.thing, modality, scene.known, by_maker=scene.by_maker)
     return sentence(f"{LEADS[modality]} {text}"), (modality, text)
 
 
@@ -227,7 +242,8 @@ def _hear(scene: Scene, rng: np.random.Generator, split: Split) -> tuple[str, Sc
     thing = scene.thing if counted else replace(scene.thing, count=1)
     wording = HEAR_COUNTED if counted else HEAR
     known = scene.known | {"count"} if counted else scene.known - {"count"}
-    return sentence(say(wording.pick(rng, split), rng, thing)), Scene(thing, known, "audio")
+    after = replace(scene, thing=thing, known=known, last="audio")
+    return sentence(say(wording.pick(rng, split), rng, thing)), after
 
 
 def _show(

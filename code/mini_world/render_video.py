@@ -7,7 +7,7 @@ between 65 % and 135 %. Over time, its mean centre is its place and its mean rad
 import numpy as np
 
 from config.errors import InputError
-from mini_world.render_image import CENTRE, RADIUS, RGB, draw_nuisance, paint, to_bytes
+from mini_world.render_image import CENTRE, RADIUS, RGB, Rgb, draw_nuisance, paint, to_bytes
 from mini_world.things import Thing
 
 FRAMES = 16
@@ -23,8 +23,12 @@ _DIRECTION = {
 _GROWTH = {"grows": 1, "shrinks": -1}
 
 
-def render_video(thing: Thing, rng: np.random.Generator) -> np.ndarray:
-    """A video of `thing`: (16, 64, 64, 3) uint8 RGB. Raises InputError where it has no motion."""
+def render_video(thing: Thing, rng: np.random.Generator, rgb: Rgb | None = None) -> np.ndarray:
+    """A video of `thing`: (16, 64, 64, 3) uint8 RGB; `rgb` takes the place of its colour.
+
+    Raises:
+        InputError: the thing has no motion.
+    """
     if thing.motion is None:
         raise InputError(f"{thing} has no motion: give it one before rendering a video")
     nuisance = draw_nuisance(rng)
@@ -35,7 +39,7 @@ def render_video(thing: Thing, rng: np.random.Generator) -> np.ndarray:
     frames = [
         paint(
             thing.shape,
-            RGB[thing.colour],
+            rgb or RGB[thing.colour],
             x + dx * TRAVEL / 2 * time,
             y + dy * TRAVEL / 2 * time,
             radius * (1 + growth * SWELL * time),

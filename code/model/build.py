@@ -26,7 +26,8 @@ def build_conversation_encoder(config: Config) -> ConversationEncoder:
     path = resolve_model_path(config.language_model.path)
     tokenizer = load_tokenizer(path)
     signals = SignalTokens(signal_counts(config), first_id=len(tokenizer))
-    return ConversationEncoder(tokenizer, signals, TEMPLATES[config.language_model.template])
+    template = TEMPLATES[config.language_model.template]
+    return ConversationEncoder(tokenizer, signals, template, config.input_projection.tokens)
 
 
 def signal_counts(config: Config) -> dict[Modality, int]:
@@ -66,7 +67,13 @@ def build_model(
     language_model = load_language_model(config.language_model, path, signals, dtype, lora=lora)
     hidden_size = language_model.config.hidden_size
     projections = build_output_projections(config, hidden_size) if output_projections else {}
-    return NextGPT(language_model, config.encoder.width, projections, signals.counts)
+    return NextGPT(
+        language_model,
+        config.encoder.width,
+        projections,
+        signals.counts,
+        config.input_projection.tokens,
+    )
 
 
 def build_output_projections(config: Config, hidden_size: int) -> dict[Modality, OutputProjection]:

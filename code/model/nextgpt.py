@@ -48,6 +48,7 @@ class NextGPT(nn.Module):
         feature_width: E, the length of an encoder's vector.
         output_projections: by modality; none where the run needs none.
         signal_counts: signal tokens of each modality.
+        media_tokens: K, input embeddings that a medium becomes.
     """
 
     def __init__(
@@ -56,10 +57,13 @@ class NextGPT(nn.Module):
         feature_width: int,
         output_projections: dict[Modality, OutputProjection],
         signal_counts: dict[Modality, int],
+        media_tokens: int,
     ) -> None:
         super().__init__()
         self.language_model = language_model
-        self.input_projection = nn.Linear(feature_width, language_model.config.hidden_size)
+        self.media_tokens = media_tokens
+        hidden_size = language_model.config.hidden_size
+        self.input_projection = nn.Linear(feature_width, media_tokens * hidden_size)
         self.output_projections = nn.ModuleDict(output_projections)
         self.signal_counts = signal_counts
 
@@ -75,13 +79,16 @@ class NextGPT(nn.Module):
 
         Args:
             input_ids: (B, L).
-            slots: (S, 2) row and position of the media.
+            slots: (S, 2) row and first position of the media.
             features: (S, E) their vectors.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
         features = features.reshape(len(slots), self.input_projection.in_features)
-        projected = self.input_projection(features).to(embeddings.dtype)  # (S, H), S may be 0
-        return embeddings.index_put((slots[:, 0], slots[:, 1]), projected)
+        projected = self.input_projection(features).to(embeddings.dtype)  # (S, K * H), S may be 0
+        rows = slots[:, :1]  # (S, 1)
+        columns = slots[:, 1:] + torch.arange(self.media_tokens, device=slots.device)  # (S, K)
+        projected_SKH = projected.unflatten(1, (self.media_tokens, -1))
+        return embeddings.index_put((rows, columns), projected_SKH)
 
     def read(
         self,

@@ -1,15 +1,17 @@
 """Where a new input projection starts: media where the words of their captions are.
 
-Least squares with a penalty, from media's features to the mean input embedding of the words that
-the language model is to say of them. A mean of words lies nearer to the middle than a word does, so
-what is found is stretched until its vectors deviate as much as words do. From there the first
-stage learns several times as fast. It costs the features of the media, which training needs anyway.
+Least squares with a penalty, from media's features to the input embeddings of the words that the
+language model is to say of them: the k-th of K places of a medium takes the mean over the k-th K-th
+of the words. A mean of words lies nearer to the middle than a word does, so what is found is
+stretched until its vectors deviate as much as words do. From there the first stage learns several
+times as fast. It costs the features of the media, which training needs anyway.
 """
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool1d
 
 from conversation.batch import Batch
 from conversation.encoding import IGNORE
@@ -28,15 +30,17 @@ def fit_input_projection(model: NextGPT, batches: Iterable[Batch]) -> None:
     embed = model.language_model.get_input_embeddings()
     features, words = [], []
     for batch in batches:
-        is_said = (batch.targets != IGNORE).unsqueeze(-1)  # (B, L, 1)
-        said_BH = (embed(batch.input_ids).float() * is_said).sum(dim=1) / is_said.sum(dim=1)
-        features.append(batch.features)
-        words.append(said_BH[batch.slots[:, 0]])
+        said = embed(batch.input_ids).float()  # (B, L, H)
+        for row, feature_E in zip(batch.slots[:, 0], batch.features, strict=True):
+            said_WH = said[row][batch.targets[row] != IGNORE]
+            features.append(feature_E)
+            words.append(adaptive_avg_pool1d(said_WH.T, model.media_tokens).T)
     spread = embed.weight.float().std(dim=0).norm()
-    weight_EH, bias_H = stretched_ridge(torch.cat(features), torch.cat(words), spread)
+    given_NE, wanted_NKH = torch.stack(features), torch.stack(words)
+    fits = [stretched_ridge(given_NE, place_NH, spread) for place_NH in wanted_NKH.unbind(dim=1)]
     projection: nn.Linear = model.input_projection
-    projection.weight.copy_(weight_EH.T)
-    projection.bias.copy_(bias_H)
+    projection.weight.copy_(torch.cat([weight_EH.T for weight_EH, _ in fits]))
+    projection.bias.copy_(torch.cat([bias_H for _, bias_H in fits]))
 
 
 def stretched_ridge(given_NE: Tensor, wanted_NH: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,14 +19,13 @@ from config.atomic import written_aside
 from conversation.parts import Modality
 from dataset.decoding import read_video_frames
 from dataset.media import SIZE, audio_views, image_views, normalise, video_frame_indices
-from mini_world.album import write_medium
+from mini_world.album import generator
 from mini_world.captions import caption
 from mini_world.render_image import GROUND, RGB, Rgb, render_image
 from mini_world.render_sound import render_sound
-from mini_world.render_video import render_video
+from mini_world.render_video import FRAMES_PER_SECOND, render_video
 from mini_world.things import (
     ATTRIBUTES,
-    HELD_OUT_PAIRS,
     PITCH_OF,
     TIMBRE_OF,
     VALUES,
@@ -35,10 +34,12 @@ from mini_world.things import (
     sample_thing,
 )
 from mini_world.words import choose
+from model.media_files import Frames, save_medium
 
 ALL_ATTRIBUTES = tuple(VALUES)
 NOT_TOLD = -1
 _STANDS_OUT = 60.0  # distance from the gray of the ground, in RGB
+_LIKE = 80.0  # distance below which a colour could pass for one that has a name
 # What a decoder's frames are: every second one that is rendered.
 DECODED_FRAMES = 8
 
@@ -123,14 +124,17 @@ def pictures(
     return to_unit(np.stack([render_image(thing, rng, rgb) for thing, rgb in painted]))
 
 
-def unnamed_colour(shape: str, rng: np.random.Generator) -> Rgb:
-    """Any colour that stands out from the ground and is not like one held out for this shape."""
+def unnamed_colour(rng: np.random.Generator) -> Rgb:
+    """Any colour that stands out from the ground and is like none that has a name.
+
+    Alike for all shapes: colours in which a shape were missing would speak against that shape.
+    """
     palette = np.array(list(RGB.values()))
     while True:
         rgb = rng.integers(256, size=3)
-        nearest = list(RGB)[np.linalg.norm(palette - rgb, axis=1).argmin()]
         gray = np.clip(rgb.mean(), *GROUND)
-        if (shape, nearest) not in HELD_OUT_PAIRS and np.linalg.norm(rgb - gray) > _STANDS_OUT:
+        named = np.linalg.norm(palette - rgb, axis=1).min() < _LIKE
+        if not named and np.linalg.norm(rgb - gray) > _STANDS_OUT:
             return tuple(rgb.tolist())
 
 
@@ -150,9 +154,12 @@ def to_unit(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).movedim(-1, -3).float() / 127.5 - 1
 
 
-def picture_views(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
-    """What the encoder takes in of fresh pictures: (N, 3, 224, 224)."""
-    rendered = [Image.fromarray(render_image(thing, rng)) for thing in things_]
+def picture_views(
+    things_: Sequence[Thing], rng: np.random.Generator, rgbs: Sequence[Rgb | None] | None = None
+) -> Tensor:
+    """What the encoder takes in of fresh pictures: (N, 3, 224, 224); `rgbs` as for `pictures`."""
+    painted = zip(things_, rgbs or [None] * len(things_), strict=True)
+    rendered = [Image.fromarray(render_image(thing, rng, rgb)) for thing, rgb in painted]
     return torch.stack([image_views(picture) for picture in rendered])
 
 
@@ -160,7 +167,7 @@ class Pool:
     """What the encoder sees of videos or sounds, made once through real files and kept on disk.
 
     One view a medium: all clips and crops of a square video of 2 s are the same, and the clips of a
-    sound of 2 s but for their mean.
+    sound of 2 s but for their mean. Half of the videos are in unnamed colours.
     """
 
     def __init__(self, modality: Modality, count: int, work: Path, seed: int) -> None:
@@ -170,16 +177,23 @@ class Pool:
         self._things = neighbours(rng, modality, count)
         path = work / f"pool_{modality}_{count}.pt"
         if not path.is_file():
-            make = _sound_view if modality == "audio" else video_ends
+            numbered = enumerate(tqdm(self._things, path.stem))
+            if modality == "audio":
+                made = [_sound_view(seed, *one) for one in numbered]
+            else:
+                made = [video_ends(seed, *one, unnamed=one[0] < count // 2) for one in numbered]
             with written_aside(path) as aside:
-                made = [make(seed, *one) for one in enumerate(tqdm(self._things, path.stem))]
                 torch.save(torch.stack(made), aside)
         self._kept = torch.load(path, weights_only=True, mmap=True)
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[list[Thing], Tensor]:
-        """`count` media, in fours that differ in one attribute: things and views (N, ...)."""
-        fours = rng.integers(len(self._things) // 4, size=count // 4)
-        rows = (fours[:, None] * 4 + np.arange(4)).ravel()
+        """`count` media, in fours that differ in one attribute: things and views (N, ...).
+
+        The first half comes from the pool's first half.
+        """
+        half = len(self._things) // 8  # fours
+        fours = [rng.integers(first, first + half, size=count // 8) for first in (0, half)]
+        rows = (np.concatenate(fours)[:, None] * 4 + np.arange(4)).ravel()
         kept = self._kept[torch.from_numpy(rows)]
         if self._modality == "audio":
             views = kept.float()
@@ -194,11 +208,14 @@ def _sound_view(seed: int, number: int, thing: Thing) -> Tensor:
     return audio_views(torch.from_numpy(samples))[0].half()
 
 
-def video_ends(seed: int, number: int, thing: Thing) -> Tensor:
-    """First and last frame of the file that is written: (2, 64, 64, 3) uint8."""
+def video_ends(seed: int, number: int, thing: Thing, *, unnamed: bool = False) -> Tensor:
+    """First and last frame of a file as it is written: (2, 64, 64, 3) uint8."""
+    name = f"pool_{number:06d}.mp4"
+    rng = generator(seed, name)
+    rgb = unnamed_colour(rng) if unnamed else None
     with TemporaryDirectory() as folder:
-        path = Path(folder) / f"pool_{number:06d}.mp4"
-        write_medium(path, "video", thing, seed)
+        path = Path(folder) / name
+        save_medium(Frames(render_video(thing, rng, rgb), FRAMES_PER_SECOND), path)
         frames = read_video_frames(path, video_frame_indices)
     return torch.from_numpy(np.stack(frames[:2]))
 
