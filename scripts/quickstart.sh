@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to an answer: installs, makes the mini world's data and parts, precomputes the
-# caption embeddings, trains the three stages on this machine and answers the course's four cases.
+# caption embeddings, trains the three stages on this machine, answers the course's four cases and
+# measures the answers on things that it never saw.
 # Started again, it goes on where it stopped.
 set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -10,7 +11,7 @@ say() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - started)); }
 
 say "installing"
 bash scripts/install.sh
-export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code"
+export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code" OMP_WAIT_POLICY=passive
 parts=ckpt/pretrained_ckpt
 world=data/mini_world
 
@@ -39,4 +40,6 @@ done
 
 say "the course's four cases"
 python code/inference.py --cases $world/examples/cases.json --out outputs/quickstart
+say "scoreboard"
+python code/evaluate.py --cells quick --samples 20 --out outputs/quickstart/scoreboard
 say "done"

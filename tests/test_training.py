@@ -231,13 +231,15 @@ def test_skipped_samples_are_listed_once_when_a_run_is_resumed(tmp_path: Path) -
     for file in media(data, "image")[::6]:
         file.unlink()
     sets = [f"data.root={data}", "data.datasets=[mini_image_enc]", "training.max_steps=40"]
-    sets += ["training.epochs=20", "training.save_every=5"]
+    sets += ["training.epochs=20", "training.save_every=5", "training.fit_input_projection=true"]
     whole = TinyRun(tmp_path / "whole", 1, sets).finish()
     run = TinyRun(tmp_path / "killed", 1, sets)
     run.kill_when(lambda: len(run.metrics) >= 9)
     resumed = TinyRun(tmp_path / "killed", 1, sets, ["--resume"]).finish()
     assert resumed.skipped == whole.skipped
     assert resumed.metrics == whole.metrics
+    fitted = "fitting the input projection"
+    assert fitted in whole.output and fitted not in resumed.output
 
 
 def test_too_many_unusable_samples_end_the_run(tmp_path: Path) -> None:

@@ -101,7 +101,9 @@ class Trainer:
             delta and delta.holds_own_vocabulary
         )
         vocabulary_size = model.own_vocabulary_size
-        self.measure(model, delta, samples, plan, steps)
+        if checkpoint is None and (delta is None or not delta.holds("input_projection")):
+            self.fit(model, samples, plan, steps)
+        self.centre(model, samples, plan, steps)
         agent = Agent(model, training, steps, self.device, self.dtype)
         torch.manual_seed(training.seed + self.rank)  # every process drops out its own
 
@@ -124,19 +126,17 @@ class Trainer:
         self.say(f"stage {self.options.stage} is finished: {folder.delta}")
         return True
 
-    def measure(
-        self,
-        model: NextGPT,
-        delta: Delta | None,
-        samples: ReadySamples,
-        plan: BatchPlan,
-        steps: int,
-    ) -> None:
-        """Give new projections their measured starts, the same in every process."""
-        is_new = delta is None or not delta.holds("input_projection")
-        if is_new and self.config.training.fit_input_projection:
+    def fit(self, model: NextGPT, samples: ReadySamples, plan: BatchPlan, steps: int) -> None:
+        """Give a new input projection its measured start, the same in every process."""
+        if self.config.training.fit_input_projection:
             self.say("fitting the input projection")
             fit_input_projection(model.to(self.device), self.batches(samples, plan, steps))
+
+    def centre(self, model: NextGPT, samples: ReadySamples, plan: BatchPlan, steps: int) -> None:
+        """Measure what new output projections subtract, the same in every process.
+
+        A resumed run measures it again: checkpoints hold what trains.
+        """
         if lack_a_centre(model):
             batches = self.batches(samples, plan, min(steps, _CENTRING_BATCHES))
             with self.autocast():

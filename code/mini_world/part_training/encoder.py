@@ -28,9 +28,9 @@ from mini_world.part_training.towers import ClipTower, clip_states
 from mini_world.things import ATTRIBUTES, Thing
 from model.imagebind import ImageBind
 
-PLAN = Plan(steps=1600, learning_rate=1e-3, weight_decay=0.05, average=0.99)
+PLAN = Plan(steps=2200, learning_rate=1e-3, weight_decay=0.05, average=0.99)
 BATCH: dict[Modality, int] = {"image": 32, "video": 32, "audio": 16}
-POOL = {"video": 3000, "audio": 2000}
+POOL = {"video": 9000, "audio": 2000}
 _NOISE_SHARE = 1e-3  # of all variance; components below it are not blown up
 
 
