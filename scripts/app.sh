@@ -6,6 +6,6 @@ root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 if [ -d "$root/.venv" ]; then
     export PATH="$root/.venv/bin:$PATH"
 fi
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # else an answer takes twice as long on a busy CPU
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # on a busy CPU, waiting threads give way
 cd "$here"
 exec python "$root/code/demo_app.py" "$@"

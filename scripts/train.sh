@@ -41,7 +41,7 @@ export LOCAL_SIZE=${LOCAL_SIZE:-$(nproc --all)}
 if [ ! -e /dev/nvidia0 ] && [ ! -e /dev/kfd ] && [ ! -e /dev/dxg ]; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # which it would find out, and warn of
 fi
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # else a step takes twice as long on a busy CPU
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # on a busy CPU, waiting threads give way
 export PYTHONPATH="$root/code${PYTHONPATH:+:$PYTHONPATH}"
 cd "$here"
 

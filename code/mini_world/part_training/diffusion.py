@@ -43,8 +43,7 @@ PLANS: dict[Modality, Plan] = {
 BATCH: dict[Modality, int] = {"image": 32, "video": 4, "audio": 32}
 POOL: dict[Modality, int] = {"image": 12000, "video": 2400, "audio": 3000}
 _WITHOUT_CAPTION = 0.1
-# Of the pictures, in colours that no caption tells: so shapes are learned apart from colours, and
-# a pair that was never seen is drawn as well as one that was.
+# Of the pictures, in colours that no caption tells: shapes are to be learned apart from colours.
 _UNNAMED_COLOURS = 0.3
 # Times are drawn as u to this power: what a caption tells is decided while there is much noise.
 _NOISY: dict[Modality, float] = {"image": 0.5, "video": 0.5, "audio": 1.0}

@@ -120,8 +120,15 @@ def pictures(
     things_: Sequence[Thing], rng: np.random.Generator, rgbs: Sequence[Rgb | None] | None = None
 ) -> Tensor:
     """Fresh pictures: (N, 3, 64, 64) float32 in -1..1; `rgbs` take the place of some colours."""
-    painted = zip(things_, rgbs or [None] * len(things_), strict=True)
-    return to_unit(np.stack([render_image(thing, rng, rgb) for thing, rgb in painted]))
+    return to_unit(np.stack(_painted(things_, rng, rgbs)))
+
+
+def _painted(
+    things_: Sequence[Thing], rng: np.random.Generator, rgbs: Sequence[Rgb | None] | None
+) -> list[np.ndarray]:
+    """A picture of each, (64, 64, 3) uint8."""
+    colours = rgbs or [None] * len(things_)
+    return [render_image(thing, rng, rgb) for thing, rgb in zip(things_, colours, strict=True)]
 
 
 def unnamed_colour(rng: np.random.Generator) -> Rgb:
@@ -158,9 +165,8 @@ def picture_views(
     things_: Sequence[Thing], rng: np.random.Generator, rgbs: Sequence[Rgb | None] | None = None
 ) -> Tensor:
     """What the encoder takes in of fresh pictures: (N, 3, 224, 224); `rgbs` as for `pictures`."""
-    painted = zip(things_, rgbs or [None] * len(things_), strict=True)
-    rendered = [Image.fromarray(render_image(thing, rng, rgb)) for thing, rgb in painted]
-    return torch.stack([image_views(picture) for picture in rendered])
+    rendered = _painted(things_, rng, rgbs)
+    return torch.stack([image_views(Image.fromarray(picture)) for picture in rendered])
 
 
 class Pool:
