@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--config", default="mini")
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
-    for stage in STAGES:
+    for stage in STAGES[:3]:  # in the fourth the language model is left out
         measure(arguments.config, stage, arguments.steps)
 
 

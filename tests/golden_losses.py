@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT / "code"), str(ROOT / "tests")]
 from tiny_run import TinyRun  # noqa: E402  (the paths come first)
 
 GOLDEN = ROOT / "tests" / "golden_losses.json"
-STAGES = (1, 2, 3)
+STAGES = (1, 2, 3, 4)
 STEPS = 50
 
 
@@ -25,7 +25,10 @@ def runs(save_path: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
     for stage in STAGES:
         sets = [f"training.max_steps={STEPS}", "training.precision=fp32", "training.epochs=50"]
         metrics = TinyRun(save_path, stage, sets=sets).finish().metrics
-        kept = [{k: v for k, v in row.items() if "loss" in k or "align" in k} for row in metrics]
+        kept = [
+            {k: v for k, v in row.items() if v is not None and ("loss" in k or "align" in k)}
+            for row in metrics
+        ]
         yield f"stage_{stage}", kept
 
 

@@ -17,7 +17,7 @@ from config.errors import InputError
 from conversation.parts import MODALITIES, Modality
 from mini_world.mini_decoders import build_mini_decoder
 from model.caption_encoders import CaptionEncoder
-from model.decoders import PIPELINES, DecodeOptions, Decoder
+from model.decoders import PIPELINES, DecodeOptions, Decoder, initial_noise
 from model.media_files import SUFFIXES, Frames, Output, Sound, save_medium
 from model.pretrained_folder import resolve
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
@@ -96,6 +96,29 @@ def test_batch_equals_samples_with_their_own_seeds(modality: Modality) -> None:
     second = decoder.decode(embeddings[1:], DecodeOptions(**{**vars(OPTIONS), "seed": 6}))
     atol = 1e-5 if modality == "audio" else 1
     np.testing.assert_allclose(values(both[1]), values(second[0]), atol=atol)
+
+
+def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
+    noise = initial_noise(
+        (2, 8, 4, 40, 40), 0.9, [torch.Generator().manual_seed(s) for s in (5, 6)]
+    )
+    frames = noise.transpose(1, 2).flatten(2)  # (2, 4, N)
+    assert frames.std(dim=-1) == pytest.approx(torch.ones(2, 4), abs=0.03)
+    assert torch.corrcoef(frames[0])[0, 1:] == pytest.approx(torch.full((3,), 0.9), abs=0.01)
+    assert torch.corrcoef(frames[:, 0])[0, 1].abs() < 0.05  # two videos share nothing
+    decoder = Decoder("video", str(tiny_decoder("video")), torch.device("cpu"))
+    embeddings = decoder.captions.encode(CAPTIONS)
+    alike, apart = (
+        decoder.decode(embeddings, DecodeOptions(**{**vars(OPTIONS), "shared_noise": shared}))
+        for shared in (1.0, 0.0)
+    )
+    for still, moving in zip(alike, apart, strict=True):
+        assert _change(still) < 0.3 * _change(moving)
+
+
+def _change(video: Frames) -> float:
+    """How much a frame differs from the one before it."""
+    return float(np.abs(np.diff(video.frames.astype(float), axis=0)).mean())
 
 
 def test_length_of_a_sounds_embedding_does_not_matter() -> None:

@@ -1,4 +1,4 @@
-"""Stage 2 on states that are read once: the losses of reading them every time, and its limits."""
+"""States that are read once give the losses of reading them every time; and their limits."""
 
 from pathlib import Path
 
@@ -15,9 +15,12 @@ def run(folder: Path, *sets: str, world: int = 1) -> TinyRun:
     return TinyRun(folder, 2, [*ALONE, *sets], flags, world)
 
 
-def test_kept_states_give_the_losses_of_states_read_every_time(tmp_path: Path) -> None:
-    kept = run(tmp_path / "kept", "training.keep_states=true").finish().metrics
-    read = run(tmp_path / "read").finish().metrics
+@pytest.mark.parametrize("sets", [[], ["data.datasets=[mini_request,mini_mosit]"]])
+def test_kept_states_give_the_losses_of_states_read_every_time(
+    sets: list[str], tmp_path: Path
+) -> None:
+    kept = run(tmp_path / "kept", "training.keep_states=true", *sets).finish().metrics
+    read = run(tmp_path / "read", *sets).finish().metrics
     assert len(kept) == 12  # some captions come more than once
     for one, other in zip(kept, read, strict=True):
         assert one["text_loss"] is None
@@ -39,8 +42,7 @@ def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
     ("sets", "fault"),
     [
         (["training.trains=[output_projections,vocabulary]"], "states change"),
-        (["data.row_length=128"], "unpacked"),
-        (["data.datasets=[mini_request,mini_mosit]"], "take media out"),
+        (["data.row_length=128"], "one conversation a row"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(tmp_path: Path, sets: list[str], fault: str) -> None:

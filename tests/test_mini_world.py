@@ -12,8 +12,9 @@ from config.errors import InputError
 from conversation.captions import clean_caption
 from conversation.parts import MODALITIES, Media, Modality
 from dataset.readers import read_record
+from evaluation.judge import judge
 from mini_world import phrasing, questions
-from mini_world.album import Album
+from mini_world.album import Album, render_medium
 from mini_world.captions import CAPTIONS, as_heard, caption, read_caption
 from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening, shown, step
 from mini_world.plain_talk import plain_talk
@@ -163,11 +164,18 @@ def test_file_names_are_unique_and_each_answer_name_has_one_caption(world: Path)
 
 def test_captions_of_pairs_tell_what_the_media_show(world: Path) -> None:
     pairs = world / "T-X_pair_data"
+    unnamed, total = [], 0
     for modality in MODALITIES:
         for row in rows(pairs / modality, f"{modality}.json"):
             told = read_caption(row["caption"])
             told = as_heard(told) if modality == "audio" else told
-            assert set(told) == set(ATTRIBUTES[modality])
+            shown = set(ATTRIBUTES[modality])
+            if modality != "audio" and "colour" not in told:
+                shown -= {"colour"}
+                unnamed.append(row[f"{modality}_name"])
+            assert set(told) == shown
+        total += len(rows(pairs / modality, f"{modality}.json")) if modality != "audio" else 0
+    assert 0.1 < len(unnamed) / total < 0.5
 
 
 def test_no_held_out_pair_and_no_held_out_wording_in_training_files(world: Path) -> None:
@@ -285,3 +293,15 @@ def test_another_world_replaces_the_old_one_and_other_folders_are_refused(tmp_pa
         write_world(tmp_path / "mine", progress=False)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "keep me"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_colours_without_a_name_are_shown_and_not_told() -> None:
+    album = Album("test", 0, dict.fromkeys(MODALITIES, 200), unnamed_colours=0.3)
+    for modality in ("image", "video"):
+        told = [album.named(name, modality) for name, one, _ in album if one == modality]
+        assert 40 < sum("colour" not in named for named in told) < 80
+    name, thing = next(one for one in album.shown["image"] if album.look(one[0]).rgb)
+    assert "colour" not in album.named(name, "image")
+    picture = np.asarray(render_medium(name, "image", thing, 0, album.look(name)), dtype=float)
+    assert (np.linalg.norm(picture - album.look(name).rgb, axis=-1) < 20).sum() > 30
+    assert judge("image", render_medium(name, "image", thing, 0))["colour"] == thing.colour

@@ -10,10 +10,11 @@ from torch import nn
 from dataset.media import load_views
 from mini_world.album import write_medium
 from mini_world.captions import as_heard, read_caption
+from mini_world.looks import unnamed_colour, unnamed_outline
 from mini_world.mini_decoders import unet, vae
 from mini_world.part_training import runner
 from mini_world.part_training.contrast import Probes, held_out_mixes
-from mini_world.part_training.diffusion import begin_with, predict
+from mini_world.part_training.diffusion import begin_with, predict, teach_places
 from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, train
 from mini_world.part_training.samples import (
@@ -25,12 +26,11 @@ from mini_world.part_training.samples import (
     some_caption,
     sounds,
     things,
-    unnamed_colour,
     video_ends,
 )
 from mini_world.part_training.vae import standardise
-from mini_world.render_image import RGB
-from mini_world.things import ATTRIBUTES, VALUES, Thing
+from mini_world.render_image import RGB, coverage
+from mini_world.things import ATTRIBUTES, SHAPES, VALUES, Thing
 from tiny_decoders import TINY
 
 PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_every=2, log_every=3, average=0.5)
@@ -103,6 +103,16 @@ def test_unnamed_colours_are_like_none_that_has_a_name() -> None:
     assert len(np.unique(drawn, axis=0)) == 200
 
 
+def test_unnamed_outlines_are_about_as_large_as_shapes_and_unlike_them() -> None:
+    draw = np.random.default_rng(0)
+    outlines = [coverage(unnamed_outline(draw), 32.0, 32.0, 11.5) for _ in range(50)]
+    named = [coverage(shape, 32.0, 32.0, 11.5) for shape in SHAPES]
+    largest, smallest = max(c.sum() for c in named), min(c.sum() for c in named)
+    assert all(smallest < cover.sum() < 1.3 * largest for cover in outlines)
+    overlaps = [[np.minimum(a, b).sum() / np.maximum(a, b).sum() for b in named] for a in outlines]
+    assert np.mean(np.max(overlaps, axis=1) < 0.85) > 0.9
+
+
 def test_held_out_pairs_are_not_held_against_each_other() -> None:
     told = ATTRIBUTES["image"]
     red, square, other = (
@@ -173,3 +183,18 @@ def test_a_mel_frame_is_one_hop_and_quiet_lies_at_the_floor() -> None:
     assert spectrograms.shape == (2, 64, 64)
     silence = log_mel(torch.zeros(1, 32000))
     assert silence.max() == silence.min() < spectrograms.min() + 0.5
+
+
+def test_the_first_layer_over_time_is_taught_to_tell_all_frames_apart() -> None:
+    torch.manual_seed(0)
+    model = unet("video", TINY)
+    latents = torch.randn(8, TINY.latents, 8, 4, 4)
+    teach_places(model, latents, torch.zeros(1, TINY.text_tokens, TINY.text_width))
+    layer = model.down_blocks[0].temp_convs[0]
+    hidden = torch.randn(8, layer.conv1[2].in_channels, 4, 4)
+    with torch.no_grad():
+        added = (layer(hidden, num_frames=8) - hidden).mean(dim=(2, 3))  # (8 frames, width)
+    distances = torch.cdist(added, added)
+    apart = distances[~torch.eye(8, dtype=torch.bool)]
+    assert apart.min() > 0.1 * apart.max()
+    assert distances[0, 7] > 0.7 * apart.max()  # the beginning from the end

@@ -72,9 +72,7 @@ class ShippedRun(TinyRun):
 
 
 @pytest.mark.parametrize("config", SHIPPED)
-def test_a_shipped_yaml_trains_its_three_stages(
-    config: str, data_root: Path, tmp_path: Path
-) -> None:
+def test_a_shipped_yaml_trains_its_stages(config: str, data_root: Path, tmp_path: Path) -> None:
     for stage in STAGES:
         run = ShippedRun(tmp_path, stage, config=config, data_root=data_root).finish()
         names = load_config(config, stage).data.datasets

@@ -38,6 +38,7 @@ DATASETS = {
     1: "[mini_image_enc, mini_video_enc, mini_audio_enc]",
     2: "[mini_image_dec, mini_video_dec, mini_audio_dec]",
     3: "[mini_question, mini_request, mini_mosit, mini_text]",
+    4: "[mini_request, mini_mosit]",
 }
 # DeepSpeed imports the last only when it makes an engine, and torch's compiler with it.
 _IMPORTED = ["train", "tiny_run", "deepspeed.runtime.zero.muon.muon_optimizer"]

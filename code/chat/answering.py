@@ -26,15 +26,21 @@ HISTORY_FILE = "history.json"
 
 
 def find_delta(config: Config) -> Path:
-    """The tuned parameters of the last stage, or, with a word, those in the system's own folder."""
+    """The tuned parameters of stage 3 or 4, whichever finished last.
+
+    Where neither did, with a word, those in the system's own folder.
+    """
     own = project_path(config.save_path)
-    last = own / "stage_3"
-    if not last.exists() and any(
+    tuned = own / "stage_3"
+    finished = [own / stage / DELTA_FILE for stage in ("stage_3", "stage_4")]
+    if found := [path for path in finished if path.is_file()]:
+        return max(found, key=lambda path: path.stat().st_mtime).parent
+    if not tuned.exists() and any(
         (own / name).is_file() for name in (DELTA_FILE, "pytorch_model.pt")
     ):
-        print(f"no {last}: using the tuned parameters in {own}")
+        print(f"no {tuned}: using the tuned parameters in {own}")
         return own
-    return last
+    return tuned
 
 
 def answer_requests(

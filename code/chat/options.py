@@ -7,7 +7,16 @@ from config.schema import Config, DecoderConfig
 from conversation.parts import Modality
 from model.decoders import DecodeOptions
 
-_FIGURES = {"steps", "guidance_scale", "height", "width", "frames", "fps", "seconds"}
+_FIGURES = {
+    "steps",
+    "guidance_scale",
+    "height",
+    "width",
+    "frames",
+    "fps",
+    "shared_noise",
+    "seconds",
+}
 
 
 @dataclass(frozen=True)

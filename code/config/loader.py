@@ -1,6 +1,6 @@
 """Reads the configuration: base.yaml, the stage's YAML, the named YAML, then `--set key=value`.
 
-A named YAML may hold sections `stage_1`, `stage_2`, `stage_3`, which count for that stage alone.
+A named YAML may hold sections `stage_1` to `stage_4`, which count for that stage alone.
 """
 
 import difflib
@@ -16,7 +16,7 @@ from config.schema import Config
 
 CONFIG_DIR = Path(__file__).parent
 PROJECT_ROOT = CONFIG_DIR.parent.parent
-STAGES = (1, 2, 3)
+STAGES = (1, 2, 3, 4)
 
 
 def project_path(path: str) -> Path:
@@ -29,7 +29,7 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
 
     Args:
         name: `mini`, `7b`, or the path of a YAML file of your own.
-        stage: 1, 2 or 3 for training; none for inference.
+        stage: 1 to 4 for training; none for inference.
         overrides: `section.key=value`, the value in YAML.
 
     Raises:

@@ -79,6 +79,7 @@ class DecoderConfig(Section):
     width: Pixels | None = None
     frames: Annotated[int, Field(gt=0, le=1000)] | None = None  # video only
     fps: Annotated[int, Field(gt=0, le=240)] | None = None  # video only, frames per second
+    shared_noise: Annotated[float, Field(ge=0, le=1)] = 0.0  # video only, see model/decoders.py
     seconds: Annotated[float, Field(gt=0, le=600)] | None = None  # sound only
 
 

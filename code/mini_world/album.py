@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from conversation.parts import Modality
-from mini_world.render_image import render_image
+from mini_world.looks import unnamed_colour
+from mini_world.render_image import OWN_LOOK, Look, render_image
 from mini_world.render_sound import RATE, render_sound
 from mini_world.render_video import FRAMES_PER_SECOND, render_video
-from mini_world.things import Split, Thing, sample_thing
+from mini_world.things import ATTRIBUTES, Split, Thing, sample_thing
 from model.media_files import SUFFIXES, Frames, Output, Sound, save_medium
 
 
@@ -25,19 +26,23 @@ def generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-def render_medium(name: str, modality: Modality, thing: Thing, seed: int) -> Output:
+def render_medium(
+    name: str, modality: Modality, thing: Thing, seed: int, look: Look = OWN_LOOK
+) -> Output:
     """Render `thing`; the same seed and file name give the same medium."""
     rng = generator(seed, name)
     if modality == "image":
-        return Image.fromarray(render_image(thing, rng))
+        return Image.fromarray(render_image(thing, rng, look))
     if modality == "video":
-        return Frames(render_video(thing, rng), FRAMES_PER_SECOND)
+        return Frames(render_video(thing, rng, look), FRAMES_PER_SECOND)
     return Sound(render_sound(thing, rng), RATE)
 
 
-def write_medium(path: Path, modality: Modality, thing: Thing, seed: int) -> None:
+def write_medium(
+    path: Path, modality: Modality, thing: Thing, seed: int, look: Look = OWN_LOOK
+) -> None:
     """Render `thing` into `path`; the same seed and file name give the same bytes."""
-    save_medium(render_medium(path.name, modality, thing, seed), path)
+    save_medium(render_medium(path.name, modality, thing, seed, look), path)
 
 
 class Album:
@@ -47,20 +52,42 @@ class Album:
         prefix: what its file names begin with.
         sizes: how many media of each modality there are to be shown.
         split: whether the things shown are held out.
+        unnamed_colours: share of the pictures and videos in colours that have no name.
     """
 
     def __init__(
-        self, prefix: str, seed: int, sizes: Mapping[Modality, int], split: Split = "training"
+        self,
+        prefix: str,
+        seed: int,
+        sizes: Mapping[Modality, int],
+        split: Split = "training",
+        unnamed_colours: float = 0.0,
     ) -> None:
         self.shown: dict[Modality, list[tuple[str, Thing]]] = {}
         self._prefix = prefix
         self._answers: dict[tuple[Modality, str], str] = {}
+        self._looks: dict[str, Look] = {}
         for modality, size in sizes.items():
             rng = generator(seed, f"{prefix}/{modality}")
             self.shown[modality] = [
                 (f"{prefix}_{modality}_{number:06d}{SUFFIXES[modality]}", sample_thing(rng, split))
                 for number in range(1, size + 1)
             ]
+
+            if modality != "audio":
+                for name, _ in self.shown[modality]:
+                    colour = generator(seed, f"{name} colour")
+                    if colour.random() < unnamed_colours:
+                        self._looks[name] = Look(rgb=unnamed_colour(colour))
+
+    def look(self, name: str) -> Look:
+        """How the medium of this file name is painted."""
+        return self._looks.get(name, OWN_LOOK)
+
+    def named(self, name: str, modality: Modality) -> frozenset[str]:
+        """The attributes of what is shown that can be told by looking at it or hearing it."""
+        told = frozenset(ATTRIBUTES[modality])
+        return told - {"colour"} if self.look(name).rgb else told
 
     def __iter__(self) -> Iterator[tuple[str, Modality, Thing]]:
         """All media to be rendered: file name, modality, thing."""

@@ -79,6 +79,9 @@ class MiniFigures:
 
 
 MINI = MiniFigures()
+# Of a video's first noise, what all frames have in common: from it each frame begins as the same
+# picture, and only the motion is left to be learned (the mixed noise of arXiv 2305.10474).
+SHARED_NOISE = 0.95
 # Stable Diffusion's pipeline without a check of what it makes.
 UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 

@@ -30,7 +30,14 @@ _IMAGE = {
     "describe": Topic(
         needs=("size", "shape"),
         questions=Wording(
-            ("What do you see?", "Describe it.", "What is shown here?", "Tell me what this is."),
+            (
+                "What do you see?",
+                "Describe it.",
+                "What is shown here?",
+                "Tell me what this is.",
+                "Describe what there is.",
+                "Say what you see.",
+            ),
             ("Put into words what is there.", "Give me a description."),
         ),
         answers=(),
@@ -38,7 +45,13 @@ _IMAGE = {
     "shape": Topic(
         needs=("shape",),
         questions=Wording(
-            ("What shape is it?", "Which shape do you see?", "What is its shape?"),
+            (
+                "What shape is it?",
+                "Which shape do you see?",
+                "What is its shape?",
+                "Tell me its shape.",
+                "Say which shape it is.",
+            ),
             ("Name the shape.",),
         ),
         answers=("It is a {shape}.", "A {shape}."),
@@ -46,7 +59,13 @@ _IMAGE = {
     "colour": Topic(
         needs=("colour",),
         questions=Wording(
-            ("What colour is it?", "Which colour does it have?", "What is its colour?"),
+            (
+                "What colour is it?",
+                "Which colour does it have?",
+                "What is its colour?",
+                "Tell me its colour.",
+                "Say which colour it has.",
+            ),
             ("Name the colour.",),
         ),
         answers=("It is {colour}.", "The colour is {colour}."),
@@ -54,7 +73,13 @@ _IMAGE = {
     "size": Topic(
         needs=("size",),
         questions=Wording(
-            ("How big is it?", "What size is it?", "Is it small or big?"),
+            (
+                "How big is it?",
+                "What size is it?",
+                "Is it small or big?",
+                "Tell me its size.",
+                "Say how big it is.",
+            ),
             ("Name the size.",),
         ),
         answers=("It is {size}.",),
@@ -62,7 +87,13 @@ _IMAGE = {
     "place": Topic(
         needs=("place",),
         questions=Wording(
-            ("Where is it?", "Where do you see it?", "In which place is it?"),
+            (
+                "Where is it?",
+                "Where do you see it?",
+                "In which place is it?",
+                "Tell me where it is.",
+                "Say its place.",
+            ),
             ("Name the place.",),
         ),
         answers=("It is {place}.",),
@@ -70,7 +101,13 @@ _IMAGE = {
     "sound": Topic(
         needs=("shape", "size"),
         questions=Wording(
-            ("Say in words how it sounds.", "Which sound belongs to it? Only name it."),
+            (
+                "Say in words how it sounds.",
+                "Which sound belongs to it? Only name it.",
+                "Tell me in words what it sounds like.",
+                "Which sound would it make? Answer in words.",
+                "Only name its sound.",
+            ),
             ("Name the sound that it would make.",),
         ),
         answers=("It sounds like a {pitch} {timbre}.",),
@@ -79,7 +116,13 @@ _IMAGE = {
 _MOTION = Topic(
     needs=("motion",),
     questions=Wording(
-        ("What does it do?", "How does it change?", "What happens to it?"),
+        (
+            "What does it do?",
+            "How does it change?",
+            "What happens to it?",
+            "Tell me what it does.",
+            "Describe the motion.",
+        ),
         ("Name the motion.",),
     ),
     answers=("It {moves}.",),
@@ -88,7 +131,13 @@ _AUDIO = {
     "describe": Topic(
         needs=(),
         questions=Wording(
-            ("What do you hear?", "Describe this sound.", "Tell me what you hear."),
+            (
+                "What do you hear?",
+                "Describe this sound.",
+                "Tell me what you hear.",
+                "Describe what is to be heard.",
+                "Say what you hear.",
+            ),
             ("Put into words what is to be heard.",),
         ),
         answers=(),
@@ -96,19 +145,39 @@ _AUDIO = {
     "timbre": Topic(
         needs=(),
         questions=Wording(
-            ("Which instrument is it?", "What kind of sound is it?"), ("Name the instrument.",)
+            (
+                "Which instrument is it?",
+                "What kind of sound is it?",
+                "Tell me the instrument.",
+                "Say which instrument it is.",
+            ),
+            ("Name the instrument.",),
         ),
         answers=("It is a {timbre}.", "A {timbre}."),
     ),
     "pitch": Topic(
         needs=(),
-        questions=Wording(("Is it high or low?", "How high is the sound?"), ("Name the pitch.",)),
+        questions=Wording(
+            (
+                "Is it high or low?",
+                "How high is the sound?",
+                "Tell me the pitch.",
+                "Say how high it is.",
+            ),
+            ("Name the pitch.",),
+        ),
         answers=("It is {pitch}.",),
     ),
     "count": Topic(
         needs=(),
         questions=Wording(
-            ("How many times does it sound?", "How often do you hear it?"), ("Count the sounds.",)
+            (
+                "How many times does it sound?",
+                "How often do you hear it?",
+                "Tell me how often it sounds.",
+                "Say how many sounds there are.",
+            ),
+            ("Count the sounds.",),
         ),
         answers=("It sounds {count}.",),
     ),
@@ -119,6 +188,8 @@ _AUDIO = {
                 "What made this sound?",
                 "Which thing sounds like this?",
                 "Who makes this sound?",
+                "Tell me which thing makes this sound.",
+                "Say which thing you hear.",
             ),
             ("Name the thing that is heard.",),
         ),
@@ -166,6 +237,7 @@ WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
                 "What does a {size} {shape} sound like?",
                 "How does a {size} {shape} sound?",
                 "Tell me what a {size} {shape} sounds like.",
+                "Which sound comes from a {size} {shape}? Answer in words.",
             ),
             ("Which sound does a {size} {shape} make?",),
         ),
@@ -176,18 +248,25 @@ WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
             (
                 "Which thing sounds like a {pitch} {timbre}?",
                 "What makes the sound of a {pitch} {timbre}?",
+                "Which thing makes the sound of a {pitch} {timbre}?",
             ),
             ("Whose sound is a {pitch} {timbre}?",),
         ),
         ("A {size} {shape}.", "That is a {size} {shape}."),
     ),
     "shape": (
-        Wording(("Which shape sounds like a {timbre}?",), ("Which shape is heard as a {timbre}?",)),
+        Wording(
+            ("Which shape sounds like a {timbre}?", "Which shape makes the sound of a {timbre}?"),
+            ("Which shape is heard as a {timbre}?",),
+        ),
         ("The {shape}.", "A {shape}."),
     ),
     "pitch": (
         Wording(
-            ("Is the sound of a {size} {shape} high or low?",),
+            (
+                "Is the sound of a {size} {shape} high or low?",
+                "Does a {size} {shape} sound high or low?",
+            ),
             ("How high does a {size} {shape} sound?",),
         ),
         ("It is {pitch}.", "A {size} {shape} sounds {pitch}."),

@@ -3,6 +3,7 @@
 What nobody names varies: the shade of the ground, a little in place and size, and noise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,8 @@ from mini_world.things import Thing
 
 PIXELS = 64
 Rgb = tuple[int, int, int]
+# Which points lie in a shape of about unit radius; (1, N) to the right and (N, 1) down to (N, N).
+Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
 RGB: dict[str, Rgb] = {
     "red": (214, 36, 40),
     "orange": (248, 138, 18),
@@ -39,6 +42,17 @@ class Nuisance:
     noise: float
 
 
+@dataclass(frozen=True)
+class Look:
+    """What takes the place of a thing's own colour or shape, for pictures that leave it unnamed."""
+
+    rgb: Rgb | None = None
+    outline: Outline | None = None
+
+
+OWN_LOOK = Look()
+
+
 def draw_nuisance(rng: np.random.Generator) -> Nuisance:
     """Draw ground 100..160, shift up to 1 px, size up to 6 %, noise deviation up to 3."""
     dx, dy = rng.uniform(-1.0, 1.0, size=2)
@@ -50,12 +64,13 @@ def draw_nuisance(rng: np.random.Generator) -> Nuisance:
     )
 
 
-def coverage(shape: str, x: float, y: float, radius: float) -> np.ndarray:
+def coverage(shape: str | Outline, x: float, y: float, radius: float) -> np.ndarray:
     """How much of each pixel a shape covers: (64, 64) float32 in 0..1; x, y, radius in pixels."""
     columns, rows = _reach(x, radius), _reach(y, radius)  # nothing is covered elsewhere
     u = (_fine(columns)[None, :] - x) / radius
     v = (_fine(rows)[:, None] - y) / radius
-    cells = _inside(shape, u, v).reshape(len(rows), _SUPERSAMPLE, len(columns), _SUPERSAMPLE)
+    inside = _inside(shape, u, v) if isinstance(shape, str) else shape(u, v)
+    cells = inside.reshape(len(rows), _SUPERSAMPLE, len(columns), _SUPERSAMPLE)
     cover = np.zeros((PIXELS, PIXELS), dtype=np.float32)
     cover[rows.start : rows.stop, columns.start : columns.stop] = cells.mean(axis=(1, 3))
     return cover
@@ -98,7 +113,9 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return edge <= 0
 
 
-def paint(shape: str, rgb: Rgb, x: float, y: float, radius: float, ground: float) -> np.ndarray:
+def paint(
+    shape: str | Outline, rgb: Rgb, x: float, y: float, radius: float, ground: float
+) -> np.ndarray:
     """The clean picture: (64, 64, 3) float32 in 0..255."""
     cover = coverage(shape, x, y, radius)[..., None]
     return cover * np.asarray(rgb, dtype=np.float32) + (1 - cover) * np.float32(ground)
@@ -110,10 +127,11 @@ def to_bytes(pixels: np.ndarray, noise: float, rng: np.random.Generator) -> np.n
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def render_image(thing: Thing, rng: np.random.Generator, rgb: Rgb | None = None) -> np.ndarray:
-    """A picture of `thing`: (64, 64, 3) uint8 RGB; `rgb` takes the place of its colour."""
+def render_image(thing: Thing, rng: np.random.Generator, look: Look = OWN_LOOK) -> np.ndarray:
+    """A picture of `thing`: (64, 64, 3) uint8 RGB."""
     nuisance = draw_nuisance(rng)
     x, y = np.add(CENTRE[thing.place], nuisance.shift)
     radius = RADIUS[thing.size] * nuisance.stretch
-    picture = paint(thing.shape, rgb or RGB[thing.colour], x, y, radius, nuisance.ground)
+    shape, rgb = look.outline or thing.shape, look.rgb or RGB[thing.colour]
+    picture = paint(shape, rgb, x, y, radius, nuisance.ground)
     return to_bytes(picture, nuisance.noise, rng)

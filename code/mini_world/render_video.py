@@ -7,7 +7,16 @@ between 65 % and 135 %. Over time, its mean centre is its place and its mean rad
 import numpy as np
 
 from config.errors import InputError
-from mini_world.render_image import CENTRE, RADIUS, RGB, Rgb, draw_nuisance, paint, to_bytes
+from mini_world.render_image import (
+    CENTRE,
+    OWN_LOOK,
+    RADIUS,
+    RGB,
+    Look,
+    draw_nuisance,
+    paint,
+    to_bytes,
+)
 from mini_world.things import Thing
 
 FRAMES = 16
@@ -23,8 +32,8 @@ _DIRECTION = {
 _GROWTH = {"grows": 1, "shrinks": -1}
 
 
-def render_video(thing: Thing, rng: np.random.Generator, rgb: Rgb | None = None) -> np.ndarray:
-    """A video of `thing`: (16, 64, 64, 3) uint8 RGB; `rgb` takes the place of its colour.
+def render_video(thing: Thing, rng: np.random.Generator, look: Look = OWN_LOOK) -> np.ndarray:
+    """A video of `thing`: (16, 64, 64, 3) uint8 RGB.
 
     Raises:
         InputError: the thing has no motion.
@@ -38,8 +47,8 @@ def render_video(thing: Thing, rng: np.random.Generator, rgb: Rgb | None = None)
     radius = RADIUS[thing.size] * nuisance.stretch
     frames = [
         paint(
-            thing.shape,
-            rgb or RGB[thing.colour],
+            look.outline or thing.shape,
+            look.rgb or RGB[thing.colour],
             x + dx * TRAVEL / 2 * time,
             y + dy * TRAVEL / 2 * time,
             radius * (1 + growth * SWELL * time),

@@ -29,7 +29,7 @@ from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 6  # of the world: raise it when the same seed gives something else
+VERSION = 7  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
@@ -47,6 +47,7 @@ COUNTS = {  # at scale 1
     "text_plain": 400,  # at most: as many as there are
 }
 _PLAIN_PAIRS = 0.75  # of the caption pairs
+_UNNAMED_COLOURS = 0.3  # of the pictures and videos in pairs and questions, see looks.py
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
 _Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
@@ -93,10 +94,14 @@ def write_world(out: Path, seed: int = 0, scale: float = 1.0, progress: bool = T
 def _write_pairs(folder: Path, seed: int, counts: dict[str, int]) -> _Media:
     media: _Media = []
     for modality in MODALITIES:
-        album = Album("mini_pair", seed, {modality: counts[f"pair_{modality}"]})
+        sizes = {modality: counts[f"pair_{modality}"]}
+        album = Album("mini_pair", seed, sizes, unnamed_colours=_UNNAMED_COLOURS)
         rng = generator(seed, f"pair captions {modality}")
         rows = [
-            {"caption": _pair_caption(thing, modality, rng), f"{modality}_name": name}
+            {
+                "caption": _pair_caption(thing, modality, album.named(name, modality), rng),
+                f"{modality}_name": name,
+            }
             for name, _, thing in album
         ]
         _write_json(folder / modality / f"{modality}.json", rows)
@@ -104,17 +109,22 @@ def _write_pairs(folder: Path, seed: int, counts: dict[str, int]) -> _Media:
     return media
 
 
-def _pair_caption(thing: Thing, modality: Modality, rng: np.random.Generator) -> str:
+def _pair_caption(
+    thing: Thing, modality: Modality, named: frozenset[str], rng: np.random.Generator
+) -> str:
     """Mostly in the plain words of answers, which is what both alignments are used for later."""
     if rng.random() < _PLAIN_PAIRS:
-        return plain_caption(thing, modality, by_maker=rng.random() < 0.5)
-    return caption(thing, modality, rng)
+        return plain_caption(thing, modality, named, by_maker=rng.random() < 0.5)
+    return caption(thing, modality, rng, named)
 
 
 def _write_instructions(folder: Path, seed: int, counts: dict[str, int]) -> _Media:
+    sizes = {name: {m: counts[f"{name}_{m}"] for m in MODALITIES} for name in ("question", "mosit")}
     albums = {
-        name: Album(f"mini_{name}", seed, {m: counts[f"{name}_{m}"] for m in MODALITIES})
-        for name in ("question", "mosit")
+        "question": Album(
+            "mini_question", seed, sizes["question"], unnamed_colours=_UNNAMED_COLOURS
+        ),
+        "mosit": Album("mini_mosit", seed, sizes["mosit"]),
     }
     question = folder / "T+X-T_data" / "mini_question"
     mosit = folder / "MosIT_data" / "mini_mosit"
@@ -138,7 +148,7 @@ def questions(album: Album, seed: int, count: int) -> Rows:
     for _ in range(count):
         modality = choose(rng, MODALITIES)
         name, thing = album.draw(modality, rng)
-        question, answer = ask(thing, modality, rng)
+        question, answer = ask(thing, modality, rng, album.named(name, modality))
         rows.append(
             {f"{modality}_name": name, "conversation": _round(question, answer, given=modality)}
         )
@@ -192,7 +202,7 @@ def _render(media: _Media, seed: int, progress: bool) -> None:
         for folder, album in media:
             folder.mkdir(parents=True, exist_ok=True)
             for name, modality, thing in album:
-                write_medium(folder / name, modality, thing, seed)
+                write_medium(folder / name, modality, thing, seed, album.look(name))
                 bar.update()
 
 

@@ -7,9 +7,10 @@ guidance.
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import sqrt
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_vid
     TextToVideoSDPipeline,
 )
 from diffusers.utils.logging import disable_progress_bar
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -48,6 +50,8 @@ class DecodeOptions:
     width: int | None = None
     frames: int = 24  # video
     fps: int = 8  # video, frames per second
+    # Video: what the frames have in common of their first noise's variance, as it was in training.
+    shared_noise: float = 0.0
     seconds: float | None = 5.0  # sound
     # Of a batch's first sample, the next has seed + 1 ...; or one each; none: never the same twice.
     seed: int | tuple[int, ...] | None = None
@@ -65,6 +69,25 @@ class DecodeOptions:
         for name in ("steps", "frames", "fps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)}: give 1 or more")
+
+
+def initial_noise(
+    shape: Sequence[int],
+    shared: float = 0.0,
+    generator: list[torch.Generator] | None = None,
+) -> Tensor:
+    """Unit Gaussian noise of this shape; of a video's, (B, C, T, H, W), frames may share a part.
+
+    Args:
+        shared: of the variance, what all T frames have in common: 0 to 1 (the mixed noise of
+            arXiv 2305.10474).
+        generator: one for each sample; none: torch's own.
+    """
+    noise = randn_tensor(shape, generator)
+    if not shared:
+        return noise
+    common = randn_tensor((*shape[:2], 1, *shape[3:]), generator)
+    return sqrt(1 - shared) * noise + sqrt(shared) * common
 
 
 class Decoder:
@@ -140,7 +163,9 @@ class Decoder:
             return [Sound(samples, rate) for samples in samples_BN]
         arguments |= {"height": options.height, "width": options.width}
         if self.modality == "video":
-            arguments["num_frames"] = options.frames
+            arguments |= {"num_frames": options.frames}
+            if options.shared_noise:
+                arguments["latents"] = self._video_noise(len(embeddings), options, arguments)
             videos_BTHWC = self._run(callback=on_step, **arguments).frames
             return [Frames((v * 255).round().astype("uint8"), options.fps) for v in videos_BTHWC]
 
@@ -149,6 +174,16 @@ class Decoder:
             return tensors
 
         return self._run(callback_on_step_end=on_step_end, **arguments).images
+
+    def _video_noise(self, count: int, options: DecodeOptions, arguments: dict[str, Any]) -> Tensor:
+        """What a batch of videos begins with: (B, C, frames, H / 8, W / 8)."""
+        unet, scale = self.pipeline.unet.config, self.pipeline.vae_scale_factor
+        sides = [
+            side // scale if side else unet.sample_size for side in (options.height, options.width)
+        ]
+        shape = (count, unet.in_channels, options.frames, *sides)
+        noise = initial_noise(shape, options.shared_noise, arguments.get("generator"))
+        return noise.to(self.device, self.pipeline.dtype)
 
     def _run(self, **arguments: Any) -> Any:
         try:

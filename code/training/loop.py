@@ -38,6 +38,7 @@ _TRAINED_BEFORE: dict[int, set[Part]] = {
     1: set(),
     2: {"input_projection", "vocabulary"},
     3: {"input_projection", "output_projections", "vocabulary"},
+    4: {"input_projection", "output_projections", "vocabulary", "lora"},
 }
 STOPPED_BY_SIGNAL = 143
 _CENTRING_BATCHES = 4  # a few tens of runs of each modality are enough
@@ -48,7 +49,7 @@ class RunOptions:
     """What the command line says beside the configuration.
 
     Attributes:
-        stage: 1, 2 or 3.
+        stage: 1 to 4.
         init_from: the delta to start from; none: the predecessor's, or, in stage 1, none.
         resume: go on with an unfinished run.
         restart: drop an unfinished run.

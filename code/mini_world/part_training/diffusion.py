@@ -11,6 +11,7 @@ Diffusion's, and with layers over time that at first do nothing.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from tqdm import tqdm
 from config.atomic import written_aside
 from config.errors import InputError
 from conversation.parts import Modality
-from mini_world.mini_decoders import MINI, scheduler, unet
+from mini_world.looks import unnamed_colour, unnamed_outline
+from mini_world.mini_decoders import MINI, SHARED_NOISE, scheduler, unet
 from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import (
@@ -30,23 +32,34 @@ from mini_world.part_training.samples import (
     some_caption,
     sounds,
     things,
-    unnamed_colour,
     videos,
 )
+from mini_world.render_image import Look
 from mini_world.things import Thing
+from model.decoders import initial_noise
 
 PLANS: dict[Modality, Plan] = {
-    "image": Plan(steps=4500, learning_rate=6e-4),
-    "video": Plan(steps=2400, learning_rate=4e-4),
+    "image": Plan(steps=11000, learning_rate=6e-4),
+    "video": Plan(steps=6000, learning_rate=4e-4),
     "audio": Plan(steps=3000, learning_rate=5e-4),
 }
 BATCH: dict[Modality, int] = {"image": 32, "video": 4, "audio": 32}
-POOL: dict[Modality, int] = {"image": 12000, "video": 2400, "audio": 3000}
+POOL: dict[Modality, int] = {"image": 16000, "video": 6000, "audio": 3000}
 _WITHOUT_CAPTION = 0.1
-# Of the pictures, in colours that no caption tells: shapes are to be learned apart from colours.
+# Of pictures and videos, in colours and shapes that no caption tells: else "red is never a square"
+# is learned from a world in which red squares are held out.
 _UNNAMED_COLOURS = 0.3
+_UNNAMED_SHAPES: dict[Modality, float] = {"image": 0.1, "video": 0.2}
+# The layers over time begin as nothing beside layers that already draw.
+_FASTER_OVER_TIME = 2.0
 # Times are drawn as u to this power: what a caption tells is decided while there is much noise.
 _NOISY: dict[Modality, float] = {"image": 0.5, "video": 0.5, "audio": 1.0}
+# Only at nearly pure noise must the caption tell what moves where: later the differences between
+# frames do, which share most of their noise. So half of the videos are of the noisiest times.
+_STARTS: dict[Modality, float] = {"image": 0.0, "video": 0.5, "audio": 0.0}
+_START = 0.03
+# What the first layer over time is taught to add, see `teach_places`.
+_PLACE_WAVES, _PLACE_SCALE, _PLACE_STEPS = 4, 0.5, 400
 _MIXED = 0.5
 _NOISE = 0.15  # largest deviation, as a share of the embeddings' own
 Embed = Callable[[list[str]], Tensor]  # captions to (N, T, D), or (N, D) for sound
@@ -73,21 +86,41 @@ def train_unet(
         begin_with(model, pictures_unet)
     pool = LatentPool(modality, POOL[modality], vae, work, seed)
     noise_schedule = scheduler()
+    shared = SHARED_NOISE if modality == "video" else 0.0
     empty = embed([""])
+    if modality == "video" and not (work / "video_unet.pt").is_file():
+        teach_places(model, pool.draw(np.random.default_rng([seed, 5]), 64)[2], empty)
 
     def loss_of(rng: np.random.Generator) -> Losses:
         drawn, hidden, latents = pool.draw(rng, BATCH[modality])
         captions = _conditions(modality, drawn, hidden, embed, empty, rng)
         times_N = torch.rand(len(drawn)) ** _NOISY[modality]
+        starts_N = torch.rand(len(drawn)) < _STARTS[modality]
+        times_N = torch.where(starts_N, 1 - _START * torch.rand(len(drawn)), times_N)
         steps_N = (times_N * noise_schedule.config.num_train_timesteps).long()
-        noise = torch.randn_like(latents)
+        noise = initial_noise(latents.shape, shared)
         noisy = noise_schedule.add_noise(latents, noise, steps_N)
         target = noise_schedule.get_velocity(latents, noise, steps_N)
         with cheap_products():
             made = predict(model, modality, noisy, steps_N, captions)
         return {"v": mse_loss(made.float(), target)}
 
-    return train(f"{modality}_unet", model, loss_of, plan or PLANS[modality], work, seed)
+    plan = plan or PLANS[modality]
+    groups = _groups(model, plan) if modality == "video" else None
+    return train(f"{modality}_unet", model, loss_of, plan, work, seed, groups)
+
+
+def _groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
+    """The optimizer's parameter groups of a video network."""
+    over_time = [p for name, p in model.named_parameters() if _is_over_time(name)]
+    others = [p for name, p in model.named_parameters() if not _is_over_time(name)]
+    rate = plan.learning_rate
+    return [{"params": others, "lr": rate}, {"params": over_time, "lr": _FASTER_OVER_TIME * rate}]
+
+
+def _is_over_time(name: str) -> bool:
+    """Whether a weight or layer of a video network is of those that look along the frames."""
+    return "temp_" in name or "transformer_in" in name
 
 
 def predict(
@@ -107,8 +140,7 @@ class LatentPool:
     ) -> None:
         rng = np.random.default_rng([seed, 4])
         self._things = things(rng, count)
-        unnamed = round(_UNNAMED_COLOURS * count) if modality == "image" else 0
-        self._hidden = [("colour",) if row < unnamed else () for row in range(count)]
+        self._hidden = [_hidden(modality, row / count) for row in range(count)]
         path = work / f"latents_{modality}_{count}.pt"
         if not path.is_file():
             with written_aside(path) as aside, torch.no_grad():
@@ -130,14 +162,28 @@ class LatentPool:
     ) -> Tensor:
         """Latents of fresh media, of the shapes that `draw` names."""
         shown = self._things[rows]
-        if modality == "image":
-            rgbs = [unnamed_colour(rng) if hidden else None for hidden in self._hidden[rows]]
-            return vae.encode(pictures(shown, rng, rgbs)).latent_dist.mean
         if modality == "audio":
             return vae.encode(log_mel(sounds(shown, rng)).unsqueeze(1)).latent_dist.mean
-        frames = videos(shown, rng)
+        looks = [_look(hidden, rng) for hidden in self._hidden[rows]]
+        if modality == "image":
+            return vae.encode(pictures(shown, rng, looks)).latent_dist.mean
+        frames = videos(shown, rng, looks)
         latents = vae.encode(frames.flatten(0, 1)).latent_dist.mean
         return latents.unflatten(0, frames.shape[:2]).transpose(1, 2)
+
+
+def _hidden(modality: Modality, place: float) -> tuple[str, ...]:
+    """What of the thing at this place of the pool, 0..1, nobody names."""
+    if modality == "audio" or place >= _UNNAMED_COLOURS + _UNNAMED_SHAPES[modality]:
+        return ()
+    return ("colour",) if place < _UNNAMED_COLOURS else ("shape",)
+
+
+def _look(hidden: tuple[str, ...], rng: np.random.Generator) -> Look:
+    return Look(
+        rgb=unnamed_colour(rng) if "colour" in hidden else None,
+        outline=unnamed_outline(rng) if "shape" in hidden else None,
+    )
 
 
 def _conditions(
@@ -169,6 +215,40 @@ def _conditions(
     return torch.where(torch.rand(shape) < _WITHOUT_CAPTION, empty, embeddings)
 
 
+def teach_places(video: UNet3DConditionModel, latents: Tensor, states: Tensor) -> None:
+    """Let the first layer over time add to every frame a code of its place.
+
+    Attention over time has no positions and convolutions have them by their padding alone. A
+    network that is left to find them tells the ends from the middle for thousands of steps, but
+    not the beginning from the end, and nothing can move.
+
+    Args:
+        latents: (N, C, T, H, W) of videos, to see what that layer is given.
+        states: (1, tokens, width) of any caption.
+    """
+    layer = video.down_blocks[0].temp_convs[0]
+    given: list[Tensor] = []  # (N * T, width, H, W) each
+    hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    with torch.no_grad():
+        for some in latents.split(4):
+            steps_N = torch.randint(1000, (len(some),))
+            noisy = scheduler().add_noise(some, initial_noise(some.shape, SHARED_NOISE), steps_N)
+            video(noisy, steps_N, states.expand(len(some), -1, -1))
+    hook.remove()
+    frames, width = latents.shape[2], given[0].shape[1]
+    waves = torch.arange(1, _PLACE_WAVES + 1)
+    angles = torch.pi * (torch.arange(frames)[:, None] + 0.5) * waves / frames
+    scale = _PLACE_SCALE * torch.cat(given).std()
+    places_TC = scale * (angles.cos() / waves) @ torch.randn(_PLACE_WAVES, width)
+    optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3)
+    for step in range(_PLACE_STEPS):
+        hidden = given[step % len(given)]
+        added = places_TC.repeat(len(hidden) // frames, 1)[..., None, None]
+        mse_loss(layer(hidden, num_frames=frames), hidden + added).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def begin_with(video: UNet3DConditionModel, picture: UNet2DConditionModel) -> None:
     """Copy the picture network's weights, and let the layers over time add nothing.
 
@@ -183,6 +263,8 @@ def begin_with(video: UNet3DConditionModel, picture: UNet2DConditionModel) -> No
     own |= {name: tensor.reshape(own[name].shape) for name, tensor in given.items()}
     video.load_state_dict(own)
     for name, module in video.named_modules():
-        if name.endswith("proj_out") and ("temp_attentions" in name or "transformer_in" in name):
+        if name.endswith("proj_out") and _is_over_time(name):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Dropout) and _is_over_time(name):
+            module.p = 0.0  # costs a tenth of a step, and a small world needs none

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conversation.parts import MODALITIES, Modality
 from mini_world.captions import caption
+from mini_world.looks import unnamed_colour
 from mini_world.mini_encoder import MINI_IMAGEBIND
 from mini_world.part_training.contrast import SCALE, Probes, contrast, held_out_mixes, same_things
 from mini_world.part_training.runner import Losses, Plan, cheap_products, train
@@ -22,9 +23,9 @@ from mini_world.part_training.samples import (
     labels,
     neighbours,
     picture_views,
-    unnamed_colour,
 )
 from mini_world.part_training.towers import ClipTower, clip_states
+from mini_world.render_image import OWN_LOOK, Look
 from mini_world.things import ATTRIBUTES, Thing
 from model.imagebind import ImageBind
 
@@ -107,8 +108,8 @@ def _media(
     count = BATCH[modality]
     if modality == "image":
         things = neighbours(rng, modality, count)
-        unnamed = [unnamed_colour(rng) for _ in range(count // 2)]
-        return things, picture_views(things, rng, [*unnamed, *[None] * (count // 2)])
+        unnamed = [Look(rgb=unnamed_colour(rng)) for _ in range(count // 2)]
+        return things, picture_views(things, rng, [*unnamed, *[OWN_LOOK] * (count // 2)])
     return pools[modality].draw(rng, count)
 
 

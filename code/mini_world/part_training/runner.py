@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,20 +46,27 @@ def cheap_products() -> torch.autocast:
 
 
 def train(
-    name: str, module: nn.Module, loss_of: LossOf, plan: Plan, work: Path, seed: int
+    name: str,
+    module: nn.Module,
+    loss_of: LossOf,
+    plan: Plan,
+    work: Path,
+    seed: int,
+    groups: list[dict[str, Any]] | None = None,
 ) -> nn.Module:
     """Train `module` in place, going on from `work/NAME.pt` if it is there.
 
     Args:
         loss_of: the losses of one batch, which it draws from the generator given; torch's own
             random numbers are seeded before it.
+        groups: the optimizer's parameter groups, where not all parameters learn at one rate.
         work: gets the checkpoint and `NAME.jsonl`, a line every few steps with means of the losses.
 
     Returns:
         The averaged weights, in evaluation mode.
     """
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay
+        groups or module.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay
     )
     schedule = LambdaLR(optimizer, lambda step: _share_of_peak(step, plan))
     averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(plan.average))

@@ -4,7 +4,7 @@ Pictures are rendered as they are asked for, 1 ms each. Videos and sounds for th
 files and views cost 30 ms, come from pools that are made once and kept in the work folder.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,7 +21,8 @@ from dataset.decoding import read_video_frames
 from dataset.media import SIZE, audio_views, image_views, normalise, video_frame_indices
 from mini_world.album import generator
 from mini_world.captions import caption
-from mini_world.render_image import GROUND, RGB, Rgb, render_image
+from mini_world.looks import unnamed_colour
+from mini_world.render_image import OWN_LOOK, Look, render_image
 from mini_world.render_sound import render_sound
 from mini_world.render_video import FRAMES_PER_SECOND, render_video
 from mini_world.things import (
@@ -38,8 +39,6 @@ from model.media_files import Frames, save_medium
 
 ALL_ATTRIBUTES = tuple(VALUES)
 NOT_TOLD = -1
-_STANDS_OUT = 60.0  # distance from the gray of the ground, in RGB
-_LIKE = 80.0  # distance below which a colour could pass for one that has a name
 # What a decoder's frames are: every second one that is rendered.
 DECODED_FRAMES = 8
 
@@ -117,38 +116,38 @@ def _value(thing: Thing, attribute: str) -> str | int:
 
 
 def pictures(
-    things_: Sequence[Thing], rng: np.random.Generator, rgbs: Sequence[Rgb | None] | None = None
+    things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
 ) -> Tensor:
-    """Fresh pictures: (N, 3, 64, 64) float32 in -1..1; `rgbs` take the place of some colours."""
-    return to_unit(np.stack(_painted(things_, rng, rgbs)))
+    """Fresh pictures: (N, 3, 64, 64) float32 in -1..1.
+
+    Args:
+        looks: of each thing; empty: their own.
+    """
+    return to_unit(np.stack(_painted(things_, rng, looks)))
 
 
 def _painted(
-    things_: Sequence[Thing], rng: np.random.Generator, rgbs: Sequence[Rgb | None] | None
+    things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look]
 ) -> list[np.ndarray]:
     """A picture of each, (64, 64, 3) uint8."""
-    colours = rgbs or [None] * len(things_)
-    return [render_image(thing, rng, rgb) for thing, rgb in zip(things_, colours, strict=True)]
+    return [render_image(thing, rng, look) for thing, look in _with_looks(things_, looks)]
 
 
-def unnamed_colour(rng: np.random.Generator) -> Rgb:
-    """Any colour that stands out from the ground and is like none that has a name.
+def _with_looks(things_: Sequence[Thing], looks: Sequence[Look]) -> Iterable[tuple[Thing, Look]]:
+    return zip(things_, looks or [OWN_LOOK] * len(things_), strict=True)
 
-    Alike for all shapes: colours in which a shape were missing would speak against that shape.
+
+def videos(
+    things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
+) -> Tensor:
+    """Fresh videos at half the frame rate: (N, 8, 3, 64, 64) float32 in -1..1.
+
+    Args:
+        looks: of each thing; empty: their own.
     """
-    palette = np.array(list(RGB.values()))
-    while True:
-        rgb = rng.integers(256, size=3)
-        gray = np.clip(rgb.mean(), *GROUND)
-        named = np.linalg.norm(palette - rgb, axis=1).min() < _LIKE
-        if not named and np.linalg.norm(rgb - gray) > _STANDS_OUT:
-            return tuple(rgb.tolist())
-
-
-def videos(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
-    """Fresh videos at half the frame rate: (N, 8, 3, 64, 64) float32 in -1..1."""
     step = 16 // DECODED_FRAMES
-    return to_unit(np.stack([render_video(thing, rng)[::step] for thing in things_]))
+    rendered = [render_video(thing, rng, look) for thing, look in _with_looks(things_, looks)]
+    return to_unit(np.stack(rendered)[:, ::step])
 
 
 def sounds(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
@@ -162,10 +161,10 @@ def to_unit(pixels: np.ndarray) -> Tensor:
 
 
 def picture_views(
-    things_: Sequence[Thing], rng: np.random.Generator, rgbs: Sequence[Rgb | None] | None = None
+    things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
 ) -> Tensor:
-    """What the encoder takes in of fresh pictures: (N, 3, 224, 224); `rgbs` as for `pictures`."""
-    rendered = _painted(things_, rng, rgbs)
+    """What the encoder takes in of fresh pictures: (N, 3, 224, 224); `looks` as for `pictures`."""
+    rendered = _painted(things_, rng, looks)
     return torch.stack([image_views(Image.fromarray(picture)) for picture in rendered])
 
 
@@ -218,10 +217,10 @@ def video_ends(seed: int, number: int, thing: Thing, *, unnamed: bool = False) -
     """First and last frame of a file as it is written: (2, 64, 64, 3) uint8."""
     name = f"pool_{number:06d}.mp4"
     rng = generator(seed, name)
-    rgb = unnamed_colour(rng) if unnamed else None
+    look = Look(rgb=unnamed_colour(rng)) if unnamed else OWN_LOOK
     with TemporaryDirectory() as folder:
         path = Path(folder) / name
-        save_medium(Frames(render_video(thing, rng, rgb), FRAMES_PER_SECOND), path)
+        save_medium(Frames(render_video(thing, rng, look), FRAMES_PER_SECOND), path)
         frames = read_video_frames(path, video_frame_indices)
     return torch.from_numpy(np.stack(frames[:2]))
 
