@@ -6,7 +6,7 @@ with that of another caption of the same thing, and a little noise is added. A t
 caption, for guidance (arXiv 2207.12598).
 
 The video network begins with the picture network's weights, as ZeroScope's began with Stable
-Diffusion's, and with layers over time that at first do nothing.
+Diffusion's, and with layers over time that at first do nothing but say which frame is which.
 """
 
 from collections.abc import Callable
@@ -94,10 +94,7 @@ def train_unet(
     def loss_of(rng: np.random.Generator) -> Losses:
         drawn, hidden, latents = pool.draw(rng, BATCH[modality])
         captions = _conditions(modality, drawn, hidden, embed, empty, rng)
-        times_N = torch.rand(len(drawn)) ** _NOISY[modality]
-        starts_N = torch.rand(len(drawn)) < _STARTS[modality]
-        times_N = torch.where(starts_N, 1 - _START * torch.rand(len(drawn)), times_N)
-        steps_N = (times_N * noise_schedule.config.num_train_timesteps).long()
+        steps_N = _draw_times(modality, len(drawn), noise_schedule.config.num_train_timesteps)
         noise = initial_noise(latents.shape, shared)
         noisy = noise_schedule.add_noise(latents, noise, steps_N)
         target = noise_schedule.get_velocity(latents, noise, steps_N)
@@ -108,6 +105,14 @@ def train_unet(
     plan = plan or PLANS[modality]
     groups = _groups(model, plan) if modality == "video" else None
     return train(f"{modality}_unet", model, loss_of, plan, work, seed, groups)
+
+
+def _draw_times(modality: Modality, count: int, last: int) -> Tensor:
+    """Times (count,) int64 in 0..last - 1."""
+    times_N = torch.rand(count) ** _NOISY[modality]
+    starts_N = torch.rand(count) < _STARTS[modality]
+    times_N = torch.where(starts_N, 1 - _START * torch.rand(count), times_N)
+    return (times_N * last).long().clamp(max=last - 1)
 
 
 def _groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
