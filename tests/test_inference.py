@@ -1,17 +1,20 @@
 """The inference entry and the history file, on tiny real parts from end to end."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 import inference
+from chat.answering import find_delta
 from chat.assistant import Assistant
 from chat.history import read_history, write_history
 from config.entry import run_entry
 from config.errors import InputError
 from config.loader import load_config
 from conversation.parts import Conversation, Media, Text, Turn
+from model.delta import DELTA_FILE
 from parity_tools import MEDIA
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
@@ -170,3 +173,17 @@ def test_history_comes_back_as_written(tmp_path: Path) -> None:
     assert read_history(tmp_path / "history.json") == turns
     assert "sub/b.png" in (tmp_path / "history.json").read_text()
     assert str(tmp_path) not in (tmp_path / "history.json").read_text()
+
+
+def test_the_delta_that_finished_last_is_taken_and_else_the_systems_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("mini", overrides=[f"save_path={tmp_path}"])
+    assert find_delta(config) == tmp_path / "stage_3"  # which will be missed by its name
+    for age, place in enumerate([".", "stage_3", "stage_4", "stage_3"]):
+        delta = tmp_path / place / DELTA_FILE
+        delta.parent.mkdir(exist_ok=True)
+        delta.touch()
+        os.utime(delta, (age, age))
+        assert find_delta(config) == delta.parent
+    assert "using the tuned parameters in" in capsys.readouterr().out

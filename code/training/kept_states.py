@@ -14,6 +14,7 @@ from conversation.batch import Batch
 from conversation.parts import Modality
 from model.nextgpt import NextGPT
 
+_READ_TOGETHER = 16  # rows of like length; the shorter ones are padded
 _Run = tuple[Modality, int]  # a run of a conversation, by its first position
 _Key = tuple[bytes, bytes]  # a conversation: its ids to the end of its last run, its media
 
@@ -50,33 +51,51 @@ class KeptStates:
                 "training.keep_states is for one conversation a row: set data.row_length to null, "
                 "or turn it off"
             )
-        rows = {int(row) for runs in batch.runs.values() for row in runs[:, 0]}
-        states = {row: self._of_row(batch, row) for row in rows}
-        for modality, runs in batch.runs.items():
-            found = [states[row][modality, first] for row, first in runs.tolist()]
+        runs: dict[int, list[_Run]] = {}
+        for modality, places in batch.runs.items():
+            for row, first in places.tolist():
+                runs.setdefault(row, []).append((modality, first))
+        ends = {row: max(self._end(run) for run in found) for row, found in runs.items()}
+        keys = {row: _key(batch, row, end) for row, end in ends.items()}
+        unread = sorted((row for row in runs if keys[row] not in self._kept), key=ends.__getitem__)
+        for start in range(0, len(unread), _READ_TOGETHER):
+            rows = unread[start : start + _READ_TOGETHER]
+            read = self._read(batch, rows, ends[rows[-1]], runs)
+            self._kept |= {keys[row]: states for row, states in read.items()}
+        for modality, places in batch.runs.items():
+            found = [self._kept[keys[row]][modality, first] for row, first in places.tolist()]
             batch.states[modality] = torch.stack(found, dim=1)
         return batch
 
-    def _of_row(self, batch: Batch, row: int) -> dict[_Run, Tensor]:
-        """The states (2, T, H) of a row's runs; it is read alone, so that company never matters."""
-        runs = [
-            (modality, first)
-            for modality, places in batch.runs.items()
-            for owner, first in places.tolist()
-            if owner == row
+    def _end(self, run: _Run) -> int:
+        modality, first = run
+        return first + self._model.signal_counts[modality]
+
+    def _read(
+        self, batch: Batch, rows: list[int], end: int, runs: dict[int, list[_Run]]
+    ) -> dict[int, dict[_Run, Tensor]]:
+        """The states (2, T, H) of the runs of these rows, read up to position `end`."""
+        places = {row: place for place, row in enumerate(rows)}
+        shown = [
+            (index, places[row], first)
+            for index, (row, first) in enumerate(batch.slots.tolist())
+            if row in places and first < end
         ]
-        end = max(first + self._model.signal_counts[modality] for modality, first in runs)
-        ids_1L = batch.input_ids[row : row + 1, :end]
-        shown = (batch.slots[:, 0] == row) & (batch.slots[:, 1] < end)
-        slots, features = batch.slots[shown] * batch.slots.new_tensor([0, 1]), batch.features[shown]
-        key = (ids_1L.cpu().numpy().tobytes(), features.cpu().numpy().tobytes())
-        if key not in self._kept:
-            embeddings = self._model.embed(ids_1L, slots, features)
-            hidden = self._model.read(embeddings)
-            self._kept[key] = {
+        slots = batch.slots.new_tensor([slot for _, *slot in shown]).view(-1, 2)
+        features = batch.features[[index for index, *_ in shown]]
+        embeddings = self._model.embed(batch.input_ids[rows, :end], slots, features)
+        hidden = self._model.read(embeddings, batch.attention_mask[rows, :end])
+        return {
+            row: {
                 (modality, first): self._model.states_of_runs(
-                    modality, batch.slots.new_tensor([[0, first]]), hidden, embeddings
+                    modality, batch.slots.new_tensor([[place, first]]), hidden, embeddings
                 )[:, 0].float()
-                for modality, first in runs
+                for modality, first in runs[row]
             }
-        return self._kept[key]
+            for row, place in places.items()
+        }
+
+
+def _key(batch: Batch, row: int, end: int) -> _Key:
+    features = batch.features[(batch.slots[:, 0] == row) & (batch.slots[:, 1] < end)]
+    return batch.input_ids[row, :end].cpu().numpy().tobytes(), features.cpu().numpy().tobytes()
