@@ -15,7 +15,17 @@ def run(folder: Path, *sets: str, world: int = 1) -> TinyRun:
     return TinyRun(folder, 2, [*ALONE, *sets], flags, world)
 
 
-@pytest.mark.parametrize("sets", [[], ["data.datasets=[mini_request,mini_mosit]"]])
+SINGLY = ["training.global_batch_size=4", "training.micro_batch_size=1"]  # some without a run
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        [],
+        ["data.datasets=[mini_request,mini_mosit]"],
+        ["data.datasets=[mini_request,mini_mosit,mini_text]", *SINGLY],
+    ],
+)
 def test_kept_states_give_the_losses_of_states_read_every_time(
     sets: list[str], tmp_path: Path
 ) -> None:
@@ -28,6 +38,7 @@ def test_kept_states_give_the_losses_of_states_read_every_time(
         names = {name for name in one if name.startswith("alignment_")}
         assert names == {name for name in other if name.startswith("alignment_")}
         assert all(one[name] == pytest.approx(other[name], rel=1e-4) for name in names)
+        assert one["loss"] == pytest.approx(sum(one[name] or 0 for name in names), rel=1e-4)
 
 
 def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:

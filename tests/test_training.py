@@ -113,12 +113,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     return TinyRun(path, 3, [*ONE_AT_A_TIME, "training.max_steps=6"], from_stage(2)).finish()
 
 
-# Known fault: under ZeRO 3, processes whose samples hold different media may reduce gradients in
-# different orders, and the run ends with an error. Use ZeRO 1 or 2 until it is mended.
-_ZERO_3 = pytest.param(2, 3, marks=pytest.mark.xfail(reason="gradients in different orders"))
-
-
-@pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 3), (2, 1), (2, 2), _ZERO_3])
+@pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3)])
 def test_processes_with_different_media_agree_with_one_process(
     tmp_path: Path, alone: TinyRun, world: int, stage: int
 ) -> None:

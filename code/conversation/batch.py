@@ -22,7 +22,7 @@ class Batch:
         runs: by modality (R, 2) int64, row and first position of the signal runs to be projected.
         captions: by modality (R, *caption_shape) float32, what the projections should give.
         states: by modality (2, R, T, H), hidden states and input embeddings of the runs' T tokens,
-            where the language model has read them before: it is then left out.
+            where the language model has read them before: it is then left out. None elsewhere.
         position_ids: (B, L) int64 of packed rows: 0 begins another conversation, which sees nothing
             of the ones before it; none where each row is one conversation.
     """
@@ -34,7 +34,7 @@ class Batch:
     features: torch.Tensor
     runs: dict[Modality, torch.Tensor] = field(default_factory=dict)
     captions: dict[Modality, torch.Tensor] = field(default_factory=dict)
-    states: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    states: dict[Modality, torch.Tensor] | None = None
     position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":

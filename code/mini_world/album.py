@@ -73,12 +73,10 @@ class Album:
                 (f"{prefix}_{modality}_{number:06d}{SUFFIXES[modality]}", sample_thing(rng, split))
                 for number in range(1, size + 1)
             ]
-
-            if modality != "audio":
-                for name, _ in self.shown[modality]:
-                    colour = generator(seed, f"{name} colour")
-                    if colour.random() < unnamed_colours:
-                        self._looks[name] = Look(rgb=unnamed_colour(colour))
+            for name, _ in self.shown[modality] if modality != "audio" else ():
+                rng = generator(seed, f"{name} colour")
+                if rng.random() < unnamed_colours:
+                    self._looks[name] = Look(rgb=unnamed_colour(rng))
 
     def look(self, name: str) -> Look:
         """How the medium of this file name is painted."""

@@ -69,7 +69,7 @@ _HOMES: dict[str, tuple[Part, str]] = {
     "audio_unet": ("audio", "unet"),
     "vocoder": ("audio", "vocoder"),
 }
-_PLACES = {"_name_or_path", "is_local", "local_files_only"}
+_ORIGINS = {"_name_or_path", "is_local", "local_files_only"}  # of a component that was loaded
 RECORD = "training.json"  # in a part's folder: what of it is trained, how long, the last losses
 
 
@@ -180,7 +180,7 @@ class Builder:
         else:
             trained = {} if self.untrained else self._trained(part)
             build_mini_decoder(part, folder, self.seed, sample_captions(), trained=trained)
-        _forget_places(folder)
+        _forget_origins(folder)
         (folder / RECORD).write_text(json.dumps(self._record(part), indent=1) + "\n")
 
     def is_complete(self, part: Part) -> bool:
@@ -260,12 +260,12 @@ def _frozen(kind: type[nn.Module], folder: Path) -> Any:
     return kind.from_pretrained(folder).float().eval().requires_grad_(False)
 
 
-def _forget_places(folder: Path) -> None:
+def _forget_origins(folder: Path) -> None:
     """Strike out where a component was loaded from, which the libraries write into its files."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and _PLACES & content.keys():
-            kept = {key: value for key, value in content.items() if key not in _PLACES}
+        if isinstance(content, dict) and _ORIGINS & content.keys():
+            kept = {key: value for key, value in content.items() if key not in _ORIGINS}
             path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 

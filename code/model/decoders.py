@@ -163,7 +163,7 @@ class Decoder:
             return [Sound(samples, rate) for samples in samples_BN]
         arguments |= {"height": options.height, "width": options.width}
         if self.modality == "video":
-            arguments |= {"num_frames": options.frames}
+            arguments["num_frames"] = options.frames
             if options.shared_noise:
                 arguments["latents"] = self._video_noise(len(embeddings), options, arguments)
             videos_BTHWC = self._run(callback=on_step, **arguments).frames

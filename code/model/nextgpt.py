@@ -133,7 +133,7 @@ class NextGPT(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """The losses of `batch`; of the text none where the language model is left out."""
-        if batch.states:
+        if batch.states is not None:
             losses, states = Losses(batch.features.new_zeros(()), 0), batch.states
         else:
             losses, states = self._read_and_score(batch)
@@ -145,6 +145,9 @@ class NextGPT(nn.Module):
                 losses.runs[modality] = len(found)
             else:  # not a look at a weight: under ZeRO 3 it would be gathered, by this rank alone
                 nothing = losses.text.new_zeros(1, 1, projection.fc.in_features)
+                # As hidden states would: ZeRO 3 lets go of a layer's weights after its backward
+                # pass only if its input asks for a gradient, and ranks must let go of the same.
+                nothing.requires_grad_(losses.text.requires_grad)
                 losses.unused = losses.unused + 0 * projection(nothing, nothing).sum()
         return losses
 

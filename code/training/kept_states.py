@@ -62,6 +62,7 @@ class KeptStates:
             rows = unread[start : start + _READ_TOGETHER]
             read = self._read(batch, rows, ends[rows[-1]], runs)
             self._kept |= {keys[row]: states for row, states in read.items()}
+        batch.states = {}  # of a batch without runs it stays so, and nothing is read
         for modality, places in batch.runs.items():
             found = [self._kept[keys[row]][modality, first] for row, first in places.tolist()]
             batch.states[modality] = torch.stack(found, dim=1)

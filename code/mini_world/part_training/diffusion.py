@@ -234,10 +234,12 @@ def teach_places(video: UNet3DConditionModel, latents: Tensor, states: Tensor) -
     layer = video.down_blocks[0].temp_convs[0]
     given: list[Tensor] = []  # (N * T, width, H, W) each
     hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    noise_schedule = scheduler()
     with torch.no_grad():
         for some in latents.split(4):
-            steps_N = torch.randint(1000, (len(some),))
-            noisy = scheduler().add_noise(some, initial_noise(some.shape, SHARED_NOISE), steps_N)
+            steps_N = torch.randint(noise_schedule.config.num_train_timesteps, (len(some),))
+            noise = initial_noise(some.shape, SHARED_NOISE)
+            noisy = noise_schedule.add_noise(some, noise, steps_N)
             video(noisy, steps_N, states.expand(len(some), -1, -1))
     hook.remove()
     frames, width = latents.shape[2], given[0].shape[1]
@@ -272,4 +274,4 @@ def begin_with(video: UNet3DConditionModel, picture: UNet2DConditionModel) -> No
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
         if isinstance(module, nn.Dropout) and _is_over_time(name):
-            module.p = 0.0  # costs a tenth of a step, and a small world needs none
+            module.p = 0.0  # what is held out is kept apart by other means, and it costs time
