@@ -4,6 +4,8 @@ A thing that moves travels 14 pixels through its place; one that grows or shrink
 between 65 % and 135 %. Over time, its mean centre is its place and its mean radius its size.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from config.errors import InputError
@@ -38,6 +40,17 @@ def render_video(thing: Thing, rng: np.random.Generator, look: Look = OWN_LOOK) 
     Raises:
         InputError: the thing has no motion.
     """
+    return render_moments(thing, np.linspace(-1.0, 1.0, FRAMES), rng, look)
+
+
+def render_moments(
+    thing: Thing, times: Sequence[float], rng: np.random.Generator, look: Look = OWN_LOOK
+) -> np.ndarray:
+    """Frames of a video of `thing` at `times`, from -1, its first, to 1: (T, 64, 64, 3) uint8 RGB.
+
+    Raises:
+        InputError: the thing has no motion.
+    """
     if thing.motion is None:
         raise InputError(f"{thing} has no motion: give it one before rendering a video")
     nuisance = draw_nuisance(rng)
@@ -54,6 +67,6 @@ def render_video(thing: Thing, rng: np.random.Generator, look: Look = OWN_LOOK) 
             radius * (1 + growth * SWELL * time),
             nuisance.ground,
         )
-        for time in np.linspace(-1.0, 1.0, FRAMES)
+        for time in times
     ]
     return to_bytes(np.stack(frames), nuisance.noise / 2, rng)

@@ -40,7 +40,7 @@ from model.decoders import initial_noise
 
 PLANS: dict[Modality, Plan] = {
     "image": Plan(steps=11000, learning_rate=6e-4),
-    "video": Plan(steps=6000, learning_rate=4e-4),
+    "video": Plan(steps=5000, learning_rate=5e-4),
     "audio": Plan(steps=3000, learning_rate=5e-4),
 }
 BATCH: dict[Modality, int] = {"image": 32, "video": 4, "audio": 32}
