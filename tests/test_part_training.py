@@ -14,7 +14,7 @@ from mini_world.looks import unnamed_colour, unnamed_outline
 from mini_world.mini_decoders import unet, vae
 from mini_world.part_training import runner
 from mini_world.part_training.contrast import Probes, held_out_mixes
-from mini_world.part_training.diffusion import begin_with, predict, teach_places
+from mini_world.part_training.diffusion import predict
 from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, train
 from mini_world.part_training.samples import (
@@ -29,6 +29,7 @@ from mini_world.part_training.samples import (
     video_ends,
 )
 from mini_world.part_training.vae import standardise
+from mini_world.part_training.video_start import begin_with, teach_places
 from mini_world.render_image import RGB, coverage
 from mini_world.things import ATTRIBUTES, SHAPES, VALUES, Thing
 from tiny_decoders import TINY
@@ -39,7 +40,7 @@ PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_every=2, log_every=3, ave
 def losses_of(model: nn.Linear) -> runner.LossOf:
     """Regression to random numbers that come from both generators."""
 
-    def loss_of(rng: np.random.Generator) -> Losses:
+    def loss_of(rng: np.random.Generator, _: int) -> Losses:
         inputs = torch.from_numpy(rng.standard_normal((8, 3))).float()
         return {"squared": (model(inputs) - torch.randn(8, 2)).square().mean()}
 
@@ -57,11 +58,11 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> 
     broken = new_model()
     loss_of, calls = losses_of(broken), []
 
-    def stops_once(rng: np.random.Generator) -> Losses:
+    def stops_once(rng: np.random.Generator, step: int) -> Losses:
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return loss_of(rng)
+        return loss_of(rng, step)
 
     with pytest.raises(KeyboardInterrupt):
         train("part", broken, stops_once, PLAN, tmp_path / "b", seed=1)

@@ -57,7 +57,7 @@ class OutputProjectionConfig(Section):
     decoder_layers: Positive
     heads: Positive
     feedforward: Positive  # hidden width of the feed-forward layers
-    centred: bool  # subtract the mean of what comes in: learns in half the steps
+    centred: bool  # begin with what varies in what comes in: see training/centring.py
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:

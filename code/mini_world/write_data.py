@@ -29,20 +29,20 @@ from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 7  # of the world: raise it when the same seed gives something else
+VERSION = 8  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
     "pair_audio": 240,
     "question": 1500,
-    "question_image": 250,
-    "question_video": 160,
-    "question_audio": 72,
+    "question_image": 400,
+    "question_video": 400,
+    "question_audio": 100,
     "request": 1200,
     "mosit": 2400,
-    "mosit_image": 250,
-    "mosit_video": 160,
-    "mosit_audio": 72,
+    "mosit_image": 400,
+    "mosit_video": 400,
+    "mosit_audio": 100,
     "text_world": 300,
     "text_plain": 400,  # at most: as many as there are
 }

@@ -41,7 +41,7 @@ _TRAINED_BEFORE: dict[int, set[Part]] = {
     4: {"input_projection", "output_projections", "vocabulary", "lora"},
 }
 STOPPED_BY_SIGNAL = 143
-_CENTRING_BATCHES = 4  # a few tens of runs of each modality are enough
+_CENTRING_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Trainer:
         vocabulary_size = model.own_vocabulary_size
         if checkpoint is None and (delta is None or not delta.holds("input_projection")):
             self.fit(model, samples, plan, steps)
-        self.centre(model, samples, plan, steps)
+        kept = KeptStates(model, training) if training.keep_states else None
+        self.centre(model, samples, plan, steps, kept)
         agent = Agent(model, training, steps, self.device, self.dtype)
         torch.manual_seed(training.seed + self.rank)  # every process drops out its own
 
@@ -119,7 +120,7 @@ class Trainer:
         logs = self.options.log_path
         logs = logs / folder.path.name if logs else folder.path / "log"
         with closing(Progress(logs, self.rank, first_step, steps, counted)) as progress:
-            if not self.take_steps(agent, samples, plan, folder, progress, first_step, steps):
+            if not self.take_steps(agent, samples, plan, folder, progress, first_step, steps, kept):
                 return False
         tensors = agent.tuned_tensors(own_vocabulary=own_vocabulary)
         if self.rank == 0:
@@ -133,15 +134,23 @@ class Trainer:
             self.say("fitting the input projection")
             fit_input_projection(model.to(self.device), self.batches(samples, plan, steps))
 
-    def centre(self, model: NextGPT, samples: ReadySamples, plan: BatchPlan, steps: int) -> None:
-        """Measure what new output projections subtract, the same in every process.
+    def centre(
+        self,
+        model: NextGPT,
+        samples: ReadySamples,
+        plan: BatchPlan,
+        steps: int,
+        kept: KeptStates | None,
+    ) -> None:
+        """Measure what new output projections begin with, the same in every process.
 
-        A resumed run measures it again: checkpoints hold what trains.
+        A resumed run measures it again: checkpoints hold what trains, and a centre does not.
         """
         if lack_a_centre(model):
+            model.to(self.device)
             batches = self.batches(samples, plan, min(steps, _CENTRING_BATCHES))
             with self.autocast():
-                centre_projections(model.to(self.device), batches)
+                centre_projections(model, map(kept.fill, batches) if kept else batches)
 
     def batches(self, samples: ReadySamples, plan: BatchPlan, steps: int) -> Iterator[Batch]:
         """The run's first batches, whole and a conversation a row, outside of training."""
@@ -164,6 +173,7 @@ class Trainer:
         progress: Progress,
         first_step: int,
         steps: int,
+        kept: KeptStates | None,
     ) -> bool:
         """The steps from `first_step` on; False if a signal ended them, after a save."""
         signal.signal(signal.SIGTERM, self._on_signal)
@@ -178,8 +188,6 @@ class Trainer:
             self.config.data.row_length,
         )
         completer = BatchCompleter(self.config, samples.caches, self.device)
-        training = self.config.training
-        kept = KeptStates(agent.model, training) if training.keep_states else None
         for step in range(first_step + 1, steps + 1):
             ready = next(batches)
             counts, stopped = self.count(step, ready, progress)
@@ -195,7 +203,7 @@ class Trainer:
                 counts = replace(counts, tokens=0)
             result = agent.step(whole, counts)
             progress.report(step, result, counts)
-            if step % training.save_every == 0 and step < steps:
+            if step % self.config.training.save_every == 0 and step < steps:
                 folder.save(agent, step, progress.counted)
         return True
 

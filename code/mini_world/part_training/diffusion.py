@@ -5,13 +5,11 @@ What a projection gives later is never quite a caption's embedding, so in traini
 with that of another caption of the same thing, and a little noise is added. A tenth go without
 caption, for guidance (arXiv 2207.12598).
 
-The video network begins with the picture network's weights, as ZeroScope's began with Stable
-Diffusion's, and with layers over time that at first do nothing but say which frame is which.
+The video network begins with the picture network's weights; see `video_start`.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +19,6 @@ from torch.nn.functional import mse_loss, normalize
 from tqdm import tqdm
 
 from config.atomic import written_aside
-from config.errors import InputError
 from conversation.parts import Modality
 from mini_world.looks import unnamed_colour, unnamed_outline
 from mini_world.mini_decoders import MINI, SHARED_NOISE, scheduler, unet
@@ -34,13 +31,21 @@ from mini_world.part_training.samples import (
     things,
     videos,
 )
+from mini_world.part_training.video_start import (
+    STILL,
+    STILLS,
+    begin_with,
+    moments,
+    teach_places,
+    video_groups,
+)
 from mini_world.render_image import Look
 from mini_world.things import Thing
 from model.decoders import initial_noise
 
 PLANS: dict[Modality, Plan] = {
     "image": Plan(steps=11000, learning_rate=6e-4),
-    "video": Plan(steps=5000, learning_rate=5e-4),
+    "video": Plan(steps=4500, learning_rate=6e-4),
     "audio": Plan(steps=3000, learning_rate=5e-4),
 }
 BATCH: dict[Modality, int] = {"image": 32, "video": 4, "audio": 32}
@@ -50,16 +55,12 @@ _WITHOUT_CAPTION = 0.1
 # is learned from a world in which red squares are held out.
 _UNNAMED_COLOURS = 0.3
 _UNNAMED_SHAPES: dict[Modality, float] = {"image": 0.1, "video": 0.2}
-# The layers over time begin as nothing beside layers that already draw.
-_FASTER_OVER_TIME = 2.0
 # Times are drawn as u to this power: what a caption tells is decided while there is much noise.
 _NOISY: dict[Modality, float] = {"image": 0.5, "video": 0.5, "audio": 1.0}
 # Only at nearly pure noise must the caption tell what moves where: later the differences between
 # frames do, which share most of their noise. So half of the videos are of the noisiest times.
 _STARTS: dict[Modality, float] = {"image": 0.0, "video": 0.5, "audio": 0.0}
 _START = 0.03
-# What the first layer over time is taught to add, see `teach_places`.
-_PLACE_WAVES, _PLACE_SCALE, _PLACE_STEPS = 4, 0.5, 400
 _MIXED = 0.5
 _NOISE = 0.15  # largest deviation, as a share of the embeddings' own
 Embed = Callable[[list[str]], Tensor]  # captions to (N, T, D), or (N, D) for sound
@@ -91,8 +92,12 @@ def train_unet(
     if modality == "video" and not (work / "video_unet.pt").is_file():
         teach_places(model, pool.draw(np.random.default_rng([seed, 5]), 64)[2], empty)
 
-    def loss_of(rng: np.random.Generator) -> Losses:
-        drawn, hidden, latents = pool.draw(rng, BATCH[modality])
+    def loss_of(rng: np.random.Generator, step: int) -> Losses:
+        if modality == "video":
+            drawn, hidden, latents = pool.draw(rng, STILLS if step < STILL else BATCH["video"])
+            latents = latents[:, :, moments(latents.shape[2], step)]
+        else:
+            drawn, hidden, latents = pool.draw(rng, BATCH[modality])
         captions = _conditions(modality, drawn, hidden, embed, empty, rng)
         steps_N = _draw_times(modality, len(drawn), noise_schedule.config.num_train_timesteps)
         noise = initial_noise(latents.shape, shared)
@@ -103,7 +108,7 @@ def train_unet(
         return {"v": mse_loss(made.float(), target)}
 
     plan = plan or PLANS[modality]
-    groups = _groups(model, plan) if modality == "video" else None
+    groups = video_groups(model, plan.learning_rate) if modality == "video" else None
     return train(f"{modality}_unet", model, loss_of, plan, work, seed, groups)
 
 
@@ -113,19 +118,6 @@ def _draw_times(modality: Modality, count: int, last: int) -> Tensor:
     starts_N = torch.rand(count) < _STARTS[modality]
     times_N = torch.where(starts_N, 1 - _START * torch.rand(count), times_N)
     return (times_N * last).long().clamp(max=last - 1)
-
-
-def _groups(model: nn.Module, plan: Plan) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups of a video network."""
-    over_time = [p for name, p in model.named_parameters() if _is_over_time(name)]
-    others = [p for name, p in model.named_parameters() if not _is_over_time(name)]
-    rate = plan.learning_rate
-    return [{"params": others, "lr": rate}, {"params": over_time, "lr": _FASTER_OVER_TIME * rate}]
-
-
-def _is_over_time(name: str) -> bool:
-    """Whether a weight or layer of a video network is of those that look along the frames."""
-    return "temp_" in name or "transformer_in" in name
 
 
 def predict(
@@ -218,60 +210,3 @@ def _conditions(
     if modality == "audio":
         embeddings = normalize(embeddings, dim=-1)
     return torch.where(torch.rand(shape) < _WITHOUT_CAPTION, empty, embeddings)
-
-
-def teach_places(video: UNet3DConditionModel, latents: Tensor, states: Tensor) -> None:
-    """Let the first layer over time add to every frame a code of its place.
-
-    Attention over time has no positions and convolutions have them by their padding alone. A
-    network that is left to find them tells the ends from the middle for thousands of steps, but
-    not the beginning from the end, and nothing can move.
-
-    Args:
-        latents: (N, C, T, H, W) of videos, to see what that layer is given.
-        states: (1, tokens, width) of any caption.
-    """
-    layer = video.down_blocks[0].temp_convs[0]
-    given: list[Tensor] = []  # (N * T, width, H, W) each
-    hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    noise_schedule = scheduler()
-    with torch.no_grad():
-        for some in latents.split(4):
-            steps_N = torch.randint(noise_schedule.config.num_train_timesteps, (len(some),))
-            noise = initial_noise(some.shape, SHARED_NOISE)
-            noisy = noise_schedule.add_noise(some, noise, steps_N)
-            video(noisy, steps_N, states.expand(len(some), -1, -1))
-    hook.remove()
-    frames, width = latents.shape[2], given[0].shape[1]
-    waves = torch.arange(1, _PLACE_WAVES + 1)
-    angles = torch.pi * (torch.arange(frames)[:, None] + 0.5) * waves / frames
-    scale = _PLACE_SCALE * torch.cat(given).std()
-    places_TC = scale * (angles.cos() / waves) @ torch.randn(_PLACE_WAVES, width)
-    optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3)
-    for step in range(_PLACE_STEPS):
-        hidden = given[step % len(given)]
-        added = places_TC.repeat(len(hidden) // frames, 1)[..., None, None]
-        mse_loss(layer(hidden, num_frames=frames), hidden + added).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def begin_with(video: UNet3DConditionModel, picture: UNet2DConditionModel) -> None:
-    """Copy the picture network's weights, and let the layers over time add nothing.
-
-    Raises:
-        InputError: a weight of the picture network has no place.
-    """
-    own, given = video.state_dict(), picture.state_dict()
-    lost = [name for name in given if name not in own]
-    if lost:
-        raise InputError(f"the video network has no {', '.join(lost[:5])}: give both one layout")
-    # 1 x 1 convolutions of the one are linear layers of the other.
-    own |= {name: tensor.reshape(own[name].shape) for name, tensor in given.items()}
-    video.load_state_dict(own)
-    for name, module in video.named_modules():
-        if name.endswith("proj_out") and _is_over_time(name):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Dropout) and _is_over_time(name):
-            module.p = 0.0  # what is held out is kept apart by other means, and it costs time

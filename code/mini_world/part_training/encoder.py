@@ -47,7 +47,7 @@ def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan | None = N
     pools = {m: Pool(m, count, work, seed) for m, count in POOL.items()}
     _begin_apart(learner["imagebind"], pools, seed)
 
-    def loss_of(rng: np.random.Generator) -> Losses:
+    def loss_of(rng: np.random.Generator, _: int) -> Losses:
         losses: Losses = {}
         for modality in MODALITIES:
             things, views = _media(modality, pools, rng)

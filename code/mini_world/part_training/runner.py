@@ -24,7 +24,7 @@ from config.atomic import written_aside
 from model.device import cpu_has_fast_bf16
 
 Losses = dict[str, Tensor]  # scalars with their weights; the sum is minimised
-LossOf = Callable[[np.random.Generator], Losses]
+LossOf = Callable[[np.random.Generator, int], Losses]  # of a step's random numbers and number
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def train(
     for step in bar:
         start = time.monotonic()
         torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
-        losses = loss_of(np.random.default_rng([seed, step]))
+        losses = loss_of(np.random.default_rng([seed, step]), step)
         sum(losses.values(), torch.zeros(())).backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0, error_if_nonfinite=True)
         optimizer.step()

@@ -109,7 +109,7 @@ def _train(
         }
     )
 
-    def loss_of(rng: np.random.Generator) -> Losses:
+    def loss_of(rng: np.random.Generator, _: int) -> Losses:
         losses: Losses = {}
         for modality in modalities:
             with cheap_products():

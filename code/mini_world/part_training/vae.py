@@ -39,7 +39,7 @@ def train_vae(kind: Kind, work: Path, seed: int, plan: Plan | None = None) -> Au
     torch.manual_seed(seed)
     model = _untrained(kind).to(memory_format=torch.channels_last)
 
-    def loss_of(rng: np.random.Generator) -> Losses:
+    def loss_of(rng: np.random.Generator, _: int) -> Losses:
         with cheap_products():
             return _losses(model, kind, BATCHES[kind](rng))
 

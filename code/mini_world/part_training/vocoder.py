@@ -38,7 +38,7 @@ def train_vocoder(
     model = vocoder(MINI)
     begin_as_oscillators(model)
 
-    def loss_of(rng: np.random.Generator) -> Losses:
+    def loss_of(rng: np.random.Generator, _: int) -> Losses:
         spectrograms_NTM, samples_NS = _pieces(vae, rng)
         with cheap_products():
             made_NS = model(spectrograms_NTM).float()

@@ -102,6 +102,15 @@ class _AudioStem(nn.Module):
         return self.norm_layer(self.proj(views).flatten(2).transpose(1, 2))
 
 
+def _first_alike(views: Tensor) -> Tensor:
+    """Of each view (N, ...), the number of the first one that is the same: (N,) int64."""
+    firsts: list[int] = []
+    for view in views:
+        alike = (n for n in dict.fromkeys(firsts) if torch.equal(views[n], view))
+        firsts.append(next(alike, len(firsts)))
+    return torch.tensor(firsts, device=views.device)
+
+
 def _head(width: int, output_dim: int) -> nn.Sequential:
     """(N, W) -> (N, D); the published names are 0 and 2, between them stood the choice of CLS."""
     norm, linear = nn.LayerNorm(width, eps=_EPS), nn.Linear(width, output_dim, bias=False)
@@ -154,7 +163,10 @@ class ImageBind(nn.Module):
         """
         if modality == "image":
             return self.forward_views(modality, views)
-        features_ND = self.forward_views(modality, views.flatten(0, 1))
+        flat = views.flatten(0, 1)
+        firsts_N = _first_alike(flat)  # of a short square video all 15 views are the same
+        kept, rows_N = firsts_N.unique(return_inverse=True)
+        features_ND = self.forward_views(modality, flat[kept])[rows_N]
         return features_ND.unflatten(0, views.shape[:2]).mean(dim=1)
 
     forward = encode
