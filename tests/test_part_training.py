@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dataset.media import load_views
-from mini_world.album import write_medium
+from dataset.decoding import read_video_frames
+from dataset.media import load_views, video_frame_indices
+from mini_world.album import generator, write_medium
 from mini_world.captions import as_heard, read_caption
 from mini_world.looks import unnamed_colour, unnamed_outline
 from mini_world.mini_decoders import unet, vae
@@ -21,16 +22,23 @@ from mini_world.part_training.samples import (
     ALL_ATTRIBUTES,
     NOT_TOLD,
     clip_view,
+    clip_views,
     labels,
     neighbours,
     some_caption,
     sounds,
     things,
-    video_ends,
 )
 from mini_world.part_training.vae import standardise
-from mini_world.part_training.video_start import begin_with, teach_places
+from mini_world.part_training.video_start import (
+    SPREADING,
+    STILL,
+    begin_with,
+    moments,
+    teach_places,
+)
 from mini_world.render_image import RGB, coverage
+from mini_world.render_video import render_moments
 from mini_world.things import ATTRIBUTES, SHAPES, VALUES, Thing
 from tiny_decoders import TINY
 
@@ -141,13 +149,23 @@ def test_held_out_pairs_are_not_held_against_each_other() -> None:
     assert torch.allclose(spared * 3, shape.weight.grad[square_row] * 2, atol=1e-6)
 
 
-def test_a_pooled_video_is_seen_as_training_and_chat_see_its_file(tmp_path: Path) -> None:
+def test_all_views_of_a_video_are_its_ends_as_training_renders_them(tmp_path: Path) -> None:
     thing = things(np.random.default_rng(0), 1)[0]
-    path = tmp_path / "pool_000007.mp4"
+    path = tmp_path / "thing.mp4"
     write_medium(path, "video", thing, 5)
-    pooled = clip_view(video_ends(5, 7, thing).numpy())
+    ends = np.stack(read_video_frames(path, video_frame_indices)[:2])
     for view in load_views("video", path):
-        assert torch.allclose(view, pooled, atol=1e-5)
+        assert torch.allclose(view, clip_view(ends), atol=1e-5)
+    rendered = render_moments(thing, (-1.0, 1.0), generator(5, path.name))
+    assert np.abs(ends.astype(int) - rendered).mean() < 4  # noise and codec
+
+
+def test_fresh_videos_for_the_encoder_are_marred_but_recognisable() -> None:
+    shown = things(np.random.default_rng(0), 8)
+    views = clip_views(shown, np.random.default_rng(1))
+    clean = [clip_view(render_moments(t, (-1.0, 1.0), np.random.default_rng(1))) for t in shown]
+    assert views.shape == (8, 3, 2, 224, 224)
+    assert torch.corrcoef(torch.stack([views[0].flatten(), clean[0].flatten()]))[0, 1] > 0.9
 
 
 def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:
@@ -199,3 +217,11 @@ def test_the_first_layer_over_time_is_taught_to_tell_all_frames_apart() -> None:
     apart = distances[~torch.eye(8, dtype=torch.bool)]
     assert apart.min() > 0.1 * apart.max()
     assert distances[0, 7] > 0.7 * apart.max()  # the beginning from the end
+
+
+def test_a_video_network_sees_last_frames_first_and_then_whole_videos() -> None:
+    assert moments(8, 0).tolist() == moments(8, STILL - 1).tolist() == [7]
+    assert moments(8, STILL).tolist() == [7] * 8
+    half = moments(8, STILL + SPREADING // 2).tolist()
+    assert half == sorted(half) and half[-1] == 7 and 3 <= half[0] <= 4
+    assert moments(8, STILL + SPREADING).tolist() == list(range(8))

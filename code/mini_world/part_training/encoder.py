@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conversation.parts import MODALITIES, Modality
 from mini_world.captions import caption
@@ -19,7 +20,8 @@ from mini_world.mini_encoder import MINI_IMAGEBIND
 from mini_world.part_training.contrast import SCALE, Probes, contrast, held_out_mixes, same_things
 from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import (
-    Pool,
+    SoundPool,
+    clip_views,
     labels,
     neighbours,
     picture_views,
@@ -29,9 +31,9 @@ from mini_world.render_image import OWN_LOOK, Look
 from mini_world.things import ATTRIBUTES, Thing
 from model.imagebind import ImageBind
 
-PLAN = Plan(steps=2200, learning_rate=1e-3, weight_decay=0.05, average=0.99)
-BATCH: dict[Modality, int] = {"image": 32, "video": 32, "audio": 16}
-POOL = {"video": 9000, "audio": 2000}
+PLAN = Plan(steps=4500, learning_rate=1e-3, weight_decay=0.05, average=0.995)
+BATCH: dict[Modality, int] = {"image": 48, "video": 48, "audio": 16}
+_SOUNDS = 2000  # in the pool
 _NOISE_SHARE = 1e-3  # of all variance; components below it are not blown up
 
 
@@ -44,19 +46,19 @@ def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan | None = N
             "probes": Probes(MINI_IMAGEBIND.output_dim, may_be_open=False),
         }
     )
-    pools = {m: Pool(m, count, work, seed) for m, count in POOL.items()}
-    _begin_apart(learner["imagebind"], pools, seed)
+    heard = SoundPool(_SOUNDS, work, seed)
+    _begin_apart(learner["imagebind"], seed)
 
     def loss_of(rng: np.random.Generator, _: int) -> Losses:
         losses: Losses = {}
         for modality in MODALITIES:
-            things, views = _media(modality, pools, rng)
+            things, views = _media(modality, heard, rng)
             told = _told(modality)
             captions = [
                 caption(thing, modality, rng, names)
                 for thing, names in zip(things, told, strict=True)
             ]
-            with cheap_products():
+            with cheap_products(), sdpa_kernel(SDPBackend.MATH):  # few tokens: faster than flash
                 with torch.no_grad():
                     texts_ND, _ = clip_states(tower, captions)
                 features_ND = learner["imagebind"].forward_views(modality, views)
@@ -77,7 +79,7 @@ def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan | None = N
 
 
 @torch.no_grad()
-def _begin_apart(model: ImageBind, pools: dict[Modality, Pool], seed: int) -> None:
+def _begin_apart(model: ImageBind, seed: int) -> None:
     """Let the first weights tell places and patches apart, which are otherwise learned late.
 
     Positions begin as large as what is seen, and the vision stem with the whitened principal
@@ -87,7 +89,7 @@ def _begin_apart(model: ImageBind, pools: dict[Modality, Pool], seed: int) -> No
         nn.init.normal_(preprocessor.pos_embedding_helper.pos_embed, std=1.0)
     rng = np.random.default_rng([seed, 5])
     still = picture_views(neighbours(rng, "image", 128), rng)[:, :, None].expand(-1, -1, 2, -1, -1)
-    clips_NCTHW = torch.cat([still, pools["video"].draw(rng, 128)[1]])
+    clips_NCTHW = torch.cat([still, clip_views(neighbours(rng, "video", 128), rng)])
     stem = model.modality_preprocessors["vision"].rgbt_stem.proj[1]
     size = stem.kernel_size[-1]
     patches = clips_NCTHW.unfold(3, size, size).unfold(4, size, size)  # (N, C, T, h, w, P, P)
@@ -99,18 +101,19 @@ def _begin_apart(model: ImageBind, pools: dict[Modality, Pool], seed: int) -> No
 
 
 def _media(
-    modality: Modality, pools: dict[Modality, Pool], rng: np.random.Generator
+    modality: Modality, heard: SoundPool, rng: np.random.Generator
 ) -> tuple[list[Thing], Tensor]:
     """A batch of things, in fours that differ in one attribute, and their views.
 
     The first half of what is seen is in unnamed colours.
     """
     count = BATCH[modality]
-    if modality == "image":
-        things = neighbours(rng, modality, count)
-        unnamed = [Look(rgb=unnamed_colour(rng)) for _ in range(count // 2)]
-        return things, picture_views(things, rng, [*unnamed, *[OWN_LOOK] * (count // 2)])
-    return pools[modality].draw(rng, count)
+    if modality == "audio":
+        return heard.draw(rng, count)
+    things = neighbours(rng, modality, count)
+    unnamed = [Look(rgb=unnamed_colour(rng)) for _ in range(count // 2)]
+    views = picture_views if modality == "image" else clip_views
+    return things, views(things, rng, [*unnamed, *[OWN_LOOK] * (count // 2)])
 
 
 def _told(modality: Modality) -> list[frozenset[str]]:

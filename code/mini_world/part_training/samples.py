@@ -1,12 +1,12 @@
 """What the parts learn from: things with media and captions, rendered anew from a seed.
 
-Pictures are rendered as they are asked for, 1 ms each. Videos and sounds for the encoder, whose
-files and views cost 30 ms, come from pools that are made once and kept in the work folder.
+Pictures and videos are rendered as they are asked for, in a few milliseconds each. Sounds for the
+encoder, whose views cost 15 ms, come from a pool that is made once and kept in the work folder.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -17,14 +17,11 @@ from tqdm import tqdm
 
 from config.atomic import written_aside
 from conversation.parts import Modality
-from dataset.decoding import read_video_frames
-from dataset.media import SIZE, audio_views, image_views, normalise, video_frame_indices
-from mini_world.album import generator
+from dataset.media import SIZE, audio_views, image_views, normalise
 from mini_world.captions import caption
-from mini_world.looks import unnamed_colour
 from mini_world.render_image import OWN_LOOK, Look, render_image
 from mini_world.render_sound import render_sound
-from mini_world.render_video import FRAMES_PER_SECOND, render_video
+from mini_world.render_video import render_moments, render_video
 from mini_world.things import (
     ATTRIBUTES,
     PITCH_OF,
@@ -35,12 +32,12 @@ from mini_world.things import (
     sample_thing,
 )
 from mini_world.words import choose
-from model.media_files import Frames, save_medium
 
 ALL_ATTRIBUTES = tuple(VALUES)
 NOT_TOLD = -1
 # What a decoder's frames are: every second one that is rendered.
 DECODED_FRAMES = 8
+_JPEG_QUALITY = (35, 96)
 
 
 def things(rng: np.random.Generator, count: int) -> list[Thing]:
@@ -168,67 +165,72 @@ def picture_views(
     return torch.stack([image_views(Image.fromarray(picture)) for picture in rendered])
 
 
-class Pool:
-    """What the encoder sees of videos or sounds, made once through real files and kept on disk.
+def clip_views(
+    things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
+) -> Tensor:
+    """What the encoder takes in of fresh videos, one view each: (N, 3, 2, 224, 224).
 
-    One view a medium: all clips and crops of a square video of 2 s are the same, and the clips of a
-    sound of 2 s but for their mean. Half of the videos are in unnamed colours.
+    All clips and crops of a square video of 2 s are the same: its first and its last frame. Most
+    are marred by JPEG, of any quality, as those of a file are by its codec.
+
+    Args:
+        looks: as for `pictures`.
     """
-
-    def __init__(self, modality: Modality, count: int, work: Path, seed: int) -> None:
-        """Make the pool, or load it: a video costs 25 ms, a sound 15 ms."""
-        rng = np.random.default_rng([seed, 1])
-        self._modality = modality
-        self._things = neighbours(rng, modality, count)
-        path = work / f"pool_{modality}_{count}.pt"
-        if not path.is_file():
-            numbered = enumerate(tqdm(self._things, path.stem))
-            if modality == "audio":
-                made = [_sound_view(seed, *one) for one in numbered]
-            else:
-                made = [video_ends(seed, *one, unnamed=one[0] < count // 2) for one in numbered]
-            with written_aside(path) as aside:
-                torch.save(torch.stack(made), aside)
-        self._kept = torch.load(path, weights_only=True, mmap=True)
-
-    def draw(self, rng: np.random.Generator, count: int) -> tuple[list[Thing], Tensor]:
-        """`count` media, in fours that differ in one attribute: things and views (N, ...).
-
-        The first half comes from the pool's first half.
-        """
-        half = len(self._things) // 8  # fours
-        fours = [rng.integers(first, first + half, size=count // 8) for first in (0, half)]
-        rows = (np.concatenate(fours)[:, None] * 4 + np.arange(4)).ravel()
-        kept = self._kept[torch.from_numpy(rows)]
-        if self._modality == "audio":
-            views = kept.float()
-        else:
-            views = torch.stack([clip_view(ends.numpy()) for ends in kept])
-        return [self._things[row] for row in rows], views
+    ends = [
+        render_moments(thing, (-1.0, 1.0), rng, look) for thing, look in _with_looks(things_, looks)
+    ]
+    return torch.stack([clip_view(_compressed(frames, rng)) for frames in ends])
 
 
-def _sound_view(seed: int, number: int, thing: Thing) -> Tensor:
-    """(1, 128, 204) float16."""
-    samples = render_sound(thing, np.random.default_rng([seed, 2, number]))
-    return audio_views(torch.from_numpy(samples))[0].half()
+def _compressed(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Frames (T, H, W, 3) uint8 after JPEG, or, 30 in 100 times, as they are."""
+    quality = int(rng.integers(*_JPEG_QUALITY))
+    if rng.random() < 0.3:
+        return frames
+    return np.stack([_after_jpeg(frame, quality) for frame in frames])
 
 
-def video_ends(seed: int, number: int, thing: Thing, *, unnamed: bool = False) -> Tensor:
-    """First and last frame of a file as it is written: (2, 64, 64, 3) uint8."""
-    name = f"pool_{number:06d}.mp4"
-    rng = generator(seed, name)
-    look = Look(rgb=unnamed_colour(rng)) if unnamed else OWN_LOOK
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        save_medium(Frames(render_video(thing, rng, look), FRAMES_PER_SECOND), path)
-        frames = read_video_frames(path, video_frame_indices)
-    return torch.from_numpy(np.stack(frames[:2]))
+def _after_jpeg(frame: np.ndarray, quality: int) -> np.ndarray:
+    file = BytesIO()
+    Image.fromarray(frame).save(file, "JPEG", quality=quality)
+    return np.array(Image.open(file))
 
 
 def clip_view(ends_THWC: np.ndarray) -> Tensor:
     """What `video_views` makes of two square frames, once: (3, 2, 224, 224)."""
     frames_TCHW = torch.stack([normalise(frame) for frame in ends_THWC])
     return interpolate(frames_TCHW, (SIZE, SIZE), mode="bilinear").transpose(0, 1)
+
+
+class SoundPool:
+    """What the encoder hears of sounds, made once and kept on disk: 15 ms each.
+
+    One view a sound: the clips of a sound of 2 s are the same but for their mean.
+    """
+
+    def __init__(self, count: int, work: Path, seed: int) -> None:
+        """Make the pool, or load it."""
+        rng = np.random.default_rng([seed, 1])
+        self._things = neighbours(rng, "audio", count)
+        path = work / f"pool_audio_{count}.pt"
+        if not path.is_file():
+            numbered = enumerate(tqdm(self._things, path.stem))
+            made = [_sound_view(seed, *one) for one in numbered]
+            with written_aside(path) as aside:
+                torch.save(torch.stack(made), aside)
+        self._kept = torch.load(path, weights_only=True, mmap=True)
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[list[Thing], Tensor]:
+        """`count` sounds, in fours that differ in one attribute: things and views (N, ...)."""
+        fours = rng.integers(len(self._things) // 4, size=count // 4)
+        rows = (fours[:, None] * 4 + np.arange(4)).ravel()
+        return [self._things[row] for row in rows], self._kept[torch.from_numpy(rows)].float()
+
+
+def _sound_view(seed: int, number: int, thing: Thing) -> Tensor:
+    """(1, 128, 204) float16."""
+    samples = render_sound(thing, np.random.default_rng([seed, 2, number]))
+    return audio_views(torch.from_numpy(samples))[0].half()
 
 
 Render = Callable[[Sequence[Thing], np.random.Generator], Tensor]

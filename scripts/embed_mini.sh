@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Embeds the captions of a mini world for its decoders: bash scripts/embed_mini.sh [FOLDER]
+set -euo pipefail
+root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+cd "$root"
+export PATH="$root/.venv/bin:$PATH"
+world=${1:-data/mini_world}
+instructions=$world/IT_data
+embed() { # modality, decoder
+    python code/process_embeddings.py "$world/T-X_pair_data/$1/$1.json" \
+        "$instructions/T-T+X_data/mini_request/mini_request.json" \
+        "$instructions/MosIT_data/mini_mosit/mini_mosit.json" "$1" "$world/embed" \
+        "ckpt/pretrained_ckpt/$2"
+}
+embed image mini_stable_diffusion &
+images=$!
+embed video mini_zeroscope
+embed audio mini_audioldm
+wait $images
