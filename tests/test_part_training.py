@@ -31,6 +31,7 @@ from mini_world.part_training.samples import (
 )
 from mini_world.part_training.vae import standardise
 from mini_world.part_training.video_start import (
+    MOVING,
     SPREADING,
     STILL,
     begin_with,
@@ -219,9 +220,16 @@ def test_the_first_layer_over_time_is_taught_to_tell_all_frames_apart() -> None:
     assert distances[0, 7] > 0.7 * apart.max()  # the beginning from the end
 
 
-def test_a_video_network_sees_last_frames_first_and_then_whole_videos() -> None:
-    assert moments(8, 0).tolist() == moments(8, STILL - 1).tolist() == [7]
-    assert moments(8, STILL).tolist() == [7] * 8
-    half = moments(8, STILL + SPREADING // 2).tolist()
+def test_a_video_network_sees_last_frames_first_then_whole_videos_then_frames_between() -> None:
+    rng = np.random.default_rng(0)
+
+    def frames(step: int) -> list[int]:
+        return moments(step, rng)[1].tolist()
+
+    assert frames(0) == frames(STILL - 1) == [7]
+    assert frames(STILL) == [7] * 8
+    half = frames(STILL + SPREADING // 2)
     assert half == sorted(half) and half[-1] == 7 and 3 <= half[0] <= 4
-    assert moments(8, STILL + SPREADING).tolist() == list(range(8))
+    assert frames(STILL + SPREADING) == frames(MOVING) == list(range(8))
+    assert len({frames(step)[0] for step in range(MOVING + 1, MOVING + 99, 2)}) == 8
+    assert all(count * len(shown) == 32 for count, shown in (moments(s, rng) for s in (0, MOVING)))

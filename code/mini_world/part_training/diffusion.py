@@ -32,10 +32,9 @@ from mini_world.part_training.samples import (
     videos,
 )
 from mini_world.part_training.video_start import (
-    STILL,
-    STILLS,
     begin_with,
     moments,
+    share_at_start,
     teach_places,
     video_groups,
 )
@@ -45,10 +44,10 @@ from model.decoders import initial_noise
 
 PLANS: dict[Modality, Plan] = {
     "image": Plan(steps=11000, learning_rate=6e-4),
-    "video": Plan(steps=4500, learning_rate=6e-4),
+    "video": Plan(steps=8000, learning_rate=6e-4),
     "audio": Plan(steps=3000, learning_rate=5e-4),
 }
-BATCH: dict[Modality, int] = {"image": 32, "video": 4, "audio": 32}
+_BATCH = 32  # pictures or sounds
 POOL: dict[Modality, int] = {"image": 16000, "video": 6000, "audio": 3000}
 _WITHOUT_CAPTION = 0.1
 # Of pictures and videos, in colours and shapes that no caption tells: else "red is never a square"
@@ -57,9 +56,7 @@ _UNNAMED_COLOURS = 0.3
 _UNNAMED_SHAPES: dict[Modality, float] = {"image": 0.1, "video": 0.2}
 # Times are drawn as u to this power: what a caption tells is decided while there is much noise.
 _NOISY: dict[Modality, float] = {"image": 0.5, "video": 0.5, "audio": 1.0}
-# Only at nearly pure noise must the caption tell what moves where: later the differences between
-# frames do, which share most of their noise. So half of the videos are of the noisiest times.
-_STARTS: dict[Modality, float] = {"image": 0.0, "video": 0.5, "audio": 0.0}
+# The share of time that counts as nearly pure noise.
 _START = 0.03
 _MIXED = 0.5
 _NOISE = 0.15  # largest deviation, as a share of the embeddings' own
@@ -94,12 +91,15 @@ def train_unet(
 
     def loss_of(rng: np.random.Generator, step: int) -> Losses:
         if modality == "video":
-            drawn, hidden, latents = pool.draw(rng, STILLS if step < STILL else BATCH["video"])
-            latents = latents[:, :, moments(latents.shape[2], step)]
+            count, frames = moments(step, rng)
+            drawn, hidden, latents = pool.draw(rng, count)
+            latents, starts = latents[:, :, frames], share_at_start(step)
         else:
-            drawn, hidden, latents = pool.draw(rng, BATCH[modality])
+            drawn, hidden, latents = pool.draw(rng, _BATCH)
+            starts = 0.0
         captions = _conditions(modality, drawn, hidden, embed, empty, rng)
-        steps_N = _draw_times(modality, len(drawn), noise_schedule.config.num_train_timesteps)
+        last = noise_schedule.config.num_train_timesteps
+        steps_N = _draw_times(len(drawn), last, _NOISY[modality], starts)
         noise = initial_noise(latents.shape, shared)
         noisy = noise_schedule.add_noise(latents, noise, steps_N)
         target = noise_schedule.get_velocity(latents, noise, steps_N)
@@ -112,10 +112,10 @@ def train_unet(
     return train(f"{modality}_unet", model, loss_of, plan, work, seed, groups)
 
 
-def _draw_times(modality: Modality, count: int, last: int) -> Tensor:
-    """Times (count,) int64 in 0..last - 1."""
-    times_N = torch.rand(count) ** _NOISY[modality]
-    starts_N = torch.rand(count) < _STARTS[modality]
+def _draw_times(count: int, last: int, noisy: float, starts: float) -> Tensor:
+    """Times (count,) int64 in 0..last - 1: u to the power `noisy`, some of them the noisiest."""
+    times_N = torch.rand(count) ** noisy
+    starts_N = torch.rand(count) < starts
     times_N = torch.where(starts_N, 1 - _START * torch.rand(count), times_N)
     return (times_N * last).long().clamp(max=last - 1)
 

@@ -4,11 +4,13 @@ Its layers over time at first do nothing but say which frame is which. Motion is
 caption says, times the place of a frame in the video. While neither matters, neither has a slope,
 and after thousands of steps nothing moves. So in the first steps the network sees last frames
 alone, where the caption's motion decides by itself how far from its place a thing is; then whole
-videos of last frames, which spread step by step back to the first.
+videos of last frames, which spread step by step back to the first. Once things move, every second
+step shows single frames, of eight times as many captions: four videos at a time blur the shapes.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel, UNet3DConditionModel
 from torch import Tensor, nn
@@ -16,10 +18,12 @@ from torch.nn.functional import mse_loss
 
 from config.errors import InputError
 from mini_world.mini_decoders import SHARED_NOISE, scheduler
+from mini_world.part_training.samples import DECODED_FRAMES
 from model.decoders import initial_noise
 
-# Steps of last frames alone, how many at once, and steps in which frames spread to the whole.
-STILL, STILLS, SPREADING = 500, 32, 500
+# Steps of last frames alone, steps in which frames spread to the whole, and when motion is learned.
+STILL, SPREADING, MOVING = 500, 500, 2400
+_VIDEOS, _STILLS = 4, 32  # at once: the same work
 # The layers over time begin as nothing beside layers that already draw.
 _FASTER_OVER_TIME = 2.0
 # The layer that is taught to add a code of each frame's place, and what it adds.
@@ -27,12 +31,24 @@ _PLACES = "down_blocks.0.temp_convs.0"
 _PLACE_WAVES, _PLACE_SCALE, _PLACE_STEPS = 4, 0.5, 400
 
 
-def moments(frames: int, step: int) -> Tensor:
-    """Which of a video's frames a step shows: (1,) int64 while still, then (frames,)."""
+def moments(step: int, rng: np.random.Generator) -> tuple[int, Tensor]:
+    """How many videos a step shows at once, and which of their frames: (1,) or (8,) int64."""
+    frames = DECODED_FRAMES
     if step < STILL:
-        return torch.tensor([frames - 1])
+        return _STILLS, torch.tensor([frames - 1])
+    if step >= MOVING and step % 2:
+        return _STILLS, torch.from_numpy(rng.integers(frames, size=1))
     spread = min((step - STILL) / SPREADING, 1.0)
-    return (frames - 1 - spread * torch.arange(frames - 1, -1, -1)).round().long()
+    return _VIDEOS, (frames - 1 - spread * torch.arange(frames - 1, -1, -1)).round().long()
+
+
+def share_at_start(step: int) -> float:
+    """Of a step's videos, those at nearly pure noise.
+
+    Only there must the caption tell what moves where: later the differences between frames do,
+    which share most of their noise.
+    """
+    return 0.5 if step < MOVING else 0.15
 
 
 def video_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
