@@ -12,7 +12,6 @@ say() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - started)); }
 say "installing"
 bash scripts/install.sh
 export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code" OMP_WAIT_POLICY=passive
-parts=ckpt/pretrained_ckpt
 world=data/mini_world
 
 say "frozen parts"
@@ -21,17 +20,7 @@ say "data of the mini world"
 python -m mini_world.write_data --out $world
 
 say "caption embeddings"
-instructions=$world/IT_data
-embed() {  # modality, decoder
-    python code/process_embeddings.py "$world/T-X_pair_data/$1/$1.json" \
-        "$instructions/T-T+X_data/mini_request/mini_request.json" \
-        "$instructions/MosIT_data/mini_mosit/mini_mosit.json" "$1" $world/embed "$2"
-}
-embed image $parts/mini_stable_diffusion &
-images=$!
-embed video $parts/mini_zeroscope
-embed audio $parts/mini_audioldm
-wait $images
+bash scripts/embed_mini.sh $world
 
 for stage in 1 2 3 4; do
     say "training stage $stage"

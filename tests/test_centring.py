@@ -13,6 +13,7 @@ from model.delta import load_delta, read_delta
 from model.output_projection import OutputProjection
 from model.published import model_to_published, published_to_delta
 from tiny_run import TinyRun, same, trained
+from training.centring import whiten
 
 CENTRED = "output_projection.centred=true"
 
@@ -60,6 +61,18 @@ def test_states_come_in_with_the_mean_that_was_measured_taken_away() -> None:
     centred.load_state_dict(plain.state_dict() | {"centre": torch.full((16,), 3.0)})
     hidden, embeddings = torch.randn(2, 5, 2, 16)
     torch.testing.assert_close(centred(hidden + 3, embeddings), plain(hidden, embeddings))
+
+
+def test_the_first_layer_begins_by_seeing_what_varies_and_not_what_is_large() -> None:
+    torch.manual_seed(0)
+    deviations = torch.tensor([100.0, 10.0, 1.0, 1e-3, 1e-3, 1e-3])
+    turned, _ = torch.linalg.qr(torch.randn(6, 6))
+    states = torch.randn(1000, 6) * deviations @ turned
+    layer = torch.nn.Linear(6, 3)
+    whiten(layer, states - states.mean(dim=0))
+    seen = layer(states - states.mean(dim=0)).detach()
+    assert torch.corrcoef(seen.T).abs().sub(torch.eye(3)).max() < 1e-3
+    assert seen.std(dim=0).tolist() == pytest.approx([100 / 110, 10 / 20, 1 / 11], rel=0.1)
 
 
 def test_the_published_layout_has_the_centre_in_the_bias(run: TinyRun) -> None:

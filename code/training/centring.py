@@ -53,16 +53,17 @@ def _read(model: NextGPT, batch: Batch) -> dict[Modality, Tensor]:
     }
 
 
+@torch.no_grad()
 def whiten(layer: nn.Linear, states_NH: Tensor) -> None:
     """Let `layer` begin with the W principal components of its centred inputs (N, H).
 
-    Each is divided by its deviation plus the mean of those, so that noise is not blown up.
+    Each is divided by its deviation plus the median of those, so that noise is not blown up.
     """
     variances_H, components_HH = torch.linalg.eigh(states_NH.T @ states_NH / len(states_NH))
     count = min(layer.out_features, layer.in_features)
     deviations_C = variances_H.flip(0)[:count].clamp(min=0).sqrt()
     components_HC = components_HH.flip(1)[:, :count]
     largest_C = components_HC.gather(0, components_HC.abs().argmax(dim=0, keepdim=True))
-    scaled_HC = components_HC * largest_C.sign() / (deviations_C + deviations_C.mean())
+    scaled_HC = components_HC * largest_C.sign() / (deviations_C + deviations_C.median())
     nn.init.zeros_(layer.bias)
     layer.weight[:count] = scaled_HC.T
