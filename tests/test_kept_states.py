@@ -3,8 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from conversation.batch import Batch
+from model.build import build_model
 from tiny_run import TinyRun, trained
+from tiny_system import tiny_config
+from training.kept_states import KeptStates
 
 ALONE = ["training.trains=[output_projections]", "training.max_steps=12", "training.epochs=9"]
 
@@ -58,3 +63,21 @@ def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_kept_is_refused(tmp_path: Path, sets: list[str], fault: str) -> None:
     assert fault in run(tmp_path, "training.keep_states=true", *sets).fail()
+
+
+def test_media_behind_the_last_run_of_a_row_are_not_read() -> None:
+    config = tiny_config(4, ["input_projection.tokens=4"])
+    model = build_model(config, torch.float32, lora=False, output_projections=True)
+    batch = Batch(
+        input_ids=torch.arange(60).view(2, 30),
+        attention_mask=torch.ones(2, 30, dtype=torch.int64),
+        targets=torch.full((2, 30), -100),
+        slots=torch.tensor([[0, 1], [1, 18]]),  # the second begins before the other row's end
+        features=torch.randn(2, 32),
+        runs={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
+    )
+    model.requires_grad_(False)
+    filled = KeptStates(model, config.training).fill(batch).states
+    embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
+    read = model.states_of_runs("image", batch.runs["image"], model.read(embeddings), embeddings)
+    torch.testing.assert_close(filled["image"], read)

@@ -29,7 +29,7 @@ from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 8  # of the world: raise it when the same seed gives something else
+VERSION = 9  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
@@ -43,7 +43,7 @@ COUNTS = {  # at scale 1
     "mosit_image": 400,
     "mosit_video": 400,
     "mosit_audio": 100,
-    "text_world": 300,
+    "text_world": 600,
     "text_plain": 400,  # at most: as many as there are
 }
 _PLAIN_PAIRS = 0.75  # of the caption pairs

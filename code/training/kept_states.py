@@ -60,7 +60,7 @@ class KeptStates:
         unread = sorted((row for row in runs if keys[row] not in self._kept), key=ends.__getitem__)
         for start in range(0, len(unread), _READ_TOGETHER):
             rows = unread[start : start + _READ_TOGETHER]
-            read = self._read(batch, rows, ends[rows[-1]], runs)
+            read = self._read(batch, {row: ends[row] for row in rows}, runs)
             self._kept |= {keys[row]: states for row, states in read.items()}
         batch.states = {}  # of a batch without runs it stays so, and nothing is read
         for modality, places in batch.runs.items():
@@ -73,14 +73,15 @@ class KeptStates:
         return first + self._model.signal_counts[modality]
 
     def _read(
-        self, batch: Batch, rows: list[int], end: int, runs: dict[int, list[_Run]]
+        self, batch: Batch, ends: dict[int, int], runs: dict[int, list[_Run]]
     ) -> dict[int, dict[_Run, Tensor]]:
-        """The states (2, T, H) of the runs of these rows, read up to position `end`."""
+        """The states (2, T, H) of the runs of these rows, which end at these positions."""
+        rows, end = list(ends), max(ends.values())
         places = {row: place for place, row in enumerate(rows)}
         shown = [
             (index, places[row], first)
             for index, (row, first) in enumerate(batch.slots.tolist())
-            if row in places and first < end
+            if first < ends.get(row, 0)  # what a row shows behind its last run, no run has seen
         ]
         slots = batch.slots.new_tensor([slot for _, *slot in shown]).view(-1, 2)
         features = batch.features[[index for index, *_ in shown]]
