@@ -24,5 +24,5 @@ train 1 "${large[@]}"
 train 2 "${large[@]}" --set training.max_steps=200
 train 3 "${large[@]}" --set training.max_steps=500 --set training.learning_rate=1.5e-3 \
     --set training.warmup=0.04
-train 4 --set training.max_steps=900 --set 'data.datasets=[mini_request, mini_mosit]'
+train 4
 python code/convert_delta.py $trials/stage_4 $tuned
