@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to an answer: installs, makes the mini world's data and parts, precomputes the
-# caption embeddings, trains the stages on this machine, answers the course's four cases and
+# From nothing to an answer: installs, makes the mini world's data, precomputes the caption
+# embeddings, trains the stages on this machine, answers the course's four cases and
 # measures the answers on things that it never saw.
 # Started again, it goes on where it stopped.
 set -euo pipefail
@@ -14,8 +14,6 @@ bash scripts/install.sh
 export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code" OMP_WAIT_POLICY=passive
 world=data/mini_world
 
-say "frozen parts"
-python -m mini_world.build_parts --untrained
 say "data of the mini world"
 python -m mini_world.write_data --out $world
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the tuned parameters that the repository ships (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the
-# quickstart's stages, with more steps, the first three with three times the data. Frozen parts must be there.
+# Makes tuned parameters to ship (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the quickstart's stages with
+# more steps, the first three with three times the data.
 # Started again, it goes on where it stopped.
 set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
