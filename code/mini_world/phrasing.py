@@ -1,5 +1,8 @@
 """How people ask for pictures, videos and sounds, and how the assistant leads them in."""
 
+from collections.abc import Sequence
+from itertools import product
+
 from conversation.parts import Modality
 from mini_world.words import Wording
 
@@ -17,6 +20,9 @@ OPENINGS: dict[Modality, Wording] = {
             "Give me an image that shows a {size} {colour} {shape} {place}.",
             "Please draw a {size} and {colour} {shape} {place}.",
             "I would like a picture of a {colour} {shape} that is {size}, {place}.",
+            "Create an image of a {size} {colour} {shape} {place}.",
+            "Make a picture with a {colour} and {size} {shape} {place}, please.",
+            "I should like to see a {size} {shape} {place}, in {colour}.",
         ),
         (
             "Please create a picture with a {size} {colour} {shape} {place}.",
@@ -35,6 +41,9 @@ OPENINGS: dict[Modality, Wording] = {
             "Please film a {colour} {shape}, {size}, {place}, as it {moves}.",
             "I want to watch how a {size} {colour} {shape} {moves} {place}.",
             "Give me a video that shows a {size} and {colour} {shape} {place} {moving}.",
+            "Create a clip of a {size} {colour} {shape} {place} that {moves}.",
+            "Make a video with a {colour} and {size} {shape} {place} as it {moves}, please.",
+            "I should like to watch a {size} {shape} {place}, in {colour}, {moving}.",
         ),
         (
             "Please create a video where a {size} {colour} {shape} {moves} {place}.",
@@ -53,6 +62,9 @@ OPENINGS: dict[Modality, Wording] = {
             "Give me the sound of a {pitch} {timbre}, {count}.",
             "How does a {size} {shape} sound {count}? Play it.",
             "I would like to hear a {pitch} {timbre}, {count}.",
+            "Make a {pitch} {timbre} sound {count}, please.",
+            "I should like to hear the sound that a {size} {shape} makes, {count}.",
+            "Play me what a {size} {shape} sounds like, {count}.",
         ),
         (
             "Create a sound: a {pitch} {timbre}, {count}.",
@@ -71,6 +83,13 @@ _COMMON = {
             "Can you show it in {colour}?",
             "I want it {colour}.",
             "Change it to {colour}.",
+            "Colour it {colour}.",
+            "Give it the colour {colour}.",
+            "Could it be {colour}?",
+            "I prefer it {colour}.",
+            "Turn it {colour}.",
+            "Let it be {colour} now.",
+            "Change its colour, make it {colour}.",
         ),
         ("I would like it {colour}.", "Change the colour to {colour}."),
     ),
@@ -81,6 +100,12 @@ _COMMON = {
             "Make it {size}, please.",
             "I want it {size}.",
             "Change it to a {size} one.",
+            "Could it be {size}?",
+            "I prefer it {size}.",
+            "Let it be {size} now.",
+            "Change its size, make it {size}.",
+            "I should like a {size} one.",
+            "Rather {size}, please.",
         ),
         ("I would like it {size}.",),
     ),
@@ -90,6 +115,13 @@ _COMMON = {
             "Put it {place}.",
             "Now have it {place}, please.",
             "I want it {place}.",
+            "Could it be {place}?",
+            "I prefer it {place}.",
+            "Let it be {place} now.",
+            "Change its place, have it {place}.",
+            "I should like to have it {place}.",
+            "Rather {place}, please.",
+            "Show it {place}.",
         ),
         ("I would like it {place}.",),
     ),
@@ -100,6 +132,13 @@ _COMMON = {
             "Now make it a {shape}.",
             "I want a {shape}.",
             "Change it into a {shape}.",
+            "Could it be a {shape}?",
+            "I prefer a {shape}.",
+            "Let it be a {shape} now.",
+            "Change its shape, make it a {shape}.",
+            "I should like to have a {shape}.",
+            "Rather a {shape}, please.",
+            "Replace it by a {shape}.",
         ),
         ("I would like a {shape} instead.",),
     ),
@@ -114,6 +153,12 @@ EDITS: dict[Modality, dict[str, Wording]] = {
                 "Now make it {move}.",
                 "Let it {move} instead.",
                 "I want it to {move}.",
+                "Could it {move}?",
+                "I prefer that it {moves}.",
+                "Change the motion: let it {move}.",
+                "I should like it to {move}.",
+                "This time it {moves}.",
+                "Show it {moving}.",
             ),
             ("I would like it to {move}.",),
         )
@@ -125,6 +170,11 @@ EDITS: dict[Modality, dict[str, Wording]] = {
                 "Now make it {pitch}, please.",
                 "The same sound, {pitch}.",
                 "I want it {pitch}.",
+                "Could it be {pitch}?",
+                "I prefer it {pitch}.",
+                "Change its pitch, make it {pitch}.",
+                "I should like it to be {pitch}.",
+                "Rather {pitch}, please.",
             ),
             ("I would like it {pitch}.",),
         ),
@@ -134,6 +184,10 @@ EDITS: dict[Modality, dict[str, Wording]] = {
                 "Let me hear it {count}.",
                 "Now {count}, please.",
                 "I want to hear it {count}.",
+                "Could it sound {count}?",
+                "Play it {count}.",
+                "I should like it {count}.",
+                "Rather {count}, please.",
             ),
             ("I would like to hear it {count}.",),
         ),
@@ -146,6 +200,14 @@ REVERSE = Wording(
         "Play it in reverse.",
         "Turn it around.",
         "Reverse it, please.",
+        "Reverse the motion.",
+        "Let it go the other way.",
+        "The opposite motion, please.",
+        "Change the direction.",
+        "Do the motion backwards.",
+        "I want to see it the other way round.",
+        "The motion the other way, please.",
+        "Make it do the opposite.",
     ),
     ("Turn the motion around.",),
 )
@@ -158,6 +220,11 @@ HEAR = Wording(
         "Play its sound, please.",
         "Can I hear it?",
         "I want to hear it.",
+        "Make its sound.",
+        "Make me hear it.",
+        "Let me listen to what it sounds like.",
+        "Play what this sounds like.",
+        "I should like to hear this.",
     ),
     ("Make me hear what this sounds like.",),
 )
@@ -167,6 +234,10 @@ HEAR_COUNTED = Wording(
         "Make it sound {count}.",
         "Play its sound {count}.",
         "I want to hear it {count}.",
+        "Let it sound {count}.",
+        "Make me hear it {count}.",
+        "I should like to hear its sound {count}.",
+        "Can I hear it {count}?",
     ),
     ("I would like to hear it {count}.",),
 )
@@ -174,7 +245,14 @@ HEAR_COUNTED = Wording(
 # (how it was last shown, what is wanted now)
 SHOW: dict[tuple[Modality | None, Modality], Wording] = {
     (None, "image"): Wording(
-        ("Show me a picture of it.", "Draw it.", "What does it look like?", "I want to see it."),
+        (
+            "Show me a picture of it.",
+            "Draw it.",
+            "What does it look like?",
+            "I want to see it.",
+            "Paint a picture of it.",
+            "Make an image of it.",
+        ),
         ("Paint it.",),
     ),
     ("video", "image"): Wording(
@@ -183,6 +261,12 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "A picture of it, please.",
             "Draw it.",
             "I want one picture of it.",
+            "Give me a picture of it.",
+            "Show me one frame of it.",
+            "A single image of it, please.",
+            "Paint it, as it is.",
+            "I should like a still image of it.",
+            "Give me one image out of it.",
         ),
         ("Give me a single frame of it.",),
     ),
@@ -193,11 +277,25 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "A picture of what makes this sound.",
             "Let me see what you hear.",
             "Draw the thing that sounds like this.",
+            "Paint what you hear.",
+            "Paint what made this sound.",
+            "A picture of what is heard, please.",
+            "Make an image of what you hear.",
+            "I want to see a picture of what makes this sound.",
+            "Draw the thing that you hear.",
+            "Give me an image of the thing that sounds.",
         ),
         ("Paint the thing that is heard.",),
     ),
     (None, "video"): Wording(
-        ("Show me a video of it {moving}.", "Film it, {moving}.", "I want to watch it {moving}."),
+        (
+            "Show me a video of it {moving}.",
+            "Film it, {moving}.",
+            "I want to watch it {moving}.",
+            "Make a video of it {moving}.",
+            "Let me watch it {moving}.",
+            "Give me a clip in which it {moves}.",
+        ),
         ("A clip of it {moving}.",),
     ),
     ("image", "video"): Wording(
@@ -207,6 +305,12 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "Show me a video of it {moving}.",
             "I want to watch it {moving}.",
             "Film it so that it {moves}.",
+            "Animate it, {moving}.",
+            "Bring it to life: it {moves}.",
+            "Make a clip in which it {moves}.",
+            "Let me see how it {moves}.",
+            "Turn it into a video in which it {moves}.",
+            "I should like a video of it {moving}.",
         ),
         ("Animate it so that it {moves}.",),
     ),
@@ -216,19 +320,79 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "A video of what made this sound, {moving}.",
             "Film the thing that sounds like this, {moving}.",
             "Let me watch what you hear, {moving}.",
+            "Animate what you hear, {moving}.",
+            "Film what made this sound, {moving}.",
+            "A clip of what is heard, {moving}, please.",
+            "Make a video of what you hear, {moving}.",
+            "I want to watch what makes this sound, {moving}.",
+            "Animate what sounds like this, {moving}.",
+            "Give me a video of the thing that sounds, {moving}.",
         ),
         ("Animate the thing that is heard, {moving}.",),
     ),
 }
 
-# The course's four cases: several at once.
+# The course's four cases: several at once. What is asked for, and in which order it may be said.
+_TELL = (
+    "describe it",
+    "tell me what you see",
+    "tell me what it is",
+    "say what this is",
+    "say in words what you see",
+    "name what is shown",
+)
+_PLAY = (
+    "let me hear it",
+    "play its sound",
+    "play what it sounds like",
+    "let me listen to it",
+    "make the sound of it",
+    "let me hear how it sounds",
+)
+_ASK = ("what is this", "what do you see", "what is shown here")
+_ASK_SOUND = ("what does it sound like", "how does it sound", "what would it sound like")
+_RECOLOUR = (
+    "make it {colour}",
+    "show it in {colour}",
+    "draw it in {colour}",
+    "turn it {colour}",
+    "colour it {colour}",
+    "give me a picture of it in {colour}",
+    "paint a {colour} one",
+)
+_FILM = (
+    "film it {moving}",
+    "make a video of it {moving}",
+    "show me a video in which it {moves}",
+    "let it {move}",
+    "show how it {moves}",
+    "make a clip in which it {moves}",
+    "animate it, {moving}",
+)
+_IN_TURN = (
+    "{first}, then {second}.",
+    "{first}, and then {second}.",
+    "{first}. Then {second}.",
+    "{first}, and {second}, too.",
+    "{first}, and also {second}.",
+    "first {first}, then {second}.",
+    "first {first}, and after that {second}.",
+)
+
+
+def _in_turn(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
+    """Every way to ask for one thing and then for another."""
+    return tuple(
+        words.replace("{first}", one).replace("{second}", other)
+        for words, one, other in product(_IN_TURN, first, second)
+    )
+
+
 _WHAT_AND_SOUND = Wording(
     (
-        "What is this, and what does it sound like?",
-        "Describe it and let me hear it.",
-        "Tell me what you see and play its sound.",
-        "Tell me what it is, and let me hear it.",
-        "What do you see? Play its sound, too.",
+        *_in_turn(_TELL, _PLAY),
+        *(f"{ask}? {play.capitalize()}." for ask, play in product(_ASK, _PLAY)),
+        *(f"{ask}, and {ask_sound}?" for ask, ask_sound in product(_ASK, _ASK_SOUND)),
     ),
     ("Say what it is, then play how it sounds.",),
 )
@@ -236,13 +400,7 @@ COURSE_REQUESTS: dict[str, Wording] = {
     "T+I→T+A": _WHAT_AND_SOUND,
     "T+V→T+A": _WHAT_AND_SOUND,
     "T+I→T+I+V": Wording(
-        (
-            "Make it {colour}, and then a video of it {moving}.",
-            "Show it in {colour}, and also a video in which it {moves}.",
-            "A picture of it in {colour} and a video of that {moving}, please.",
-            "Draw it in {colour}, then film it {moving}.",
-            "I want it in {colour}, and then a video in which it {moves}.",
-        ),
+        _in_turn(_RECOLOUR, _FILM),
         ("First paint it {colour}, then animate it so that it {moves}.",),
     ),
     "T→T+I+V+A": Wording(
@@ -256,6 +414,12 @@ COURSE_REQUESTS: dict[str, Wording] = {
             "and let me hear it {count}.",
             "I want a picture, a video and the sound of a {size} {colour} {shape} {place} "
             "that {moves} and is heard {count}.",
+            "Picture, video and sound, please: a {size} {colour} {shape} {place} that {moves}, "
+            "heard {count}.",
+            "First draw a {size} {colour} {shape} {place}, then make a video of it {moving}, "
+            "then play its sound {count}.",
+            "Make a picture, a clip and the sound of a {colour} {shape}, {size}, {place}, "
+            "that {moves} and sounds {count}.",
         ),
         (
             "Create a picture, a video and a sound: a {size} {colour} {shape} {place} that {moves} "

@@ -44,7 +44,7 @@ from model.decoders import initial_noise
 
 PLANS: dict[Modality, Plan] = {
     "image": Plan(steps=11000, learning_rate=6e-4),
-    "video": Plan(steps=8000, learning_rate=6e-4),
+    "video": Plan(steps=14000, learning_rate=6e-4),
     "audio": Plan(steps=3000, learning_rate=5e-4),
 }
 _BATCH = 32  # pictures or sounds
@@ -83,33 +83,51 @@ def train_unet(
     if pictures_unet is not None:
         begin_with(model, pictures_unet)
     pool = LatentPool(modality, POOL[modality], vae, work, seed)
-    noise_schedule = scheduler()
-    shared = SHARED_NOISE if modality == "video" else 0.0
-    empty = embed([""])
+    examples = _Examples(modality, pool, embed)
     if modality == "video" and not (work / "video_unet.pt").is_file():
-        teach_places(model, pool.draw(np.random.default_rng([seed, 5]), 64)[2], empty)
+        teach_places(model, pool.draw(np.random.default_rng([seed, 5]), 64)[2], examples.empty)
 
     def loss_of(rng: np.random.Generator, step: int) -> Losses:
-        if modality == "video":
-            count, frames = moments(step, rng)
-            drawn, hidden, latents = pool.draw(rng, count)
-            latents, starts = latents[:, :, frames], share_at_start(step)
-        else:
-            drawn, hidden, latents = pool.draw(rng, _BATCH)
-            starts = 0.0
-        captions = _conditions(modality, drawn, hidden, embed, empty, rng)
-        last = noise_schedule.config.num_train_timesteps
-        steps_N = _draw_times(len(drawn), last, _NOISY[modality], starts)
-        noise = initial_noise(latents.shape, shared)
-        noisy = noise_schedule.add_noise(latents, noise, steps_N)
-        target = noise_schedule.get_velocity(latents, noise, steps_N)
-        with cheap_products():
-            made = predict(model, modality, noisy, steps_N, captions)
-        return {"v": mse_loss(made.float(), target)}
+        return examples.losses(model, rng, step)
 
     plan = plan or PLANS[modality]
     groups = video_groups(model, plan.learning_rate) if modality == "video" else None
     return train(f"{modality}_unet", model, loss_of, plan, work, seed, groups)
+
+
+class _Examples:
+    """What a network learns from, step by step."""
+
+    def __init__(self, modality: Modality, pool: "LatentPool", embed: Embed) -> None:
+        self.modality = modality
+        self.pool = pool
+        self.embed = embed
+        self.empty = embed([""])
+        self.schedule = scheduler()
+
+    def losses(self, model: nn.Module, rng: np.random.Generator, step: int) -> Losses:
+        """The squared error of v at drawn times of noise."""
+        drawn, hidden, latents, starts = self._draw(rng, step)
+        captions = _conditions(self.modality, drawn, hidden, self.embed, self.empty, rng)
+        last = self.schedule.config.num_train_timesteps
+        steps_N = _draw_times(len(drawn), last, _NOISY[self.modality], starts)
+        shared = SHARED_NOISE if self.modality == "video" else 0.0
+        noise = initial_noise(latents.shape, shared)
+        noisy = self.schedule.add_noise(latents, noise, steps_N)
+        target = self.schedule.get_velocity(latents, noise, steps_N)
+        with cheap_products():
+            made = predict(model, self.modality, noisy, steps_N, captions)
+        return {"v": mse_loss(made.float(), target)}
+
+    def _draw(
+        self, rng: np.random.Generator, step: int
+    ) -> tuple[list[Thing], list[tuple[str, ...]], Tensor, float]:
+        """Things, what not to tell, latents, and the share at nearly pure noise."""
+        if self.modality != "video":
+            return *self.pool.draw(rng, _BATCH), 0.0
+        count, frames = moments(step, rng)
+        drawn, hidden, latents = self.pool.draw(rng, count)
+        return drawn, hidden, latents[:, :, frames], share_at_start(step)
 
 
 def _draw_times(count: int, last: int, noisy: float, starts: float) -> Tensor:

@@ -6,6 +6,7 @@ and after thousands of steps nothing moves. So in the first steps the network se
 alone, where the caption's motion decides by itself how far from its place a thing is; then whole
 videos of last frames, which spread step by step back to the first. Once things move, every second
 step shows single frames, of eight times as many captions: four videos at a time blur the shapes.
+In the end two of three steps do.
 """
 
 from typing import Any
@@ -21,8 +22,9 @@ from mini_world.mini_decoders import SHARED_NOISE, scheduler
 from mini_world.part_training.samples import DECODED_FRAMES
 from model.decoders import initial_noise
 
-# Steps of last frames alone, steps in which frames spread to the whole, and when motion is learned.
-STILL, SPREADING, MOVING = 500, 500, 2400
+# Steps of last frames alone, steps in which frames spread to the whole, when motion is learned, and
+# from when on little but shapes is left to learn.
+STILL, SPREADING, MOVING, SHARPENING = 500, 500, 2400, 8000
 _VIDEOS, _STILLS = 4, 32  # at once: the same work
 # The layers over time begin as nothing beside layers that already draw.
 _FASTER_OVER_TIME = 2.0
@@ -36,7 +38,8 @@ def moments(step: int, rng: np.random.Generator) -> tuple[int, Tensor]:
     frames = DECODED_FRAMES
     if step < STILL:
         return _STILLS, torch.tensor([frames - 1])
-    if step >= MOVING and step % 2:
+    whole_videos_every = 2 if step < SHARPENING else 3
+    if step >= MOVING and step % whole_videos_every:
         return _STILLS, torch.from_numpy(rng.integers(frames, size=1))
     spread = min((step - STILL) / SPREADING, 1.0)
     return _VIDEOS, (frames - 1 - spread * torch.arange(frames - 1, -1, -1)).round().long()
