@@ -1,0 +1,46 @@
+"""What the repository ships answers as it is, and is small enough."""
+
+from pathlib import Path
+
+import pytest
+
+from chat.assistant import Assistant
+from config.loader import load_config, project_path
+from evaluation.items import QUICK
+from evaluation.scoreboard import average, measure
+from mini_world.build_parts import PARTS, RECORD
+from mini_world.mini_decoders import FOLDERS
+from model.delta import DELTA_FILE, read_delta
+from test_mini_parts import megabytes_to_ship
+
+CONFIG = load_config("mini")
+TUNED = project_path(CONFIG.save_path)
+FROZEN = [project_path(f"ckpt/pretrained_ckpt/{name}") for name in FOLDERS.values()]
+FROZEN.append(project_path(CONFIG.encoder.path))
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Assistant:
+    return Assistant.load(CONFIG, TUNED)
+
+
+def test_every_frozen_part_but_the_language_model_is_there_and_small() -> None:
+    assert len(FROZEN) == len(PARTS) - 1
+    assert all((folder / RECORD).is_file() for folder in FROZEN)
+    assert megabytes_to_ship(*FROZEN) <= 60
+    assert read_delta(TUNED).source.stat().st_size / 1e6 <= 40
+    assert read_delta(TUNED).source.name == DELTA_FILE
+
+
+def test_shipped_parameters_answer_in_words_pictures_and_sounds(
+    shipped: Assistant, tmp_path: Path
+) -> None:
+    board = measure(shipped, ("T→I", "T→A", "I→T"), 4, 0, tmp_path)
+    assert all(figures["modalities"] == 1 for figures in board.cells.values())
+    assert average(board.cells, QUICK) >= 0.75
+
+
+@pytest.mark.slow
+def test_shipped_parameters_are_any_to_any(shipped: Assistant, tmp_path: Path) -> None:
+    board = measure(shipped, QUICK, 40, 1, tmp_path)
+    assert average(board.cells, QUICK) >= 0.9
