@@ -39,7 +39,7 @@ from mini_world.part_training.video_start import (
     video_groups,
 )
 from mini_world.render_image import Look
-from mini_world.things import Thing
+from mini_world.things import ATTRIBUTES, Thing
 from model.decoders import initial_noise
 
 PLANS: dict[Modality, Plan] = {
@@ -59,6 +59,8 @@ _NOISY: dict[Modality, float] = {"image": 0.5, "video": 0.5, "audio": 1.0}
 # The share of time that counts as nearly pure noise.
 _START = 0.03
 _MIXED = 0.5
+# Of pictures' and videos' captions, those without colour and place: "draw what you hear".
+_AS_HEARD = 0.15
 _NOISE = 0.15  # largest deviation, as a share of the embeddings' own
 Embed = Callable[[list[str]], Tensor]  # captions to (N, T, D), or (N, D) for sound
 
@@ -201,6 +203,15 @@ def _look(hidden: tuple[str, ...], rng: np.random.Generator) -> Look:
     )
 
 
+def _told(
+    modality: Modality, hidden: tuple[str, ...], rng: np.random.Generator
+) -> frozenset[str] | None:
+    """Now and then only what a sound tells of the thing that makes it, and the motion."""
+    if modality == "audio" or rng.random() >= _AS_HEARD:
+        return None
+    return frozenset(ATTRIBUTES[modality]) - {"colour", "place", *hidden}
+
+
 def _conditions(
     modality: Modality,
     shown: list[Thing],
@@ -212,7 +223,7 @@ def _conditions(
     """What the network is told of each thing: nothing, its caption, or something close to it."""
     count = len(shown)
     told = [
-        some_caption(thing, modality, rng, hidden=names)
+        some_caption(thing, modality, rng, _told(modality, names, rng), names)
         for thing, names in zip(shown, hidden, strict=True)
     ]
     other = [
