@@ -132,7 +132,7 @@ def memory(key: str) -> int:
 
 
 def test_memory_follows_the_size_of_a_written_file_and_not_of_the_model(tmp_path: Path) -> None:
-    """LLaMA, delta and sum of one written file; a 200 MB model in files of 10 MB takes 40 MB."""
+    """LLaMA, delta and sum of one written file: of a 200 MB model in files of 10 MB, some 40 MB."""
     figures = LlamaConfig.from_pretrained(LLAMA)
     tall = torch.ones(4 * MEGABYTE // 128, 128).half()  # 8 MB
     llama = write_llama(tmp_path / "llama")

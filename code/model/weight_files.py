@@ -39,16 +39,15 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        mapped = zipfile.is_zipfile(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        whole = zipfile.is_zipfile(path)  # if not, torch's words would not say what it is instead
+        if not whole and (looks_like := _looks_like(path)):
+            raise _unreadable(path, looks_like)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=whole)
     except (
         SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError,
         TypeError, AttributeError, struct.error,
     ) as error:  # fmt: skip
-        looks_like = _looks_like(path) or type(error).__name__  # torch's advice does not fit here
-        raise InputError(
-            f"{path} is no readable checkpoint ({looks_like}): download or build it again"
-        ) from error
+        raise _unreadable(path, _looks_like(path) or type(error).__name__) from error
     if isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values()):
         return tensors
     raise InputError(f"{path} holds no tensors by name: give another")
@@ -105,6 +104,10 @@ def _weight_map(index: Path) -> dict[str, str]:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, TypeError, LookupError) as error:
         raise InputError(f"{index} is no index of weight files, fetch it again") from error
+
+
+def _unreadable(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is no readable checkpoint ({why}): download or build it again")
 
 
 def _looks_like(path: Path) -> str:
