@@ -123,9 +123,9 @@ DELTAS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "of another program": (
         ".safetensors", lambda f: save_file({"a": torch.zeros(1)}, f), "no tuned parameters"),
     "text": (".pt", lambda f: f.write_text("hello"), "no readable checkpoint"),
-    "a list": (".pt", lambda f: torch.save([1], f), "does not carry the names"),
+    "a list": (".pt", lambda f: torch.save([1], f), "holds no tensors by name"),
     "without tensors": (
-        ".pt", lambda f: torch.save({"llama_proj.weight": 1}, f), "does not carry the names"),
+        ".pt", lambda f: torch.save({"llama_proj.weight": 1}, f), "holds no tensors by name"),
     "without vocabulary": (
         ".pt",
         lambda f: torch.save({"llama_proj.weight": torch.zeros(1)}, f),

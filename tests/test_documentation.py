@@ -12,8 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from config.loader import load_config
 from dataset.catalog import CATALOG
@@ -26,7 +24,6 @@ READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 PREPARE = sorted([*ROOT.glob("data/*/prepare.md"), *ROOT.glob("data/*/*/prepare.md"),
                   *ROOT.glob("data/*/*/*/prepare.md")])  # fmt: skip
 DOCUMENTS = [*READMES, *PREPARE, ROOT / "data/embed/README.md", *ROOT.glob("ckpt/*/*.md")]
-LLAMA = ROOT / "tests/parity/llama_tiny"
 CAPTION_FILES = {  # what each snippet finds, and the one row it makes of it
     "cc3m": (
         {"images/00000/000000012.jpg": "", "images/00000/000000012.txt": "a boat\n"},
@@ -126,7 +123,8 @@ def test_every_flag_named_in_the_readmes_is_some_programs(help_of: Callable) -> 
         for name in (
             "code/inference.py", "code/process_embeddings.py", "code/dataset/preprocess_dataset.py",
             "code/mini_world/write_data.py", "code/mini_world/build_parts.py", "code/evaluate.py",
-            "code/evaluate_parts.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
+            "code/evaluate_parts.py", "code/prepare_checkpoints.py", "code/merge_vicuna.py",
+            "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
         )
     ]  # fmt: skip
     known = {"--help"}.union(*(help_of(file) for file in programs))
@@ -220,27 +218,3 @@ def test_a_caption_snippet_lists_the_media_that_are_there(
     (snippet,) = blocks(ROOT / "data/T-X_pair_data" / name / "prepare.md", "python")
     exec(compile(snippet, name, "exec"), {})
     assert json.loads((folder / f"{name}.json").read_text()) == [row]
-
-
-def test_the_vicuna_snippet_appends_a_zero_row_and_adds_the_delta(tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float16)
-    delta = AutoModelForCausalLM.from_pretrained(LLAMA, dtype=torch.float16)
-    rows = base.config.vocab_size
-    delta.resize_token_embeddings(rows + 1)
-    with torch.no_grad():
-        for parameter in delta.parameters():
-            parameter.fill_(0.25)
-    delta.save_pretrained(tmp_path / "delta")
-    (snippet,) = blocks(ROOT / "ckpt/pretrained_ckpt/prepare_vicuna.md", "python")
-    places = {"LLAMA": LLAMA, "DELTA": tmp_path / "delta", "VICUNA": tmp_path / "vicuna"}
-    for name, place in places.items():
-        snippet = re.sub(rf"^{name} = .*$", f"{name} = {str(place)!r}", snippet, flags=re.MULTILINE)
-    exec(compile(snippet, "prepare_vicuna.md", "exec"), {})
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "vicuna", dtype=torch.float16)
-    assert merged.config.vocab_size == rows + 1
-    expected = dict(base.named_parameters())
-    for name, parameter in merged.named_parameters():
-        own = expected[name]
-        assert torch.equal(parameter[: len(own)], own + 0.25), name
-        assert (parameter[len(own) :] == 0.25).all(), name
-    assert (tmp_path / "vicuna/tokenizer_config.json").is_file()

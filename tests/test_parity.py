@@ -10,14 +10,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from config.errors import InputError
 from config.loader import load_config
 from conversation.parts import MODALITIES
-from model.build import (
-    build_conversation_encoder,
-    build_model,
-    build_output_projections,
-    signal_counts,
-)
+from model.build import build_conversation_encoder, build_model, build_on_meta
 from model.delta import load_delta, read_delta, write_delta
-from model.language_model import fit_language_model
 from model.nextgpt import Losses, NextGPT
 from model.parts import PARTS, set_trainable
 from model.published import model_to_published
@@ -130,11 +124,7 @@ def test_a_published_file_with_wrong_names_or_shapes_is_refused_with_their_list(
 def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
     """On the meta device, so that 7 billion parameters cost no memory."""
     config = load_config("7b")
-    with torch.device("meta"):
-        llama = LlamaForCausalLM(LlamaConfig(vocab_size=32000, max_position_embeddings=2048))
-        fit_language_model(llama, config.language_model, own_tokens=32000, new_tokens=38, lora=True)
-        projections = build_output_projections(config, hidden_size=4096)
-        model = NextGPT(llama, config.encoder.width, projections, signal_counts(config), 1)
+    model = build_on_meta(config, LlamaConfig(), own_tokens=32000, lora=True)
     written = model_to_published(model)
     recorded = json.loads((PARITY / "delta_keys_7b.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in written.items()} == recorded

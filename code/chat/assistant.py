@@ -38,6 +38,7 @@ from model.device import choose_device, choose_dtype
 from model.imagebind import ImageBind
 from model.media_files import Output
 from model.nextgpt import NextGPT
+from model.parts import NEEDED_TO_ANSWER
 
 _FEATURES_KEPT = 1000  # of the media last seen
 
@@ -95,8 +96,7 @@ class Assistant:
         encoder = build_conversation_encoder(config)
         dtype = choose_dtype(config.training.precision, device)
         model = build_model(config, dtype, lora=tuned.holds("lora"), output_projections=True)
-        required = {"input_projection", "output_projections", "vocabulary"}
-        report = load_delta(model, tuned, required)
+        report = load_delta(model, tuned, NEEDED_TO_ANSWER)
         return cls(config, encoder, model, device, [f"tuned parameters of {tuned.source}", *report])
 
     def chat(

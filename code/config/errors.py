@@ -5,5 +5,9 @@ class InputError(Exception):
     """Something the user gave is wrong: the message names it and says what to do next."""
 
 
+class NotThereError(InputError):
+    """A file or folder that a part consists of is not there: fetch or build it."""
+
+
 class MediaError(InputError):
     """One medium or sample is missing, broken or unusable: training skips and counts it."""

@@ -1,6 +1,7 @@
 """Puts the model together from the configuration: what a run uses, and nothing else."""
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from config.errors import InputError
 from config.loader import project_path
@@ -10,7 +11,7 @@ from conversation.parts import Modality
 from conversation.signal_tokens import SignalTokens
 from conversation.templates import TEMPLATES
 from model.imagebind import ImageBind, load_imagebind
-from model.language_model import load_language_model, load_tokenizer
+from model.language_model import fit_language_model, load_language_model, load_tokenizer
 from model.nextgpt import NextGPT
 from model.output_projection import OutputProjection
 
@@ -35,14 +36,17 @@ def signal_counts(config: Config) -> dict[Modality, int]:
     return {modality: decoder.signal_tokens for modality, decoder in config.decoders.items()}
 
 
-def build_media_encoder(config: Config) -> ImageBind:
+def build_media_encoder(config: Config, dtype: torch.dtype | None = torch.float32) -> ImageBind:
     """ImageBind in float32, as in training and so in answering.
+
+    Args:
+        dtype: of the weights; none: the file's own, and they stay on disk until they are used.
 
     Raises:
         InputError: it is not there, is broken, or gives features of another width.
     """
     path, width = project_path(config.encoder.path), config.encoder.width
-    imagebind = load_imagebind(path)
+    imagebind = load_imagebind(path, dtype)
     if imagebind.config.output_dim != width:
         raise InputError(
             f"{path} gives features of {imagebind.config.output_dim} numbers, but encoder.width is "
@@ -65,6 +69,37 @@ def build_model(
     path = resolve_model_path(config.language_model.path)
     signals = build_conversation_encoder(config).signals
     language_model = load_language_model(config.language_model, path, signals, dtype, lora=lora)
+    return _join(config, language_model, signals, output_projections=output_projections)
+
+
+def build_on_meta(
+    config: Config, figures: PreTrainedConfig, own_tokens: int, *, lora: bool
+) -> NextGPT:
+    """The model without weights, on the meta device: its names and shapes cost no memory.
+
+    Args:
+        config: the whole configuration.
+        figures: of the language model, whose folder is not asked.
+        own_tokens: of the language model's tokenizer.
+        lora: whether it has the adapters.
+    """
+    signals = SignalTokens(signal_counts(config), first_id=own_tokens)
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(figures)
+        fit_language_model(
+            language_model, config.language_model, own_tokens, len(signals), lora=lora
+        )
+        return _join(config, language_model, signals, output_projections=True)
+
+
+def _join(
+    config: Config,
+    language_model: PreTrainedModel,
+    signals: SignalTokens,
+    *,
+    output_projections: bool,
+) -> NextGPT:
+    """A language model that is fitted already, and new projections."""
     hidden_size = language_model.config.hidden_size
     projections = build_output_projections(config, hidden_size) if output_projections else {}
     return NextGPT(

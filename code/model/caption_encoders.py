@@ -24,6 +24,8 @@ class CaptionEncoder:
     ) -> None:
         """Load the two parts from a diffusers folder or hub name; `dtype` none: half on CUDA.
 
+        On the meta device no weight is read: names, shapes and kind are checked all the same.
+
         Raises:
             InputError: naming the file that is missing or does not fit.
         """
@@ -36,7 +38,8 @@ class CaptionEncoder:
         encoder_class = ClapTextModelWithProjection if audio else CLIPTextModel
         with loading(self.path, *TEXT_FILES):
             self.tokenizer = tokenizer_class.from_pretrained(self.path, subfolder="tokenizer")
-        encoder = load_whole(encoder_class, self.path, dtype, "text_encoder")
+        on_meta = device.type == "meta"
+        encoder = load_whole(encoder_class, self.path, dtype, "text_encoder", on_meta=on_meta)
         self.encoder = encoder.to(device).eval().requires_grad_(False)
 
     @property

@@ -3,8 +3,7 @@
 Everything is checked name by name: a part is loaded whole or is not in the file at all.
 """
 
-import pickle
-import struct
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from config.atomic import written_aside
-from config.errors import InputError
+from config.errors import InputError, NotThereError
 from config.schema import Part
 from model.nextgpt import NextGPT
 from model.parts import PARTS, is_own_vocabulary, part_of, tuned_parameters
-from model.published import Tensors, is_published, published_to_delta
+from model.published import Tensors, is_newer, is_published, published_to_delta
+from model.weight_files import map_tensors
 
 DELTA_FILE = "delta.safetensors"
 
@@ -56,22 +56,22 @@ def read_delta(path: Path) -> Delta:
         found = [path / DELTA_FILE, path / "pytorch_model.pt"]
         path = next((file for file in found if file.is_file()), found[0])
     if not path.is_file():
-        raise InputError(f"no tuned parameters at {path}: train the stage before, or give another")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                rows = (file.metadata() or {}).get("vocabulary_size", "")
-                if not rows.isdecimal():
-                    raise InputError(f"{path} holds no tuned parameters: train, or give another")
-                return Delta({name: file.get_tensor(name) for name in file.keys()}, int(rows), path)  # noqa: SIM118
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError,
-        TypeError, AttributeError, struct.error,
-    ) as error:  # fmt: skip
-        fault = type(error).__name__  # the words of torch give advice that does not fit here
-        raise InputError(f"{path} is no readable checkpoint ({fault}), fetch it again") from error
-    if not isinstance(tensors, dict) or not is_published(tensors):
+        raise NotThereError(
+            f"no tuned parameters at {path}: train the stage before, or give another"
+        )
+    tensors = map_tensors(path)
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            rows = (file.metadata() or {}).get("vocabulary_size", "")
+        if not rows.isdecimal():
+            raise InputError(f"{path} holds no tuned parameters: train, or give another")
+        return Delta(tensors, int(rows), path)
+    if is_newer(tensors):
+        raise InputError(
+            f"{path} is of the newer generation of the published code (parameters mm_*), another "
+            "system than this: fetch those of 7b_tiva_v0, see ckpt/delta_ckpt/README.md"
+        )
+    if not is_published(tensors):
         raise InputError(f"{path} does not carry the names of the published tuned parameters")
     tensors = published_to_delta(tensors, path)
     matrices = [tensor for name, tensor in tensors.items() if is_own_vocabulary(name)]
@@ -94,7 +94,7 @@ def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
         raise InputError(f"could not save {path} (is the disk full?): {error}") from error
 
 
-def load_delta(model: NextGPT, delta: Delta, required: set[Part]) -> list[str]:
+def load_delta(model: NextGPT, delta: Delta, required: Set[Part]) -> list[str]:
     """Load `delta` into `model` and say, a line a part, what was loaded and what starts new.
 
     A part that the model has and the file does not starts new, unless it is in `required`. A part

@@ -8,6 +8,9 @@ from torch import nn
 from config.schema import Part
 
 PARTS: tuple[Part, ...] = get_args(Part)
+NEEDED_TO_ANSWER: frozenset[Part] = frozenset(
+    ("input_projection", "output_projections", "vocabulary")
+)
 
 
 def part_of(name: str) -> Part | None:

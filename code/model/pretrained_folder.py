@@ -12,11 +12,12 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from config.errors import InputError
+from config.errors import InputError, NotThereError
 from conversation.parts import Modality
 
 disable_progress_bar()  # parts are loaded in a second or two, and a bar each hides what is said
 
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 # Names in older texts that the hub no longer has.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 # Without these transformers would go on, with an empty vocabulary or figures of its own.
@@ -36,14 +37,14 @@ def resolve(path: str) -> str:
     """Return `path` if it is a folder or can be a hub name (moved ones are mapped, with a word).
 
     Raises:
-        InputError: it is neither.
+        NotThereError: it is neither.
     """
     if path in MOVED and not Path(path).is_dir():
         print(f"{path} is gone from the hub; using {MOVED[path]}")
         return MOVED[path]
-    if Path(path).is_dir() or re.fullmatch(r"\w[\w.-]*/[\w.-]+", path):
+    if Path(path).is_dir() or HUB_NAME.fullmatch(path):
         return path
-    raise InputError(f"{path}: no such folder. Give a diffusers folder or a hub name (owner/name)")
+    raise NotThereError(f"{path}: no such folder. Give one, or a hub name (owner/name)")
 
 
 def check_kind(path: str, modality: Modality) -> None:
@@ -85,15 +86,21 @@ def loading(path: str, *files: str) -> Iterator[None]:
 
 
 def load_whole(
-    model_class: Any, path: str, dtype: torch.dtype, subfolder: str = ""
+    model_class: Any,
+    path: str,
+    dtype: torch.dtype,
+    subfolder: str = "",
+    *,
+    on_meta: bool = False,
 ) -> PreTrainedModel:
-    """The transformers model at `path` with every weight: by itself it would invent missing ones.
+    """The model at `path` with every weight: the library by itself would invent missing ones.
 
     Args:
-        model_class: has `from_pretrained`.
+        model_class: of transformers or diffusers; has `from_pretrained`.
         path: a folder, or a hub name.
         dtype: of the weights in memory.
         subfolder: of `path`, where the model lies.
+        on_meta: compare names and shapes only: no weight is read, the model is on the meta device.
 
     Raises:
         InputError: it cannot be read, or a weight is missing or of another shape.
@@ -105,6 +112,7 @@ def load_whole(
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below
+            device_map="meta" if on_meta else None,
         )
     wrong = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
     if wrong:

@@ -5,6 +5,7 @@ themselves (`model/vocabulary.py`), so the matrices are split on reading and joi
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,9 +28,12 @@ NEW_ROWS = 38  # `<Img>`, `</Img>`, 4 + 24 + 8 signal tokens: the published voca
 
 def is_published(tensors: Tensors) -> bool:
     """Whether `tensors` carry the published names."""
-    return all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()) and any(
-        name.startswith(tuple(_PREFIXES)) and "llama" in name for name in tensors
-    )
+    return any(name.startswith(tuple(_PREFIXES)) and "llama" in name for name in tensors)
+
+
+def is_newer(names: Iterable[str]) -> bool:
+    """Whether parameters called `names` are of the code's later generation: modules are `mm_*`."""
+    return any(module.startswith("mm_") for name in names for module in name.split("."))
 
 
 def published_to_delta(tensors: Tensors, source: Path) -> Tensors:

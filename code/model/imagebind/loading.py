@@ -9,17 +9,16 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from config.atomic import written_aside
-from config.errors import InputError
+from config.errors import InputError, NotThereError
 from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
 from model.imagebind.encoder import ImageBind
+from model.weight_files import map_tensors
 
 PUBLISHED_NAME = "imagebind_huge.pth"
 _LEFT_OUT = tuple(
@@ -35,22 +34,23 @@ def is_left_out(name: str) -> bool:
     return name.startswith(_LEFT_OUT)
 
 
-def load_imagebind(path: Path | str, dtype: torch.dtype = torch.float32) -> ImageBind:
+def load_imagebind(path: Path | str, dtype: torch.dtype | None = torch.float32) -> ImageBind:
     """The encoder in evaluation mode, its parameters frozen, on the CPU.
 
     Args:
         path: `imagebind_huge.pth`, the folder it lies in, or a folder written by `save_imagebind`.
-        dtype: of the weights in memory. In the file's own dtype they stay mapped from it.
+        dtype: of the weights in memory; none: the file's own, in which they stay mapped from it.
 
     Raises:
         InputError: no such file, not readable, or its tensors are not exactly the model's.
     """
     weights = _weights_file(Path(path))
-    config, tensors = _read_config(weights), _read_tensors(weights)
+    config = _read_config(weights)
+    tensors = {name: t for name, t in map_tensors(weights).items() if not is_left_out(name)}
     with torch.device("meta"):
         model = ImageBind(config)
     _check(weights, model.state_dict(), tensors)
-    model.load_state_dict({name: t.to(dtype) for name, t in tensors.items()}, assign=True)
+    model.load_state_dict({n: t.to(dtype or t.dtype) for n, t in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -87,7 +87,7 @@ def _weights_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix in (".safetensors", ".pth"):
             return candidate
-    raise InputError(
+    raise NotThereError(
         f"{path}: no ImageBind weights. Give {PUBLISHED_NAME}, or a folder with it or with "
         "config.json and model.safetensors."
     )
@@ -106,17 +106,6 @@ def _read_config(weights: Path) -> ImageBindConfig:
         raise InputError(
             f"{path}: not the figures of an ImageBind encoder, build it again: {fault}"
         ) from error
-
-
-def _read_tensors(weights: Path) -> dict[str, Tensor]:
-    try:
-        if weights.suffix == ".safetensors":
-            return load_file(weights)
-        tensors = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
-        return {name: tensor for name, tensor in tensors.items() if not is_left_out(name)}
-    except (RuntimeError, EOFError, AttributeError, UnpicklingError, SafetensorError) as e:
-        fault = type(e).__name__  # the words of torch give advice that does not fit here
-        raise InputError(f"{weights}: not readable ({fault}), download or build it again") from e
 
 
 def _check(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:

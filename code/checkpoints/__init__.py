@@ -1,0 +1,1 @@
+"""The weights that others made: where they are, whether they are right, fetched and merged."""

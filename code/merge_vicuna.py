@@ -1,0 +1,31 @@
+"""Makes Vicuna v0 of LLaMA-1 and the published delta, both in Hugging Face format.
+
+python merge_vicuna.py --base llama-7b-hf --delta vicuna-7b-delta-v0 --out vicuna-7b-v0
+"""
+
+import argparse
+from pathlib import Path
+
+from checkpoints.merging import merge_vicuna
+from config.entry import run_entry
+from config.loader import load_config, project_path
+
+
+def main() -> None:
+    """Arguments in, one folder out."""
+    parser = argparse.ArgumentParser(description="add the Vicuna v0 delta to LLaMA-1")
+    parser.add_argument("--base", type=Path, required=True, help="folder of LLaMA-1")
+    parser.add_argument("--delta", type=Path, required=True, help="folder of the Vicuna v0 delta")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=project_path(load_config("7b").language_model.path),
+        help="folder that gets Vicuna; by default where --config 7b looks for it",
+    )
+    arguments = parser.parse_args()
+    merge_vicuna(arguments.base, arguments.delta, arguments.out)
+    print(f"{arguments.out}: Vicuna v0, float16; check it with prepare_checkpoints.py")
+
+
+if __name__ == "__main__":
+    run_entry(main)

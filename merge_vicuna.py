@@ -1,0 +1,1 @@
+code/merge_vicuna.py

@@ -1,0 +1,1 @@
+code/prepare_checkpoints.py

@@ -1,0 +1,161 @@
+"""Vicuna from LLaMA and its delta: the sum, its files, what is refused, what it costs."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import merge_vicuna as entry
+from checkpoints.merging import merge_vicuna
+from config.entry import run_entry
+from config.errors import InputError
+from model.weight_files import map_folder
+from tiny_vicuna import LLAMA, Format, write_delta, write_llama, write_weights
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    """Folders of a LLaMA in two files and a delta in one."""
+    llama = write_llama(tmp_path / "llama", shards=2)
+    write_delta(tmp_path / "delta", llama)
+    return tmp_path / "llama", tmp_path / "delta"
+
+
+@pytest.mark.parametrize("delta_kind", ["safetensors", "bin"])
+@pytest.mark.parametrize(("base_kind", "base_shards"), [("bin", 3), ("safetensors", 1)])
+def test_the_merged_model_is_the_sum_of_whole_models_with_a_zero_row_appended(
+    base_kind: Format, base_shards: int, delta_kind: Format, tmp_path: Path
+) -> None:
+    llama = write_llama(tmp_path / "llama", base_kind, base_shards)
+    write_delta(tmp_path / "delta", llama, delta_kind, 2)
+    merge_vicuna(tmp_path / "llama", tmp_path / "delta", tmp_path / "out", MEGABYTE // 4)
+
+    half = {"dtype": torch.float16}
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "llama", **half)
+    delta = AutoModelForCausalLM.from_pretrained(tmp_path / "delta", **half)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    rows = base.config.vocab_size
+    base.resize_token_embeddings(rows + 1, mean_resizing=False)
+    with torch.no_grad():
+        base.get_input_embeddings().weight[rows:] = 0
+        base.get_output_embeddings().weight[rows:] = 0
+    added, found = dict(delta.named_parameters()), dict(merged.named_parameters())
+    assert merged.config.vocab_size == rows + 1
+    for name, parameter in base.named_parameters():
+        assert found[name].dtype == torch.float16
+        assert torch.equal(found[name], parameter + added[name]), name
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+
+
+def test_the_result_has_llamas_tokenizer_and_leaves_nothing_beside_it(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = ["--base", pair[0], "--delta", pair[1], "--out", tmp_path / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["merge_vicuna.py", *map(str, words)])
+        run_entry(entry.main)
+    own, merged = (AutoTokenizer.from_pretrained(folder) for folder in (LLAMA, tmp_path / "out"))
+    assert merged("a boat, two drums").input_ids == own("a boat, two drums").input_ids
+    assert len(merged) == 1000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "llama", "out"]
+
+
+def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = {n: t.clone() for n, t in map_folder(folder).items()}
+    tensors[name] = change(tensors[name])
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def set_figure(folder: Path, key: str, value: object) -> None:
+    figures = LlamaConfig.from_pretrained(folder)
+    setattr(figures, key, value)
+    figures.save_pretrained(folder)
+
+
+HEAD = "lm_head.weight"
+FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "LLaMA-2 as the base": (
+        lambda b, d: set_figure(b, "max_position_embeddings", 4096), "not of LLaMA-1"),
+    "the delta as the base": (
+        lambda b, d: [shutil.copy(f, b) for f in d.glob("*.safetensors")], "give LLaMA-1 itself"),
+    "a merged model as the delta": (
+        lambda b, d: [f.unlink() for f in d.glob("*.safetensors")]
+        and write_weights(d, map_folder(b)), "merged already"),
+    "a delta without the row for padding": (
+        lambda b, d: spoil(d, HEAD, lambda t: t[:-1].clone()),
+        r"lm_head.weight: shape \(1000, 128\) in the delta, expected \(1001, 128\)"),
+    "a delta of another size": (
+        lambda b, d: spoil(d, "model.layers.1.mlp.up_proj.weight", lambda t: t[:, :-1].clone()),
+        r"shape \(256, 127\) in the delta, expected \(256, 128\)"),
+    "a missing file": (
+        lambda b, d: (b / "model-00002-of-00002.safetensors").unlink(),
+        "not there: model-00002-of-00002.safetensors"),
+    "a delta that overflows": (
+        lambda b, d: spoil(d, HEAD, lambda t: torch.full_like(t, torch.inf)), "not finite"),
+    "no tokenizer": (
+        lambda b, d: [f.unlink() for f in b.glob("tokenizer*")], "tokenizer.json or"),
+    "no folder": (lambda b, d: shutil.rmtree(d), "is no folder"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_does_not_belong_together_is_named_and_nothing_is_written(
+    fault: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    break_it, word = FAULTS[fault]
+    break_it(*pair)
+    with pytest.raises(InputError, match=word):
+        merge_vicuna(*pair, tmp_path / "out")
+    assert not list(tmp_path.glob("*out*"))
+
+
+def test_a_folder_is_neither_merged_with_itself_nor_overwritten(pair: tuple[Path, Path]) -> None:
+    base, delta = pair
+    with pytest.raises(InputError, match="both as LLaMA-1 and as the delta"):
+        merge_vicuna(base, base, base.with_name("out"))
+    with pytest.raises(InputError, match="is there already"):
+        merge_vicuna(base, delta, delta)
+
+
+def memory(key: str) -> int:
+    """A figure of this process in bytes: VmRSS is what it holds, VmHWM the most it held."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def test_memory_follows_the_size_of_a_written_file_and_not_of_the_model(tmp_path: Path) -> None:
+    """LLaMA, delta and sum of one written file: of a 200 MB model in files of 10 MB, some 40 MB."""
+    figures = LlamaConfig.from_pretrained(LLAMA)
+    tall = torch.ones(4 * MEGABYTE // 128, 128).half()  # 8 MB
+    llama = write_llama(tmp_path / "llama")
+    shutil.copytree(tmp_path / "llama", tmp_path / "large")
+    figures.intermediate_size = len(tall)
+    figures.num_hidden_layers = 8
+    figures.save_pretrained(tmp_path / "large")
+    large = {name: t for name, t in llama.items() if ".layers." not in name}
+    for layer in range(figures.num_hidden_layers):
+        for name in (n for n in llama if ".layers.0." in n):
+            wide = tall if "mlp" in name else llama[name]
+            shaped = wide.T.contiguous() if "down_proj" in name else wide
+            large[name.replace(".0.", f".{layer}.")] = shaped.clone()
+    (tmp_path / "large" / "model.safetensors").unlink()
+    write_weights(tmp_path / "large", large, shards=2)
+    write_delta(tmp_path / "delta", large, "bin", 2)
+    size = sum(t.numel() * 2 for t in large.values())
+    del large, tall, shaped, wide
+    assert size > 190 * MEGABYTE
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+    before = memory("VmRSS")
+    merge_vicuna(tmp_path / "large", tmp_path / "delta", tmp_path / "out", 10 * MEGABYTE)
+    assert memory("VmHWM") - before < 70 * MEGABYTE
+    assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) > size
+    assert load_file(next((tmp_path / "out").glob("model-00001*"))).keys()
