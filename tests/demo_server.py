@@ -67,12 +67,16 @@ class Running:
     folder: Path
 
 
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
 @contextmanager
 def running_demo(assistant: Assistant) -> Iterator[Running]:
     """Serve `assistant` until the block ends."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
+    port = free_port()
     before = os.environ.get("GRADIO_TEMP_DIR")
     with TemporaryDirectory(prefix="demo_test_") as folder:
         desk = Desk(assistant)

@@ -4,6 +4,7 @@ import struct
 import wave
 import zlib
 from dataclasses import replace
+from fractions import Fraction
 from html import unescape
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from PIL import Image
 from chat.options import ChatOptions
 from config.errors import InputError, MediaError
 from config.loader import load_config
-from conversation.parts import Media, Text, Turn
+from conversation.parts import Conversation, Media, Text, Turn
 from demo.desk import Finished, Ready, Step, Waiting, Words, Written
 from demo.examples import read_examples
 from demo.explanation import explanation_html
@@ -31,6 +32,7 @@ from model.caption_encoders import CaptionEncoder
 from model.media_files import Frames, Sound, save_medium
 from parity_tools import MEDIA
 from tiny_decoders import tiny_decoder
+from tiny_system import tiny_encoder
 
 OPTIONS = ChatOptions.from_config(load_config("mini"))
 
@@ -63,6 +65,26 @@ def sound_of_length(path: Path, seconds: int) -> Path:
     return path
 
 
+def sound_of_lies(path: Path, packets: int) -> Path:
+    """A silent sound whose packets, of 1024 samples each, say that they are one sample long."""
+    silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+    silence.sample_rate = 48_000
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=48_000, layout="mono")
+        data = bytes([*stream.encode(silence), *stream.encode(None)][-1])
+        for time in range(packets):
+            packet = av.Packet(data)
+            packet.stream, packet.time_base = stream, Fraction(1, 48_000)
+            packet.pts = packet.dts = time
+            container.mux(packet)
+    return path
+
+
+def fast_sound(path: Path) -> Path:
+    save_medium(Sound(np.zeros(1000, np.float32), 768_000), path)
+    return path
+
+
 def written(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
@@ -86,6 +108,9 @@ REFUSED = {
     "9000 x 9000 pixels": (lambda p: png_of_size(p / "a.png", 9000, 9000), "million pixels"),
     "a video of two hours": (lambda p: video_of_length(p / "a.mp4", 7200), "longer than 120 s"),
     "a sound of ten minutes": (lambda p: sound_of_length(p / "a.wav", 600), "longer than 300 s"),
+    "a sound that claims to be short": (lambda p: sound_of_lies(p / "a.mp4", 15_000),
+                                        "longer than 300 s"),
+    "a sound of 768 kHz": (lambda p: fast_sound(p / "a.wav"), "more than 192000"),
 }  # fmt: skip
 
 
@@ -117,6 +142,15 @@ def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
         patch.setattr("demo.limits.MAX_FRAME_PIXELS", 1000)
         with pytest.raises(MediaError, match="too many"):
             check_medium(tmp_path / "a.mp4", "bomb")
+
+
+def test_a_video_of_too_many_small_frames_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("demo.limits.MAX_FRAMES", 20)
+    assert check_medium(video_of_length(tmp_path / "a.mp4", 20), "it") == "video"
+    with pytest.raises(MediaError, match="too many frames"):
+        check_medium(video_of_length(tmp_path / "a.mp4", 21), "it")
 
 
 def test_kinds_are_told_by_content_not_by_name(tmp_path: Path) -> None:
@@ -200,6 +234,40 @@ def test_silent_sessions_and_old_uploads_are_swept(tmp_path: Path) -> None:
     assert not sessions.may_use(str(upload), "ada")
 
 
+def test_a_sweep_takes_what_a_closed_sessions_answer_still_wrote(tmp_path: Path) -> None:
+    sessions = Sessions(tmp_path)
+    left, kept = sessions.of("left", "ada"), sessions.of("kept", "ada")
+    sessions.close("left")
+    for session in (left, kept):
+        written(session.new_folder() / "late.png", b"x")
+    sessions.sweep(idle=1000)
+    assert [*sessions.folder.iterdir()] == [kept.folder]
+
+
+def test_files_that_go_while_the_room_is_measured_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = Sessions(tmp_path)
+    written(sessions.new_upload("a.png"), b"x")
+    monkeypatch.setattr("os.walk", lambda root: [(str(root), [], ["gone.png"])])
+    assert not sessions.full()
+    sessions.sweep(idle=-1)
+
+
+def test_an_upload_is_removed_when_the_last_who_may_use_it_gives_it_back(tmp_path: Path) -> None:
+    sessions = Sessions(tmp_path)
+    upload = written(sessions.new_upload("a.png"), b"x")
+    for visitor in ("ada", "bob"):
+        sessions.lend(str(upload), visitor)
+    sessions.release(str(upload), "ada")
+    assert upload.exists() and not sessions.may_use(str(upload), "ada")
+    sessions.release(str(upload), "bob")
+    assert not upload.parent.exists() and not sessions.may_use(str(upload), "bob")
+    own = written(sessions.of("tab", "ada").new_folder() / "a.png", b"x")
+    sessions.release(str(own), "ada")
+    assert own.exists()  # it goes with its session
+
+
 def test_a_reply_grows_event_by_event(tmp_path: Path) -> None:
     reply = Reply(seed=3)
     turn = Turn("assistant", (Text("Sure"), Media("image"), Media("audio")))
@@ -227,6 +295,7 @@ def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
     session = Sessions(tmp_path).of("tab", "ada")
     human = session.show(typed, [])
     assert human.parts == (Text(typed),)
+    assert not tiny_encoder().encode(Conversation((human,))).slots  # where media would go
     session.rounds.append(Round(human, Reply(0, words=typed, stopped=True)))
     messages, rounds = chat_messages(session, notice=typed)
     shown = messages[0]["content"][0]

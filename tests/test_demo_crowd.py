@@ -18,8 +18,11 @@ from openai import BadRequestError
 
 from chat.assistant import Assistant
 from chat.options import ChatOptions
+from config.errors import InputError
 from conversation.parts import Conversation, Text, Turn
 from demo.desk import Finished, Job, Stopped, Waiting, Words
+from demo.handlers import Handlers
+from demo.knobs import SEED_LIMIT, knobs_of, turn_knobs
 from demo_server import (
     PHOTO,
     Running,
@@ -32,6 +35,7 @@ from demo_server import (
     user,
     wait_until,
 )
+from model.media_files import Output, save_medium
 
 SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
 
@@ -53,15 +57,16 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
-def test_sixteen_at_once_never_mix(babbler: Running) -> None:
-    """Each gets, of two rounds, the very answers that it would have got alone."""
+def test_sixteen_at_once_never_mix(babbler: Running, tmp_path: Path) -> None:
+    """Each gets, of two rounds, the very words and media that it would have got alone."""
 
-    def talk(number: int) -> list[tuple[str, list[str]]]:
+    def talk(number: int) -> list[tuple[str, list[str], list[bytes]]]:
         one = client(babbler)
         told = []
         for text in (f"tell me of {number}", f"and of {number * 7}"):
             answer = one.predict(text=text, files=[], knobs={"seed": number}, api_name="/chat")
-            told.append((answer["text"], answer["tokens"]))
+            media = [Path(file).read_bytes() for file in answer["files"]]
+            told.append((answer["text"], answer["tokens"], media))
         return told
 
     with ThreadPoolExecutor(16) as pool:
@@ -69,6 +74,7 @@ def test_sixteen_at_once_never_mix(babbler: Running) -> None:
     assert len({str(one) for one in together}) == 16
     assistant = babbler.desk.assistant
     options = ChatOptions.from_config(assistant.config)
+    shown = 0
     for number in (0, 5, 15):
         turns: tuple[Turn, ...] = ()
         for text, told in zip(
@@ -76,8 +82,16 @@ def test_sixteen_at_once_never_mix(babbler: Running) -> None:
         ):
             turns += (Turn("human", (Text(text),)),)
             alone = assistant.chat(Conversation(turns), seed=number, options=options)
-            assert told == (alone.text, alone.token_names)
+            media = [saved(output, tmp_path) for output in alone.outputs]
+            assert told == (alone.text, alone.token_names, media)
+            shown += len(media)
             turns += (alone.turn,)
+    assert shown
+
+
+def saved(output: Output, folder: Path) -> bytes:
+    save_medium(output, folder / "medium")
+    return (folder / "medium").read_bytes()
 
 
 def job(running: Running, **figures: int) -> Job:
@@ -114,6 +128,32 @@ def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assi
             assert not running.desk.line
 
         asyncio.run(scene())
+
+
+def test_a_line_that_is_too_long_is_told(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("demo.desk.LONGEST_LINE", 0)
+    with pytest.raises(BadRequestError, match="try again later"):
+        openai(demo).chat.completions.create(model="any", messages=[user("a")])
+
+
+def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> None:
+    options = ChatOptions.from_config(demo.desk.assistant.config)
+    handlers = Handlers(demo.desk, demo.sessions, options)
+    session = demo.sessions.of("tab", "ada")
+    demo.sessions.close("tab")
+    with pytest.raises(InputError, match="conversation is closed"):
+        asyncio.run(handlers.take(session, "a", []))
+
+
+def test_answers_come_at_both_ends_of_the_knobs(assistant: Assistant) -> None:
+    options = ChatOptions.from_config(assistant.config)
+    knobs = knobs_of(options)
+    low = {knob.name: knob.low for knob in knobs if knob.name != "max_new_tokens"}
+    quick = [knob for knob in knobs if knob.group == "Words" or knob.label == "guidance"]
+    for values in (low, {knob.name: knob.high for knob in quick}):
+        turned = turn_knobs(options, values)
+        said = Conversation((Turn("human", (Text("all of it"),)),))
+        assert len(assistant.chat(said, seed=SEED_LIMIT, options=turned).outputs) == 3
 
 
 def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
@@ -164,6 +204,15 @@ def test_a_client_that_goes_away_frees_the_desk(demo: Running) -> None:
         wait_until(lambda: demo.desk.line)
     wait_until(lambda: not demo.desk.line, seconds=5)
     wait_until(lambda: not any(k.startswith("v1") for k in demo.sessions._open), seconds=5)
+
+
+def test_a_client_that_does_not_wait_for_the_whole_frees_the_desk(demo: Running) -> None:
+    asked = {"messages": [user("all of it")]} | SLOW
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=0.5)
+    (job,) = demo.desk.line
+    wait_until(job.stopped.is_set, seconds=5)
+    wait_until(lambda: not demo.desk.line, seconds=5)
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ from gradio_client import Client, handle_file
 from openai import BadRequestError
 
 from chat.assistant import Assistant
+from chat.options import ChatOptions
 from conversation.parts import Media
+from demo.knobs import knobs_of
 from demo.visitors import COOKIE
 from demo_server import (
     PHOTO,
@@ -45,6 +47,11 @@ def sound() -> dict:
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
+def video() -> dict:
+    data = base64.b64encode((MEDIA / "move_wide.mp4").read_bytes()).decode()
+    return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
+
+
 def opened(url: str) -> bytes:
     head, _, body = url.partition(",")
     assert head.startswith("data:") and head.endswith(";base64")
@@ -53,7 +60,7 @@ def opened(url: str) -> bytes:
 
 def test_openais_package_gets_words_and_all_media_in_their_places(demo: Running) -> None:
     reply = openai(demo).chat.completions.create(
-        model="any", messages=[user("all of it", picture(), sound())], seed=3
+        model="any", messages=[user("all of it", picture(), sound(), video())], seed=3
     )
     message = reply.choices[0].message
     assert message.content == "\n".join(WORDS)
@@ -66,11 +73,20 @@ def test_openais_package_gets_words_and_all_media_in_their_places(demo: Running)
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 
 
+def test_openais_package_lists_the_model_that_is_served(demo: Running) -> None:
+    (model,) = openai(demo).models.list()
+    assert model.id == demo.desk.assistant.config.name
+
+
 def test_a_stream_holds_the_same_as_the_whole_and_rounds_go_on(demo: Running) -> None:
     asked = {"model": "any", "messages": [user("all of it", picture())], "seed": 4}
     whole = openai(demo).chat.completions.create(**asked).choices[0].message
     text, parts = "", {}
-    for chunk in openai(demo).chat.completions.create(**asked, stream=True):
+    told = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = openai(demo).chat.completions.create(**asked, **told)
+    assert last.usage.completion_tokens > 30 and not last.choices
+    assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) > 1
+    for chunk in chunks:
         delta = chunk.choices[0].delta
         text += delta.content or ""
         for part in getattr(delta, "parts", None) or []:
@@ -99,6 +115,7 @@ BAD = {
     "nothing said": ({"messages": [user("  ")]}, "nothing to answer"),
     "temperature": ({"messages": [user("a")], "temperature": 9}, "temperature"),
     "a knob": ({"messages": [user("a")], "steps_image": 10_000}, "steps_image"),
+    "no tokens": ({"messages": [user("a")], "max_completion_tokens": 0}, "max_new_tokens 0"),
     "n": ({"messages": [user("a")], "n": 2}, "n:"),
     "too long": ({"messages": [user("word " * 5000)]}, "characters"),
 }  # fmt: skip
@@ -140,6 +157,8 @@ def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_
     assert first["finished"] and first["text"] == "\n".join(WORDS) and first["seed"] == 3
     contents = [Path(file).read_bytes()[:4] for file in first["files"]]
     assert contents[0] == b"\x89PNG" and contents[2] == b"RIFF" and len(contents) == 3
+    uploads = {*demo.folder.rglob(PHOTO.name)} - {*demo.sessions.folder.rglob("*")}
+    assert not uploads  # the session has its own copy
     assert first["tokens"][-1] == "</s>" or len(first["tokens"]) > 30
     second = one.predict(text="more", files=[], knobs={}, api_name="/chat")
     assert second["text"] == first["text"]
@@ -151,6 +170,25 @@ def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_
     assert not session.rounds and not session.folder.exists()
     with pytest.raises(Exception, match="steps_image 0: give 1 to 100"):
         one.predict(text="a", files=[], knobs={"steps_image": 0}, api_name="/chat")
+
+
+def test_the_pages_knobs_are_refused_beyond_their_ranges_by_name(demo: Running) -> None:
+    options = ChatOptions.from_config(demo.desk.assistant.config)
+    values = {knob.name: knob.value for knob in knobs_of(options)} | {"seed": -1}
+    with httpx.Client(base_url=demo.address, timeout=30) as page:
+        for name, value in (("steps_image", 10_000), ("temperature", -1), ("seed", 2**40)):
+            turned = (values | {name: value}).values()
+            told = pressed_enter(page, [{"text": "a", "files": []}, *turned])
+            assert f"{name} {value}: give" in told and not demo.desk.line
+
+
+def pressed_enter(page: httpx.Client, data: list) -> str:
+    """What the page is told when its box is sent with these values, as its own script does it."""
+    parts = page.get("/config").json()["dependencies"]
+    sends = [part["id"] for part in parts if part["targets"] and part["targets"][0][1] == "submit"]
+    asked = {"data": data, "fn_index": sends[0], "session_hash": "tab"}
+    page.post("/gradio_api/queue/join", json=asked)
+    return page.get("/gradio_api/queue/data", params={"session_hash": "tab"}).text
 
 
 def test_a_file_of_the_server_cannot_be_shown_or_fetched(demo: Running, tmp_path: Path) -> None:
@@ -215,3 +253,5 @@ def test_nothing_is_uploaded_when_the_room_is_taken(
     monkeypatch.setattr("demo.sessions.MOST_BYTES", -1)
     reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
     assert reply.status_code == 507 and not demo.sessions._uploads.get("a.png")
+    with pytest.raises(BadRequestError, match="too many files"):
+        openai(demo).chat.completions.create(model="any", messages=[user("a", picture())])

@@ -103,6 +103,11 @@ class Job:
     folder: Path
     stopped: Flag = field(default_factory=Flag)
 
+    def check(self) -> None:
+        """Raise `Stopped` if the answer is to end."""
+        if self.stopped.is_set():
+            raise Stopped
+
 
 class Desk:
     """Answers conversations with one assistant, first come, first served."""
@@ -162,8 +167,7 @@ class Desk:
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
         def tell(event: Event) -> None:
-            if job.stopped.is_set():
-                raise Stopped
+            job.check()
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         def leave() -> None:
@@ -193,8 +197,7 @@ class Desk:
             try:
                 event = await asyncio.wait_for(events.get(), _LOOK)
             except TimeoutError:
-                if job.stopped.is_set():
-                    raise Stopped from None
+                job.check()
                 continue
             if event is None:
                 return
@@ -209,7 +212,7 @@ class Desk:
             first.append(time.perf_counter() - start)
             tell(Words(text))
 
-        teller = _MediaTeller(job.folder, tell)
+        teller = _MediaTeller(job, tell)
         answer = self.assistant.chat(
             job.conversation,
             seed=job.seed,
@@ -236,8 +239,8 @@ class Desk:
 class _MediaTeller:
     """Tells of an answer's media by their number, and saves each when it is made."""
 
-    def __init__(self, folder: Path, tell: Callable[[Event], None]) -> None:
-        self.folder = folder
+    def __init__(self, job: Job, tell: Callable[[Event], None]) -> None:
+        self.job = job
         self.tell = tell
         self.waiting: list[tuple[int, Modality]] = []
 
@@ -253,7 +256,8 @@ class _MediaTeller:
     def on_medium(self, number: int, output: Output) -> None:
         modality = dict(self.waiting)[number]
         self.waiting.remove((number, modality))
-        path = self.folder / f"{modality}_{number + 1}{SUFFIXES[modality]}"
+        self.job.check()  # who has left has no folder any more
+        path = self.job.folder / f"{modality}_{number + 1}{SUFFIXES[modality]}"
         save_medium(output, path)
         self.tell(Ready(number, path))
 

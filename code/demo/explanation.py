@@ -8,7 +8,7 @@ from demo.desk import Finished
 from demo.replies import Reply
 
 _KINDS: dict[str, Modality] = {"[IMG": "image", "[VID": "video", "[AUD": "audio"}
-_TITLES: dict[Modality, str] = {"image": "picture", "video": "video", "audio": "sound"}
+TITLES: dict[Modality, str] = {"image": "picture", "video": "video", "audio": "sound"}
 _SPACES = str.maketrans({"Ġ": "·", "▁": "·", "Ċ": "⏎"})  # how tokenizers write space and new line
 _LINKS = {
     "load": "loading parts",
@@ -45,7 +45,7 @@ def _tokens(names: tuple[str, ...]) -> str:
     groups = []
     for kind, group in groupby(names, _kind):
         chips = "".join(f"<code>{escape(name.translate(_SPACES))}</code>" for name in group)
-        title = f' title="signal tokens: they call the {_TITLES[kind]} decoder"' if kind else ""
+        title = f' title="signal tokens: they call the {TITLES[kind]} decoder"' if kind else ""
         groups.append(f'<span class="run {kind or "words"}"{title}>{chips}</span>')
     return f'<p class="tokens">{"".join(groups)}</p>'
 
@@ -54,7 +54,7 @@ def _nearest(media: list[Modality], finished: Finished) -> str:
     if not media:
         return ""
     rows = "".join(
-        f'<tr><td><span class="run {modality}">{_TITLES[modality]}</span></td>'
+        f'<tr><td><span class="run {modality}">{TITLES[modality]}</span></td>'
         f"<td>{escape(caption)}</td><td>{distance:.3g}</td></tr>"
         for modality, near in zip(media, finished.nearest, strict=True)
         for caption, distance in near

@@ -102,17 +102,21 @@ class Handlers:
         return turn_knobs(self.options, values), seed
 
     async def take(self, session: Session, text: str, files: Sequence[tuple[Path, str]]) -> Turn:
-        """The human's turn; only the visitor's own uploads are read.
+        """The human's turn; only the visitor's own uploads are read, and they are used up.
 
         Raises:
-            InputError: the session is busy, or what is shown is unusable.
+            InputError: the session is busy or closed, or what is shown is unusable.
         """
         for path, name in files:
             if not self.sessions.may_use(str(path), session.visitor) or not path.is_file():
                 raise InputError(f"{name}: not a file that you uploaded here, upload it again")
         human = await asyncio.to_thread(session.show, text, files)
+        if session.closed:
+            raise InputError("this conversation is closed: begin a new one")
         if session.job:
             raise InputError(_BUSY)
+        for path, _ in files:
+            self.sessions.release(str(path), session.visitor)
         return human
 
     def stop(self, request: gr.Request) -> None:

@@ -1,14 +1,17 @@
-"""What people may show: told by content, not by name, and measured without decoding it.
+"""What people may show: told by content, not by name, and measured before any of it is kept.
 
-A picture costs reading its header, a video or sound reading its packets once (50 MB: below 0.1 s
-for most formats). Decoding comes later and may still refuse a broken file.
+A picture costs reading its header, a video reading its packets once (50 MB: below 0.1 s for most
+formats), a sound decoding it once up to the limit. Decoding for the encoder comes later and may
+still refuse a broken file.
 """
 
 import warnings
 from pathlib import Path
 
 import av
+from av.audio.stream import AudioStream
 from av.container import InputContainer
+from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from config.errors import InputError, MediaError
@@ -19,6 +22,8 @@ MAX_BYTES = 50_000_000  # of a file
 MAX_PIXELS = 40_000_000  # of a picture
 MAX_FRAME_PIXELS = 3840 * 2160  # of a video's frame
 MAX_VIDEO_PIXELS = 4_000_000_000  # of all frames together: two minutes of 720p
+MAX_FRAMES = 30_000  # of a video: two minutes of 240 a second
+MAX_RATE = 192_000  # samples a second of a sound
 MAX_SECONDS: dict[Modality, float] = {"video": 120, "audio": 300}
 MAX_FILES = 8  # of a message
 MAX_CHARACTERS = 20_000  # of a message
@@ -84,11 +89,17 @@ def _check_stream(path: Path, name: str) -> Modality:
 
 def _check_container(container: InputContainer, name: str) -> Modality:
     moving = moving_pictures(container)
-    if moving is None and not container.streams.audio:
+    if moving is not None:
+        _check_video(container, moving, name)
+        return "video"
+    if not container.streams.audio:
         raise MediaError(f"{name}: neither moving pictures nor sound in it")
-    modality: Modality = "audio" if moving is None else "video"
-    stream = moving or container.streams.audio[0]
-    frame_pixels = moving.width * moving.height if moving else 0
+    _check_sound(container, container.streams.audio[0], name)
+    return "audio"
+
+
+def _check_video(container: InputContainer, stream: VideoStream, name: str) -> None:
+    frame_pixels = stream.width * stream.height
     if frame_pixels > MAX_FRAME_PIXELS:
         raise MediaError(f"{name}: {frame_pixels} pixels a frame are too many, make it smaller")
     frames = 0
@@ -97,13 +108,27 @@ def _check_container(container: InputContainer, name: str) -> Modality:
         if packet.pts is not None and packet.time_base is not None:
             start = stream.start_time or 0
             seconds = float((packet.pts - start + (packet.duration or 0)) * packet.time_base)
-            if seconds > MAX_SECONDS[modality] + 0.5:
-                raise MediaError(
-                    f"{name}: longer than {MAX_SECONDS[modality]:.0f} s, the limit for "
-                    f"{'a video' if moving else 'a sound'}: cut it"
-                )
-        if frames * frame_pixels > MAX_VIDEO_PIXELS:
+            if seconds > MAX_SECONDS["video"] + 0.5:
+                raise MediaError(f"{name}: {_too_long('video')}")
+        if frames > MAX_FRAMES or frames * frame_pixels > MAX_VIDEO_PIXELS:
             raise MediaError(f"{name}: too many frames of this size, shorten or shrink it")
     if not frames:
         raise MediaError(f"{name}: nothing in it")
-    return modality
+
+
+def _check_sound(container: InputContainer, stream: AudioStream, name: str) -> None:
+    rate = stream.codec_context.sample_rate
+    if rate > MAX_RATE:
+        raise MediaError(f"{name}: {rate} samples a second, more than {MAX_RATE}, convert it")
+    samples = 0
+    for frame in container.decode(stream):  # a few bytes may be an hour, whatever times they claim
+        samples += frame.samples
+        if samples > (MAX_SECONDS["audio"] + 0.5) * rate:
+            raise MediaError(f"{name}: {_too_long('audio')}")
+    if not samples:
+        raise MediaError(f"{name}: nothing in it")
+
+
+def _too_long(modality: Modality) -> str:
+    kind = {"video": "a video", "audio": "a sound"}[modality]
+    return f"longer than {MAX_SECONDS[modality]:.0f} s, the limit for {kind}: cut it"

@@ -13,7 +13,7 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,12 @@ def openai_routes(handlers: Handlers) -> APIRouter:
     async def complete(request: Request) -> Response:
         try:
             asked = await _read(request)
+            if handlers.sessions.full():
+                raise InputError("the server holds too many files already: try again later")
             served = _Served(handlers, asked)
             if asked.stream:
                 return StreamingResponse(served.stream(), media_type="text/event-stream")
-            return JSONResponse(await served.whole())
+            return JSONResponse(await _while_connected(request, served.whole()))
         except InputError as error:
             return JSONResponse(_error(str(error)), 400)
 
@@ -79,6 +81,22 @@ async def _read(request: Request) -> Completion:
         raise InputError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}") from error
 
 
+async def _while_connected(
+    request: Request, answer: Coroutine[Any, Any, dict[str, Any]]
+) -> dict[str, Any]:
+    """What `answer` gives; it is ended when the client, whose request is read, goes away."""
+    working = asyncio.create_task(answer)
+    leaving = asyncio.create_task(request.receive())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise InputError("the client went away")
+        return working.result()
+    finally:
+        leaving.cancel()
+        working.cancel()
+
+
 def _error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "invalid_request_error", "code": None}}
 
@@ -96,11 +114,13 @@ class _Served:
         values = asked.model_extra or {}
         knobs = {knob.name: values.get(knob.name) for knob in knobs_of(handlers.options)}
         knobs |= {"top_p": asked.top_p, "temperature": asked.temperature}
-        knobs["max_new_tokens"] = asked.max_completion_tokens or asked.max_tokens
+        most = asked.max_completion_tokens
+        knobs["max_new_tokens"] = asked.max_tokens if most is None else most
         self.options = turn_knobs(handlers.options, knobs)
         seed = check_seed(asked.seed)
         self.reply = Reply(secrets.randbelow(SEED_LIMIT) if seed is None else seed)
         self.messages = asked.messages
+        self.tell_usage = bool(asked.stream_options and asked.stream_options.include_usage)
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -158,6 +178,8 @@ class _Served:
                 if self.reply.fault:
                     raise InputError(self.reply.fault)
             yield self._chunk({}, self._reason())
+            if self.tell_usage:
+                yield self._event({"choices": [], "usage": self._usage()})
         except InputError as error:
             yield f"data: {json.dumps(_error(str(error)))}\n\n"
         yield "data: [DONE]\n\n"
@@ -169,7 +191,10 @@ class _Served:
 
     def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
-        chunk = self.head | {"object": "chat.completion.chunk", "choices": [choice]}
+        return self._event({"choices": [choice]})
+
+    def _event(self, content: dict[str, Any]) -> str:
+        chunk = self.head | {"object": "chat.completion.chunk"} | content
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
     def _reason(self) -> str:

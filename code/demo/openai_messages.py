@@ -49,6 +49,12 @@ class ServedMessage(_Asked):
     parts: list[ServedPart] | None = None
 
 
+class StreamOptions(_Asked):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+
+
 class Completion(BaseModel):
     """What a client asks for. Other fields are the page's knobs, or do not count."""
 
@@ -56,6 +62,7 @@ class Completion(BaseModel):
 
     messages: list[ServedMessage] = Field(min_length=1)
     stream: bool = False
+    stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
     temperature: float | None = None
     top_p: float | None = None

@@ -75,8 +75,9 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
         _connect(handlers, names, chat, box, turned)
         for chip, example in zip(chips, examples, strict=True):
             chip.click(_fill(handlers, example), None, box, api_visibility="private", **_LIMIT)
-        for camera in (photo, film):
-            camera.change(
+        # Not `change`: it also comes when the camera is emptied, and then may meet a box in use.
+        for camera, taken in ((photo, photo.input), (film, film.stop_recording)):
+            taken(
                 _attach(handlers),
                 [box, camera],
                 [box, camera],
@@ -129,7 +130,10 @@ def _sliders(knobs: Sequence[Knob]) -> list[gr.components.Component]:
         maximum=SEED_LIMIT,
         elem_id="knob_seed",
     )
-    return [*(sliders[knob.name] for knob in knobs), seed]
+    turned = [*(sliders[knob.name] for knob in knobs), seed]
+    for one in turned:  # `turn_knobs` refuses what is out of range, and names the knob
+        one.preprocess = lambda value: value
+    return turned
 
 
 def _connect(
@@ -211,11 +215,9 @@ def _fill(handlers: Handlers, example: Example) -> Any:
 
 
 def _attach(handlers: Handlers) -> Any:
-    """What the camera does: its file goes into the box."""
+    """What the camera does: its file goes into the box, and it is empty again."""
 
-    def attach(said: dict | None, path: str | None, request: gr.Request) -> tuple[Any, Any]:
-        if not path:  # emptied below
-            return gr.skip(), gr.skip()
+    def attach(said: dict | None, path: str, request: gr.Request) -> tuple[dict, None]:
         handlers.sessions.lend(path, request.cookies.get(COOKIE, ""))
         said = said or {}
         return {"text": said.get("text", ""), "files": [*said.get("files", []), path]}, None

@@ -7,13 +7,12 @@ from typing import Any
 
 import gradio as gr
 
-from conversation.parts import Media, Modality, Part, Text
-from demo.explanation import explanation_html
+from conversation.parts import Media, Part, Text
+from demo.explanation import TITLES, explanation_html
 from demo.replies import Reply
 from demo.sessions import Round, Session
 
 Message = dict[str, Any]
-_TITLES: dict[Modality, str] = {"image": "picture", "video": "video", "audio": "sound"}
 
 
 def as_typed(text: str) -> str:
@@ -79,7 +78,7 @@ def _line(before: int) -> str:
 def _made(part: Media, number: int, reply: Reply, folder: Path) -> str:
     if part.path:
         return _shown(part, folder)
-    title = _TITLES[part.modality]
+    title = TITLES[part.modality]
     if reply.ended:
         return f'<p class="note">the {title} was not made</p>'
     done, steps = reply.steps.get(number, (0, 0))
@@ -94,7 +93,7 @@ def _shown(part: Part, folder: Path) -> str:
     path = Path(part.path)
     address = escape(f"media/{folder.name}/{path.relative_to(folder)}", quote=True)
     player = {
-        "image": f'<img src="{address}" alt="{_TITLES["image"]}">',
+        "image": f'<img src="{address}" alt="{TITLES["image"]}">',
         "video": f'<video src="{address}" controls loop playsinline preload="auto"></video>',
         "audio": f'<audio src="{address}" controls preload="auto"></audio>',
     }[part.modality]

@@ -5,11 +5,13 @@ out to that visitor alone, and go away with the session: when the tab is closed,
 conversation is cleared, after an hour of silence, and when the server ends.
 """
 
+import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +43,7 @@ class Session:
         folder: of all its files; its name is secret and part of their addresses.
         rounds: so far.
         job: the answer being made.
+        closed: nothing more is said in it.
         used: when it was last used, by the clock that never goes back.
     """
 
@@ -48,6 +51,7 @@ class Session:
     folder: Path
     rounds: list[Round] = field(default_factory=list)
     job: Job | None = None
+    closed: bool = False
     used: float = field(default_factory=time.monotonic)
     _folders: int = 0
 
@@ -146,16 +150,31 @@ class Sessions:
         """End the session called `key`, if it is open: its work, then its files."""
         session = self._open.pop(key, None)
         if session:
+            session.closed = True
             session.clear()
 
     def lend(self, path: str, visitor: str) -> None:
         """Let `visitor` use and fetch the temporary file at `path`."""
         self._uploads.setdefault(path, set()).add(visitor)
 
+    def release(self, path: str, visitor: str) -> None:
+        """Take a lent file back, and remove it once it is lent to nobody."""
+        borrowers = self._uploads.get(path)
+        if borrowers is None:  # a file of an own session, to be shown once more
+            return
+        borrowers.discard(visitor)
+        if not borrowers:
+            self._remove(Path(path))
+
+    def _remove(self, upload: Path) -> None:
+        self._uploads.pop(str(upload), None)
+        upload.unlink(missing_ok=True)
+        with suppress(OSError):  # another file is in it
+            upload.parent.rmdir()
+
     def full(self) -> bool:
         """Whether the temporary files take all the room that they may."""
-        sizes = (path.stat().st_size for path in self.root.rglob("*") if path.is_file())
-        return sum(sizes) > MOST_BYTES
+        return sum(status.st_size for _, status in _files(self.root)) > MOST_BYTES
 
     def new_upload(self, name: str) -> Path:
         """Where a file may be put that is lent then."""
@@ -177,14 +196,29 @@ class Sessions:
         return path if inside and self.may_use(str(path), visitor) and path.is_file() else None
 
     def sweep(self, idle: float = IDLE_SECONDS) -> None:
-        """Close what has been silent for `idle` seconds, and remove uploads as old."""
+        """Close what has been silent for `idle` seconds, remove uploads as old, and lost folders.
+
+        A folder is lost where an answer was still writing when its session was closed.
+        """
         now = time.monotonic()
-        for key in [key for key, one in self._open.items() if now - one.used > idle]:
-            if self._open[key].job is None:
+        for key, session in list(self._open.items()):
+            if now - session.used > idle and session.job is None:
                 self.close(key)
+        folders = list(self.folder.glob("*"))  # before the sessions, each of which is older
+        own = {session.folder for session in list(self._open.values())}
+        for folder in folders:
+            if folder not in own:
+                shutil.rmtree(folder, ignore_errors=True)
         oldest = time.time() - idle
-        for path in self.root.rglob("*"):
-            inside = path.is_relative_to(self.folder)
-            if not inside and path.is_file() and path.stat().st_mtime < oldest:
-                path.unlink()
-                self._uploads.pop(str(path), None)
+        for path, status in list(_files(self.root)):
+            if status.st_mtime < oldest and not path.is_relative_to(self.folder):
+                self._remove(path)
+
+
+def _files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """All files below `root`; what is removed meanwhile does not count."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            path = Path(folder, name)
+            with suppress(FileNotFoundError):
+                yield path, path.stat()
