@@ -42,6 +42,7 @@ def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vae, "_MEASURED", 1)
     monkeypatch.setattr(diffusion, "PLANS", dict.fromkeys(diffusion.PLANS, short))
     monkeypatch.setattr(diffusion, "POOL", dict.fromkeys(diffusion.POOL, 8))
+    monkeypatch.setattr(diffusion, "BATCH", dict.fromkeys(diffusion.BATCH, 8))
     monkeypatch.setattr(encoder, "_SOUNDS", 40)
 
 

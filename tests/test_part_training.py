@@ -15,7 +15,6 @@ from mini_world.looks import unnamed_colour, unnamed_outline
 from mini_world.mini_decoders import unet, vae
 from mini_world.part_training import runner
 from mini_world.part_training.contrast import Probes, held_out_mixes
-from mini_world.part_training.diffusion import predict
 from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, train
 from mini_world.part_training.samples import (
@@ -43,7 +42,7 @@ from mini_world.render_video import render_moments
 from mini_world.things import ATTRIBUTES, SHAPES, VALUES, Thing
 from tiny_decoders import TINY
 
-PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_every=2, log_every=3, average=0.5)
+PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_after=0, log_every=3, average=0.5)
 
 
 def losses_of(model: nn.Linear) -> runner.LossOf:
@@ -192,9 +191,9 @@ def test_a_video_network_begins_as_its_picture_network_frame_by_frame() -> None:
     noisy = torch.randn(2, TINY.latents, 3, 8, 8)
     steps, captions = torch.tensor([10, 900]), torch.randn(2, 12, TINY.text_width)
     with torch.no_grad():
-        made = predict(video, "video", noisy, steps, captions)
+        made = video(noisy, steps, captions).sample
         for frame in range(3):
-            alone = predict(picture, "image", noisy[:, :, frame], steps, captions)
+            alone = picture(noisy[:, :, frame], steps, captions).sample
             assert torch.allclose(made[:, :, frame], alone, atol=1e-5)
 
 
@@ -231,5 +230,5 @@ def test_a_video_network_sees_last_frames_first_then_whole_videos_then_frames_be
     half = frames(STILL + SPREADING // 2)
     assert half == sorted(half) and half[-1] == 7 and 3 <= half[0] <= 4
     assert frames(STILL + SPREADING) == frames(MOVING) == list(range(8))
-    assert len({frames(step)[0] for step in range(MOVING + 1, MOVING + 99, 2)}) == 8
-    assert all(count * len(shown) == 32 for count, shown in (moments(s, rng) for s in (0, MOVING)))
+    assert len({frames(step)[0] for step in range(MOVING + 1, MOVING + 99, 3)}) == 8
+    assert all(count * len(shown) == 256 for count, shown in (moments(s, rng) for s in (0, MOVING)))

@@ -35,14 +35,13 @@ from conversation.parts import Modality
 from mini_world.language_model import convert_language_model
 from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder, clip_text_config
 from mini_world.mini_encoder import MINI_IMAGEBIND, TEXT_TOWER, write_mini_encoder
-from mini_world.mini_tokenizers import clip_tokenizer, sample_captions, tokenize
-from mini_world.part_training.diffusion import Embed, train_unet
+from mini_world.mini_tokenizers import clip_tokenizer, sample_captions
+from mini_world.part_training.diffusion import train_unet
 from mini_world.part_training.encoder import train_encoder
 from mini_world.part_training.runner import last_line
 from mini_world.part_training.towers import (
     ClapTower,
     ClipTower,
-    clap_features,
     train_clap,
     train_clip,
 )
@@ -145,7 +144,7 @@ class Builder:
         """Of the picture pipeline; the video pipeline's begins with it."""
         if self._is_trained("image_unet"):
             return _frozen(UNet2DConditionModel, self._home("image_unet"))
-        return train_unet("image", self.picture_vae, self._states, self.work, self.seed)
+        return train_unet("image", self.picture_vae, self.clip, self.work, self.seed)
 
     @cached_property
     def video_unet(self) -> UNet3DConditionModel:
@@ -153,7 +152,7 @@ class Builder:
         if self._is_trained("video_unet"):
             return _frozen(UNet3DConditionModel, self._home("video_unet"))
         return train_unet(
-            "video", self.picture_vae, self._states, self.work, self.seed, self.image_unet
+            "video", self.picture_vae, self.clip, self.work, self.seed, self.image_unet
         )
 
     @cached_property
@@ -161,7 +160,7 @@ class Builder:
         """Of the sound pipeline."""
         if self._is_trained("audio_unet"):
             return _frozen(UNet2DConditionModel, self._home("audio_unet"))
-        return train_unet("audio", self.sound_vae, self._features, self.work, self.seed)
+        return train_unet("audio", self.sound_vae, self.clap, self.work, self.seed)
 
     @cached_property
     def vocoder(self) -> SpeechT5HifiGan:
@@ -232,27 +231,6 @@ class Builder:
             name: before[name] if self._is_trained(name) else last_line(self.work, name)
             for name in _components(part)
         }
-
-    @property
-    def _states(self) -> Embed:
-        """Captions to the states (N, 24, 192) that the picture and video networks attend to."""
-
-        def embed(captions: list[str]) -> torch.Tensor:
-            tokens = tokenize(self.clip.tokenizer, captions)
-            with torch.no_grad():
-                return self.clip.model.text_model(tokens.input_ids).last_hidden_state
-
-        return embed
-
-    @property
-    def _features(self) -> Embed:
-        """Captions to the features (N, 256) that the sound network is told."""
-
-        def embed(captions: list[str]) -> torch.Tensor:
-            with torch.no_grad():
-                return clap_features(self.clap, captions)
-
-        return embed
 
 
 def _frozen(kind: type[nn.Module], folder: Path) -> Any:

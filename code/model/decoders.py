@@ -75,6 +75,7 @@ def initial_noise(
     shape: Sequence[int],
     shared: float = 0.0,
     generator: list[torch.Generator] | None = None,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Unit Gaussian noise of this shape; of a video's, (B, C, T, H, W), frames may share a part.
 
@@ -82,11 +83,12 @@ def initial_noise(
         shared: of the variance, what all T frames have in common: 0 to 1 (the mixed noise of
             arXiv 2305.10474).
         generator: one for each sample; none: torch's own.
+        device: of the noise; none: the CPU.
     """
-    noise = randn_tensor(shape, generator)
+    noise = randn_tensor(shape, generator, device)
     if not shared:
         return noise
-    common = randn_tensor((*shape[:2], 1, *shape[3:]), generator)
+    common = randn_tensor((*shape[:2], 1, *shape[3:]), generator, device)
     return sqrt(1 - shared) * noise + sqrt(shared) * common
 
 

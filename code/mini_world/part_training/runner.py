@@ -23,6 +23,7 @@ from tqdm import tqdm
 from config.atomic import written_aside
 from model.device import cpu_has_fast_bf16
 
+CPU = torch.device("cpu")
 Losses = dict[str, Tensor]  # scalars with their weights; the sum is minimised
 LossOf = Callable[[np.random.Generator, int], Losses]  # of a step's random numbers and number
 
@@ -36,13 +37,16 @@ class Plan:
     warmup: int = 100  # steps
     weight_decay: float = 0.01
     average: float = 0.998  # decay of the moving average of the weights, per step
-    save_every: int = 200  # steps
+    save_after: float = 120  # seconds between checkpoints
     log_every: int = 20  # steps
 
 
-def cheap_products() -> torch.autocast:
+def cheap_products(device: torch.device = CPU) -> torch.autocast:
     """Products in bfloat16 where that is faster."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_fast_bf16())
+    faster = device.type == "cuda" or cpu_has_fast_bf16()
+    # A CUDA graph, which products may be part of, allows no cache of weights in bfloat16.
+    cached = device.type != "cuda"
+    return torch.autocast(device.type, torch.bfloat16, enabled=faster, cache_enabled=cached)
 
 
 def train(
@@ -54,7 +58,7 @@ def train(
     seed: int,
     groups: list[dict[str, Any]] | None = None,
 ) -> nn.Module:
-    """Train `module` in place, going on from `work/NAME.pt` if it is there.
+    """Train `module` where it lies, going on from `work/NAME.pt` if it is there.
 
     Args:
         loss_of: the losses of one batch, which it draws from the generator given; torch's own
@@ -75,7 +79,8 @@ def train(
     first, seconds = _load(checkpoint, state)
     bar = tqdm(range(first, plan.steps), name, plan.steps, initial=first, mininterval=5)
     module.train()
-    seen: list[dict[str, float]] = []
+    seen: list[Losses] = []
+    saved = seconds
     for step in bar:
         start = time.monotonic()
         torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
@@ -87,15 +92,20 @@ def train(
         optimizer.zero_grad()
         averaged.update_parameters(module)
         seconds += time.monotonic() - start
-        seen.append({key: loss.item() for key, loss in losses.items()})
+        seen.append({key: loss.detach() for key, loss in losses.items()})
         if (step + 1) % plan.log_every == 0 or step + 1 == plan.steps:
-            means = {key: round(float(np.mean([one[key] for one in seen])), 5) for key in seen[0]}
+            means = {key: round(_mean([one[key] for one in seen]), 5) for key in seen[0]}
             _log(work / f"{name}.jsonl", {"step": step + 1, "seconds": round(seconds), **means})
             bar.set_postfix(means)
             seen = []
-        if (step + 1) % plan.save_every == 0 or step + 1 == plan.steps:
+        if seconds - saved >= plan.save_after or step + 1 == plan.steps:
             _save(checkpoint, state, step + 1, seconds)
+            saved = seconds
     return averaged.module.eval().requires_grad_(False)
+
+
+def _mean(losses: list[Tensor]) -> float:
+    return float(torch.stack(losses).mean())
 
 
 def last_line(work: Path, name: str) -> dict[str, float]:
@@ -113,7 +123,7 @@ def _load(checkpoint: Path, state: dict) -> tuple[int, float]:
     """Steps done and seconds spent on them."""
     if not checkpoint.is_file():
         return 0, 0.0
-    saved = torch.load(checkpoint, weights_only=True)
+    saved = torch.load(checkpoint, weights_only=True, map_location=CPU)
     for key, part in state.items():
         part.load_state_dict(saved[key])
     return saved["step"], saved["seconds"]

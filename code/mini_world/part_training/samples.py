@@ -112,39 +112,38 @@ def _value(thing: Thing, attribute: str) -> str | int:
     return PITCH_OF[thing.size] if attribute == "pitch" else getattr(thing, attribute)
 
 
-def pictures(
+def pictures(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
+    """Fresh pictures: (N, 3, 64, 64) float32 in -1..1."""
+    return to_unit(painted(things_, rng))
+
+
+def painted(
     things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
-) -> Tensor:
-    """Fresh pictures: (N, 3, 64, 64) float32 in -1..1.
+) -> np.ndarray:
+    """Fresh pictures: (N, 64, 64, 3) uint8.
 
     Args:
         looks: of each thing; empty: their own.
     """
-    return to_unit(np.stack(_painted(things_, rng, looks)))
-
-
-def _painted(
-    things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look]
-) -> list[np.ndarray]:
-    """A picture of each, (64, 64, 3) uint8."""
-    return [render_image(thing, rng, look) for thing, look in _with_looks(things_, looks)]
+    return np.stack([render_image(thing, rng, look) for thing, look in _with_looks(things_, looks)])
 
 
 def _with_looks(things_: Sequence[Thing], looks: Sequence[Look]) -> Iterable[tuple[Thing, Look]]:
     return zip(things_, looks or [OWN_LOOK] * len(things_), strict=True)
 
 
-def videos(
-    things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
-) -> Tensor:
-    """Fresh videos at half the frame rate: (N, 8, 3, 64, 64) float32 in -1..1.
+def videos(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
+    """Fresh videos at half the frame rate: (N, 8, 3, 64, 64) float32 in -1..1."""
+    return to_unit(filmed(things_, rng))
 
-    Args:
-        looks: of each thing; empty: their own.
-    """
+
+def filmed(
+    things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
+) -> np.ndarray:
+    """Fresh videos at half the frame rate: (N, 8, 64, 64, 3) uint8; `looks` as for `painted`."""
     step = 16 // DECODED_FRAMES
     rendered = [render_video(thing, rng, look) for thing, look in _with_looks(things_, looks)]
-    return to_unit(np.stack(rendered)[:, ::step])
+    return np.stack(rendered)[:, ::step]
 
 
 def sounds(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
@@ -160,8 +159,8 @@ def to_unit(pixels: np.ndarray) -> Tensor:
 def picture_views(
     things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
 ) -> Tensor:
-    """What the encoder takes in of fresh pictures: (N, 3, 224, 224); `looks` as for `pictures`."""
-    rendered = _painted(things_, rng, looks)
+    """What the encoder takes in of fresh pictures: (N, 3, 224, 224); `looks` as for `painted`."""
+    rendered = painted(things_, rng, looks)
     return torch.stack([image_views(Image.fromarray(picture)) for picture in rendered])
 
 
@@ -174,7 +173,7 @@ def clip_views(
     are marred by JPEG, of any quality, as those of a file are by its codec.
 
     Args:
-        looks: as for `pictures`.
+        looks: as for `painted`.
     """
     ends = [
         render_moments(thing, (-1.0, 1.0), rng, look) for thing, look in _with_looks(things_, looks)

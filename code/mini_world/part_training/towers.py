@@ -6,9 +6,11 @@ projection can hand it on, and also what is not told. Batches hold things in fou
 one attribute; whatever tells the same is right.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +19,6 @@ from torch.nn.functional import normalize
 from transformers import (
     ClapTextModelWithProjection,
     CLIPTextModelWithProjection,
-    CLIPTokenizer,
     PreTrainedTokenizerBase,
 )
 
@@ -43,19 +44,40 @@ _Read = Callable[[list[str]], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
-class ClipTower:
-    """A CLIP text tower and its tokenizer."""
+class Tower(ABC):
+    """A text tower and its tokenizer."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    def tokens(self, captions: list[str]) -> Tensor:
+        """Captions padded and cut: (N, T) int64 on the tower's device."""
+        return tokenize(self.tokenizer, captions).input_ids.to(self.model.device)
+
+    @abstractmethod
+    def embed(self, ids_NT: Tensor) -> Tensor:
+        """What the pipeline's denoising network is told: states (N, T, W) or features (N, D)."""
+
+
+class ClipTower(Tower):
+    """CLIP's: of the encoder and of the picture and video pipelines."""
 
     model: CLIPTextModelWithProjection
-    tokenizer: CLIPTokenizer
+
+    def embed(self, ids_NT: Tensor) -> Tensor:
+        """States (N, T, W)."""
+        return self.model.text_model(ids_NT).last_hidden_state
 
 
-@dataclass(frozen=True)
-class ClapTower:
-    """A CLAP text tower and its tokenizer."""
+class ClapTower(Tower):
+    """CLAP's: of the sound pipeline."""
 
     model: ClapTextModelWithProjection
-    tokenizer: PreTrainedTokenizerBase
+
+    def embed(self, ids_NT: Tensor) -> Tensor:
+        """Unit-length features (N, D)."""
+        mask_NT = (ids_NT != self.tokenizer.pad_token_id).long()
+        return normalize(self.model(ids_NT, mask_NT).text_embeds, dim=-1)
 
 
 def train_clip(work: Path, seed: int, plan: Plan | None = None) -> ClipTower:
@@ -83,7 +105,7 @@ def train_clap(work: Path, seed: int, plan: Plan | None = None) -> ClapTower:
     model = _train(
         "clap",
         tower.model,
-        lambda captions: (clap_features(tower, captions), None),
+        lambda captions: (tower.embed(tower.tokens(captions)), None),
         ["audio"],
         work,
         seed,
@@ -144,7 +166,7 @@ def clip_states(tower: ClipTower, captions: list[str]) -> tuple[Tensor, Tensor]:
 
     The padding behind the end is seen by the pipelines' networks too, and knows the whole caption.
     """
-    ids_NT = tokenize(tower.tokenizer, captions).input_ids
+    ids_NT = tower.tokens(captions)
     out = tower.model(ids_NT)
     ends_N = (ids_NT == tower.tokenizer.eos_token_id).int().argmax(dim=1)
     last = ids_NT.shape[1] - 1
@@ -152,9 +174,3 @@ def clip_states(tower: ClipTower, captions: list[str]) -> tuple[Tensor, Tensor]:
     places_NP = places_NP.clamp(max=last)
     rows_N1 = torch.arange(len(captions))[:, None]
     return normalize(out.text_embeds, dim=-1), out.last_hidden_state[rows_N1, places_NP]
-
-
-def clap_features(tower: ClapTower, captions: list[str]) -> Tensor:
-    """Unit-length features (N, D)."""
-    tokens = tokenize(tower.tokenizer, captions)
-    return normalize(tower.model(tokens.input_ids, tokens.attention_mask).text_embeds, dim=-1)

@@ -4,9 +4,8 @@ Its layers over time at first do nothing but say which frame is which. Motion is
 caption says, times the place of a frame in the video. While neither matters, neither has a slope,
 and after thousands of steps nothing moves. So in the first steps the network sees last frames
 alone, where the caption's motion decides by itself how far from its place a thing is; then whole
-videos of last frames, which spread step by step back to the first. Once things move, every second
-step shows single frames, of eight times as many captions: four videos at a time blur the shapes.
-In the end two of three steps do.
+videos of last frames, which spread step by step back to the first. Once things move, two of three
+steps show single frames, of eight times as many captions: few videos at a time blur the shapes.
 """
 
 from typing import Any
@@ -22,10 +21,9 @@ from mini_world.mini_decoders import SHARED_NOISE, scheduler
 from mini_world.part_training.samples import DECODED_FRAMES
 from model.decoders import initial_noise
 
-# Steps of last frames alone, steps in which frames spread to the whole, when motion is learned, and
-# from when on little but shapes is left to learn.
-STILL, SPREADING, MOVING, SHARPENING = 500, 500, 2400, 8000
-_VIDEOS, _STILLS = 4, 32  # at once: the same work
+# Steps of last frames alone, steps in which frames spread to the whole, when motion is learned.
+STILL, SPREADING, MOVING = 500, 500, 2400
+_VIDEOS, _STILLS = 32, 256  # at once: the same work
 # The layers over time begin as nothing beside layers that already draw.
 _FASTER_OVER_TIME = 2.0
 # The layer that is taught to add a code of each frame's place, and what it adds.
@@ -38,8 +36,7 @@ def moments(step: int, rng: np.random.Generator) -> tuple[int, Tensor]:
     frames = DECODED_FRAMES
     if step < STILL:
         return _STILLS, torch.tensor([frames - 1])
-    whole_videos_every = 2 if step < SHARPENING else 3
-    if step >= MOVING and step % whole_videos_every:
+    if step >= MOVING and step % 3:
         return _STILLS, torch.from_numpy(rng.integers(frames, size=1))
     spread = min((step - STILL) / SPREADING, 1.0)
     return _VIDEOS, (frames - 1 - spread * torch.arange(frames - 1, -1, -1)).round().long()
@@ -88,7 +85,8 @@ def teach_places(video: UNet3DConditionModel, latents: Tensor, states: Tensor) -
     with torch.no_grad():
         for some in latents.split(4):
             steps_N = torch.randint(noise_schedule.config.num_train_timesteps, (len(some),))
-            noise = initial_noise(some.shape, SHARED_NOISE)
+            steps_N = steps_N.to(some.device)
+            noise = initial_noise(some.shape, SHARED_NOISE, device=some.device)
             noisy = noise_schedule.add_noise(some, noise, steps_N)
             video(noisy, steps_N, states.expand(len(some), -1, -1))
     hook.remove()
@@ -96,7 +94,7 @@ def teach_places(video: UNet3DConditionModel, latents: Tensor, states: Tensor) -
     waves = torch.arange(1, _PLACE_WAVES + 1)
     angles = torch.pi * (torch.arange(frames)[:, None] + 0.5) * waves / frames
     scale = _PLACE_SCALE * torch.cat(given).std()
-    places_TC = scale * (angles.cos() / waves) @ torch.randn(_PLACE_WAVES, width)
+    places_TC = scale * ((angles.cos() / waves) @ torch.randn(_PLACE_WAVES, width)).to(scale.device)
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3)
     for step in range(_PLACE_STEPS):
         hidden = given[step % len(given)]
