@@ -13,7 +13,7 @@ from mini_world.album import generator, write_medium
 from mini_world.captions import as_heard, read_caption
 from mini_world.looks import unnamed_colour, unnamed_outline
 from mini_world.mini_decoders import unet, vae
-from mini_world.part_training import runner
+from mini_world.part_training import pool, runner
 from mini_world.part_training.contrast import Probes, held_out_mixes
 from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, train
@@ -166,6 +166,33 @@ def test_fresh_videos_for_the_encoder_are_marred_but_recognisable() -> None:
     clean = [clip_view(render_moments(t, (-1.0, 1.0), np.random.default_rng(1))) for t in shown]
     assert views.shape == (8, 3, 2, 224, 224)
     assert torch.corrcoef(torch.stack([views[0].flatten(), clean[0].flatten()]))[0, 1] > 0.9
+
+
+def test_a_pool_is_the_same_however_many_processes_render_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn = things(np.random.default_rng(0), 130)
+    made = []
+    for cores in (1, 2):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        made.append(list(pool._rendered("image", drawn, seed=0)))
+    for one, two in zip(*made, strict=True):
+        assert np.array_equal(one.media, two.media)
+        assert one.captions == two.captions
+    assert [len(chunk.media) for chunk in made[0]] == [64, 64, 2]
+
+
+@pytest.mark.parametrize(("place", "hidden"), [(0.0, "colour"), (0.35, "shape")])
+def test_captions_of_a_pool_never_tell_what_is_shown_without_a_name(
+    place: float, hidden: str
+) -> None:
+    drawn = things(np.random.default_rng(0), 16)
+    chunk = pool._render("video", 0, (0, drawn, place))
+    read = [read_caption(text) for text in chunk.captions]
+    assert not any(hidden in one for one in read)
+    assert {"colour": "shape", "shape": "colour"}[hidden] in set().union(*read)
+    named = pool._render("video", 0, (0, drawn, 0.9))
+    assert any(hidden in read_caption(text) for text in named.captions)
 
 
 def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:

@@ -4,7 +4,7 @@ Pictures and videos are rendered as they are asked for, in a few milliseconds ea
 encoder, whose views cost 15 ms, come from a pool that is made once and kept in the work folder.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -112,11 +112,6 @@ def _value(thing: Thing, attribute: str) -> str | int:
     return PITCH_OF[thing.size] if attribute == "pitch" else getattr(thing, attribute)
 
 
-def pictures(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
-    """Fresh pictures: (N, 3, 64, 64) float32 in -1..1."""
-    return to_unit(painted(things_, rng))
-
-
 def painted(
     things_: Sequence[Thing], rng: np.random.Generator, looks: Sequence[Look] = ()
 ) -> np.ndarray:
@@ -130,11 +125,6 @@ def painted(
 
 def _with_looks(things_: Sequence[Thing], looks: Sequence[Look]) -> Iterable[tuple[Thing, Look]]:
     return zip(things_, looks or [OWN_LOOK] * len(things_), strict=True)
-
-
-def videos(things_: Sequence[Thing], rng: np.random.Generator) -> Tensor:
-    """Fresh videos at half the frame rate: (N, 8, 3, 64, 64) float32 in -1..1."""
-    return to_unit(filmed(things_, rng))
 
 
 def filmed(
@@ -230,7 +220,3 @@ def _sound_view(seed: int, number: int, thing: Thing) -> Tensor:
     """(1, 128, 204) float16."""
     samples = render_sound(thing, np.random.default_rng([seed, 2, number]))
     return audio_views(torch.from_numpy(samples))[0].half()
-
-
-Render = Callable[[Sequence[Thing], np.random.Generator], Tensor]
-RENDER: dict[Modality, Render] = {"image": pictures, "video": videos, "audio": sounds}

@@ -6,6 +6,7 @@ diffusion model finds them standardised. A step takes about 0.6 s on one core.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,14 +20,17 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
+from mini_world.looks import unnamed_colour
 from mini_world.mini_decoders import MINI, vae
 from mini_world.part_training.mel import log_mel
 from mini_world.part_training.runner import Losses, Plan, cheap_products, train
-from mini_world.part_training.samples import pictures, sounds, things, videos
+from mini_world.part_training.samples import filmed, painted, sounds, things, to_unit
+from mini_world.render_image import Look
+from mini_world.things import Thing
 
 Kind = Literal["picture", "sound"]
 PLANS: dict[Kind, Plan] = {
-    "picture": Plan(steps=2500, learning_rate=2e-3),
+    "picture": Plan(steps=3600, learning_rate=2e-3),
     "sound": Plan(steps=1000, learning_rate=2e-3),
 }
 _FIRST_LOG_VARIANCE = -6.0
@@ -74,8 +78,23 @@ def _untrained(kind: Kind) -> AutoencoderKL:
 
 def _pictures(rng: np.random.Generator) -> Tensor:
     """8 pictures and 8 frames of videos: (16, 3, 64, 64)."""
-    frames = videos(things(rng, 2), rng)[:, rng.permutation(8)[:4]].flatten(0, 1)
-    return torch.cat([pictures(things(rng, 8), rng), frames])
+    frames = to_unit(filmed(*_hard_things(rng, 2)))[:, rng.permutation(8)[:4]].flatten(0, 1)
+    return torch.cat([to_unit(painted(*_hard_things(rng, 8))), frames])
+
+
+def _hard_things(
+    rng: np.random.Generator, count: int
+) -> tuple[list[Thing], np.random.Generator, list[Look]]:
+    """What `painted` and `filmed` take: three of four things small, half in unnamed colours.
+
+    From things as the world has them small purple stars would come back as circles.
+    """
+    drawn = [
+        replace(thing, size="small") if rng.random() < 0.5 else thing
+        for thing in things(rng, count)
+    ]
+    looks = [Look(unnamed_colour(rng) if rng.random() < 0.5 else None) for _ in drawn]
+    return drawn, rng, looks
 
 
 def _spectrograms(rng: np.random.Generator) -> Tensor:
