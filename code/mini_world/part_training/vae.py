@@ -78,14 +78,15 @@ def _untrained(kind: Kind) -> AutoencoderKL:
 
 def _pictures(rng: np.random.Generator) -> Tensor:
     """8 pictures and 8 frames of videos: (16, 3, 64, 64)."""
-    frames = to_unit(filmed(*_hard_things(rng, 2)))[:, rng.permutation(8)[:4]].flatten(0, 1)
-    return torch.cat([to_unit(painted(*_hard_things(rng, 8))), frames])
+    filmed_things, their_looks = _hard_things(rng, 2)
+    videos = to_unit(filmed(filmed_things, rng, their_looks))
+    frames = videos[:, rng.permutation(8)[:4]].flatten(0, 1)
+    painted_things, their_looks = _hard_things(rng, 8)
+    return torch.cat([to_unit(painted(painted_things, rng, their_looks)), frames])
 
 
-def _hard_things(
-    rng: np.random.Generator, count: int
-) -> tuple[list[Thing], np.random.Generator, list[Look]]:
-    """What `painted` and `filmed` take: three of four things small, half in unnamed colours.
+def _hard_things(rng: np.random.Generator, count: int) -> tuple[list[Thing], list[Look]]:
+    """`count` things and their looks: three of four small, half in unnamed colours.
 
     From things as the world has them small purple stars would come back as circles.
     """
@@ -93,8 +94,7 @@ def _hard_things(
         replace(thing, size="small") if rng.random() < 0.5 else thing
         for thing in things(rng, count)
     ]
-    looks = [Look(unnamed_colour(rng) if rng.random() < 0.5 else None) for _ in drawn]
-    return drawn, rng, looks
+    return drawn, [Look(unnamed_colour(rng) if rng.random() < 0.5 else None) for _ in drawn]
 
 
 def _spectrograms(rng: np.random.Generator) -> Tensor:
