@@ -35,7 +35,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every training takes one step on a few media."""
     short = Plan(steps=1, learning_rate=1e-4, warmup=1)
-    for owner, name in [(towers, "CLIP_PLAN"), (towers, "CLAP_PLAN"), (encoder, "PLAN")]:
+    for owner, name in [
+        (towers, "CLIP_PLAN"),
+        (towers, "CLAP_PLAN"),
+        (encoder, "PLAN"),
+        (encoder, "SIGHT_PLAN"),
+    ]:
         monkeypatch.setattr(owner, name, short)
     monkeypatch.setattr(vocoder, "PLAN", short)
     monkeypatch.setattr(vae, "PLANS", dict.fromkeys(vae.PLANS, short))

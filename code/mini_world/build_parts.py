@@ -68,6 +68,8 @@ _HOMES: dict[str, tuple[Part, str]] = {
     "audio_unet": ("audio", "unet"),
     "vocoder": ("audio", "vocoder"),
 }
+# What is trained in several runs, each with a log of its own.
+_RUNS: dict[str, tuple[str, ...]] = {"encoder": ("encoder", "encoder_sight")}
 _ORIGINS = {"_name_or_path", "is_local", "local_files_only"}  # of a component that was loaded
 RECORD = "training.json"  # in a part's folder: what of it is trained, how long, the last losses
 
@@ -223,13 +225,14 @@ class Builder:
         return part not in self.rebuilt and name in _trained_in(self.out / _PATHS[part])
 
     def _record(self, part: Part) -> dict[str, dict[str, float]]:
-        """Component to its log's last line: steps, seconds on one core, losses."""
+        """Run of each component to its log's last line: steps, seconds on one core, losses."""
         if self.untrained:
             return {}
         before = _trained_in(self.out / _PATHS[part])
         return {
-            name: before[name] if self._is_trained(name) else last_line(self.work, name)
+            run: before[run] if self._is_trained(name) else last_line(self.work, run)
             for name in _components(part)
+            for run in _RUNS.get(name, (name,))
         }
 
 

@@ -29,12 +29,12 @@ from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 10  # of the world: raise it when the same seed gives something else
+VERSION = 11  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
     "pair_audio": 240,
-    "question": 1500,
+    "question": 2400,
     "question_image": 400,
     "question_video": 400,
     "question_audio": 100,
@@ -47,7 +47,7 @@ COUNTS = {  # at scale 1
     "text_plain": 400,  # at most: as many as there are
 }
 _PLAIN_PAIRS = 0.75  # of the caption pairs
-_UNNAMED_COLOURS = 0.3  # of the pictures and videos in pairs and questions, see looks.py
+_UNNAMED_COLOURS = 0.15  # of the pictures and videos in pairs and questions, see looks.py
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
 _Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
@@ -55,6 +55,7 @@ _CELLS: list[tuple[Modality | None, str]] = [
     *((source, goal) for source in (None, *MODALITIES) for goal in OUTPUTS),
     # Several media in one answer are the hardest to learn: as often as three cells.
     *((source, case) for case, source in CASE_INPUT.items() for _ in range(3)),
+    *[("video", "video")] * 2,  # edits of a video: the hardest of the cells
 ]
 
 

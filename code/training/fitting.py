@@ -17,7 +17,7 @@ from conversation.batch import Batch
 from conversation.encoding import IGNORE
 from model.nextgpt import NextGPT
 
-_PENALTY = 3e-4  # of the features' mean variance, times their number
+_PENALTY = 3e-3  # of the features' mean variance, times their number
 
 
 @torch.no_grad()

@@ -3,9 +3,12 @@
 The captions' places are those of the finished CLIP tower. Linear probes, thrown away afterwards,
 keep every attribute readable. Batches hold things in fours that differ in one attribute. Half of
 the pictures and videos are in colours that no caption tells: so shapes are learned apart from
-colours, and are known in pairs that were never seen.
+colours, and are known in pairs that were never seen. The shapes of what moves and grows are learned
+last: after all three modalities, sight goes on alone, mostly with videos.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from conversation.parts import MODALITIES, Modality
+from conversation.parts import Modality
 from mini_world.captions import caption
 from mini_world.looks import unnamed_colour
 from mini_world.mini_encoder import MINI_IMAGEBIND
@@ -33,11 +36,13 @@ from model.imagebind import ImageBind
 
 PLAN = Plan(steps=4500, learning_rate=1e-3, weight_decay=0.05, average=0.995)
 BATCH: dict[Modality, int] = {"image": 48, "video": 48, "audio": 16}
+SIGHT_PLAN = Plan(steps=2000, learning_rate=7e-4, weight_decay=0.05, average=0.995)
+SIGHT_BATCH: dict[Modality, int] = {"image": 24, "video": 72}
 _SOUNDS = 2000  # in the pool
 _NOISE_SHARE = 1e-3  # of all variance; components below it are not blown up
 
 
-def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan | None = None) -> ImageBind:
+def train_encoder(tower: ClipTower, work: Path, seed: int) -> ImageBind:
     """Train it against the finished caption tower, or go on, or load what is trained."""
     torch.manual_seed(seed)
     learner = nn.ModuleDict(
@@ -46,36 +51,70 @@ def train_encoder(tower: ClipTower, work: Path, seed: int, plan: Plan | None = N
             "probes": Probes(MINI_IMAGEBIND.output_dim, may_be_open=False),
         }
     )
-    heard = SoundPool(_SOUNDS, work, seed)
     _begin_apart(learner["imagebind"], seed)
+    heard = SoundPool(_SOUNDS, work, seed)
+    all_three = _Binding(learner, tower, BATCH, heard)
+    learner = train("encoder", learner, all_three, PLAN, work, seed).requires_grad_(True)
+    sight = _Binding(learner, tower, SIGHT_BATCH, heard, oftener=("shape", "shape"))
+    return train("encoder_sight", learner, sight, SIGHT_PLAN, work, seed + 1)["imagebind"]
 
-    def loss_of(rng: np.random.Generator, _: int) -> Losses:
+
+@dataclass(frozen=True)
+class _Binding:
+    """The losses of one batch of each modality in `batch`, against captions and by probes.
+
+    What is in no loss stays as it is.
+
+    Attributes:
+        oftener: attributes by which things in a batch differ more often than by the others.
+    """
+
+    learner: nn.ModuleDict
+    tower: ClipTower
+    batch: Mapping[Modality, int]
+    heard: SoundPool
+    oftener: tuple[str, ...] = ()
+
+    def __call__(self, rng: np.random.Generator, _: int) -> Losses:
         losses: Losses = {}
-        for modality in MODALITIES:
-            things, views = _media(modality, heard, rng)
-            told = _told(modality)
+        for modality, count in self.batch.items():
+            things, views = self._media(modality, count, rng)
+            told = _told(modality, count)
             captions = [
                 caption(thing, modality, rng, names)
                 for thing, names in zip(things, told, strict=True)
             ]
             with cheap_products(), sdpa_kernel(SDPBackend.MATH):  # few tokens: faster than flash
                 with torch.no_grad():
-                    texts_ND, _ = clip_states(tower, captions)
-                features_ND = learner["imagebind"].forward_views(modality, views)
+                    texts_ND, _ = clip_states(self.tower, captions)
+                features_ND = self.learner["imagebind"].forward_views(modality, views)
                 seen_NA = labels(things, told)
                 # Each half apart: whether a colour has a name is not to be learned.
                 halves = zip(*(x.chunk(2) for x in (features_ND, texts_ND, seen_NA)), strict=True)
                 contrasted = [
                     contrast(f, t, same_things(s), held_out_mixes(s)) for f, t, s in halves
                 ]
-                probe = learner["probes"].loss(SCALE * features_ND, seen_NA, spare_held_out=True)
+                probes = self.learner["probes"]
+                probe = probes.loss(SCALE * features_ND, seen_NA, spare_held_out=True)
             losses |= {
                 f"{modality}_contrast": torch.stack(contrasted).mean(),
                 f"{modality}_seen": probe,
             }
         return losses
 
-    return train("encoder", learner, loss_of, plan or PLAN, work, seed)["imagebind"]
+    def _media(
+        self, modality: Modality, count: int, rng: np.random.Generator
+    ) -> tuple[list[Thing], Tensor]:
+        """A batch of things, in fours that differ in one attribute, and their views.
+
+        The first half of what is seen is in unnamed colours.
+        """
+        if modality == "audio":
+            return self.heard.draw(rng, count)
+        things = neighbours(rng, modality, count, self.oftener)
+        unnamed = [Look(rgb=unnamed_colour(rng)) for _ in range(count // 2)]
+        views = picture_views if modality == "image" else clip_views
+        return things, views(things, rng, [*unnamed, *[OWN_LOOK] * (count // 2)])
 
 
 @torch.no_grad()
@@ -100,24 +139,7 @@ def _begin_apart(model: ImageBind, seed: int) -> None:
     stem.weight.copy_((components_KW * scale_W).T.view_as(stem.weight))
 
 
-def _media(
-    modality: Modality, heard: SoundPool, rng: np.random.Generator
-) -> tuple[list[Thing], Tensor]:
-    """A batch of things, in fours that differ in one attribute, and their views.
-
-    The first half of what is seen is in unnamed colours.
-    """
-    count = BATCH[modality]
-    if modality == "audio":
-        return heard.draw(rng, count)
-    things = neighbours(rng, modality, count)
-    unnamed = [Look(rgb=unnamed_colour(rng)) for _ in range(count // 2)]
-    views = picture_views if modality == "image" else clip_views
-    return things, views(things, rng, [*unnamed, *[OWN_LOOK] * (count // 2)])
-
-
-def _told(modality: Modality) -> list[frozenset[str]]:
+def _told(modality: Modality, count: int) -> list[frozenset[str]]:
     """What is told of each thing in a batch."""
     everything = frozenset(ATTRIBUTES[modality])
-    half = BATCH[modality] // 2
-    return [everything - {"colour"}] * half + [everything] * half
+    return [everything - {"colour"}] * (count // 2) + [everything] * (count // 2)

@@ -45,10 +45,16 @@ def things(rng: np.random.Generator, count: int) -> list[Thing]:
     return [sample_thing(rng) for _ in range(count)]
 
 
-def neighbours(rng: np.random.Generator, modality: Modality, count: int) -> list[Thing]:
-    """Things in fours that differ in one attribute each: what a contrast learns most from."""
+def neighbours(
+    rng: np.random.Generator, modality: Modality, count: int, oftener: Iterable[str] = ()
+) -> list[Thing]:
+    """Things in fours that differ in one attribute each: what a contrast learns most from.
+
+    Args:
+        oftener: attributes to differ in more often than in others, once more for each mention.
+    """
     drawn: list[Thing] = []
-    attributes = [_source(name) for name in ATTRIBUTES[modality]]
+    attributes = [*(_source(name) for name in ATTRIBUTES[modality]), *oftener]
     while len(drawn) < count:
         thing = sample_thing(rng)
         drawn.append(thing)
