@@ -220,6 +220,12 @@ REVERSE = Wording(
         "Turn the motion into its opposite.",
         "Let the motion go the other way around.",
         "Have the motion the other way around, please.",
+        "Turn around what it does.",
+        "Turn its direction around.",
+        "Let the motion turn around.",
+        "Turn its way around, please.",
+        "I want the motion turned around.",
+        "It should turn around.",
     ),
     ("Turn the motion around.",),
 )

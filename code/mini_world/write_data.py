@@ -6,6 +6,7 @@ it, because caption embeddings kept there belong to the old captions.
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -29,7 +30,7 @@ from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 11  # of the world: raise it when the same seed gives something else
+VERSION = 12  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
@@ -44,7 +45,7 @@ COUNTS = {  # at scale 1
     "mosit_video": 400,
     "mosit_audio": 100,
     "text_world": 600,
-    "text_plain": 400,  # at most: as many as there are
+    "text_plain": 400,  # beyond those that there are, they come again
 }
 _PLAIN_PAIRS = 0.75  # of the caption pairs
 _UNNAMED_COLOURS = 0.15  # of the pictures and videos in pairs and questions, see looks.py
@@ -183,7 +184,8 @@ def texts(seed: int, world: int, plain: int) -> Rows:
     """Instruction rows in words alone: about the world's sounds, and plain talk."""
     rng = generator(seed, "texts")
     pairs = world_facts() + [ask_world(sample_thing(rng), rng) for _ in range(world)]
-    pairs = list(dict(pairs).items()) + plain_talk(rng)[:plain]
+    pairs = list(dict(pairs).items())
+    pairs += itertools.islice(itertools.cycle(plain_talk(rng)), plain)
     return [{"conversation": _round(*pairs[index])} for index in rng.permutation(len(pairs))]
 
 
