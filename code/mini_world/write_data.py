@@ -45,7 +45,7 @@ COUNTS = {  # at scale 1
     "mosit_video": 400,
     "mosit_audio": 100,
     "text_world": 600,
-    "text_plain": 400,  # beyond those that there are, they come again
+    "text_plain": 400,
 }
 _PLAIN_PAIRS = 0.75  # of the caption pairs
 _UNNAMED_COLOURS = 0.15  # of the pictures and videos in pairs and questions, see looks.py
@@ -181,7 +181,12 @@ def dialogues(album: Album, seed: int, count: int) -> Rows:
 
 
 def texts(seed: int, world: int, plain: int) -> Rows:
-    """Instruction rows in words alone: about the world's sounds, and plain talk."""
+    """Instruction rows in words alone: about the world's sounds, and plain talk.
+
+    Args:
+        world: questions about sounds, besides the facts.
+        plain: rows of plain talk; beyond those that there are, they come again.
+    """
     rng = generator(seed, "texts")
     pairs = world_facts() + [ask_world(sample_thing(rng), rng) for _ in range(world)]
     pairs = list(dict(pairs).items())
