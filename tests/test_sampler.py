@@ -50,9 +50,19 @@ def test_the_order_depends_on_seed_and_epoch_alone_and_can_be_entered_anywhere(m
 
 def test_processes_share_a_batch_without_overlap() -> None:
     batch = next(BatchPlan(SIZES, 12, "mixed", seed=1).batches(0))
-    shares = [share(batch, rank, 4) for rank in range(4)]
+    shares = [share(batch, rank, 4, length=lambda sample: sample[1]) for rank in range(4)]
     assert {len(part) for part in shares} == {3}
     assert Counter(sample for part in shares for sample in part) == Counter(batch)
+
+
+def test_shares_are_about_as_long_and_keep_the_order_of_the_batch() -> None:
+    batch = [("a", row) for row in (1, 200, 2, 3, 100, 190, 4, 90)]
+    shares = [share(batch, rank, 2, length=lambda sample: sample[1]) for rank in range(2)]
+    assert shares == [
+        [("a", row) for row in (1, 200, 4, 90)],
+        [("a", row) for row in (2, 3, 100, 190)],
+    ]
+    assert share(batch, 0, 1, length=lambda sample: sample[1]) == batch
 
 
 def test_what_cannot_be_batched_or_shared_says_what_to_do() -> None:
@@ -65,7 +75,7 @@ def test_what_cannot_be_batched_or_shared_says_what_to_do() -> None:
     with pytest.raises(InputError, match="without rows"):
         BatchPlan({}, 2, "mixed", seed=0)
     with pytest.raises(InputError, match="8 processes"):
-        share([("a", row) for row in range(4)], rank=0, world=8)
+        share([("a", row) for row in range(4)], rank=0, world=8, length=len)
 
 
 @pytest.mark.parametrize("mode", ["mixed", "one_dataset_in_turn"])

@@ -71,6 +71,16 @@ def test_each_stage_starts_from_the_one_before_and_says_what_it_took() -> None:
     assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in kept)
 
 
+def test_the_adapters_second_matrices_may_have_a_rate_of_their_own(tmp_path: Path) -> None:
+    sets = ["training.max_steps=3", "training.learning_rates={lora: 1.0e-12, lora_B: 1.0e-2}"]
+    before, after = trained(3).delta, TinyRun(tmp_path, 3, sets, from_stage(3)).finish().delta
+    moved = {n: float((after[n] - before[n]).abs().max()) for n in after if part_of(n) == "lora"}
+    first = [distance for name, distance in moved.items() if ".lora_A." in name]
+    second = [distance for name, distance in moved.items() if ".lora_B." in name]
+    assert first and max(first) < 1e-9
+    assert len(second) == len(first) and min(second) > 1e-3
+
+
 def test_what_a_run_does_not_train_is_kept_for_the_next(tmp_path: Path) -> None:
     again = TinyRun(tmp_path, 1, (), from_stage(3)).finish()
     assert "output_projections: not used by this run, kept for the next file" in again.output

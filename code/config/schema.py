@@ -103,7 +103,9 @@ class TrainingConfig(Section):
 
     trains: list[Part] = []
     learning_rate: AboveZero  # peak
-    learning_rates: dict[Part, AboveZero] = {}  # peaks of parts that differ
+    # Peaks of parts that differ. `lora_B` are the adapters' second matrices, which begin at 0: they
+    # gain from a higher rate than the first ones (LoRA+, Hayou et al. 2024).
+    learning_rates: dict[Part | Literal["lora_B"], AboveZero] = {}
     betas: tuple[Decay, Decay]
     epsilon: AboveZero
     weight_decay: Annotated[float, Field(ge=0)]

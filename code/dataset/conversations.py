@@ -48,6 +48,11 @@ class ConversationDataset(Dataset[Conversation]):
     def __len__(self) -> int:
         return sum(self.sizes.values())
 
+    def length(self, key: tuple[str, int]) -> int:
+        """About how long the conversation at (data set, row) is: characters of its record."""
+        name, row = key
+        return self.indexes[name].length(row)
+
     def __getitem__(self, key: tuple[str, int]) -> Conversation:
         """The conversation at (data set, row).
 

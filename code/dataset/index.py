@@ -40,6 +40,10 @@ class RowIndex:
     def __getitem__(self, row: int) -> dict[str, Any]:
         return json.loads(self._rows[row].as_py())
 
+    def length(self, row: int) -> int:
+        """Characters of the row's JSON; the row is not parsed."""
+        return len(self._rows[row].as_py())
+
     def __reduce__(self) -> tuple[type["RowIndex"], tuple[Path]]:
         return RowIndex, (self.path,)
 

@@ -30,12 +30,12 @@ from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 12  # of the world: raise it when the same seed gives something else
+VERSION = 13  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
     "pair_audio": 240,
-    "question": 2400,
+    "question": 3600,
     "question_image": 400,
     "question_video": 400,
     "question_audio": 100,
@@ -48,7 +48,7 @@ COUNTS = {  # at scale 1
     "text_plain": 400,
 }
 _PLAIN_PAIRS = 0.75  # of the caption pairs
-_UNNAMED_COLOURS = 0.15  # of the pictures and videos in pairs and questions, see looks.py
+_UNNAMED_COLOURS = 0.15
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
 _Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
@@ -60,21 +60,33 @@ _CELLS: list[tuple[Modality | None, str]] = [
 ]
 
 
-def write_world(out: Path, seed: int = 0, scale: float = 1.0, progress: bool = True) -> None:
+def write_world(
+    out: Path,
+    seed: int = 0,
+    scale: float = 1.0,
+    unnamed_colours: float = _UNNAMED_COLOURS,
+    progress: bool = True,
+) -> None:
     """Write the whole world into the folder `out`, unless it is there already.
 
+    Args:
+        unnamed_colours: share of the pictures and videos in pairs and questions, see `looks`.
+
     Raises:
-        InputError: `out` holds something else than a mini world, or `scale` or `seed` is not
-            positive.
+        InputError: `out` holds something else than a mini world, or `scale`, `seed` or
+            `unnamed_colours` is out of range.
     """
     if not 0 < scale < math.inf:
         raise InputError(f"--scale {scale}: expected a number above 0")
     if seed < 0:
         raise InputError(f"--seed {seed}: expected 0 or more")
+    if not 0 <= unnamed_colours <= 1:
+        raise InputError(f"--unnamed_colours {unnamed_colours}: expected 0 to 1")
     if out.exists() and not (out / "world.json").is_file() and any(out.iterdir()):
         raise InputError(f"{out} holds no mini world (no world.json): name an empty or new folder")
     counts = {name: max(1, round(count * scale)) for name, count in COUNTS.items()}
     world = {"version": VERSION, "seed": seed, "scale": scale, "counts": counts}
+    world["unnamed_colours"] = unnamed_colours
     world["held_out_pairs"] = sorted(map(list, HELD_OUT_PAIRS))
     if (out / "world.json").is_file():
         if json.loads((out / "world.json").read_text(encoding="utf-8")) == world:
@@ -83,8 +95,8 @@ def write_world(out: Path, seed: int = 0, scale: float = 1.0, progress: bool = T
         print(f"{out} holds another world, which is replaced")
     with written_aside(out) as aside:
         media = [
-            *_write_pairs(aside / "T-X_pair_data", seed, counts),
-            *_write_instructions(aside / "IT_data", seed, counts),
+            *_write_pairs(aside / "T-X_pair_data", seed, counts, unnamed_colours),
+            *_write_instructions(aside / "IT_data", seed, counts, unnamed_colours),
         ]
         _render(media, seed, progress)
         write_examples(aside / "examples", seed)
@@ -93,11 +105,11 @@ def write_world(out: Path, seed: int = 0, scale: float = 1.0, progress: bool = T
             shutil.rmtree(out)
 
 
-def _write_pairs(folder: Path, seed: int, counts: dict[str, int]) -> _Media:
+def _write_pairs(folder: Path, seed: int, counts: dict[str, int], unnamed_colours: float) -> _Media:
     media: _Media = []
     for modality in MODALITIES:
         sizes = {modality: counts[f"pair_{modality}"]}
-        album = Album("mini_pair", seed, sizes, unnamed_colours=_UNNAMED_COLOURS)
+        album = Album("mini_pair", seed, sizes, unnamed_colours=unnamed_colours)
         rng = generator(seed, f"pair captions {modality}")
         rows = [
             {
@@ -120,11 +132,13 @@ def _pair_caption(
     return caption(thing, modality, rng, named)
 
 
-def _write_instructions(folder: Path, seed: int, counts: dict[str, int]) -> _Media:
+def _write_instructions(
+    folder: Path, seed: int, counts: dict[str, int], unnamed_colours: float
+) -> _Media:
     sizes = {name: {m: counts[f"{name}_{m}"] for m in MODALITIES} for name in ("question", "mosit")}
     albums = {
         "question": Album(
-            "mini_question", seed, sizes["question"], unnamed_colours=_UNNAMED_COLOURS
+            "mini_question", seed, sizes["question"], unnamed_colours=unnamed_colours
         ),
         "mosit": Album("mini_mosit", seed, sizes["mosit"]),
     }
@@ -244,8 +258,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("../data/mini_world"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="how many samples; 1 is usual")
+    parser.add_argument("--unnamed_colours", type=float, default=_UNNAMED_COLOURS)
     arguments = parser.parse_args()
-    write_world(arguments.out, arguments.seed, arguments.scale)
+    write_world(**vars(arguments))
 
 
 if __name__ == "__main__":

@@ -277,23 +277,28 @@ def _offloads(settings: dict) -> bool:
 def _optimizer(
     model: NextGPT, training: TrainingConfig, *, offloaded: bool, device: torch.device
 ) -> torch.optim.Optimizer:
-    """Adam with decoupled weight decay (what DeepSpeed's `Adam` is), one group a part."""
-    groups: dict[str, list] = {}
+    """Adam with decoupled weight decay (what DeepSpeed's `Adam` is), one group a rate."""
+    groups: dict[float, list] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(part_of(name), []).append(parameter)
+            groups.setdefault(_peak_rate(name, training), []).append(parameter)
     arguments = {
         "betas": training.betas,
         "eps": training.epsilon,
         "weight_decay": training.weight_decay,
     }
-    rates = [
-        {"params": parameters, "lr": training.learning_rates.get(part, training.learning_rate)}
-        for part, parameters in groups.items()
-    ]
+    rates = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
     if offloaded:
         return deepspeed.ops.adam.DeepSpeedCPUAdam(rates, **arguments)
     return torch.optim.AdamW(rates, fused=device.type == "cuda", **arguments)
+
+
+def _peak_rate(name: str, training: TrainingConfig) -> float:
+    """The peak learning rate of the parameter called `name`."""
+    rates = training.learning_rates
+    if ".lora_B." in name and "lora_B" in rates:
+        return rates["lora_B"]
+    return rates.get(part_of(name), training.learning_rate)
 
 
 def _schedule(steps: int, warmup: float) -> Callable[[int], float]:

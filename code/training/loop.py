@@ -154,7 +154,7 @@ class Trainer:
 
     def batches(self, samples: ReadySamples, plan: BatchPlan, steps: int) -> Iterator[Batch]:
         """The run's first batches, whole and a conversation a row, outside of training."""
-        order = shares(plan, 0, steps, rank=0, world=1)
+        order = shares(plan, 0, steps, samples.conversations.length)
         size, width = self.config.training.micro_batch_size, self.config.encoder.width
         completer = BatchCompleter(self.config, samples.caches, self.device)
         for ready in load_batches(samples, order, size, width, workers=0):
@@ -178,7 +178,8 @@ class Trainer:
         """The steps from `first_step` on; False if a signal ended them, after a save."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        order = shares(plan, first_step, steps, self.rank, self.world)
+        length = samples.conversations.length
+        order = shares(plan, first_step, steps, length, self.rank, self.world)
         batches = load_batches(
             samples,
             order,

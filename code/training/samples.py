@@ -6,7 +6,7 @@ travels with the batch to be counted and listed.
 """
 
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -196,14 +196,19 @@ def collate(
 
 
 def shares(
-    plan: BatchPlan, first_step: int, steps: int, rank: int, world: int
+    plan: BatchPlan,
+    first_step: int,
+    steps: int,
+    length: Callable[[Sample], int],
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[list[Sample]]:
     """This process's shares of the global batches from number `first_step` up to `steps`."""
     step = first_step
     while step < steps:
         epoch, start = divmod(step, plan.steps_per_epoch)
         for global_batch in plan.batches(epoch, start):
-            yield share(global_batch, rank, world)
+            yield share(global_batch, rank, world, length)
             step += 1
             if step == steps:
                 return
