@@ -119,7 +119,7 @@ def share(
     mine = []
     for start in range(0, len(batch), 2 * world):
         forth_and_back = longest_first[start : start + 2 * world]
-        mine += [
-            i for place, i in enumerate(forth_and_back) if rank in (place, 2 * world - 1 - place)
-        ]
+        mine += (
+            forth_and_back[rank :: 2 * world] + forth_and_back[2 * world - 1 - rank :: 2 * world]
+        )
     return [batch[index] for index in sorted(mine)]
