@@ -51,7 +51,7 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     training, data = trainer.config.training, trainer.config.data
     sizes = samples.conversations.sizes
     plan = BatchPlan(sizes, training.global_batch_size, data.batching, training.seed)
-    order = shares(plan, 0, count, rank=0, world=1)
+    order = shares(plan, 0, count, samples.conversations.length)
     width = trainer.config.encoder.width
     ready = load_batches(samples, order, training.micro_batch_size, width, 0, data.row_length)
     completer = BatchCompleter(trainer.config, samples.caches, trainer.device)

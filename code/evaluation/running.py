@@ -125,7 +125,8 @@ def compare_with_captions(
 ) -> list[Result]:
     """The results with `written`, `ceiling` and `passed`: decoders fed by their own text encoders.
 
-    The same seeds as the answers' media. Two media more are decoded for each that was wanted.
+    The same seeds as the answers' media. For each that was wanted two media more are decoded, or
+    one where the model wrote the true caption.
     """
     found: dict[tuple[int, str], dict[str, bool]] = {}
     tasks = [task for row, result in enumerate(results) for task in _tasks(row, result)]
@@ -138,16 +139,20 @@ def compare_with_captions(
         nothing = compare(task.wanted, {})
         found.setdefault((task.row, task.name), {}).update(nothing)
     for modality in assistant.config.decoders:
-        same = [task for task in tasks if task.wanted.kind == modality and task.caption]
-        for batch in in_batches(same):
-            captions, seeds = [task.caption for task in batch], [task.seed for task in batch]
+        decoded: dict[tuple[str, int], list[_Task]] = {}
+        for task in tasks:
+            if task.wanted.kind == modality and task.caption:
+                decoded.setdefault((task.caption, task.seed), []).append(task)
+        for batch in in_batches(list(decoded)):
+            captions, seeds = zip(*batch, strict=True)
             with clock.time(f"{modality} from captions"):
                 outputs = decode_captions(assistant, modality, captions, seeds, options)
             with clock.time("judge"):
-                for task, output in zip(batch, outputs, strict=True):
-                    right = compare(task.wanted, judge(modality, output))
-                    found[task.row, task.name].update(right)
-            tell(len(batch))
+                for key, output in zip(batch, outputs, strict=True):
+                    seen = judge(modality, output)
+                    for task in decoded[key]:
+                        found[task.row, task.name].update(compare(task.wanted, seen))
+            tell(sum(len(decoded[key]) for key in batch))
     return [
         replace(result, **{name: rights for (at, name), rights in found.items() if at == row})
         for row, result in enumerate(results)
