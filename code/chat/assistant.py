@@ -36,6 +36,7 @@ from model.decoders import Decoder
 from model.delta import load_delta, read_delta
 from model.device import choose_device, choose_dtype
 from model.imagebind import ImageBind
+from model.language_model import fold_adapters
 from model.media_files import Output
 from model.nextgpt import NextGPT
 from model.parts import NEEDED_TO_ANSWER
@@ -97,6 +98,7 @@ class Assistant:
         dtype = choose_dtype(config.training.precision, device)
         model = build_model(config, dtype, lora=tuned.holds("lora"), output_projections=True)
         report = load_delta(model, tuned, NEEDED_TO_ANSWER)
+        fold_adapters(model)
         return cls(config, encoder, model, device, [f"tuned parameters of {tuned.source}", *report])
 
     def chat(

@@ -3,6 +3,8 @@ new tokens and, where it is tuned, fitted with low-rank adapters."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -85,3 +87,15 @@ def fit_language_model(
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def fold_adapters(model: nn.Module) -> None:
+    """Add the adapters to the weights under them, in place, where those are float32.
+
+    For a `model` whose adapters change no more. They stay as they are, to be saved, but cost
+    nothing: with adapters on all layers SmolLM2 reads in half the time. To weights in half
+    precision they are not added: most of what they say would be rounded away.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and module.get_base_layer().weight.dtype == torch.float32:
+            module.merge()

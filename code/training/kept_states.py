@@ -12,6 +12,7 @@ from config.errors import InputError
 from config.schema import TrainingConfig
 from conversation.batch import Batch
 from conversation.parts import Modality
+from model.language_model import fold_adapters
 from model.nextgpt import NextGPT
 
 _READ_TOGETHER = 16  # rows of like length; the shorter ones are padded
@@ -23,7 +24,7 @@ class KeptStates:
     """Fills in a batch's states; reads what it has not seen before.
 
     Args:
-        model: its forward pass must not change any more.
+        model: its forward pass must not change any more; its adapters are folded into it.
         training: of the run.
 
     Raises:
@@ -36,6 +37,7 @@ class KeptStates:
                 f"training.keep_states: with training.trains {training.trains} the language "
                 "model's states change; it goes with [output_projections] alone"
             )
+        fold_adapters(model)
         self._model = model
         self._kept: dict[_Key, dict[_Run, Tensor]] = {}
 
