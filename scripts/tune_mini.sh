@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes tuned parameters to ship (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the quickstart's stages, but
-# the third on ten times the data and in ten times the steps, which makes the fourth needless, and
-# some slow steps at the end. What is given goes to train.sh:
+# the third on ten times the data and in eight times the steps, without the fourth, and some slow
+# steps at the end. What is given goes to train.sh:
 # bash scripts/tune_mini.sh --include localhost:0,1
 # Started again, it goes on where it stopped.
 set -euo pipefail

@@ -295,6 +295,18 @@ def test_another_world_replaces_the_old_one_and_other_folders_are_refused(tmp_pa
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_world_has_as_many_colours_without_a_name_as_asked_for(tmp_path: Path) -> None:
+    colours = {}
+    for share in (0.0, 1.0):
+        write_world(tmp_path / "world", scale=0.01, unnamed_colours=share, progress=False)
+        pairs = rows(tmp_path / "world", "T-X_pair_data/image/image.json")
+        colours[share] = {read_caption(pair["caption"]).get("colour") for pair in pairs}
+    assert len(colours[0.0]) > 2 and None not in colours[0.0]
+    assert colours[1.0] == {None}
+    with pytest.raises(InputError, match=r"--unnamed_colours 1\.5: expected 0 to 1"):
+        write_world(tmp_path / "world", unnamed_colours=1.5, progress=False)
+
+
 def test_colours_without_a_name_are_shown_and_not_told() -> None:
     album = Album("test", 0, dict.fromkeys(MODALITIES, 200), unnamed_colours=0.3)
     for modality in ("image", "video"):

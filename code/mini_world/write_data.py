@@ -48,7 +48,7 @@ COUNTS = {  # at scale 1
     "text_plain": 400,
 }
 _PLAIN_PAIRS = 0.75  # of the caption pairs
-_UNNAMED_COLOURS = 0.15
+_UNNAMED_COLOURS = 0.15  # of the pictures and videos in pairs and questions
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
 _Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
@@ -258,7 +258,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("../data/mini_world"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="how many samples; 1 is usual")
-    parser.add_argument("--unnamed_colours", type=float, default=_UNNAMED_COLOURS)
+    parser.add_argument(
+        "--unnamed_colours",
+        type=float,
+        default=_UNNAMED_COLOURS,
+        help="share of pictures and videos in colours that have no name",
+    )
     arguments = parser.parse_args()
     write_world(**vars(arguments))
 
