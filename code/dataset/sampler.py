@@ -102,7 +102,7 @@ def share(
 
     The longest samples are dealt first, forth and back over the processes, so that none waits long
     for the others: of 8 (16) of the mini world's conversations dealt as they come, the busier of
-    two processes has 17 % (11 %) more tokens than the mean, and so 7 % (3 %).
+    two processes has 17 % (11 %) more tokens than the mean, and dealt so 7 % (3 %).
 
     Args:
         length: of a sample, in any unit.
@@ -116,10 +116,6 @@ def share(
             "set training.global_batch_size to a multiple of the processes"
         )
     longest_first = sorted(range(len(batch)), key=lambda index: -length(batch[index]))
-    mine = []
-    for start in range(0, len(batch), 2 * world):
-        forth_and_back = longest_first[start : start + 2 * world]
-        mine += (
-            forth_and_back[rank :: 2 * world] + forth_and_back[2 * world - 1 - rank :: 2 * world]
-        )
+    places = rank, 2 * world - 1 - rank  # among 2 * world: forth, and back
+    mine = [index for place, index in enumerate(longest_first) if place % (2 * world) in places]
     return [batch[index] for index in sorted(mine)]

@@ -139,20 +139,20 @@ def compare_with_captions(
         nothing = compare(task.wanted, {})
         found.setdefault((task.row, task.name), {}).update(nothing)
     for modality in assistant.config.decoders:
-        decoded: dict[tuple[str, int], list[_Task]] = {}
+        tasks_of: dict[tuple[str, int], list[_Task]] = {}  # by what is decoded: caption, seed
         for task in tasks:
             if task.wanted.kind == modality and task.caption:
-                decoded.setdefault((task.caption, task.seed), []).append(task)
-        for batch in in_batches(list(decoded)):
+                tasks_of.setdefault((task.caption, task.seed), []).append(task)
+        for batch in in_batches(list(tasks_of)):
             captions, seeds = zip(*batch, strict=True)
             with clock.time(f"{modality} from captions"):
                 outputs = decode_captions(assistant, modality, captions, seeds, options)
             with clock.time("judge"):
                 for key, output in zip(batch, outputs, strict=True):
                     seen = judge(modality, output)
-                    for task in decoded[key]:
+                    for task in tasks_of[key]:
                         found[task.row, task.name].update(compare(task.wanted, seen))
-            tell(sum(len(decoded[key]) for key in batch))
+            tell(sum(len(tasks_of[key]) for key in batch))
     return [
         replace(result, **{name: rights for (at, name), rights in found.items() if at == row})
         for row, result in enumerate(results)
