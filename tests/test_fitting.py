@@ -65,6 +65,14 @@ def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:
     assert not torch.allclose(fitted.delta[name], plain.delta[name], atol=1e-3)
 
 
+def test_two_processes_fit_the_projection_that_one_fits(tmp_path: Path) -> None:
+    sets = ["training.max_steps=1", "training.learning_rate=1e-9"]
+    sets.append("training.fit_input_projection=true")
+    alone = TinyRun(tmp_path / "alone", 1, sets).finish()
+    both = TinyRun(tmp_path / "both", 1, sets, world=2).finish()
+    torch.testing.assert_close(both.delta, alone.delta, rtol=1e-3, atol=1e-4)
+
+
 def test_a_later_stage_keeps_the_projection_that_it_is_given(tmp_path: Path) -> None:
     sets = ["training.fit_input_projection=true", "training.trains=[output_projections]"]
     later = TinyRun(tmp_path, 2, sets, ["--init-from", str(trained(1).folder)]).finish()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from conversation.batch import Batch
 from conversation.parts import Modality
 from model.nextgpt import NextGPT
+from training.processes import gather_over_processes
 
 
 def lack_a_centre(model: NextGPT) -> list[Modality]:
@@ -28,18 +29,19 @@ def centre_projections(model: NextGPT, batches: Iterable[Batch]) -> None:
     """Set the centres that lack to the mean of the signal tokens' states, and whiten what is left.
 
     Args:
-        batches: the same in every process, so that all begin alike; one forward pass for each that
+        batches: every process has its own, and all begin alike; one forward pass for each that
             comes without states.
     """
     found: dict[Modality, list[Tensor]] = {m: [] for m in lack_a_centre(model)}
     for batch in batches:
         for modality, states_2RTH in (batch.states or _read(model, batch)).items():
             if modality in found:
-                found[modality].append(states_2RTH.float().sum(dim=0).flatten(0, 1))
-    for modality, states in found.items():
-        if states:
+                found[modality].append(states_2RTH.float().sum(dim=0).flatten(0, 1).cpu())
+    gathered = gather_over_processes(found)
+    for modality in found:
+        if states := [one for part in gathered for one in part[modality]]:
             projection = model.output_projections[modality]
-            states_NH = torch.cat(states)
+            states_NH = torch.cat(states).to(projection.centre.device)
             projection.centre.copy_(states_NH.mean(dim=0))
             whiten(projection.fc, states_NH - projection.centre)
 

@@ -16,6 +16,7 @@ from torch.nn.functional import adaptive_avg_pool1d
 from conversation.batch import Batch
 from conversation.encoding import IGNORE
 from model.nextgpt import NextGPT
+from training.processes import gather_over_processes
 
 _PENALTY = 3e-3  # of the features' mean variance, times their number
 
@@ -25,18 +26,21 @@ def fit_input_projection(model: NextGPT, batches: Iterable[Batch]) -> None:
     """Set the input projection by what `batches` show and say.
 
     Args:
-        batches: a conversation a row, the same in every process.
+        batches: a conversation a row; every process has its own, and all set the same.
     """
     embed = model.language_model.get_input_embeddings()
-    features, words = [], []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for batch in batches:
         said = embed(batch.input_ids).float()  # (B, L, H)
         for row, feature_E in zip(batch.slots[:, 0], batch.features, strict=True):
             said_WH = said[row][batch.targets[row] != IGNORE]
-            features.append(feature_E)
-            words.append(adaptive_avg_pool1d(said_WH.T, model.media_tokens).T)
+            said_KH = adaptive_avg_pool1d(said_WH.T, model.media_tokens).T
+            pairs.append((feature_E.cpu(), said_KH.cpu()))
     spread = embed.weight.float().std(dim=0).norm()
-    given_NE, wanted_NKH = torch.stack(features), torch.stack(words)
+    pairs = [pair for part in gather_over_processes(pairs) for pair in part]
+    given_NE, wanted_NKH = (
+        torch.stack(side).to(spread.device) for side in zip(*pairs, strict=True)
+    )
     fits = [stretched_ridge(given_NE, place_NH, spread) for place_NH in wanted_NKH.unbind(dim=1)]
     projection: nn.Linear = model.input_projection
     projection.weight.copy_(torch.cat([weight_EH.T for weight_EH, _ in fits]))

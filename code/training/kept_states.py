@@ -1,8 +1,9 @@
 """What a language model that does not change says of each conversation, read once and kept.
 
 Where the output projections train alone, nothing before them changes. Their first pass over the
-conversations then costs the language model's forward pass, later ones only theirs. Kept in memory
-are 2 x T x H numbers a signal run: 18 kB in the mini system, 1.6 MB for 24 tokens of a 7B model.
+conversations then costs the language model's forward pass, later ones only theirs. A process tells
+the others what it reads. Each keeps in the CPU's memory 2 x T x H numbers a signal run: 18 kB in
+the mini system, 1.6 MB for 24 tokens of a 7B model.
 """
 
 import torch
@@ -14,6 +15,7 @@ from conversation.batch import Batch
 from conversation.parts import Modality
 from model.language_model import fold_adapters
 from model.nextgpt import NextGPT
+from training.processes import gather_over_processes
 
 _READ_TOGETHER = 16  # rows of like length; the shorter ones are padded
 _Run = tuple[Modality, int]  # a run of a conversation, by its first position
@@ -21,7 +23,7 @@ _Key = tuple[bytes, bytes]  # a conversation: its ids to the end of its last run
 
 
 class KeptStates:
-    """Fills in a batch's states; reads what it has not seen before.
+    """Fills in a batch's states; reads what no process has seen before.
 
     Args:
         model: its forward pass must not change any more; its adapters are folded into it.
@@ -43,7 +45,7 @@ class KeptStates:
 
     @torch.no_grad()
     def fill(self, batch: Batch) -> Batch:
-        """`batch` with its states, (2, R, T, H) float32 each.
+        """`batch` with its states, (2, R, T, H) float32 each; every process must fill one.
 
         Raises:
             InputError: it holds several conversations a row.
@@ -60,14 +62,17 @@ class KeptStates:
         ends = {row: max(self._end(run) for run in found) for row, found in runs.items()}
         keys = {row: _key(batch, row, end) for row, end in ends.items()}
         unread = sorted((row for row in runs if keys[row] not in self._kept), key=ends.__getitem__)
+        read: dict[_Key, dict[_Run, Tensor]] = {}
         for start in range(0, len(unread), _READ_TOGETHER):
-            rows = unread[start : start + _READ_TOGETHER]
-            read = self._read(batch, {row: ends[row] for row in rows}, runs)
-            self._kept |= {keys[row]: states for row, states in read.items()}
+            rows = {row: ends[row] for row in unread[start : start + _READ_TOGETHER]}
+            states = self._read(batch, rows, runs)
+            read |= {keys[row]: of_row for row, of_row in states.items()}
+        for others in gather_over_processes(read):
+            self._kept |= others
         batch.states = {}  # of a batch without runs it stays so, and nothing is read
         for modality, places in batch.runs.items():
             found = [self._kept[keys[row]][modality, first] for row, first in places.tolist()]
-            batch.states[modality] = torch.stack(found, dim=1)
+            batch.states[modality] = torch.stack(found, dim=1).to(batch.input_ids.device)
         return batch
 
     def _end(self, run: _Run) -> int:
@@ -93,7 +98,9 @@ class KeptStates:
             row: {
                 (modality, first): self._model.states_of_runs(
                     modality, batch.slots.new_tensor([[place, first]]), hidden, embeddings
-                )[:, 0].float()
+                )[:, 0]
+                .float()
+                .cpu()
                 for modality, first in runs[row]
             }
             for row, place in places.items()

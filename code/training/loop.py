@@ -24,11 +24,12 @@ from model.delta import Delta, carried_over, load_delta, read_delta
 from model.device import choose_device, choose_dtype
 from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table, set_trainable
-from training.agent import Agent, StepCounts, start_processes, sum_over_processes
+from training.agent import Agent, StepCounts
 from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
 from training.fitting import fit_input_projection
 from training.kept_states import KeptStates
+from training.processes import start_processes, sum_over_processes
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
 from training.samples import ReadyBatch, ReadySamples, load_batches, shares
@@ -153,8 +154,8 @@ class Trainer:
                 centre_projections(model, map(kept.fill, batches) if kept else batches)
 
     def batches(self, samples: ReadySamples, plan: BatchPlan, steps: int) -> Iterator[Batch]:
-        """The run's first batches, whole and a conversation a row, outside of training."""
-        order = shares(plan, 0, steps, samples.conversations.length)
+        """This process's part of the run's first batches, a conversation a row."""
+        order = shares(plan, 0, steps, samples.conversations.length, self.rank, self.world)
         size, width = self.config.training.micro_batch_size, self.config.encoder.width
         completer = BatchCompleter(self.config, samples.caches, self.device)
         for ready in load_batches(samples, order, size, width, workers=0):

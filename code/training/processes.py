@@ -1,0 +1,48 @@
+"""The processes of a run: their start, and what they tell each other beside the gradients."""
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+_T = TypeVar("_T")
+
+
+def start_processes(device: torch.device) -> tuple[int, int]:
+    """Join the processes that the launcher started; this one's rank and how many there are."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | {"MASTER_PORT": "0"}).items():  # any free port
+        os.environ.setdefault(name, value)
+    # Gloo adds up well enough; DeepSpeed's own sums on CPUs are compiled at the first start, which
+    # needs a compiler and, once cut off in the middle, lets every later start wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:  # processes that share cores slow each other down
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+    )
+    return dist.get_rank(), dist.get_world_size()
+
+
+def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value summed over all processes."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def gather_over_processes(thing: _T) -> list[_T]:
+    """Every process's `thing`, by rank; tensors in it must be on the CPU. All must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [thing]
+    things: list[_T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(things, thing)
+    return things
