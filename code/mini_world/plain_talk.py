@@ -1,31 +1,14 @@
 """Plain talk: the untuned language model's own answers to plain questions.
 
-Tuning on what the model says anyway keeps it talking as it did. The answers lie beside the
-questions in `plain_talk.json`; they are SmolLM2-135M-Instruct's likeliest ones, cut after a
-sentence, and as right or wrong as it is; those that say a sentence twice are left out. Only
-greetings, which it does not understand, are answered here. To record them anew (6 minutes):
-
-    cd code; python -m mini_world.plain_talk
+Tuning on what the model says anyway keeps it talking as it did. The answers come from
+`record_plain_talk`. Only greetings, which the model does not understand, are answered here.
 """
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
-import torch
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM
 
-from chat.generation import greedy_answers, words
-from config.atomic import written_aside
-from config.entry import run_entry
-from config.loader import load_config
-from conversation.parts import Conversation, Text, Turn
-from model.build import build_conversation_encoder, resolve_model_path
-from model.pretrained_folder import load_whole
-
-QUESTIONS = Path(__file__).with_name("plain_talk_questions.txt")
 ANSWERS = Path(__file__).with_name("plain_talk.json")
 _GREETINGS = (
     ("Hello!", "Hello! How can I help you?"),
@@ -41,9 +24,6 @@ _GREETINGS = (
     ("Who are you?", "I am an assistant that works with text, pictures, videos and sounds."),
     ("Can you help me?", "Yes, of course. What do you need?"),
 )
-_TOKENS = 72  # an answer that goes on is cut after its last whole sentence
-_AT_ONCE = 16
-_SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s)")
 
 
 def plain_talk(rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -51,45 +31,3 @@ def plain_talk(rng: np.random.Generator) -> list[tuple[str, str]]:
     recorded = json.loads(ANSWERS.read_text(encoding="utf-8"))
     pairs = [*_GREETINGS, *(tuple(pair) for pair in recorded)]
     return [pairs[index] for index in rng.permutation(len(pairs))]
-
-
-def record_answers() -> list[tuple[str, str]]:
-    """Ask the untuned language model of the mini configuration all questions."""
-    config = load_config("mini")
-    encoder = build_conversation_encoder(config)
-    path = resolve_model_path(config.language_model.path)
-    model = load_whole(AutoModelForCausalLM, path, torch.float32).eval()
-    questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
-    pairs = []
-    for start in tqdm(range(0, len(questions), _AT_ONCE)):
-        asked = questions[start : start + _AT_ONCE]
-        turns = [Conversation((Turn("human", (Text(question),)),)) for question in asked]
-        prompts = [encoder.encode(turn).input_ids for turn in turns]
-        answers = greedy_answers(model, encoder, prompts, _TOKENS)
-        for question, ids in zip(asked, answers, strict=True):
-            if answer := _whole_sentences(words(encoder.decode_answer(ids)), len(ids) < _TOKENS):
-                pairs.append((question, answer))
-    return pairs
-
-
-def _whole_sentences(answer: str, ended: bool) -> str:
-    """The answer up to its last whole sentence; empty if there is none, or one comes twice."""
-    ends = [end.end() for end in _SENTENCE_END.finditer(answer)]
-    if not ended:
-        # The number of a list's next entry is no sentence.
-        answer = re.sub(r"\s+\d+\.$", "", answer[: ends[-1]]) if ends else ""
-    sentences = [sentence.strip() for sentence in _SENTENCE_END.split(answer) if sentence.strip()]
-    return answer.strip() if len(set(sentences)) == len(sentences) else ""
-
-
-def main() -> None:
-    """Record and write."""
-    pairs = record_answers()
-    with written_aside(ANSWERS) as aside:
-        rows = ",\n".join(json.dumps(pair, ensure_ascii=False) for pair in pairs)
-        aside.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
-    print(f"{len(pairs)} answers in {ANSWERS}")
-
-
-if __name__ == "__main__":
-    run_entry(main)

@@ -1,6 +1,6 @@
 """Writes the mini world in the course's data layout: `python -m mini_world.write_data --out DIR`.
 
-At scale 1 it takes about 20 s on one core, and 41 MB. The folder appears whole or not at
+At scale 1 it takes about 23 s on two cores, and 41 MB. The folder appears whole or not at
 all, is left alone if it holds the same world already, and otherwise is replaced with all that is in
 it, because caption embeddings kept there belong to the old captions.
 """
@@ -9,7 +9,9 @@ import argparse
 import itertools
 import json
 import math
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -219,13 +221,18 @@ def _round(
 
 
 def _render(media: _Media, seed: int, progress: bool) -> None:
-    total = sum(len(list(album)) for _, album in media)
-    with tqdm(total=total, desc="rendering", unit="file", disable=not progress) as bar:
-        for folder, album in media:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, modality, thing in album:
-                write_medium(folder / name, modality, thing, seed, album.look(name))
-                bar.update()
+    jobs = [(folder, album, *one) for folder, album in media for one in album]
+    for folder, _ in media:
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def render(job: tuple[Path, Album, str, Modality, Thing]) -> None:
+        folder, album, name, modality, thing = job
+        write_medium(folder / name, modality, thing, seed, album.look(name))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rendered = pool.map(render, jobs)
+        for _ in tqdm(rendered, "rendering", len(jobs), unit="file", disable=not progress):
+            pass
 
 
 def write_examples(folder: Path, seed: int) -> None:
