@@ -16,8 +16,9 @@ python -m mini_world.write_data --out data/mini_world
 bash scripts/embed_mini.sh
 python -m mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11
 # Few colours without a name: what learns long from many of them leaves named ones out at times.
+# Much plain talk: nothing else is lost as easily.
 python -m mini_world.write_data --out data/finishing/mini_world --scale 2 --seed 14 \
-    --unnamed_colours 0.03
+    --unnamed_colours 0.03 --plain_talk 2000
 
 train() { # stage, folder of the runs, arguments
     bash scripts/train.sh --stage "$1" --resume --save_path "$2" "${@:3}"

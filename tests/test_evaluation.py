@@ -38,7 +38,7 @@ from evaluation.table import table
 from mini_world.album import render_medium
 from mini_world.captions import as_heard, read_caption
 from mini_world.phrasing import COURSE_REQUESTS, EDITS, HEAR, HEAR_COUNTED, OPENINGS, REVERSE, SHOW
-from mini_world.plain_talk import plain_talk
+from mini_world.plain_talk import plain_pairs
 from mini_world.things import SHAPE_OF, SIZE_OF, Thing
 from mini_world.words import Wording
 from tiny_parts import tiny_overrides, write_tiny_parts
@@ -320,7 +320,7 @@ def test_faults_end_with_a_word(
 def test_plain_questions_are_a_hundred_of_our_own() -> None:
     questions = QUESTIONS.read_text().splitlines()
     assert len(questions) == len(set(questions)) == 100
-    trained = {question for question, _ in plain_talk(np.random.default_rng(0))}
+    trained = {question for question, _ in plain_pairs(np.random.default_rng(0))}
     assert not trained & set(questions)
 
 

@@ -26,7 +26,7 @@ _GREETINGS = (
 )
 
 
-def plain_talk(rng: np.random.Generator) -> list[tuple[str, str]]:
+def plain_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
     """Pairs of question and answer in random order, no question twice."""
     recorded = json.loads(ANSWERS.read_text(encoding="utf-8"))
     pairs = [*_GREETINGS, *(tuple(pair) for pair in recorded)]

@@ -26,13 +26,13 @@ from mini_world.album import Album, generator, write_medium
 from mini_world.captions import caption, plain_caption
 from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening
 from mini_world.phrasing import COURSE_REQUESTS
-from mini_world.plain_talk import plain_talk
+from mini_world.plain_talk import plain_pairs
 from mini_world.questions import ask, ask_world, world_facts
 from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 13  # of the world: raise it when the same seed gives something else
+VERSION = 14  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 1200,
     "pair_video": 800,
@@ -50,7 +50,7 @@ COUNTS = {  # at scale 1
     "text_plain": 400,
 }
 _PLAIN_PAIRS = 0.75  # of the caption pairs
-_UNNAMED_COLOURS = 0.15  # of the pictures and videos in pairs and questions
+_UNNAMED_COLOURS = 0.1  # of the pictures and videos in pairs and questions
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
 _Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
@@ -67,16 +67,17 @@ def write_world(
     seed: int = 0,
     scale: float = 1.0,
     unnamed_colours: float = _UNNAMED_COLOURS,
+    plain_talk: int = COUNTS["text_plain"],
     progress: bool = True,
 ) -> None:
     """Write the whole world into the folder `out`, unless it is there already.
 
     Args:
         unnamed_colours: share of the pictures and videos in pairs and questions, see `looks`.
+        plain_talk: rows of plain talk at scale 1.
 
     Raises:
-        InputError: `out` holds something else than a mini world, or `scale`, `seed` or
-            `unnamed_colours` is out of range.
+        InputError: `out` holds something else than a mini world, or a number is out of range.
     """
     if not 0 < scale < math.inf:
         raise InputError(f"--scale {scale}: expected a number above 0")
@@ -84,9 +85,12 @@ def write_world(
         raise InputError(f"--seed {seed}: expected 0 or more")
     if not 0 <= unnamed_colours <= 1:
         raise InputError(f"--unnamed_colours {unnamed_colours}: expected 0 to 1")
+    if plain_talk < 1:
+        raise InputError(f"--plain_talk {plain_talk}: expected 1 or more")
     if out.exists() and not (out / "world.json").is_file() and any(out.iterdir()):
         raise InputError(f"{out} holds no mini world (no world.json): name an empty or new folder")
-    counts = {name: max(1, round(count * scale)) for name, count in COUNTS.items()}
+    wanted = COUNTS | {"text_plain": plain_talk}
+    counts = {name: max(1, round(count * scale)) for name, count in wanted.items()}
     world = {"version": VERSION, "seed": seed, "scale": scale, "counts": counts}
     world["unnamed_colours"] = unnamed_colours
     world["held_out_pairs"] = sorted(map(list, HELD_OUT_PAIRS))
@@ -206,7 +210,7 @@ def texts(seed: int, world: int, plain: int) -> Rows:
     rng = generator(seed, "texts")
     pairs = world_facts() + [ask_world(sample_thing(rng), rng) for _ in range(world)]
     pairs = list(dict(pairs).items())
-    pairs += itertools.islice(itertools.cycle(plain_talk(rng)), plain)
+    pairs += itertools.islice(itertools.cycle(plain_pairs(rng)), plain)
     return [{"conversation": _round(*pairs[index])} for index in rng.permutation(len(pairs))]
 
 
@@ -270,6 +274,12 @@ def main() -> None:
         type=float,
         default=_UNNAMED_COLOURS,
         help="share of pictures and videos in colours that have no name",
+    )
+    parser.add_argument(
+        "--plain_talk",
+        type=int,
+        default=COUNTS["text_plain"],
+        help="rows of plain talk at scale 1",
     )
     arguments = parser.parse_args()
     write_world(**vars(arguments))
