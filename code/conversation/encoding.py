@@ -37,7 +37,7 @@ class EncodedConversation:
     cut_tokens: int = 0
 
 
-@lru_cache(maxsize=16384)  # about 10 MB; markup and the texts of later epochs come from here
+@lru_cache(maxsize=16384)  # markup and the texts of later epochs come from here
 def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 

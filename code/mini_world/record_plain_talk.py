@@ -1,4 +1,4 @@
-"""Records the answers for `plain_talk`: SmolLM2-135M-Instruct's likeliest ones, about 14 minutes.
+"""Records the answers for `plain_talk`: SmolLM2-135M-Instruct's likeliest ones, some 12 minutes.
 
 They are cut after a sentence, and as right or wrong as it is; those that say a sentence twice are
 left out. The questions lie beside them.
