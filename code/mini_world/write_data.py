@@ -1,6 +1,6 @@
 """Writes the mini world in the course's data layout: `python -m mini_world.write_data --out DIR`.
 
-At scale 1 it takes about 23 s on two cores, and 41 MB. The folder appears whole or not at
+At scale 1 it takes about 23 s on two cores, and 47 MB. The folder appears whole or not at
 all, is left alone if it holds the same world already, and otherwise is replaced with all that is in
 it, because caption embeddings kept there belong to the old captions.
 """
