@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes tuned parameters to ship (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the quickstart's stages, but
-# the third on ten times the data and in eight times the steps, without the fourth, and some slow
+# the third on ten times the data and in seven times the steps, without the fourth, and some slow
 # steps at the end. What is given goes to train.sh:
 # bash scripts/tune_mini.sh --include localhost:0,1
 # Started again, it goes on where it stopped.
@@ -25,11 +25,14 @@ train() { # stage, folder of the runs, arguments
 }
 train 1 $runs "$@"
 train 2 $runs "$@"
-# Captions are encoded as they come: most of them are read once or never.
+# Captions are encoded as they come: most of them are read once or never. No fourth stage follows: the
+# alignment weighs more.
+aligned=(--set training.alignment_weights.image=0.1 --set training.alignment_weights.video=0.1
+    --set training.alignment_weights.audio=1.0)
 train 3 $runs "$@" --set data.root=data/tuning --set data.caption_embeddings=online \
-    --set training.max_steps=2000 \
+    --set training.max_steps=1500 "${aligned[@]}" \
     --set training.learning_rate=1.2e-3 --set training.learning_rates.lora_B=1.2e-3
 train 3 $runs/finishing "$@" --set data.root=data/finishing --set data.caption_embeddings=online \
-    --init-from $runs/stage_3/delta.safetensors --set training.max_steps=160 \
+    --init-from $runs/stage_3/delta.safetensors --set training.max_steps=160 "${aligned[@]}" \
     --set training.learning_rate=6.0e-4 --set training.learning_rates.lora_B=6.0e-4
 python code/convert_delta.py $runs/finishing/stage_3 $tuned

@@ -50,7 +50,7 @@ def tiny_world() -> Path:
     """The folder of a tiny system: data, caption embeddings, encoder. Do not write into it."""
     folder = Path(mkdtemp(prefix="tiny_world_"))
     world = folder / "data" / "mini_world"
-    write_world(world, scale=0.03, progress=False)
+    write_world(world, scale=0.06, progress=False)
     imagebind = ImageBind(TINY_IMAGEBIND)
     fill_by_recipe(imagebind, "visual_encoder.")
     save_imagebind(imagebind, folder / "imagebind", torch.float32)

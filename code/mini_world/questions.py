@@ -276,19 +276,23 @@ def ask(
     named: Collection[str] | None = None,
     split: Split = "training",
     topic: str | None = None,
+    describing: float = 0.4,
 ) -> tuple[str, str]:
     """A question about a medium and its answer.
 
     Args:
         named: what is known of the thing; None for everything.
-        topic: what to ask for; None for any that can be answered: describing most often, and what
-            the medium does not show by itself three times as often as what it does.
+        topic: what to ask for; None for any that can be answered, and what the medium does not show
+            by itself three times as often as what it does.
+        describing: share of the questions without a `topic` that ask for a description at any rate.
     """
     topics = TOPICS[modality]
     if topic is None:
         known = [n for n, t in topics.items() if named is None or set(t.needs) <= set(named)]
         known += [name for name in known if name in ASKED] * 2
-        topic = "describe" if rng.random() < 0.4 and "describe" in known else choose(rng, known)
+        topic = (
+            "describe" if rng.random() < describing and "describe" in known else choose(rng, known)
+        )
     question = topics[topic].questions.pick(rng, split)
     if topic == "describe":
         return question, sentence(plain_caption(thing, modality, named))
