@@ -275,12 +275,12 @@ def test_a_reply_grows_event_by_event(tmp_path: Path) -> None:
     for event in (Waiting(2), Words("Su"), Words("re")):
         reply.take(event)
     assert reply.parts == (Text("Sure"),) and reply.before == 2
-    for event in (Written(turn), Step(0, 1, 4), Ready(0, tmp_path / "a.png")):
+    for event in (Written(turn, ("a", "[IMG0]")), Step(0, 1, 4), Ready(0, tmp_path / "a.png")):
         reply.take(event)
     assert reply.parts == (Text("Sure"), Media("image", str(tmp_path / "a.png")), Media("audio"))
     assert not reply.ended
-    reply.take(Finished(("a",), (), {}))
-    assert reply.ended
+    reply.take(Finished((), {}))
+    assert reply.ended and reply.token_names == ("a", "[IMG0]")
 
 
 TYPED = [
@@ -308,12 +308,23 @@ def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
 
 def test_tokens_in_the_explanation_are_escaped_and_runs_are_marked() -> None:
     names = ("Ġ<b>", "[IMG0]", "[IMG1]", "</s>")
-    reply = Reply(5, turn=Turn("assistant", (Text("<b>"), Media("image"))))
-    reply.finished = Finished(names, ((("a <i>red</i> circle", 0.25),),), {"image": 1.5})
+    reply = Reply(5, turn=Turn("assistant", (Text("<b>"), Media("image"))), token_names=names)
+    reply.finished = Finished(((("a <i>red</i> circle", 0.25),),), {"image": 1.5})
     html = explanation_html(reply)
     assert "<b>" not in html and "<i>" not in html and "·&lt;b&gt;" in html
     assert html.count('class="run image"') == 2  # in the tokens, and beside the caption
     assert "a &lt;i&gt;red&lt;/i&gt; circle" in html and "1.50" in html and "Seed 5" in html
+
+
+def test_what_ended_early_is_explained_as_far_as_it_came() -> None:
+    reply = Reply(5, words="Su")
+    assert explanation_html(reply) == ""
+    reply.take(Written(Turn("assistant", (Text("Sure"), Media("image"))), ("Sure", "[IMG0]")))
+    assert explanation_html(reply) == ""  # it is on its way
+    reply.stopped = True
+    html = explanation_html(reply)
+    assert "Sure" in html and "[IMG0]" in html and "Seed 5" in html
+    assert "Seconds" not in html and "closest" not in html
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])

@@ -183,8 +183,11 @@ def test_stop_in_the_middle_retry_edit_and_clear(
     page.locator("#box .stop-button").click()
     expect(page.locator("#chat p.note", has_text="stopped")).to_be_visible()
     wait_until(lambda: not everything.desk.line)
-    assert page.locator("#chat details.why").count() == 0
+    page.locator("#chat details.why summary").click()
+    expect(page.locator("#chat details.why")).to_contain_text("[IMG0]")
+    expect(page.locator("#chat details.why")).not_to_contain_text("Seconds")
     page.get_by_label("Retry").click()
+    expect(page.locator("#chat p.note", has_text="stopped")).to_have_count(0)
     answered(page)
     first = page.locator("#chat figure.image img").get_attribute("src")
     seed = page.locator("#chat details.why").inner_text()

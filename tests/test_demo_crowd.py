@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 from gradio_client import handle_file
-from openai import BadRequestError
+from openai import BadRequestError, InternalServerError
 
 from chat.assistant import Assistant
 from chat.options import ChatOptions
@@ -182,7 +182,7 @@ def test_a_failing_decoder_ends_that_answer_with_a_message_and_the_server_goes_o
     decoder = demo.desk.assistant.load_decoder("video")
     monkeypatch.setattr(decoder.pipeline, "unet", None)
     asked = {"model": "any", "messages": [user("all of it")]}
-    with pytest.raises(BadRequestError, match="failed inside"):
+    with pytest.raises(InternalServerError, match="failed inside"):
         openai(demo).chat.completions.create(**asked)
     monkeypatch.undo()
     assert openai(demo).chat.completions.create(**asked).choices[0].message.content

@@ -115,7 +115,10 @@ BAD = {
     "nothing said": ({"messages": [user("  ")]}, "nothing to answer"),
     "temperature": ({"messages": [user("a")], "temperature": 9}, "temperature"),
     "a knob": ({"messages": [user("a")], "steps_image": 10_000}, "steps_image"),
-    "no tokens": ({"messages": [user("a")], "max_completion_tokens": 0}, "max_new_tokens 0"),
+    "no tokens": ({"messages": [user("a")], "max_completion_tokens": 0},
+                  "max_completion_tokens 0"),
+    "too few tokens": ({"messages": [user("a")], "max_tokens": 1}, "max_tokens 1"),
+    "a knob of that": ({"messages": [user("a")], "max_new_tokens": 9999}, "max_new_tokens 9999"),
     "n": ({"messages": [user("a")], "n": 2}, "n:"),
     "too long": ({"messages": [user("word " * 5000)]}, "characters"),
 }  # fmt: skip

@@ -108,7 +108,7 @@ class Assistant:
         seed: int,
         options: ChatOptions,
         on_text: Callable[[str], None] | None = None,
-        on_turn: Callable[[Turn], None] | None = None,
+        on_turn: Callable[[Turn, list[str]], None] | None = None,
         on_progress: Progress | None = None,
         on_medium: Callable[[int, Output], None] | None = None,
     ) -> Answer:
@@ -118,14 +118,15 @@ class Assistant:
 
         Args:
             on_text: gets the words as they are written.
-            on_turn: gets the turn when all of it is written and no medium is made yet.
+            on_turn: gets the turn, and its tokens' names, when all of it is written and before any
+                medium is made.
             on_progress: called after every diffusion step.
             on_medium: gets each medium when it is made, with its number among the answer's media.
         """
 
-        def tell_turns(turns: list[Turn]) -> None:
+        def tell_turns(turns: list[Turn], names: list[list[str]]) -> None:
             if on_turn:
-                on_turn(turns[0])
+                on_turn(turns[0], names[0])
 
         def tell_medium(_: int, number: int, output: Output) -> None:
             if on_medium:
@@ -150,7 +151,7 @@ class Assistant:
         options: ChatOptions,
         media_at_once: int = 1,
         on_text: Callable[[str], None] | None = None,
-        on_turns: Callable[[list[Turn]], None] | None = None,
+        on_turns: Callable[[list[Turn], list[list[str]]], None] | None = None,
         on_progress: Progress | None = None,
         on_medium: Callable[[int, int, Output], None] | None = None,
     ) -> list[Answer]:
@@ -162,7 +163,7 @@ class Assistant:
             seeds: one each; the same one gives the same answer. Medium i of an answer has seed + i.
             media_at_once: how many media of one modality are decoded together.
             on_text: gets the words of a single conversation's answer as they are written.
-            on_turns: gets the turns when they are written.
+            on_turns: gets the turns, and their tokens' names, when they are written.
             on_progress: called after every diffusion step; what it raises ends the answers.
             on_medium: gets (answer, number among its media, medium) when it is made.
 
@@ -179,8 +180,9 @@ class Assistant:
                 self.model.language_model, self.encoder, prompts, options, seeds, on_text
             )
         turns = [Turn("assistant", readable_parts(self.encoder, one)) for one in ids]
+        names = [[self._name(token_id) for token_id in one] for one in ids]
         if on_turns:
-            on_turns(turns)
+            on_turns(turns, names)
         with self._timed(seconds, "projection"):
             runs = self._find_runs(ids)
             captions = self._project(prompts, ids, runs)
@@ -201,7 +203,7 @@ class Assistant:
                     outputs=tuple(made[run] for run in own),
                     captions=tuple(given[run] for run in own),
                     token_ids=one,
-                    token_names=[self._name(token_id) for token_id in one],
+                    token_names=names[i],
                     seconds=seconds,
                 )
             )

@@ -42,9 +42,14 @@ class Words:
 
 @dataclass(frozen=True)
 class Written:
-    """All is written; the turn's media are made next."""
+    """All is written; the turn's media are made next.
+
+    Attributes:
+        token_names: as written.
+    """
 
     turn: Turn
+    token_names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -69,13 +74,11 @@ class Finished:
     """The answer is complete.
 
     Attributes:
-        token_names: as written.
         nearest: of each medium, the captions that its signal run stands closest to.
         seconds: of each link, with `first_word` and `whole` from the turn at the desk on.
         prompt_tokens: that the language model read.
     """
 
-    token_names: tuple[str, ...]
     nearest: tuple[Near, ...]
     seconds: dict[str, float]
     prompt_tokens: int = 0
@@ -86,6 +89,10 @@ Event = Waiting | Words | Written | Step | Ready | Finished
 
 class Stopped(Exception):
     """The one who asked wants no more of it."""
+
+
+class InnerFault(InputError):
+    """An answer failed by no fault of the one who asked."""
 
 
 @dataclass
@@ -157,8 +164,8 @@ class Desk:
         """What happens until the answer is complete. Leaving the iterator ends the answer.
 
         Raises:
-            InputError: too many are waiting, the input is unusable, or a part failed; the desk goes
-                on with the next.
+            InputError: too many are waiting, or the input is unusable.
+            InnerFault: a part failed; the desk goes on with the next.
             Stopped: `job.stopped` was set.
         """
         if len(self.line) >= LONGEST_LINE:
@@ -226,7 +233,7 @@ class Desk:
         seconds = dict(answer.seconds) | ({"first_word": first[0]} if first else {})
         seconds["whole"] = time.perf_counter() - start
         read = len(self.assistant.encoder.encode(job.conversation).input_ids)
-        tell(Finished(tuple(answer.token_names), nearest, seconds, read))
+        tell(Finished(nearest, seconds, read))
 
     def _nearest(self, answer: Answer) -> tuple[Near, ...]:
         modalities = [part.modality for part in answer.turn.parts if isinstance(part, Media)]
@@ -244,10 +251,10 @@ class _MediaTeller:
         self.tell = tell
         self.waiting: list[tuple[int, Modality]] = []
 
-    def on_turn(self, turn: Turn) -> None:
+    def on_turn(self, turn: Turn, token_names: list[str]) -> None:
         media = [part for part in turn.parts if isinstance(part, Media)]
         self.waiting = [(number, medium.modality) for number, medium in enumerate(media)]
-        self.tell(Written(turn))
+        self.tell(Written(turn, tuple(token_names)))
 
     def on_progress(self, modality: Modality, done: int, steps: int) -> None:
         number = next(number for number, waiting in self.waiting if waiting == modality)
@@ -273,7 +280,7 @@ def _check(work: Future[None]) -> None:
     if isinstance(error, InputError | Stopped):
         raise error
     _log.error("an answer failed", exc_info=error)
-    raise InputError(
+    raise InnerFault(
         f"this answer failed inside ({type(error).__name__}), the server goes on: try again, or "
         "with other figures; the server's log says more"
     ) from error

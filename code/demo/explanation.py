@@ -3,7 +3,7 @@
 from html import escape
 from itertools import groupby
 
-from conversation.parts import Media, Modality
+from conversation.parts import Media, Modality, Turn
 from demo.desk import Finished
 from demo.replies import Reply
 
@@ -24,15 +24,14 @@ _LINKS = {
 
 
 def explanation_html(reply: Reply) -> str:
-    """The fold-out of a finished reply; everything in it is escaped."""
-    if reply.finished is None or reply.turn is None:
+    """The fold-out of a reply that has ended, as far as it came; everything in it is escaped."""
+    if reply.turn is None or not reply.ended:
         return ""
-    media = [part.modality for part in reply.turn.parts if isinstance(part, Media)]
     return (
         '<details class="why"><summary>Why this answer</summary>'
-        f"<h4>What the language model wrote</h4>{_tokens(reply.finished.token_names)}"
-        f"{_nearest(media, reply.finished)}"
-        f"<h4>Seconds of each link</h4>{_seconds(reply.finished.seconds)}"
+        f"<h4>What the language model wrote</h4>{_tokens(reply.token_names)}"
+        f"{_nearest(reply.turn, reply.finished) if reply.finished else ''}"
+        f"{_seconds(reply.finished.seconds) if reply.finished else ''}"
         f"<p>Seed {reply.seed}: the same one and the same knobs give the same answer.</p></details>"
     )
 
@@ -50,7 +49,8 @@ def _tokens(names: tuple[str, ...]) -> str:
     return f'<p class="tokens">{"".join(groups)}</p>'
 
 
-def _nearest(media: list[Modality], finished: Finished) -> str:
+def _nearest(turn: Turn, finished: Finished) -> str:
+    media = [part.modality for part in turn.parts if isinstance(part, Media)]
     if not media:
         return ""
     rows = "".join(
@@ -74,4 +74,4 @@ def _seconds(seconds: dict[str, float]) -> str:
         f'<td><meter min="0" max="{most:.3f}" value="{taken:.3f}"></meter></td></tr>'
         for link, taken in seconds.items()
     )
-    return f"<table>{rows}</table>"
+    return f"<h4>Seconds of each link</h4><table>{rows}</table>"

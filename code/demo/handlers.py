@@ -165,7 +165,7 @@ def _as_data(reply: Reply) -> dict[str, Any]:
             {"path": str(reply.files[number]), "meta": {"_type": "gradio.FileData"}}
             for number in sorted(reply.files)
         ],
-        "tokens": list(reply.finished.token_names) if reply.finished else [],
+        "tokens": list(reply.token_names),
         "seconds": reply.finished.seconds if reply.finished else {},
         "seed": reply.seed,
         "finished": reply.finished is not None,

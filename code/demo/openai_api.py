@@ -22,9 +22,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import ValidationError
 
+from chat.options import ChatOptions
 from config.errors import InputError
 from conversation.parts import Media, Modality, Text
-from demo.desk import Ready, Words
+from demo.desk import InnerFault, Ready, Words
 from demo.handlers import Handlers
 from demo.knobs import SEED_LIMIT, check_seed, knobs_of, turn_knobs
 from demo.openai_messages import Completion, conversation_turns
@@ -56,7 +57,7 @@ def openai_routes(handlers: Handlers) -> APIRouter:
                 return StreamingResponse(served.stream(), media_type="text/event-stream")
             return JSONResponse(await _while_connected(request, served.whole()))
         except InputError as error:
-            return JSONResponse(_error(str(error)), 400)
+            return JSONResponse(_error(error), 500 if isinstance(error, InnerFault) else 400)
 
     return router
 
@@ -97,8 +98,9 @@ async def _while_connected(
         working.cancel()
 
 
-def _error(message: str) -> dict[str, Any]:
-    return {"error": {"message": message, "type": "invalid_request_error", "code": None}}
+def _error(error: InputError) -> dict[str, Any]:
+    kind = "server_error" if isinstance(error, InnerFault) else "invalid_request_error"
+    return {"error": {"message": str(error), "type": kind, "code": None}}
 
 
 class _Served:
@@ -111,12 +113,7 @@ class _Served:
             InputError: a figure, a message or a medium is wrong.
         """
         self.handlers = handlers
-        values = asked.model_extra or {}
-        knobs = {knob.name: values.get(knob.name) for knob in knobs_of(handlers.options)}
-        knobs |= {"top_p": asked.top_p, "temperature": asked.temperature}
-        most = asked.max_completion_tokens
-        knobs["max_new_tokens"] = asked.max_tokens if most is None else most
-        self.options = turn_knobs(handlers.options, knobs)
+        self.options = _options(asked, handlers.options)
         seed = check_seed(asked.seed)
         self.reply = Reply(secrets.randbelow(SEED_LIMIT) if seed is None else seed)
         self.messages = asked.messages
@@ -140,7 +137,8 @@ class _Served:
         """The completion at once.
 
         Raises:
-            InputError: what was shown is unusable, or the answer failed.
+            InputError: what was shown is unusable.
+            InnerFault: the answer failed.
         """
         with self._session() as session:
             turns = await asyncio.to_thread(conversation_turns, self.messages, session)
@@ -148,8 +146,7 @@ class _Served:
             session.job = job
             async for _ in make_reply(self.handlers.desk, self.reply, job, session.folder):
                 pass
-            if self.reply.fault:
-                raise InputError(self.reply.fault)
+            self._check()
             message = {
                 "role": "assistant",
                 "content": _words(self.reply),
@@ -175,14 +172,17 @@ class _Served:
                             yield self._chunk({"content": event.text})
                         elif isinstance(event, Ready):
                             yield self._chunk({"parts": [self._numbered(event.number)]})
-                if self.reply.fault:
-                    raise InputError(self.reply.fault)
+                self._check()
             yield self._chunk({}, self._reason())
             if self.tell_usage:
                 yield self._event({"choices": [], "usage": self._usage()})
         except InputError as error:
-            yield f"data: {json.dumps(_error(str(error)))}\n\n"
+            yield f"data: {json.dumps(_error(error))}\n\n"
         yield "data: [DONE]\n\n"
+
+    def _check(self) -> None:
+        if self.reply.fault:
+            raise (InnerFault if self.reply.inside else InputError)(self.reply.fault)
 
     def _numbered(self, number: int) -> dict[str, Any]:
         """Medium `number` as a part, with its place among all parts."""
@@ -198,15 +198,31 @@ class _Served:
         return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
     def _reason(self) -> str:
-        written = len(self.reply.finished.token_names) if self.reply.finished else 0
+        written = len(self.reply.token_names)
         return "length" if written >= self.options.max_new_tokens else "stop"
 
     def _usage(self) -> dict[str, int]:
         finished = self.reply.finished
-        read, written = (finished.prompt_tokens, len(finished.token_names)) if finished else (0, 0)
+        read, written = finished.prompt_tokens if finished else 0, len(self.reply.token_names)
         return {
             "prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written
         }  # fmt: skip
+
+
+def _options(asked: Completion, options: ChatOptions) -> ChatOptions:
+    """The options with what the request sets; faults name a field as the request does."""
+    values = asked.model_dump(exclude={"messages"})
+    knobs = {knob.name: values.get(knob.name) for knob in knobs_of(options)}
+    for name in ("max_completion_tokens", "max_tokens"):
+        if values[name] is not None:
+            knobs["max_new_tokens"] = values[name]
+            break
+    else:
+        name = "max_new_tokens"
+    try:
+        return turn_knobs(options, knobs)
+    except InputError as error:
+        raise InputError(str(error).replace("max_new_tokens", name)) from error
 
 
 def _words(reply: Reply) -> str:

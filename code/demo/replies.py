@@ -9,7 +9,19 @@ from chat.options import ChatOptions
 from config.errors import InputError
 from config.loader import PROJECT_ROOT
 from conversation.parts import Conversation, Media, Part, Text, Turn
-from demo.desk import Desk, Event, Finished, Job, Ready, Step, Stopped, Waiting, Words, Written
+from demo.desk import (
+    Desk,
+    Event,
+    Finished,
+    InnerFault,
+    Job,
+    Ready,
+    Step,
+    Stopped,
+    Waiting,
+    Words,
+    Written,
+)
 
 
 @dataclass
@@ -20,10 +32,10 @@ class Reply:
         seed: with which it is made.
         before: how many answers are made before it; none once it is being made.
         words: as far as they are streamed.
-        turn: once all of it is written.
+        turn, token_names: once all of it is written.
         steps: (done, in all) of the media being made, by number; files: of those that are made.
-        finished: with the explanation, once it is complete.
-        fault: why it ended before.
+        finished: with the rest of the explanation, once it is complete.
+        fault: why it ended before; inside: whether by no fault of the one who asked.
         stopped: whether somebody stopped it.
     """
 
@@ -31,10 +43,12 @@ class Reply:
     before: int | None = None
     words: str = ""
     turn: Turn | None = None
+    token_names: tuple[str, ...] = ()
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
     files: dict[int, Path] = field(default_factory=dict)
     finished: Finished | None = None
     fault: str = ""
+    inside: bool = False
     stopped: bool = False
 
     @property
@@ -64,8 +78,8 @@ class Reply:
                 self.before = before
             case Words(text):
                 self.words += text
-            case Written(turn):
-                self.turn = turn
+            case Written(turn, token_names):
+                self.turn, self.token_names = turn, token_names
             case Step(number, done, steps):
                 self.steps[number] = (done, steps)
             case Ready(number, path):
@@ -94,6 +108,7 @@ async def make_reply(
     except InputError as error:
         told = str(error).replace(f"{private or job.folder}/", "")
         reply.fault = told.replace(f"{PROJECT_ROOT}/", "")  # nor where this program lies
+        reply.inside = isinstance(error, InnerFault)
 
 
 def new_job(turns: tuple[Turn, ...], options: ChatOptions, reply: Reply, folder: Path) -> Job:
