@@ -1,7 +1,6 @@
-"""Trains stages: `bash scripts/train.sh --stage N`, which starts this with DeepSpeed."""
+"""Trains one stage: `bash scripts/train.sh --stage N`, which starts this with DeepSpeed."""
 
 import argparse
-import gc
 import sys
 from pathlib import Path
 
@@ -13,10 +12,7 @@ from training.loop import STOPPED_BY_SIGNAL, RunOptions, Trainer
 def parse_arguments() -> argparse.Namespace:
     """The command line; paths count from the current folder."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--stage", type=int, choices=STAGES, nargs="+", required=True,
-        help="several are trained one after another",
-    )  # fmt: skip
+    parser.add_argument("--stage", type=int, choices=STAGES, required=True)
     parser.add_argument("--config", default="mini", help="mini, 7b, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--save_path", type=Path, help="folder of the tuned parameters")
@@ -31,24 +27,21 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train the stages; exit code 143 when a signal ended them early."""
+    """Train the stage; exit code 143 when a signal ended it early."""
     arguments = parse_arguments()
     overrides = list(arguments.set)
     if arguments.save_path:
         overrides.append(f"save_path={arguments.save_path.resolve()}")
-    configs = {stage: load_config(arguments.config, stage, overrides) for stage in arguments.stage}
-    init_from = arguments.init_from and arguments.init_from.resolve()
-    for stage, config in configs.items():
-        options = RunOptions(
-            stage,
-            init_from if stage == arguments.stage[0] else None,
-            arguments.resume,
-            arguments.restart,
-            arguments.log_path and arguments.log_path.resolve(),
-        )
-        if not Trainer(config, options).train():
-            sys.exit(STOPPED_BY_SIGNAL)
-        gc.collect()  # the engine refers to itself, and holds a whole model
+    config = load_config(arguments.config, arguments.stage, overrides)
+    options = RunOptions(
+        arguments.stage,
+        arguments.init_from and arguments.init_from.resolve(),
+        arguments.resume,
+        arguments.restart,
+        arguments.log_path and arguments.log_path.resolve(),
+    )
+    if not Trainer(config, options).train():
+        sys.exit(STOPPED_BY_SIGNAL)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,10 @@ places=localhost:0
 if [ ! -e /dev/nvidia0 ] && [ "$(nproc)" -ge 2 ]; then
     places=localhost:0,1 # two processes of a core each are faster than one of two cores
 fi
-say "training the stages"
-bash scripts/train.sh --stage 1 2 3 4 --resume --include $places
+for stage in 1 2 3 4; do
+    say "training stage $stage"
+    bash scripts/train.sh --stage $stage --resume --include $places
+done
 
 say "the course's four cases"
 python code/inference.py --cases $world/examples/cases.json --out outputs/quickstart

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains stages with DeepSpeed: bash scripts/train.sh --stage 1 [arguments of code/train.py]
+# Trains one stage with DeepSpeed: bash scripts/train.sh --stage 1 [arguments of code/train.py]
 # --include, --exclude, --hostfile, --num_nodes, --num_gpus, --master_addr and --master_port go to
 # the launcher; without them it starts one process, on the first GPU or on the CPU.
 set -euo pipefail

@@ -71,15 +71,6 @@ def test_each_stage_starts_from_the_one_before_and_says_what_it_took() -> None:
     assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in kept)
 
 
-def test_stages_named_together_become_what_they_are_one_by_one(tmp_path: Path) -> None:
-    sets = ["data.datasets=[mini_request]", "training.max_steps=2"]
-    together = TinyRun(tmp_path / "together", 4, sets, [*from_stage(2), "--stage", "3", "4"])
-    together.finish()
-    TinyRun(tmp_path / "apart", 3, sets, from_stage(2)).finish()
-    apart = TinyRun(tmp_path / "apart", 4, sets).finish()
-    assert together.metrics == apart.metrics and same(together.delta, apart.delta)
-
-
 def test_the_adapters_second_matrices_may_have_a_rate_of_their_own(tmp_path: Path) -> None:
     sets = ["training.max_steps=3", "training.learning_rates={lora: 1.0e-12, lora_B: 1.0e-2}"]
     before, after = trained(3).delta, TinyRun(tmp_path, 3, sets, from_stage(3)).finish().delta

@@ -164,8 +164,8 @@ class Desk:
         """What happens until the answer is complete. Leaving the iterator ends the answer.
 
         Raises:
-            InputError: too many are waiting, or the input is unusable.
-            InnerFault: a part failed; the desk goes on with the next.
+            InputError: too many are waiting, the input is unusable, or a part cannot be loaded.
+            InnerFault: something else failed. The desk goes on with the next, whatever it was.
             Stopped: `job.stopped` was set.
         """
         if len(self.line) >= LONGEST_LINE:

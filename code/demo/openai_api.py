@@ -213,12 +213,9 @@ def _options(asked: Completion, options: ChatOptions) -> ChatOptions:
     """The options with what the request sets; faults name a field as the request does."""
     values = asked.model_dump(exclude={"messages"})
     knobs = {knob.name: values.get(knob.name) for knob in knobs_of(options)}
-    for name in ("max_completion_tokens", "max_tokens"):
-        if values[name] is not None:
-            knobs["max_new_tokens"] = values[name]
-            break
-    else:
-        name = "max_new_tokens"
+    names = ("max_completion_tokens", "max_tokens", "max_new_tokens")  # the first that is given
+    name = next((name for name in names if values.get(name) is not None), "max_new_tokens")
+    knobs["max_new_tokens"] = values.get(name)
     try:
         return turn_knobs(options, knobs)
     except InputError as error:
