@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -132,8 +133,9 @@ def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assi
 
 def test_a_line_that_is_too_long_is_told(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("demo.desk.LONGEST_LINE", 0)
-    with pytest.raises(BadRequestError, match="try again later"):
+    with pytest.raises(InternalServerError, match="try again later") as refused:
         openai(demo).chat.completions.create(model="any", messages=[user("a")])
+    assert refused.value.status_code == 503
 
 
 def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> None:
@@ -143,6 +145,24 @@ def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> Non
     demo.sessions.close("tab")
     with pytest.raises(InputError, match="conversation is closed"):
         asyncio.run(handlers.take(session, "a", []))
+
+
+def test_what_is_read_while_the_conversation_is_cleared_is_not_answered(
+    demo: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = demo.sessions.of("tab", "ada")
+    show = session.show
+
+    def show_late(*said: Any) -> Turn:
+        session.clear()
+        return show(*said)
+
+    monkeypatch.setattr(session, "show", show_late)
+    options = ChatOptions.from_config(demo.desk.assistant.config)
+    handlers = Handlers(demo.desk, demo.sessions, options)
+    with pytest.raises(InputError, match="cleared while this was read"):
+        asyncio.run(handlers.take(session, "a", []))
+    assert not session.rounds
 
 
 def test_answers_come_at_both_ends_of_the_knobs(assistant: Assistant) -> None:
@@ -186,6 +206,24 @@ def test_a_failing_decoder_ends_that_answer_with_a_message_and_the_server_goes_o
         openai(demo).chat.completions.create(**asked)
     monkeypatch.undo()
     assert openai(demo).chat.completions.create(**asked).choices[0].message.content
+
+
+def test_a_part_that_cannot_be_loaded_is_no_fault_of_the_one_who_asks(
+    demo: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assistant = demo.desk.assistant
+    gone = {"path": str(tmp_path / "gone")}
+    audio = assistant.config.decoders["audio"].model_copy(update=gone)
+    monkeypatch.setitem(assistant.config.decoders, "audio", audio)
+    monkeypatch.setattr(assistant, "_decoders", {})
+    with pytest.raises(InternalServerError, match="gone") as failed:
+        openai(demo).chat.completions.create(model="any", messages=[user("all of it")])
+    assert failed.value.status_code == 500
+
+
+def test_a_conversation_that_is_too_long_is_the_askers_fault(demo: Running) -> None:
+    with pytest.raises(BadRequestError, match="the language model holds"):
+        openai(demo).chat.completions.create(model="any", messages=[user("a " * 9000)])
 
 
 def test_a_broken_picture_ends_that_answer_with_its_name(demo: Running, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import GenerationConfig
 from chat.answers import Answer, Progress
 from chat.generation import generate_answers, readable_parts
 from chat.options import ChatOptions
-from config.errors import InputError, MediaError
+from config.errors import MediaError
 from config.schema import Config
 from conversation.batch import pad_conversations
 from conversation.encoding import ConversationEncoder, EncodedConversation
@@ -168,8 +168,9 @@ class Assistant:
             on_medium: gets (answer, number among its media, medium) when it is made.
 
         Raises:
-            InputError: too long for the language model, or a part cannot be loaded.
-            MediaError: one of the human's files is missing or broken.
+            InputError: a part cannot be loaded.
+            MediaError: too long for the language model, or one of the human's files is missing or
+                broken.
         """
         seconds: dict[str, float] = {}
         encoded = [self.encoder.encode(conversation) for conversation in conversations]
@@ -212,7 +213,7 @@ class Assistant:
     def _check_length(self, prompt: int, answer: int) -> None:
         context = self.model.language_model.config.max_position_embeddings
         if prompt + answer > context:
-            raise InputError(
+            raise MediaError(
                 f"the conversation has {prompt} tokens and the answer may have {answer}, but the "
                 f"language model holds {context}: clear the history, shorten the text or lower "
                 "max_new_tokens"

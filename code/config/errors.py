@@ -10,4 +10,4 @@ class NotThereError(InputError):
 
 
 class MediaError(InputError):
-    """One medium or sample is missing, broken or unusable: training skips and counts it."""
+    """One medium or sample is missing, broken, too long, unusable: training skips and counts it."""

@@ -16,7 +16,7 @@ from threading import Event as Flag
 from chat.answers import Answer
 from chat.assistant import Assistant
 from chat.options import ChatOptions
-from config.errors import InputError
+from config.errors import InputError, MediaError
 from conversation.parts import Conversation, Media, Modality, Turn
 from demo.nearest import CaptionBank, Near
 from model.media_files import SUFFIXES, Output, save_medium
@@ -95,6 +95,10 @@ class InnerFault(InputError):
     """An answer failed by no fault of the one who asked."""
 
 
+class Overloaded(InnerFault):
+    """There is no room now: later there may be."""
+
+
 @dataclass
 class Job:
     """An answer to be given.
@@ -164,12 +168,14 @@ class Desk:
         """What happens until the answer is complete. Leaving the iterator ends the answer.
 
         Raises:
-            InputError: too many are waiting, the input is unusable, or a part cannot be loaded.
-            InnerFault: something else failed. The desk goes on with the next, whatever it was.
+            MediaError: the input is unusable.
+            Overloaded: too many are waiting.
+            InnerFault: a part cannot be loaded, or something else failed. The desk goes on with the
+                next, whatever it was.
             Stopped: `job.stopped` was set.
         """
         if len(self.line) >= LONGEST_LINE:
-            raise InputError(f"{LONGEST_LINE} answers are waiting already: try again later")
+            raise Overloaded(f"{LONGEST_LINE} answers are waiting already: try again later")
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -277,8 +283,10 @@ def _check(work: Future[None]) -> None:
         raise Stopped from None
     if error is None:
         return
-    if isinstance(error, InputError | Stopped):
+    if isinstance(error, MediaError | Stopped):
         raise error
+    if isinstance(error, InputError):  # tells of a part of the system
+        raise InnerFault(str(error)) from error
     _log.error("an answer failed", exc_info=error)
     raise InnerFault(
         f"this answer failed inside ({type(error).__name__}), the server goes on: try again, or "

@@ -105,14 +105,18 @@ class Handlers:
         """The human's turn; only the visitor's own uploads are read, and they are used up.
 
         Raises:
-            InputError: the session is busy or closed, or what is shown is unusable.
+            InputError: the session is busy or closed, was cleared meanwhile, or what is shown is
+                unusable.
         """
         for path, name in files:
             if not self.sessions.may_use(str(path), session.visitor) or not path.is_file():
                 raise InputError(f"{name}: not a file that you uploaded here, upload it again")
+        clearings = session.clearings
         human = await asyncio.to_thread(session.show, text, files)
         if session.closed:
             raise InputError("this conversation is closed: begin a new one")
+        if session.clearings > clearings:
+            raise InputError("the conversation was cleared while this was read: send it again")
         if session.job:
             raise InputError(_BUSY)
         for path, _ in files:

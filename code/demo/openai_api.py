@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from chat.options import ChatOptions
 from config.errors import InputError
 from conversation.parts import Media, Modality, Text
-from demo.desk import InnerFault, Ready, Words
+from demo.desk import InnerFault, Overloaded, Ready, Words
 from demo.handlers import Handlers
 from demo.knobs import SEED_LIMIT, check_seed, knobs_of, turn_knobs
 from demo.openai_messages import Completion, conversation_turns
@@ -51,13 +51,13 @@ def openai_routes(handlers: Handlers) -> APIRouter:
         try:
             asked = await _read(request)
             if handlers.sessions.full():
-                raise InputError("the server holds too many files already: try again later")
+                raise Overloaded("the server holds too many files already: try again later")
             served = _Served(handlers, asked)
             if asked.stream:
                 return StreamingResponse(served.stream(), media_type="text/event-stream")
             return JSONResponse(await _while_connected(request, served.whole()))
         except InputError as error:
-            return JSONResponse(_error(error), 500 if isinstance(error, InnerFault) else 400)
+            return JSONResponse(_error(error), _status(error))
 
     return router
 
@@ -96,6 +96,12 @@ async def _while_connected(
     finally:
         leaving.cancel()
         working.cancel()
+
+
+def _status(error: InputError) -> int:
+    if isinstance(error, Overloaded):
+        return 503
+    return 500 if isinstance(error, InnerFault) else 400
 
 
 def _error(error: InputError) -> dict[str, Any]:
@@ -138,7 +144,7 @@ class _Served:
 
         Raises:
             InputError: what was shown is unusable.
-            InnerFault: the answer failed.
+            InnerFault: a part cannot be loaded, the answer failed, or there is no room.
         """
         with self._session() as session:
             turns = await asyncio.to_thread(conversation_turns, self.messages, session)
@@ -182,7 +188,7 @@ class _Served:
 
     def _check(self) -> None:
         if self.reply.fault:
-            raise (InnerFault if self.reply.inside else InputError)(self.reply.fault)
+            raise self.reply.fault_kind(self.reply.fault)
 
     def _numbered(self, number: int) -> dict[str, Any]:
         """Medium `number` as a part, with its place among all parts."""

@@ -13,7 +13,6 @@ from demo.desk import (
     Desk,
     Event,
     Finished,
-    InnerFault,
     Job,
     Ready,
     Step,
@@ -35,7 +34,7 @@ class Reply:
         turn, token_names: once all of it is written.
         steps: (done, in all) of the media being made, by number; files: of those that are made.
         finished: with the rest of the explanation, once it is complete.
-        fault: why it ended before; inside: whether by no fault of the one who asked.
+        fault: why it ended before, an error's text; fault_kind: of what kind the error was.
         stopped: whether somebody stopped it.
     """
 
@@ -48,7 +47,7 @@ class Reply:
     files: dict[int, Path] = field(default_factory=dict)
     finished: Finished | None = None
     fault: str = ""
-    inside: bool = False
+    fault_kind: type[InputError] = InputError
     stopped: bool = False
 
     @property
@@ -108,7 +107,7 @@ async def make_reply(
     except InputError as error:
         told = str(error).replace(f"{private or job.folder}/", "")
         reply.fault = told.replace(f"{PROJECT_ROOT}/", "")  # nor where this program lies
-        reply.inside = isinstance(error, InnerFault)
+        reply.fault_kind = type(error)
 
 
 def new_job(turns: tuple[Turn, ...], options: ChatOptions, reply: Reply, folder: Path) -> Job:

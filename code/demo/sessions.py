@@ -44,6 +44,7 @@ class Session:
         rounds: so far.
         job: the answer being made.
         closed: nothing more is said in it.
+        clearings: how often all was forgotten.
         used: when it was last used, by the clock that never goes back.
     """
 
@@ -52,6 +53,7 @@ class Session:
     rounds: list[Round] = field(default_factory=list)
     job: Job | None = None
     closed: bool = False
+    clearings: int = 0
     used: float = field(default_factory=time.monotonic)
     _folders: int = 0
 
@@ -98,6 +100,7 @@ class Session:
     def clear(self) -> None:
         """Forget all that was said, and remove the files."""
         self.stop()
+        self.clearings += 1
         self.rounds.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
