@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes tuned parameters to ship (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the quickstart's stages, but
-# the third on ten times the data and in seven times the steps, without the fourth, and some slow
-# steps at the end. What is given goes to train.sh:
+# the third on ten times the data and in seven times the steps, with slow ones at the end. What is
+# given goes to train.sh:
 # bash scripts/tune_mini.sh --include localhost:0,1
 # Started again, it goes on where it stopped.
 set -euo pipefail
@@ -25,14 +25,15 @@ train() { # stage, folder of the runs, arguments
 }
 train 1 $runs "$@"
 train 2 $runs "$@"
-# Captions are encoded as they come: most of them are read once or never. No fourth stage follows: the
-# alignment weighs more.
-aligned=(--set training.alignment_weights.image=0.1 --set training.alignment_weights.video=0.1
-    --set training.alignment_weights.audio=1.0)
+# Captions are encoded as they come: most of them are read once or never.
 train 3 $runs "$@" --set data.root=data/tuning --set data.caption_embeddings=online \
-    --set training.max_steps=1500 "${aligned[@]}" \
+    --set training.max_steps=1500 \
     --set training.learning_rate=1.2e-3 --set training.learning_rates.lora_B=1.2e-3
-train 3 $runs/finishing "$@" --set data.root=data/finishing --set data.caption_embeddings=online \
-    --init-from $runs/stage_3/delta.safetensors --set training.max_steps=160 "${aligned[@]}" \
+finishing=(--set data.root=data/finishing --set data.caption_embeddings=online)
+train 3 $runs/finishing "$@" "${finishing[@]}" --init-from $runs/stage_3/delta.safetensors \
+    --set training.max_steps=300 \
     --set training.learning_rate=6.0e-4 --set training.learning_rates.lora_B=6.0e-4
-python code/convert_delta.py $runs/finishing/stage_3 $tuned
+# From dialogues too: requests in words alone name everything, but captions of what was heard do not.
+train 4 $runs/finishing "$@" "${finishing[@]}" --set data.datasets=[mini_request,mini_mosit] \
+    --set training.epochs=4
+python code/convert_delta.py $runs/finishing/stage_4 $tuned

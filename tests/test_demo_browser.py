@@ -97,6 +97,18 @@ def send(page: Page, text: str, *files: Path) -> None:
     page.locator("#box textarea").press("Enter")
 
 
+def turn(page: Page, knob: str, value: str) -> None:
+    """Type into a knob's field until its slider follows: just unfolded, it may lose what comes."""
+    field = page.locator(f"#knob_{knob} input[type=number]")
+    slider = page.locator(f"#knob_{knob} input[type=range]")
+    for _ in range(20):
+        field.fill(value)
+        page.wait_for_timeout(250)
+        if slider.input_value() == value:
+            return
+    raise AssertionError(f"{knob} stays at {slider.input_value()}")
+
+
 def answered(page: Page, rounds: int = 1) -> None:
     """Wait until so many answers are complete."""
     expect(page.locator("#chat details.why")).to_have_count(rounds)
@@ -268,7 +280,7 @@ def test_each_chip_fills_the_box_with_words_and_its_file(
 def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running) -> None:
     page = opened(visitor, musician)
     page.get_by_role("button", name="Knobs").click()
-    page.locator("#knob_steps_audio input[type=number]").fill("7")
+    turn(page, "steps_audio", "7")
     page.locator("#knob_seed input").fill("123")
     page.locator("#knob_seed input").press("Tab")
     send(page, "play")

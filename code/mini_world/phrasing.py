@@ -23,6 +23,8 @@ OPENINGS: dict[Modality, Wording] = {
             "Create an image of a {size} {colour} {shape} {place}.",
             "Make a picture with a {colour} and {size} {shape} {place}, please.",
             "I should like to see a {size} {shape} {place}, in {colour}.",
+            "I would be glad to see a {colour} {shape} {place}, a {size} one.",
+            "It would be nice to see a {size} {colour} {shape} {place}.",
         ),
         (
             "Please create a picture with a {size} {colour} {shape} {place}.",
@@ -44,6 +46,8 @@ OPENINGS: dict[Modality, Wording] = {
             "Create a clip of a {size} {colour} {shape} {place} that {moves}.",
             "Make a video with a {colour} and {size} {shape} {place} as it {moves}, please.",
             "I should like to watch a {size} {shape} {place}, in {colour}, {moving}.",
+            "I would be glad to watch a {size} {colour} {shape} {place} as it {moves}.",
+            "It would be nice to watch a {size} {colour} {shape} {place} {moving}.",
         ),
         (
             "Please create a video where a {size} {colour} {shape} {moves} {place}.",
@@ -65,6 +69,10 @@ OPENINGS: dict[Modality, Wording] = {
             "Make a {pitch} {timbre} sound {count}, please.",
             "I should like to hear the sound that a {size} {shape} makes, {count}.",
             "Play me what a {size} {shape} sounds like, {count}.",
+            "I want to hear how a {size} {shape} sounds, {count}.",
+            "Let me hear how a {size} {shape} sounds {count}.",
+            "I would be glad to hear a {pitch} {timbre} {count}.",
+            "It would be nice to hear a {size} {shape} {count}.",
         ),
         (
             "Create a sound: a {pitch} {timbre}, {count}.",
