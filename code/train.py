@@ -21,6 +21,14 @@ def parse_arguments() -> argparse.Namespace:
     unfinished = parser.add_mutually_exclusive_group()
     unfinished.add_argument("--resume", action="store_true", help="go on with an unfinished run")
     unfinished.add_argument("--restart", action="store_true", help="drop an unfinished run")
+    parser.add_argument(
+        "--plan",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="PROCESSES",
+        help="say what so many processes would need of memory, and end",
+    )
     parser.add_argument("--model", choices=["nextgpt"], default="nextgpt")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     return parser.parse_args()
@@ -33,6 +41,11 @@ def main() -> None:
     if arguments.save_path:
         overrides.append(f"save_path={arguments.save_path.resolve()}")
     config = load_config(arguments.config, arguments.stage, overrides)
+    if arguments.plan is not None:
+        from training.plan import format_plan, plan_stage  # loads what training can spare
+
+        print(format_plan(plan_stage(config, arguments.stage, arguments.plan)))
+        return
     options = RunOptions(
         arguments.stage,
         arguments.init_from and arguments.init_from.resolve(),

@@ -8,7 +8,9 @@ import torch
 
 import convert_delta
 from config.entry import run_entry
-from model.delta import load_delta, read_delta
+from model.delta import load_delta, read_delta, write_delta
+from model.parts import NEEDED_TO_ANSWER, tuned_parameters
+from model.published import model_to_published
 from parity_tools import PARITY
 from tiny_system import tiny_model
 
@@ -25,9 +27,12 @@ def test_a_published_file_becomes_a_half_as_large_one_that_fits_the_same_model(
     published = tmp_path / "pytorch_model.pt"
     shutil.copy(PARITY / "delta_stage3_tiny.pt", published)
     convert(published, tmp_path / "half")
+    usual, written = tmp_path / "usual", tmp_path / "half/delta.safetensors"
+    usual.touch()
+    assert written.stat().st_mode == usual.stat().st_mode
     before, after = read_delta(published), read_delta(tmp_path / "half")
     assert before.tensors.keys() == after.tensors.keys()
-    assert (tmp_path / "half/delta.safetensors").stat().st_size < 0.55 * published.stat().st_size
+    assert written.stat().st_size < 0.55 * published.stat().st_size
     for name, tensor in before.tensors.items():
         torch.testing.assert_close(
             after.tensors[name].float(), tensor.float(), rtol=1e-3, atol=1e-6
@@ -43,3 +48,52 @@ def test_nothing_is_written_where_there_is_nothing_to_convert(
     assert ended.value.code == 2
     assert "no tuned parameters at" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_published_file_comes_back_from_ours_bit_by_bit(tmp_path: Path) -> None:
+    published = PARITY / "delta_stage3_tiny.pt"
+    convert(published, tmp_path / "ours", "--dtype", "float32")
+    convert("--to", "published", tmp_path / "ours", tmp_path / "theirs")
+    before = torch.load(published, weights_only=True)
+    after = torch.load(tmp_path / "theirs/pytorch_model.pt", weights_only=True)
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor.float()), name
+
+
+def test_what_was_tuned_with_new_rows_alone_is_published_with_the_language_models(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model(lora=True)
+    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, own_vocabulary=False)}
+    write_delta(tuned, model.own_vocabulary_size, tmp_path / "delta.safetensors")
+    path = f"language_model.path={PARITY / 'llama_tiny'}"
+    convert("--to", "published", "--set", path, tmp_path, tmp_path / "theirs")
+    written = torch.load(tmp_path / "theirs/pytorch_model.pt", weights_only=True)
+    whole = model_to_published(model)
+    assert written.keys() == whole.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(written[name].float(), tensor.float(), rtol=0, atol=0)
+    load_delta(model, read_delta(tmp_path / "theirs"), required=NEEDED_TO_ANSWER)
+
+
+def test_other_signal_tokens_than_the_published_are_not_published(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = Path(__file__).parent.parent / "ckpt/delta_ckpt/nextgpt/mini_tiva_v0"
+    with pytest.raises(SystemExit):
+        convert("--to", "published", shipped, tmp_path / "out")
+    assert "new tokens, and the published layout 38" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_language_model_than_the_tuned_one_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(lora=False)
+    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, own_vocabulary=False)}
+    write_delta(tuned, model.own_vocabulary_size + 7, tmp_path / "delta.safetensors")
+    path = f"language_model.path={PARITY / 'llama_tiny'}"
+    with pytest.raises(SystemExit):
+        convert("--to", "published", "--set", path, tmp_path, tmp_path / "out")
+    assert "language_model.path" in capsys.readouterr().err

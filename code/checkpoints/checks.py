@@ -46,7 +46,7 @@ from model.published import NEW_ROWS, is_newer
 from model.weight_files import map_folder, map_tensors
 
 PUBLISHED_SYSTEM = "7b_tiva_v0"
-_NETWORKS: dict[Modality, dict[str, Any]] = {  # beside the text encoder
+NETWORKS: dict[Modality, dict[str, Any]] = {  # beside the text encoder
     "image": {"vae": AutoencoderKL, "unet": UNet2DConditionModel},
     "video": {"vae": AutoencoderKL, "unet": UNet3DConditionModel},
     "audio": {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "vocoder": SpeechT5HifiGan},
@@ -103,7 +103,7 @@ def _facts_of_encoder(config: Config) -> Iterator[str]:
 
 
 def _facts_of_language_model(config: Config) -> Iterator[str]:
-    folder = _find_folder(config.language_model.path, "config.json")
+    folder = find_folder(config.language_model.path, "config.json")
     tensors = {name: t for name, t in map_folder(folder).items() if is_weight(name)}
     yield f"{folder}: {_describe(tensors)}"
     if is_newer(tensors):
@@ -155,12 +155,12 @@ def _as_vicuna_v0(folder: Path, figures: PreTrainedConfig, tokens: int) -> str:
 
 def _facts_of_decoder(config: Config, modality: Modality) -> Iterator[str]:
     decoder = config.decoders[modality]
-    folder = _find_folder(decoder.path, "model_index.json")
+    folder = find_folder(decoder.path, "model_index.json")
     yield f"{folder}"
     if not (folder / "model_index.json").is_file():
         raise NotThereError(f"{folder}: model_index.json is missing: not a diffusers folder")
     check_kind(str(folder), modality)
-    for name in ("text_encoder", *_NETWORKS[modality]):
+    for name in ("text_encoder", *NETWORKS[modality]):
         yield f"{name}: {_describe(map_folder(folder / name))}"
     captions = CaptionEncoder(modality, str(folder), torch.device("meta"))
     if list(captions.shape) != decoder.caption_shape:
@@ -168,7 +168,7 @@ def _facts_of_decoder(config: Config, modality: Modality) -> Iterator[str]:
             f"{folder}: its caption embeddings have shape {list(captions.shape)}, but "
             f"decoders.{modality}.caption_shape is {decoder.caption_shape}: set it to match"
         )
-    for name, kind in _NETWORKS[modality].items():
+    for name, kind in NETWORKS[modality].items():
         load_whole(kind, str(folder), torch.float16, name, on_meta=True)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
@@ -185,7 +185,7 @@ def _facts_of_tuned(config: Config) -> Iterator[str]:
     yield f"{tuned.source}: {_describe(tuned.tensors)}"
     if tuned.source.suffix == ".pt":
         yield f"vocabulary of {say_vocabulary(tuned.vocabulary_size + NEW_ROWS)}"
-    known = _language_model_figures(config)
+    known = language_model_figures(config)
     if known is None:
         yield "not compared with the language model, which is not there"
         return
@@ -208,7 +208,7 @@ def _refuse_newer(folder: Path) -> None:
                 )
 
 
-def _language_model_figures(config: Config) -> tuple[PreTrainedConfig, int] | None:
+def language_model_figures(config: Config) -> tuple[PreTrainedConfig, int] | None:
     """The language model's figures, and how many tokens its tokenizer has; none if it is not there.
 
     For the published system they are known before it is there: transformers' defaults of LLaMA are
@@ -218,7 +218,7 @@ def _language_model_figures(config: Config) -> tuple[PreTrainedConfig, int] | No
         InputError: they cannot be read.
     """
     try:
-        folder = str(_find_folder(config.language_model.path, "config.json"))
+        folder = str(find_folder(config.language_model.path, "config.json"))
     except NotThereError:
         return (LlamaConfig(), LLAMA_ROWS) if config.name == PUBLISHED_SYSTEM else None
     with loading(folder, "config.json"):
@@ -226,7 +226,7 @@ def _language_model_figures(config: Config) -> tuple[PreTrainedConfig, int] | No
     return figures, len(load_tokenizer(folder))
 
 
-def _find_folder(path: str, file: str) -> Path:
+def find_folder(path: str, file: str) -> Path:
     """The local folder behind a configured path: itself, or the hub's snapshot in the cache.
 
     Args:

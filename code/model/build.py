@@ -73,7 +73,12 @@ def build_model(
 
 
 def build_on_meta(
-    config: Config, figures: PreTrainedConfig, own_tokens: int, *, lora: bool
+    config: Config,
+    figures: PreTrainedConfig,
+    own_tokens: int,
+    *,
+    lora: bool,
+    output_projections: bool = True,
 ) -> NextGPT:
     """The model without weights, on the meta device: its names and shapes cost no memory.
 
@@ -82,6 +87,7 @@ def build_on_meta(
         figures: of the language model, whose folder is not asked.
         own_tokens: of the language model's tokenizer.
         lora: whether it has the adapters.
+        output_projections: whether it has them.
     """
     signals = SignalTokens(signal_counts(config), first_id=own_tokens)
     with torch.device("meta"):
@@ -89,7 +95,7 @@ def build_on_meta(
         fit_language_model(
             language_model, config.language_model, own_tokens, len(signals), lora=lora
         )
-        return _join(config, language_model, signals, output_projections=True)
+        return _join(config, language_model, signals, output_projections=output_projections)
 
 
 def _join(

@@ -20,6 +20,7 @@ from model.published import Tensors, is_newer, is_published, published_to_delta
 from model.weight_files import map_tensors
 
 DELTA_FILE = "delta.safetensors"
+PUBLISHED_FILE = "pytorch_model.pt"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def read_delta(path: Path) -> Delta:
         InputError: there is no such file, or it cannot be read.
     """
     if path.is_dir():
-        found = [path / DELTA_FILE, path / "pytorch_model.pt"]
+        found = [path / DELTA_FILE, path / PUBLISHED_FILE]
         path = next((file for file in found if file.is_file()), found[0])
     if not path.is_file():
         raise NotThereError(
@@ -89,7 +90,10 @@ def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with written_aside(path) as aside:
+            aside.touch()
+            mode = aside.stat().st_mode  # safetensors would let nobody else read it
             save_file(contiguous, aside, {"vocabulary_size": str(vocabulary_size)})
+            aside.chmod(mode)
     except SafetensorError as error:
         raise InputError(f"could not save {path} (is the disk full?): {error}") from error
 

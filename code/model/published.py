@@ -65,7 +65,16 @@ def published_name(ours: str) -> str:
 
 def model_to_published(model: NextGPT) -> Tensors:
     """The tuned tensors of `model` under the published names, vocabulary matrices whole."""
-    tuned = {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=True)}
+    return delta_to_published(
+        {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=True)}
+    )
+
+
+def delta_to_published(tuned: Tensors) -> Tensors:
+    """Tuned tensors by our names under the published ones, new rows behind the matrices' own.
+
+    A centre, which the published system does not know, goes into the bias behind it.
+    """
     published: Tensors = {}
     for name, tensor in tuned.items():
         if name.endswith((".new_rows", ".centre")):
@@ -74,6 +83,6 @@ def model_to_published(model: NextGPT) -> Tensors:
         if centre is not None and name.endswith(".fc.bias"):
             tensor = tensor - tuned[name.removesuffix("bias") + "weight"] @ centre
         new_rows = tuned.get(name.removesuffix("weight") + "new_rows")
-        whole = tensor if new_rows is None else torch.cat([tensor.float(), new_rows])
+        whole = tensor if new_rows is None else torch.cat([tensor.to(new_rows.dtype), new_rows])
         published[published_name(name)] = whole
     return published

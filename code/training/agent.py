@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -64,6 +65,24 @@ def micro_batch_size(training: TrainingConfig, world: int) -> int:
             f"{world} processes: set it to a multiple of them"
         )
     return max(n for n in range(1, share + 1) if share % n == 0 and n <= training.micro_batch_size)
+
+
+def read_settings(training: TrainingConfig) -> dict[str, Any]:
+    """What DeepSpeed's JSON says.
+
+    Raises:
+        InputError: it cannot be read, or sets what comes from the run.
+    """
+    path = project_path(training.deepspeed)
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"training.deepspeed: {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"training.deepspeed: {path} holds no JSON object")
+    if written := [key for key in _FILLED_IN if key in settings]:
+        raise InputError(f"{path}: {', '.join(written)} come from the run, remove them here")
+    return settings
 
 
 class Agent:
@@ -208,15 +227,7 @@ class Agent:
 
     def _settings(self, dtype: torch.dtype) -> dict:
         """DeepSpeed's JSON with the run's figures filled in."""
-        path = project_path(self.training.deepspeed)
-        try:
-            settings = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"training.deepspeed: {path} cannot be read: {error}") from error
-        if not isinstance(settings, dict):
-            raise InputError(f"training.deepspeed: {path} holds no JSON object")
-        if written := [key for key in _FILLED_IN if key in settings]:
-            raise InputError(f"{path}: {', '.join(written)} come from the run, remove them here")
+        settings = read_settings(self.training)
         if self.device.type == "cpu":  # the optimizer is on the CPU already
             settings.get("zero_optimization", {}).pop("offload_optimizer", None)
             settings.get("zero_optimization", {}).pop("offload_param", None)

@@ -278,12 +278,7 @@ class Trainer:
             self.say(f"starting from {delta.source}")
             for line in load_delta(model, delta, _TRAINED_BEFORE[self.options.stage]):
                 self.say(f"  {line}")
-        whole = self.config.language_model.train_vocabulary == "all"
-        set_trainable(model, training.trains, own_vocabulary=whole)
-        if training.activation_checkpointing:
-            model.language_model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+        free_what_trains(model, self.config)
         self.say(format_parts_table(parts_table(model)))
         return model
 
@@ -294,3 +289,13 @@ class Trainer:
 
     def _on_signal(self, *_: object) -> None:
         self._stop = True
+
+
+def free_what_trains(model: NextGPT, config: Config) -> None:
+    """Set `requires_grad` on what the stage trains, and how activations are kept, in place."""
+    whole = config.language_model.train_vocabulary == "all"
+    set_trainable(model, config.training.trains, own_vocabulary=whole)
+    if config.training.activation_checkpointing:
+        model.language_model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )

@@ -54,6 +54,16 @@ def load_imagebind(path: Path | str, dtype: torch.dtype | None = torch.float32) 
     return model.eval().requires_grad_(False)
 
 
+def encoder_figures(path: Path | str) -> ImageBindConfig:
+    """What the encoder at `path` looks like; the published one is known before it is there.
+
+    Raises:
+        InputError: no such folder, or its config.json is none.
+    """
+    path = Path(path)
+    return IMAGEBIND_HUGE if path.suffix == ".pth" else _read_config(_weights_file(path))
+
+
 def save_imagebind(model: ImageBind, folder: Path | str, dtype: torch.dtype) -> None:
     """Write `config.json` and `model.safetensors` with weights of `dtype`, each in one rename."""
     folder = Path(folder)

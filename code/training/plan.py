@@ -1,0 +1,274 @@
+"""What a stage will need of every GPU, reckoned before a weight is loaded: `train.py --plan`.
+
+The model is laid out on the meta device, and one micro batch, as full as it may be, taken through
+it with fake tensors, which have shapes and no contents: what is alive at the worst moment is
+counted. The rest is arithmetic on what DeepSpeed keeps (its ZeRO stages, arXiv 1910.02054). It
+takes seconds, and next to no memory, for the 7B system too. CUDA itself, and the gaps between its
+blocks, come on top.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from checkpoints.checks import NETWORKS, find_folder, language_model_figures
+from config.errors import InputError, NotThereError
+from config.loader import project_path
+from config.schema import Config
+from conversation.batch import Batch
+from conversation.parts import Modality
+from model.build import build_on_meta
+from model.imagebind import ImageBind, encoder_figures
+from model.nextgpt import NextGPT
+from model.parts import format_parts_table, parts_table
+from model.weight_files import map_folder
+from training.agent import micro_batch_size, read_settings
+from training.loop import free_what_trains
+from training.memory_meter import MemoryMeter
+
+_FLOAT = 4  # bytes: of what trains, its gradients and Adam's moments
+_CARDS = (24, 48, 80)  # GB
+_HEADROOM = 0.9  # of a card: the rest is left for CUDA and for gaps
+# DeepSpeed's own defaults of what its JSON leaves out.
+_BUCKET = 500_000_000  # numbers
+_MOST_GATHERED = 1_000_000_000  # numbers, by ZeRO 3
+_DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one of the processes needs.
+
+    Attributes:
+        facts: the run's figures, in words.
+        parts: by part its parameters and how many of them train.
+        on_device, in_memory: bytes on the GPU, and beside it in the machine's memory, by use.
+        peak: bytes on the GPU at the worst moment; uses that do not meet count once.
+        serving: bytes of each part of the served system.
+    """
+
+    facts: str
+    parts: dict[str, tuple[int, int]]
+    on_device: dict[str, float]
+    in_memory: dict[str, float]
+    peak: float
+    serving: dict[str, float]
+
+
+def plan_stage(config: Config, stage: int, processes: int) -> Plan:
+    """Reckon what stage `stage` of `config` needs with so many `processes`, a GPU each.
+
+    Raises:
+        InputError: the configuration does not fit together or the processes.
+        NotThereError: the language model's configuration is not there to be asked.
+    """
+    if processes < 1:
+        raise InputError(f"--plan {processes}: give the number of processes, 1 or more")
+    training = config.training
+    zero = read_settings(training).get("zero_optimization", {})
+    zero_stage = zero.get("stage", 0)
+    dtype = _DTYPES.get(training.precision, torch.float32)
+    model = lay_out(config, dtype)
+    micro = micro_batch_size(training, processes)
+    passes = training.global_batch_size // processes // micro
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    gradients_kept = 1 / processes if zero_stage >= 2 else 1.0
+    meter = _take_through(model, config, dtype, micro, min(passes, 2), gradients_kept)
+    weights_kept = 1 / processes if zero_stage >= 3 else 1.0
+    on_device = {
+        "weights that stay frozen": weights_kept * sum(p.numel() * p.itemsize for p in frozen),
+        "weights that train": weights_kept * trained * _FLOAT,
+    }
+    on_device |= _reducing(zero, zero_stage, trained, sum(p.numel() for p in frozen), dtype)
+    updating = _updating(zero_stage, trained, processes)
+    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    in_memory = updating if offloaded else {}
+    on_device |= {} if offloaded else updating
+    on_device |= _reading(config)
+    peak = sum(on_device.values()) + meter.peak
+    on_device["gradients"] = trained * _FLOAT * gradients_kept
+    on_device["activations"] = meter.peak_besides
+    facts = (
+        f"stage {stage}: {processes} processes, each {passes} x {micro} of "
+        f"{training.global_batch_size} conversations a step, up to {config.data.max_length} tokens "
+        f"each, {str(dtype).removeprefix('torch.')}, ZeRO {zero_stage}"
+    )
+    return Plan(facts, parts_table(model), on_device, in_memory, peak, _serving(config, model))
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as text."""
+    lines = [plan.facts, format_parts_table(plan.parts), "", "on each GPU, GB"]
+    lines += [_row(use, size) for use, size in plan.on_device.items()]
+    lines.append(_row("at most at once", plan.peak))
+    if plan.in_memory:
+        lines += ["", "in the machine's memory, for each process, GB"]
+        lines += [_row(use, size) for use, size in plan.in_memory.items()]
+    lines += ["", "serving, GB"]
+    lines += [_row(part, size) for part, size in plan.serving.items()]
+    lines.append(_row("together", sum(plan.serving.values())))
+    lines += ["", *_fitting(plan.peak)]
+    return "\n".join(lines)
+
+
+def _row(name: str, size: float) -> str:
+    return f"  {name:<44}{size / 1e9:>9.2f}"
+
+
+def _fitting(peak: float) -> list[str]:
+    """Whether it fits the devices at hand, and common ones; a tenth of each is left free."""
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    at_hand = {f"{i}: {one.name}": one.total_memory for i, one in enumerate(devices)}
+    at_hand = at_hand or {"no GPU here; this machine's memory": psutil.virtual_memory().total}
+    at_hand |= {f"a GPU of {size} GB": size * 1e9 for size in _CARDS}
+    return [
+        f"{name} ({size / 1e9:.0f} GB): {'fits' if peak < _HEADROOM * size else 'does not fit'}"
+        for name, size in at_hand.items()
+    ]
+
+
+def lay_out(config: Config, dtype: torch.dtype) -> NextGPT:
+    """The model on the meta device: what trains in float32, the rest in `dtype`."""
+    known = language_model_figures(config)
+    if known is None:
+        raise NotThereError(
+            f"language_model.path {config.language_model.path}: not there, and its config.json "
+            "decides the plan: fetch it, see python prepare_checkpoints.py"
+        )
+    trains = config.training.trains
+    model = build_on_meta(
+        config,
+        *known,
+        lora="lora" in trains,
+        output_projections="output_projections" in trains,
+    )
+    model.language_model.set_attn_implementation(config.language_model.attention)
+    model.to(dtype)
+    free_what_trains(model, config)
+    return model.train()
+
+
+def _take_through(
+    model: NextGPT,
+    config: Config,
+    dtype: torch.dtype,
+    micro: int,
+    passes: int,
+    gradients_kept: float,
+) -> MemoryMeter:
+    """What `passes` micro batches, one after the other, hold on to."""
+    with FakeTensorMode():
+        _replace_by_fakes(model)
+        batch = full_batch(config, model, micro)
+        with MemoryMeter(model, gradients_kept) as meter:
+            for _ in range(passes):
+                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                    losses = model(batch)
+                (losses.text + sum(losses.alignment.values()) + losses.unused).backward()
+                del losses
+    return meter
+
+
+def _replace_by_fakes(model: nn.Module) -> None:
+    """Put fake tensors on the CPU in the place of meta ones: attention then runs as it will."""
+    fakes: dict[int, Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) not in fakes:
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+                    trains = isinstance(tensor, nn.Parameter)
+                    fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if trains else fake
+                if tensor is not None:
+                    tensors[name] = fakes[id(tensor)]
+
+
+def full_batch(config: Config, model: NextGPT, micro: int) -> Batch:
+    """Conversations as long as they may be; each shows one medium, and one of each kind is made."""
+    length, packed = config.data.max_length, config.data.row_length
+    rows = -(-micro * length // packed) if packed else micro
+    columns = packed or length
+    ids = torch.zeros(rows, columns, dtype=torch.int64)
+    places = torch.zeros(micro, 2, dtype=torch.int64)
+    made: list[Modality] = list(model.output_projections)
+    hidden = model.language_model.config.hidden_size
+    states = {
+        modality: torch.empty(2, micro, config.decoders[modality].signal_tokens, hidden)
+        for modality in made
+    }
+    return Batch(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        targets=torch.zeros_like(ids),
+        slots=places,
+        features=torch.empty(micro, config.encoder.width),
+        runs=dict.fromkeys(made, places),
+        captions={m: torch.empty(micro, *config.decoders[m].caption_shape) for m in made},
+        states=states if config.training.keep_states else None,
+        position_ids=torch.zeros_like(ids) if packed else None,
+    )
+
+
+def _updating(zero_stage: int, trained: int, processes: int) -> dict[str, float]:
+    """The optimizer's share: from ZeRO 1 on divided, with a copy of the weights that train."""
+    kept = 1 / processes if zero_stage else 1.0
+    copy = {"copy of the weights, for the update": trained * _FLOAT * kept} if zero_stage else {}
+    return copy | {"optimizer (Adam's two moments)": 2 * trained * _FLOAT * kept}
+
+
+def _reducing(
+    zero: dict[str, Any], zero_stage: int, trained: int, frozen: int, dtype: torch.dtype
+) -> dict[str, float]:
+    """What DeepSpeed needs to bring gradients and, in ZeRO 3, weights together."""
+    needs: dict[str, float] = {}
+    if zero_stage and zero.get("contiguous_gradients", True):
+        buffers = 2 if zero.get("overlap_comm", zero_stage == 3) else 1
+        numbers = int(zero.get("reduce_bucket_size", _BUCKET))
+        needs["buffer for gradients (reduce_bucket_size)"] = buffers * numbers * _FLOAT
+    if zero_stage == 3:
+        most = int(zero.get("stage3_max_live_parameters", _MOST_GATHERED))
+        gathered = min(most, frozen + trained)
+        needs["gathered weights (stage3_max_live_parameters)"] = gathered * dtype.itemsize
+    return needs
+
+
+def _reading(config: Config) -> dict[str, float]:
+    """What makes batches ready: until all features are kept the encoder, and text encoders."""
+    needs: dict[str, float] = {}
+    if not config.training.keep_states and "input_projection" in config.training.trains:
+        needs["encoder, until all features are kept"] = _encoder_size(config)
+    if config.data.caption_embeddings == "online":
+        for modality, decoder in config.decoders.items():
+            folder = find_folder(decoder.path, "model_index.json")
+            numbers = sum(t.numel() for t in map_folder(folder / "text_encoder").values())
+            needs[f"text encoder, {modality}"] = numbers * 2  # half precision on a GPU
+    return needs
+
+
+def _encoder_size(config: Config) -> float:
+    with torch.device("meta"):
+        encoder = ImageBind(encoder_figures(project_path(config.encoder.path)))
+    return sum(p.numel() for p in encoder.parameters()) * _FLOAT
+
+
+def _serving(config: Config, model: NextGPT) -> dict[str, float]:
+    """Bytes of the served parts; decoders in half precision, as on a GPU, if they are there."""
+    sizes = {
+        "language model and projections": sum(p.numel() * p.itemsize for p in model.parameters()),
+        "encoder": _encoder_size(config),
+    }
+    for modality, decoder in config.decoders.items():
+        try:
+            folder = find_folder(decoder.path, "model_index.json")
+        except NotThereError:
+            sizes[f"decoder, {modality}: not here, not counted"] = 0.0
+            continue
+        parts = [map_folder(folder / name) for name in ("text_encoder", *NETWORKS[modality])]
+        numbers = sum(tensor.numel() for part in parts for tensor in part.values())
+        sizes[f"decoder, {modality}"] = 2.0 * numbers
+    return sizes

@@ -1,0 +1,157 @@
+"""`train.py --plan`: what it says of memory is what is measured, and what DeepSpeed divides."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from config.errors import InputError, NotThereError
+from config.loader import load_config
+from config.schema import Config
+from model.build import build_model
+from parity_tools import PARITY
+from tiny_system import tiny_config
+from training.loop import free_what_trains
+from training.plan import Plan, format_plan, full_batch, plan_stage
+
+ROOT = Path(__file__).parent.parent
+PASSING = ("gradients", "activations")
+
+
+def measured_peak(config: Config, dtype: torch.dtype) -> int:
+    """Bytes that the allocator hands out at once in a real forward and backward pass."""
+    trains = config.training.trains
+    parts = {"lora": "lora" in trains, "output_projections": "output_projections" in trains}
+    model = build_model(config, dtype, **parts)
+    free_what_trains(model, config)
+    batch = full_batch(config, model.train(), config.training.micro_batch_size)
+    batch.features.zero_()
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            losses = model(batch)
+        (losses.text + sum(losses.alignment.values()) + losses.unused).backward()
+        model.zero_grad(set_to_none=True)
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    live = peak = 0
+    for _, change in changes:
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def passing(plan: Plan) -> float:
+    """Bytes at the worst moment of what a step makes and leaves: gradients and activations."""
+    return plan.peak - sum(size for use, size in plan.on_device.items() if use not in PASSING)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_activations_are_planned_as_measured(stage: int, checkpointing: str) -> None:
+    sets = [
+        f"training.activation_checkpointing={checkpointing}",
+        "training.precision=fp32",
+        "training.micro_batch_size=4",
+        "training.global_batch_size=4",
+        "data.max_length=64",
+    ]
+    config = tiny_config(stage, sets)
+    planned = passing(plan_stage(config, stage, 1))
+    assert planned == pytest.approx(measured_peak(config, torch.float32), rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_activations_of_the_mini_model_are_planned_as_measured(checkpointing: str) -> None:
+    sets = [f"training.activation_checkpointing={checkpointing}", "data.row_length=512"]
+    sets += ["training.precision=bf16", "data.max_length=128", "training.global_batch_size=4"]
+    config = load_config("mini", 3, sets)
+    planned = passing(plan_stage(config, 3, 1))
+    assert planned == pytest.approx(measured_peak(config, torch.bfloat16), rel=0.05)
+
+
+def planned_with(tmp_path: Path, processes: int, **zero: object) -> Plan:
+    """Stage 3 of the tiny system with this in DeepSpeed's JSON."""
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps({"zero_optimization": zero}))
+    sets = [f"training.deepspeed={settings}", "training.global_batch_size=8"]
+    return plan_stage(tiny_config(3, sets), 3, processes)
+
+
+def test_zero_divides_what_it_says(tmp_path: Path) -> None:
+    whole = planned_with(tmp_path, 4, stage=0)
+    trained = sum(trains for _, trains in whole.parts.values())
+    moments = "optimizer (Adam's two moments)"
+    assert whole.on_device[moments] == 8 * trained
+    for stage, optimizer, gradients, weights in ((1, 4, 1, 1), (2, 4, 4, 1), (3, 4, 4, 4)):
+        plan = planned_with(tmp_path, 4, stage=stage)
+        assert plan.on_device[moments] == 8 * trained / optimizer
+        assert plan.on_device["gradients"] == 4 * trained / gradients
+        assert plan.on_device["weights that train"] == 4 * trained / weights
+
+
+def test_an_offloaded_optimizer_is_in_the_machines_memory(tmp_path: Path) -> None:
+    plan = planned_with(tmp_path, 1, stage=2, offload_optimizer={"device": "cpu"})
+    assert not any("optimizer" in use for use in plan.on_device)
+    assert any("optimizer" in use for use in plan.in_memory)
+
+
+def test_buffers_are_those_of_deepspeeds_json(tmp_path: Path) -> None:
+    buffer = "buffer for gradients (reduce_bucket_size)"
+    small = planned_with(tmp_path, 1, stage=2, reduce_bucket_size=1000)
+    assert small.on_device[buffer] == 4000
+    twice = planned_with(tmp_path, 1, stage=2, reduce_bucket_size=1000, overlap_comm=True)
+    assert twice.on_device[buffer] == 8000
+    assert buffer not in planned_with(tmp_path, 1, stage=2, contiguous_gradients=False).on_device
+
+
+def test_the_published_system_is_planned_without_its_files() -> None:
+    plan = plan_stage(load_config("7b", 3), 3, 8)
+    assert plan.parts["input_projection"] == (4_198_400, 4_198_400)
+    assert plan.on_device["weights that stay frozen"] == pytest.approx(13.5e9, rel=0.01)
+    told = format_plan(plan)
+    assert "a GPU of 24 GB (24 GB): fits" in told
+    assert "decoder, video: not here, not counted" in told
+
+
+def test_what_is_too_large_for_a_card_is_said() -> None:
+    sets = ["training.micro_batch_size=8", "training.activation_checkpointing=false"]
+    told = format_plan(plan_stage(load_config("7b", 3, sets), 3, 1))
+    assert "a GPU of 24 GB (24 GB): does not fit" in told
+
+
+def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
+    folder = tmp_path / "figures_alone"
+    folder.mkdir()
+    for file in (PARITY / "llama_tiny").iterdir():
+        if file.suffix != ".safetensors":
+            shutil.copy(file, folder)
+    assert plan_stage(tiny_config(3, [f"language_model.path={folder}"]), 3, 1).peak > 0
+
+
+def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--plan 0"):
+        plan_stage(tiny_config(3), 3, 0)
+    with pytest.raises(InputError, match="cannot be shared equally by 3"):
+        plan_stage(tiny_config(3), 3, 3)
+    missing = [f"language_model.path={tmp_path / 'gone'}", "name=mine"]
+    with pytest.raises(NotThereError, match="prepare_checkpoints"):
+        plan_stage(tiny_config(3, missing), 3, 1)
+
+
+def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "code/train.py", "--stage", "2", "--plan", "2"]
+    done = subprocess.run(
+        [*command, "--save_path", tmp_path / "none"], capture_output=True, text=True, check=True
+    )
+    assert "2 processes" in done.stdout and "activations" in done.stdout
+    assert not (tmp_path / "none").exists()
