@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from gradio_client import Client, handle_file
-from openai import BadRequestError
+from openai import BadRequestError, InternalServerError
 
 from chat.assistant import Assistant
 from chat.options import ChatOptions
@@ -256,5 +256,6 @@ def test_nothing_is_uploaded_when_the_room_is_taken(
     monkeypatch.setattr("demo.sessions.MOST_BYTES", -1)
     reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
     assert reply.status_code == 507 and not demo.sessions._uploads.get("a.png")
-    with pytest.raises(BadRequestError, match="too many files"):
+    with pytest.raises(InternalServerError, match="too many files") as refused:
         openai(demo).chat.completions.create(model="any", messages=[user("a", picture())])
+    assert refused.value.status_code == 503
