@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.checks import find_folder
 from config.atomic import written_aside
 from config.entry import run_entry
 from config.errors import InputError
 from config.loader import load_config
+from model.build import find_folder
 from model.delta import DELTA_FILE, PUBLISHED_FILE, Delta, read_delta, write_delta
 from model.parts import is_own_vocabulary
 from model.published import NEW_ROWS, Tensors, delta_to_published

@@ -105,6 +105,17 @@ def test_an_offloaded_optimizer_is_in_the_machines_memory(tmp_path: Path) -> Non
     assert any("optimizer" in use for use in plan.in_memory)
 
 
+def test_offloaded_weights_are_in_the_machines_memory(tmp_path: Path) -> None:
+    plan = planned_with(tmp_path, 2, stage=3, offload_param={"device": "cpu"})
+    assert not any(use.startswith("weights that") for use in plan.on_device)
+    assert plan.in_memory["weights that stay frozen"] > 0
+
+
+def test_serving_takes_all_parts_whatever_the_stage_trains() -> None:
+    first, third = (plan_stage(tiny_config(stage), stage, 1).serving for stage in (1, 3))
+    assert first == third and first["projections, adapters, new rows"] > 0
+
+
 def test_buffers_are_those_of_deepspeeds_json(tmp_path: Path) -> None:
     buffer = "buffer for gradients (reduce_bucket_size)"
     small = planned_with(tmp_path, 1, stage=2, reduce_bucket_size=1000)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet3DConditionModel
-from huggingface_hub import constants, try_to_load_from_cache
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -36,12 +35,12 @@ from config.errors import InputError, NotThereError
 from config.loader import project_path
 from config.schema import Config
 from conversation.parts import Modality
-from model.build import build_media_encoder, build_on_meta, resolve_model_path
+from model.build import build_media_encoder, build_on_meta, find_folder
 from model.caption_encoders import CaptionEncoder
 from model.delta import load_delta, read_delta
 from model.language_model import load_tokenizer
 from model.parts import NEEDED_TO_ANSWER
-from model.pretrained_folder import check_kind, load_whole, loading, resolve
+from model.pretrained_folder import check_kind, load_whole, loading
 from model.published import NEW_ROWS, is_newer
 from model.weight_files import map_folder, map_tensors
 
@@ -224,24 +223,6 @@ def language_model_figures(config: Config) -> tuple[PreTrainedConfig, int] | Non
     with loading(folder, "config.json"):
         figures = AutoConfig.from_pretrained(folder)
     return figures, len(load_tokenizer(folder))
-
-
-def find_folder(path: str, file: str) -> Path:
-    """The local folder behind a configured path: itself, or the hub's snapshot in the cache.
-
-    Args:
-        file: that the hub's repository has.
-
-    Raises:
-        NotThereError: there is no such folder, and none in the cache.
-    """
-    name = resolve(resolve_model_path(path))
-    if Path(name).is_dir():
-        return Path(name)
-    cached = try_to_load_from_cache(name, file)
-    if not isinstance(cached, str):
-        raise NotThereError(f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE})")
-    return Path(cached).parent
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> str:

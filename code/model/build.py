@@ -1,9 +1,12 @@
 """Puts the model together from the configuration: what a run uses, and nothing else."""
 
+from pathlib import Path
+
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from config.errors import InputError
+from config.errors import InputError, NotThereError
 from config.loader import project_path
 from config.schema import Config
 from conversation.encoding import ConversationEncoder
@@ -14,12 +17,31 @@ from model.imagebind import ImageBind, load_imagebind
 from model.language_model import fit_language_model, load_language_model, load_tokenizer
 from model.nextgpt import NextGPT
 from model.output_projection import OutputProjection
+from model.pretrained_folder import resolve
 
 
 def resolve_model_path(path: str) -> str:
     """The folder `path` under the project's root if it exists, else `path` as a hub name."""
     local = project_path(path)
     return str(local) if local.exists() else path
+
+
+def find_folder(path: str, file: str) -> Path:
+    """The local folder behind a configured path: itself, or the hub's snapshot in the cache.
+
+    Args:
+        file: that the hub's repository has.
+
+    Raises:
+        NotThereError: there is no such folder, and none in the cache.
+    """
+    name = resolve(resolve_model_path(path))
+    if Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, file)
+    if not isinstance(cached, str):
+        raise NotThereError(f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE})")
+    return Path(cached).parent
 
 
 def build_conversation_encoder(config: Config) -> ConversationEncoder:

@@ -14,14 +14,15 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
 
-from checkpoints.checks import NETWORKS, find_folder, language_model_figures
+from checkpoints.checks import NETWORKS, language_model_figures
 from config.errors import InputError, NotThereError
 from config.loader import project_path
 from config.schema import Config
 from conversation.batch import Batch
 from conversation.parts import Modality
-from model.build import build_on_meta
+from model.build import build_on_meta, find_folder
 from model.imagebind import ImageBind, encoder_figures
 from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table
@@ -72,7 +73,8 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
     zero = read_settings(training).get("zero_optimization", {})
     zero_stage = zero.get("stage", 0)
     dtype = _DTYPES.get(training.precision, torch.float32)
-    model = lay_out(config, dtype)
+    known = _figures(config)
+    model = _lay_out(config, known, dtype)
     micro = micro_batch_size(training, processes)
     passes = training.global_batch_size // processes // micro
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -80,15 +82,19 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
     gradients_kept = 1 / processes if zero_stage >= 2 else 1.0
     meter = _take_through(model, config, dtype, micro, min(passes, 2), gradients_kept)
     weights_kept = 1 / processes if zero_stage >= 3 else 1.0
-    on_device = {
+    weights = {
         "weights that stay frozen": weights_kept * sum(p.numel() * p.itemsize for p in frozen),
         "weights that train": weights_kept * trained * _FLOAT,
     }
+    beside = zero_stage == 3 and _offloads(zero, "offload_param")
+    on_device, in_memory = ({}, weights) if beside else (weights, {})
     on_device |= _reducing(zero, zero_stage, trained, sum(p.numel() for p in frozen), dtype)
     updating = _updating(zero_stage, trained, processes)
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
-    in_memory = updating if offloaded else {}
-    on_device |= {} if offloaded else updating
+    if _offloads(zero, "offload_optimizer"):
+        copied = {"gradients, for the update": trained * _FLOAT * gradients_kept}
+        in_memory = in_memory | updating | copied
+    else:
+        on_device |= updating
     on_device |= _reading(config)
     peak = sum(on_device.values()) + meter.peak
     on_device["gradients"] = trained * _FLOAT * gradients_kept
@@ -98,7 +104,9 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
         f"{training.global_batch_size} conversations a step, up to {config.data.max_length} tokens "
         f"each, {str(dtype).removeprefix('torch.')}, ZeRO {zero_stage}"
     )
-    return Plan(facts, parts_table(model), on_device, in_memory, peak, _serving(config, model))
+    return Plan(
+        facts, parts_table(model), on_device, in_memory, peak, _serving(config, known, dtype)
+    )
 
 
 def format_plan(plan: Plan) -> str:
@@ -132,14 +140,23 @@ def _fitting(peak: float) -> list[str]:
     ]
 
 
-def lay_out(config: Config, dtype: torch.dtype) -> NextGPT:
-    """The model on the meta device: what trains in float32, the rest in `dtype`."""
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    return zero.get(what, {}).get("device", "none") != "none"
+
+
+def _figures(config: Config) -> tuple[PreTrainedConfig, int]:
+    """The language model's figures, and how many tokens its tokenizer has."""
     known = language_model_figures(config)
     if known is None:
         raise NotThereError(
             f"language_model.path {config.language_model.path}: not there, and its config.json "
             "decides the plan: fetch it, see python prepare_checkpoints.py"
         )
+    return known
+
+
+def _lay_out(config: Config, known: tuple[PreTrainedConfig, int], dtype: torch.dtype) -> NextGPT:
+    """The model on the meta device: what trains in float32, the rest in `dtype`."""
     trains = config.training.trains
     model = build_on_meta(
         config,
@@ -242,7 +259,8 @@ def _reading(config: Config) -> dict[str, float]:
     needs: dict[str, float] = {}
     if not config.training.keep_states and "input_projection" in config.training.trains:
         needs["encoder, until all features are kept"] = _encoder_size(config)
-    if config.data.caption_embeddings == "online":
+    aligned = "output_projections" in config.training.trains
+    if aligned and config.data.caption_embeddings == "online":
         for modality, decoder in config.decoders.items():
             folder = find_folder(decoder.path, "model_index.json")
             numbers = sum(t.numel() for t in map_folder(folder / "text_encoder").values())
@@ -256,10 +274,16 @@ def _encoder_size(config: Config) -> float:
     return sum(p.numel() for p in encoder.parameters()) * _FLOAT
 
 
-def _serving(config: Config, model: NextGPT) -> dict[str, float]:
+def _serving(
+    config: Config, known: tuple[PreTrainedConfig, int], dtype: torch.dtype
+) -> dict[str, float]:
     """Bytes of the served parts; decoders in half precision, as on a GPU, if they are there."""
+    whole = parts_table(build_on_meta(config, *known, lora=True))
+    numbers = {part: size for part, (size, _) in whole.items()}
+    frozen = numbers.pop("language_model")
     sizes = {
-        "language model and projections": sum(p.numel() * p.itemsize for p in model.parameters()),
+        "language model": float(frozen * dtype.itemsize),
+        "projections, adapters, new rows": float(sum(numbers.values()) * _FLOAT),
         "encoder": _encoder_size(config),
     }
     for modality, decoder in config.decoders.items():
