@@ -2,6 +2,8 @@
 
     python process_embeddings.py CAPTIONS.json [...] image|video|audio OUT_DIR MODEL
 
+Caption pairs in WebDataset shards are named by their folder.
+
 Starts on one process, or on several with `torchrun` or `deepspeed`. Goes on where it was stopped.
 """
 
@@ -20,7 +22,7 @@ from training.embed_captions import embed_captions
 def main() -> None:
     """Arguments in, one call a file."""
     parser = argparse.ArgumentParser(description="compute the embeddings of captions")
-    parser.add_argument("captions", type=Path, nargs="+", help="annotation files, JSON")
+    parser.add_argument("captions", type=Path, nargs="+", help="annotation files, or folders of shards")
     parser.add_argument("modality", choices=MODALITIES)
     parser.add_argument("out", type=Path, help="folder for the .npy files")
     parser.add_argument("model", help="the decoder: a diffusers folder or a hub name")

@@ -7,6 +7,7 @@ from pathlib import Path
 from config.errors import InputError
 from conversation.parts import Modality
 from dataset.readers import Kind
+from dataset.shards import shards_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def _instruction(file: str, media: str = "", kind: Kind = "instruction") -> Data
     return DatasetEntry(kind, file, str(Path(file).parent / media))
 
 
+_PAIRS: tuple[Kind, ...] = ("caption_in", "caption_out")
 _IT, _MINI = "IT_data", "mini_world/IT_data"
 
 CATALOG: dict[str, DatasetEntry] = {
@@ -73,7 +75,7 @@ CATALOG: dict[str, DatasetEntry] = {
 
 
 def resolve_entry(name: str, data_root: Path, embed_root: Path) -> DatasetSource:
-    """Where the data set `name` lies.
+    """Where the data set `name` lies: caption pairs without their file may be shards beside it.
 
     Raises:
         InputError: an unknown name (says the nearest right one), or its annotations are missing.
@@ -85,9 +87,11 @@ def resolve_entry(name: str, data_root: Path, embed_root: Path) -> DatasetSource
         )
     entry = CATALOG[name]
     annotation = data_root.resolve() / entry.annotation
-    if not annotation.is_file():
+    media = data_root.resolve() / entry.media
+    if not annotation.is_file() and entry.kind in _PAIRS and shards_of(annotation.parent):
+        annotation = media = annotation.parent
+    if not annotation.exists():
         mini = "`python -m mini_world.write_data` writes it"
         hint = mini if name.startswith("mini_") else "its folder's prepare.md says how to get it"
         raise InputError(f"data set {name!r}: {annotation} is missing: {hint}")
-    media = data_root.resolve() / entry.media
     return DatasetSource(name, entry.kind, annotation, media, embed_root.resolve())

@@ -12,6 +12,7 @@ from conversation.parts import Conversation, Media, Part, Turn
 from dataset.catalog import DatasetSource
 from dataset.index import open_index
 from dataset.readers import READER_VERSION, Record, read_record
+from dataset.shards import medium_exists
 
 
 class ConversationDataset(Dataset[Conversation]):
@@ -69,7 +70,7 @@ class ConversationDataset(Dataset[Conversation]):
             if part.embedding is not None:
                 return replace(part, embedding=str(source.embeddings / part.embedding))
             path = source.media / (part.path or "")
-            if not path.is_file():
+            if not medium_exists(path):
                 raise MediaError(f"{path} is missing: row {row} of {source.annotation} shows it")
             return replace(part, path=str(path))
 

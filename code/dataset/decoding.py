@@ -1,4 +1,4 @@
-"""Pictures, videos and sounds out of files.
+"""Pictures, videos and sounds out of files, and out of shards.
 
 Decoding only: `dataset.media` makes encoder inputs of it. A picture and a sound cost their whole
 decoding (a minute of sound holds 4 MB at 16 kHz). Of a video every packet is read once, undecoded,
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
 from config.errors import MediaError
+from dataset.shards import in_shard, medium_exists, medium_state, open_medium
 
 # Named, because FFmpeg and Pillow also read playlists, scripts and text, which may lead elsewhere.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
@@ -36,9 +37,9 @@ _MAX_ASPECT = 50  # beyond it, one side scaled to the encoder's size makes the o
 @contextmanager
 def _naming(path: Path, kind: str) -> Iterator[None]:
     """Turn what decoders raise into a `MediaError` that names the file."""
-    if not path.is_file():
+    if not medium_exists(path):
         raise MediaError(f"{path}: no such file")
-    if path.stat().st_size == 0:
+    if medium_state(path)[0] == 0:
         raise MediaError(f"{path}: empty file")
     try:
         yield
@@ -47,7 +48,13 @@ def _naming(path: Path, kind: str) -> Iterator[None]:
 
 
 def _open_container(path: Path) -> InputContainer:
-    return av.open(str(path), options={"format_whitelist": CONTAINERS})
+    source = open_medium(path) if in_shard(path) else str(path)
+    return av.open(source, options={"format_whitelist": CONTAINERS})
+
+
+def _open_picture(path: Path) -> Image.Image:
+    source = open_medium(path) if in_shard(path) else path
+    return Image.open(source, formats=PICTURES)
 
 
 def _check_aspect(path: Path, width: int, height: int) -> None:
@@ -62,7 +69,7 @@ def read_image(path: Path | str) -> Image.Image:
         MediaError: missing, broken or not a picture.
     """
     path = Path(path)
-    with _naming(path, "a picture"), Image.open(path, formats=PICTURES) as image:
+    with _naming(path, "a picture"), _open_picture(path) as image:
         _check_aspect(path, *image.size)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits; converting would clip at 255

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from config.errors import InputError, MediaError
+from dataset.shards import medium_state, open_medium
 
 _UNWRITTEN = 1000  # hashes that wait for the next write, at most
 _LOCK_SECONDS = 60.0  # waited for other processes' writes
@@ -94,7 +95,7 @@ class FeatureCache:
         row = self._read("SELECT size, mtime_ns, digest FROM file WHERE path = ?", (str(path),))
         if row and row[:2] == state:
             return state, row[2]
-        with path.open("rb") as stream:
+        with open_medium(path) as stream:
             digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).digest()
         self._hashed[path] = state, digest
         return state, digest
@@ -122,7 +123,6 @@ class FeatureCache:
 
 def _state(path: Path) -> _State:
     try:
-        status = path.stat()
+        return medium_state(path)
     except OSError as error:
         raise MediaError(f"{path} cannot be read: {error.strerror}") from None
-    return status.st_size, status.st_mtime_ns

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from config.atomic import written_aside
 from config.errors import InputError
-from dataset.json_rows import iter_rows
+from dataset.shards import annotation_rows, medium_state, shards_of
 
 _BATCH = 4096  # rows a record batch: the most that a build holds
 Check = Callable[[dict[str, Any], int], object]  # of a record and its row
@@ -51,6 +51,8 @@ class RowIndex:
 def open_index(file: Path, cache_dir: Path, check: Check, version: str) -> RowIndex:
     """The index of `file`; made first unless `cache_dir` has one of the file as it is now.
 
+    A folder of shards is indexed as one file.
+
     Processes that start together make it once: the others wait for a lock.
 
     Args:
@@ -58,14 +60,14 @@ def open_index(file: Path, cache_dir: Path, check: Check, version: str) -> RowIn
         version: names what `check` accepts; an index is used for one version only.
 
     Raises:
-        InputError: the file is missing, empty or not a JSON array, or `check` refuses a record.
+        InputError: the file is missing, empty or not a JSON array, a shard is broken, or `check`
+            refuses a record.
     """
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"{file} does not exist")
-    status = file.stat()
     place = hashlib.sha256(f"{file.resolve()}\n{version}".encode()).hexdigest()[:16]
     path = cache_dir / f"{file.stem}-{place}.arrow"
-    source = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {version}".encode()
+    source = f"{file.resolve()} {_state(file)} {version}".encode()
     cache_dir.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
         if found := _current(path, source):
@@ -73,6 +75,13 @@ def open_index(file: Path, cache_dir: Path, check: Check, version: str) -> RowIn
         with written_aside(path) as aside:
             _write(file, aside, check, source)
     return RowIndex(path)
+
+
+def _state(file: Path) -> str:
+    """Size and time of the last change: of a folder of shards, of all of them."""
+    files = shards_of(file) if file.is_dir() else [file]
+    states = [(one.name, *medium_state(one)) for one in files]
+    return hashlib.sha256(repr(states).encode()).hexdigest()
 
 
 def _current(path: Path, source: bytes) -> RowIndex | None:
@@ -87,7 +96,7 @@ def _current(path: Path, source: bytes) -> RowIndex | None:
 
 def _write(file: Path, path: Path, check: Check, source: bytes) -> None:
     schema = pa.schema([("row", pa.string())], metadata={_SOURCE: source})
-    rows = tqdm(iter_rows(file), desc=f"indexing {file.name}", unit=" rows", delay=2)
+    rows = tqdm(annotation_rows(file), desc=f"indexing {file.name}", unit=" rows", delay=2)
     texts = _checked_texts(rows, check)
     batch = list(islice(texts, _BATCH))
     if not batch:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from config.errors import InputError
 from conversation.captions import clean_caption
 from conversation.parts import MODALITIES, Conversation, Media, Modality, Part, Text, Turn
-from dataset.json_rows import iter_rows
+from dataset.shards import annotation_rows
 
 Kind = Literal["caption_in", "caption_out", "instruction", "interleaved"]
 Record = dict[str, Any]
@@ -61,13 +61,13 @@ def read_record(record: Record, kind: Kind, file: Path, row: int) -> Conversatio
 def iter_captions(file: Path, modality: Modality) -> Iterator[tuple[str, str]]:
     """(medium's file name, cleaned caption) of every output medium of `modality`; a pair is one.
 
-    The caption embedding belongs in `<medium's file name>.npy`.
+    The caption embedding belongs in `<medium's file name>.npy`. `file` may be a folder of shards.
 
     Raises:
         InputError: a wrong record, or no such medium in the whole file.
     """
     found = False
-    for row, (record, _) in enumerate(iter_rows(file)):
+    for row, (record, _) in enumerate(annotation_rows(file)):
         for turn in read_record(record, _kind_of(record), file, row).turns:
             for part in turn.parts:
                 if isinstance(part, Media) and part.modality == modality and part.embedding:
