@@ -22,7 +22,8 @@ from training.embed_captions import embed_captions
 def main() -> None:
     """Arguments in, one call a file."""
     parser = argparse.ArgumentParser(description="compute the embeddings of captions")
-    parser.add_argument("captions", type=Path, nargs="+", help="annotation files, or folders of shards")
+    files = "annotation files, or folders of shards"
+    parser.add_argument("captions", type=Path, nargs="+", help=files)
     parser.add_argument("modality", choices=MODALITIES)
     parser.add_argument("out", type=Path, help="folder for the .npy files")
     parser.add_argument("model", help="the decoder: a diffusers folder or a hub name")

@@ -16,6 +16,7 @@ from model.delta import write_delta
 from model.parts import part_of
 from tiny_run import TinyRun, same, tiny_world, trained
 from training.agent import micro_batch_size
+from training.loss_scale import LossScale
 
 ONE_AT_A_TIME = ["training.global_batch_size=4", "training.micro_batch_size=1"]
 
@@ -34,10 +35,13 @@ def from_stage(stage: int) -> list[str]:
     return ["--init-from", str(trained(stage).folder)]
 
 
-def zero(stage: int, folder: Path) -> str:
-    """A `--set` of DeepSpeed's JSON with that ZeRO stage."""
+def zero(stage: int, folder: Path, **more: object) -> str:
+    """A `--set` of DeepSpeed's JSON with that ZeRO stage, and more of its settings."""
     file = folder / f"zero_{stage}.json"
-    settings = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+    settings = {
+        "zero_optimization": {"stage": stage, **more},
+        "zero_allow_untested_optimizer": True,
+    }
     file.write_text(json.dumps(settings))
     return f"training.deepspeed={file}"
 
@@ -136,6 +140,76 @@ def test_processes_with_different_media_agree_with_one_process(
     assert run.delta.keys() == alone.delta.keys()
     for name, tensor in run.delta.items():
         torch.testing.assert_close(tensor, alone.delta[name], rtol=0, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "offloaded", "checkpointed"),
+    [
+        (1, (), True),
+        (2, ("offload_optimizer",), False),
+        (3, ("offload_optimizer", "offload_param"), True),
+    ],
+)
+def test_ways_to_save_memory_change_no_loss(
+    tmp_path: Path, alone: TinyRun, stage: int, offloaded: tuple[str, ...], checkpointed: bool
+) -> None:
+    sets = [*ONE_AT_A_TIME, "training.max_steps=6"]
+    sets += [f"training.activation_checkpointing={checkpointed}".lower()]
+    sets += [zero(stage, tmp_path, **{what: {"device": "cpu"} for what in offloaded})]
+    run = TinyRun(tmp_path, 3, sets, from_stage(2), world=2).finish()
+    assert run.losses == pytest.approx(alone.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("fp16", 1), ("fp16", 3)])
+def test_half_precision_loses_the_same_in_two_processes(
+    tmp_path: Path, alone: TinyRun, precision: str, stage: int
+) -> None:
+    sets = [*ONE_AT_A_TIME, "training.max_steps=6", f"training.precision={precision}"]
+    one = TinyRun(tmp_path / "one", 3, sets, from_stage(2)).finish()
+    sets.append(zero(stage, tmp_path))
+    two = TinyRun(tmp_path / "two", 3, sets, from_stage(2), world=2).finish()
+    assert two.losses == pytest.approx(one.losses, rel=1e-3)
+    assert one.losses == pytest.approx(alone.losses, rel=1e-2) and one.losses != alone.losses
+    norms = [row["gradient_norm"] for row in alone.metrics]
+    for run in (one, two):
+        assert [row["gradient_norm"] for row in run.metrics] == pytest.approx(norms, rel=0.05)
+
+
+class Optimizer:
+    """What DeepSpeed's optimizers have for a loss scale."""
+
+    scale = 0.0
+
+    def override_loss_scale(self, scale: float) -> None:
+        self.scale = scale
+
+
+def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_by_many_good_steps() -> None:
+    optimizer = Optimizer()
+    loss_scale = LossScale(optimizer)
+    first = optimizer.scale
+    loss_scale.update(overflowed=True)
+    assert optimizer.scale == first / 2
+    for _ in range(499):
+        loss_scale.update(overflowed=False)
+    assert optimizer.scale == first / 2
+    again = LossScale(Optimizer())
+    again.load(loss_scale.state())
+    again.update(overflowed=False)
+    assert again.scale == first
+    with pytest.raises(InputError, match="a gradient is not finite"):
+        for _ in range(100):
+            again.update(overflowed=True)
+
+
+def test_fp16_takes_no_step_that_overflows(tmp_path: Path) -> None:
+    sets = [*ONE_AT_A_TIME, "training.max_steps=3", "training.precision=fp16"]
+    sets += ["training.alignment_weights={image: 1e9, video: 1e9, audio: 1e9}", zero(2, tmp_path)]
+    run = TinyRun(tmp_path, 2, sets, from_stage(1)).finish()
+    assert [row["gradient_norm"] for row in run.metrics] == [float("inf")] * 3
+    before = trained(1).delta
+    rows = [name for name in before if name.endswith(".new_rows")]
+    assert rows and all(torch.equal(run.delta[name], before[name]) for name in rows)
 
 
 def test_the_micro_batch_size_changes_nothing(tmp_path: Path, alone: TinyRun) -> None:

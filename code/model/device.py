@@ -21,17 +21,16 @@ def choose_device() -> torch.device:
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of frozen weights and matrix products.
 
-    `auto` is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU.
+    `auto` is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU. fp16 on a
+    CPU works, slowly.
 
     Raises:
-        InputError: fp16 on a CPU, or bf16 on a GPU that lacks it.
+        InputError: bf16 on a GPU that lacks it.
     """
     on_gpu = device.type == "cuda"
     has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_fast_bf16()
     if precision == "auto":
         return torch.bfloat16 if has_bf16 else torch.float16 if on_gpu else torch.float32
-    if precision == "fp16" and not on_gpu:
-        raise InputError("training.precision fp16 needs a GPU: set it to auto, fp32 or bf16")
     if precision == "bf16" and on_gpu and not has_bf16:
         raise InputError("this GPU has no bf16: set training.precision to auto or fp16")
     return _DTYPES[precision]

@@ -25,6 +25,7 @@ from conversation.batch import Batch
 from conversation.parts import MODALITIES, Modality
 from model.nextgpt import Losses, NextGPT
 from model.parts import part_of, tuned_parameters
+from training.loss_scale import LossScale
 
 _FILLED_IN = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -108,7 +109,6 @@ class Agent:
         self.world = dist.get_world_size()
         self.micro_batch_size = micro_batch_size(training, self.world)
         self.accumulation = training.global_batch_size // self.world // self.micro_batch_size
-        self.has_loss_scale = dtype == torch.float16
         self._bad_gradients = torch.zeros((), device=device)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -128,6 +128,8 @@ class Agent:
         except ValueError as error:
             fault = " ".join(str(error).split())
             raise InputError(f"DeepSpeed refuses {training.deepspeed}: {fault}") from error
+        half = dtype == torch.float16
+        self.loss_scale = LossScale(self.engine.optimizer) if half else None
 
     @property
     def model(self) -> NextGPT:
@@ -151,8 +153,10 @@ class Agent:
             parts = [losses.text, *(losses.alignment.get(m, nothing) for m in MODALITIES)]
             sums += torch.stack(parts).detach()
             if index + 1 == len(batches):
-                totals = self._checked_totals(sums)
+                totals, overflowed = self._checked_totals(sums)
             self.engine.step()
+        if self.loss_scale:
+            self.loss_scale.update(overflowed)
         return self._result(totals, counts, rate)
 
     def save(self, folder: Path) -> None:
@@ -163,6 +167,8 @@ class Agent:
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.loss_scale:
+            random |= self.loss_scale.state()
         save_file(random, folder / f"random_{dist.get_rank()}.safetensors")
 
     def load(self, folder: Path) -> None:
@@ -180,6 +186,8 @@ class Agent:
         torch.set_rng_state(random["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], self.device)
+        if self.loss_scale:
+            self.loss_scale.load(random)
 
     def tuned_tensors(self, *, own_vocabulary: bool) -> dict[str, torch.Tensor]:
         """The tuned parameters by name, on the CPU in float32; all processes take part."""
@@ -198,16 +206,19 @@ class Agent:
             loss = loss + weight * distance / counts.runs[modality]
         return loss * self.world * self.accumulation + losses.unused
 
-    def _checked_totals(self, sums: torch.Tensor) -> list[float]:
-        """`sums` over all processes, before the update that they could spoil."""
+    def _checked_totals(self, sums: torch.Tensor) -> tuple[list[float], bool]:
+        """`sums` over all processes, before the update that they could spoil.
+
+        And whether a scaled gradient overflowed: DeepSpeed skips such an update.
+        """
         everything = torch.cat([sums, self._bad_gradients.view(1).double()])
         dist.all_reduce(everything)
         *totals, bad = everything.tolist()
         if not all(math.isfinite(total) for total in totals):
             raise InputError("the loss is not finite: lower the learning rate or look at the data")
-        if bad and not self.has_loss_scale:  # a loss scale meets overflows, and skips those steps
+        if bad and not self.loss_scale:
             raise InputError("a gradient is not finite: lower the learning rate, or use fp32")
-        return totals
+        return totals, bool(bad)
 
     def _note_bad_gradient(self, gradient: torch.Tensor) -> None:
         self._bad_gradients += (~torch.isfinite(gradient.sum())).float()
