@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from config.errors import InputError
 from conversation.parts import MODALITIES, Modality
@@ -155,6 +156,39 @@ def test_progress_reaches_the_end_and_can_stop_the_decoding(modality: Modality) 
 
     with pytest.raises(KeyboardInterrupt):
         decoder.decode(embeddings, OPTIONS, stop)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_an_offloaded_decoder_makes_the_same_and_leaves_the_device_even_when_stopped(
+    modality: Modality, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = torch.device("cpu", 0)  # the same as without a number, but told apart by name
+    decoder = Decoder(modality, str(tiny_decoder(modality)), device, offloaded=True)
+    embeddings = decoder.captions.encode(CAPTIONS[:1])
+    parts = decoder.pipeline.components.values()
+    networks = {part for part in parts if isinstance(part, nn.Module)} - {decoder.captions.encoder}
+    moves: dict[nn.Module, list[str]] = {network: [] for network in networks}
+    move = nn.Module.to
+
+    def told(module: nn.Module, *args: object, **kwargs: object) -> nn.Module:
+        if module in moves and isinstance(args[0], torch.device):
+            moves[module].append(str(args[0]))
+        return move(module, *args, **kwargs)
+
+    for kind in {type(network) for network in networks}:
+        monkeypatch.setattr(kind, "to", told)
+    np.testing.assert_array_equal(
+        values(decoder.decode(embeddings, OPTIONS)[0]), values(decode(modality))
+    )
+    assert networks and all(places == ["cpu:0", "cpu"] for places in moves.values())
+
+    def stop(step: int, steps: int) -> None:
+        assert all(places[-1] == "cpu:0" for places in moves.values())
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decoder.decode(embeddings, OPTIONS, stop)
+    assert all(places == 2 * ["cpu:0", "cpu"] for places in moves.values())
 
 
 def test_kinds_and_sizes_of_what_comes_out() -> None:

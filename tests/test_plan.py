@@ -166,3 +166,16 @@ def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path) -> None:
     )
     assert "2 processes" in done.stdout and "activations" in done.stdout
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "card"),
+    [("7b_24gb", 1, 24), ("7b_80gb", 1, 80), ("7b_8x80gb", 8, 80), ("7b_2_nodes", 16, 80)],
+)
+def test_the_shipped_hardware_configurations_fit_what_they_are_for(
+    name: str, processes: int, card: int
+) -> None:
+    plan = plan_stage(load_config(name, 3), 3, processes)
+    assert f"a GPU of {card} GB ({card} GB): fits" in format_plan(plan)
+    assert f"{processes} processes, each 1 x 8 of {8 * processes} conversations" in plan.facts
+    assert not plan.in_memory

@@ -16,6 +16,7 @@ from test_config import SHIPPED
 from tiny_parts import tiny_overrides
 from tiny_run import TinyRun, tiny_world
 
+PROCESSES = {"7b_8x80gb": 8, "7b_2_nodes": 16}  # of which the tests start one
 PAIR_SETS = {"image": "cc3m", "video": "webvid", "audio": "audiocap"}
 
 
@@ -57,7 +58,8 @@ class ShippedRun(TinyRun):
     def arguments(self) -> list[str]:
         """The command line of code/train.py."""
         system = tiny_world()
-        steps = len(load_config(self.config, self.stage).data.datasets)
+        config = load_config(self.config, self.stage)
+        share = config.training.global_batch_size // PROCESSES.get(self.config, 1)
         overrides = [
             *tiny_overrides(system),
             "language_model.template=published",
@@ -65,7 +67,8 @@ class ShippedRun(TinyRun):
             f"data.root={self.data_root}",
             f"data.cache={system / 'cache'}",
             f"data.embeddings={system / 'embed'}",
-            f"training.max_steps={steps}",
+            f"training.global_batch_size={share}",
+            f"training.max_steps={len(config.data.datasets)}",
         ]
         words = [word for override in overrides for word in ("--set", override)]
         return ["--stage", str(self.stage), "--config", self.config, *words]

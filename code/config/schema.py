@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from conversation.parts import Modality
 
 Part = Literal["input_projection", "output_projections", "lora", "vocabulary"]
+Quantization = Literal["none", "8bit", "4bit"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -41,6 +42,8 @@ class LanguageModelConfig(Section):
     lora_dropout: Fraction
     lora_targets: list[str]  # names of the linear layers that get an adapter
     train_vocabulary: Literal["new", "all"]  # rows of the new tokens only, or both whole matrices
+    # Of the layers' frozen matrices, by bitsandbytes: see model/quantization.py.
+    quantization: Quantization
 
 
 class InputProjectionConfig(Section):
@@ -130,11 +133,13 @@ class TrainingConfig(Section):
 
 
 class GenerationConfig(Section):
-    """How answers are sampled."""
+    """How answers are sampled, and where the decoders are meanwhile."""
 
     top_p: Annotated[float, Field(gt=0, le=1)]
     temperature: Annotated[float, Field(ge=0)]  # 0: always the likeliest token
     max_new_tokens: Positive
+    # Between uses: on the GPU, or in the machine's memory, for cards that cannot hold all at once.
+    decoder_placement: Literal["kept", "offloaded"]
 
 
 class Config(Section):

@@ -7,7 +7,8 @@ guidance.
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -21,7 +22,7 @@ from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_vid
 )
 from diffusers.utils.logging import disable_progress_bar
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from config.errors import InputError
@@ -95,11 +96,19 @@ def initial_noise(
 class Decoder:
     """One frozen pipeline, loaded when first used and kept."""
 
-    def __init__(self, modality: Modality, path: str, device: torch.device) -> None:
-        """Remember the pipeline's diffusers folder or hub name; half precision on CUDA."""
+    def __init__(
+        self, modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
+    ) -> None:
+        """Remember the pipeline's diffusers folder or hub name; half precision on CUDA.
+
+        Args:
+            device: where it works.
+            offloaded: whether all but its text encoder waits in the machine's memory between uses.
+        """
         self.modality: Modality = modality
         self.path = resolve(path)
         self.device = device
+        self.offloaded = offloaded
 
     @cached_property
     def captions(self) -> CaptionEncoder:
@@ -108,7 +117,7 @@ class Decoder:
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
-        """The diffusers pipeline, on the device.
+        """The diffusers pipeline, on the device unless it is offloaded.
 
         Raises:
             InputError: it cannot be loaded.
@@ -125,7 +134,24 @@ class Decoder:
         if self.device.type == "cuda":
             pipeline.vae.enable_slicing()  # 24 large frames at once would be the peak of memory
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(self.device)
+        return pipeline if self.offloaded else pipeline.to(self.device)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Inside, an offloaded pipeline is on the device: what the bus moves in a second or two."""
+        if not self.offloaded:
+            yield
+            return
+        self._move_networks(self.device)
+        try:
+            yield
+        finally:
+            self._move_networks(torch.device("cpu"))
+
+    def _move_networks(self, device: torch.device) -> None:
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module) and part is not self.captions.encoder:
+                part.to(device)
 
     def decode(
         self,
@@ -153,6 +179,12 @@ class Decoder:
                 f"{self.path} takes {self.modality} embeddings of shape {self.captions.shape}, "
                 f"not {tuple(embeddings.shape[1:])}: set caption_shape to match"
             )
+        with self._on_device():
+            return self._decode(embeddings, options, progress)
+
+    def _decode(
+        self, embeddings: Tensor, options: DecodeOptions, progress: Progress | None
+    ) -> list[Output]:
         arguments = self._arguments(embeddings, options)
 
         def on_step(step: int, *_: Any) -> None:

@@ -16,6 +16,7 @@ from config.errors import InputError
 from config.schema import LanguageModelConfig
 from conversation.signal_tokens import SignalTokens
 from model.pretrained_folder import load_whole, loading
+from model.quantization import leave_scales_out_of_states, quantization_config
 from model.vocabulary import grow_vocabulary
 
 
@@ -48,7 +49,14 @@ def load_language_model(
         InputError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks an
             adapter's target.
     """
-    model = load_whole(AutoModelForCausalLM, path, dtype)
+    model = load_whole(
+        AutoModelForCausalLM,
+        path,
+        dtype,
+        quantization=quantization_config(config.quantization, dtype),
+    )
+    if config.quantization != "none":
+        leave_scales_out_of_states(model)
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
         raise InputError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
@@ -94,7 +102,7 @@ def fold_adapters(model: nn.Module) -> None:
 
     For a `model` whose adapters change no more. They stay as they are, to be saved, but cost
     nothing: with adapters on all layers SmolLM2 reads in half the time. To weights in half
-    precision they are not added: most of what they say would be rounded away.
+    precision, or less, they are not added: most of what they say would be rounded away.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and module.get_base_layer().weight.dtype == torch.float32:

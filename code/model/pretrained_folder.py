@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from config.errors import InputError, NotThereError
 from conversation.parts import Modality
+from model.device import choose_device
 
 disable_progress_bar()  # parts are loaded in a second or two, and a bar each hides what is said
 
@@ -92,6 +93,7 @@ def load_whole(
     subfolder: str = "",
     *,
     on_meta: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
     """The model at `path` with every weight: the library by itself would invent missing ones.
 
@@ -101,10 +103,14 @@ def load_whole(
         dtype: of the weights in memory.
         subfolder: of `path`, where the model lies.
         on_meta: compare names and shapes only: no weight is read, the model is on the meta device.
+        quantization: of the layers; such a model is loaded onto this process's device.
 
     Raises:
         InputError: it cannot be read, or a weight is missing or of another shape.
     """
+    placed: dict[str, Any] = {"device_map": "meta" if on_meta else None}
+    if quantization:
+        placed = {"quantization_config": quantization, "device_map": {"": choose_device()}}
     with loading(path):
         model, report = model_class.from_pretrained(
             path,
@@ -112,7 +118,7 @@ def load_whole(
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below
-            device_map="meta" if on_meta else None,
+            **placed,
         )
     wrong = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
     if wrong:

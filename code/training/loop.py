@@ -24,7 +24,8 @@ from model.delta import Delta, carried_over, load_delta, read_delta
 from model.device import choose_device, choose_dtype
 from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table, set_trainable
-from training.agent import Agent, StepCounts
+from model.quantization import refuse_to_divide
+from training.agent import Agent, StepCounts, read_settings
 from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
 from training.fitting import fit_input_projection
@@ -268,6 +269,8 @@ class Trainer:
         training = self.config.training
         if not training.trains:
             raise InputError("training.trains is empty: name what is to be trained")
+        zero_stage = read_settings(training).get("zero_optimization", {}).get("stage", 0)
+        refuse_to_divide(training.deepspeed, zero_stage, self.config.language_model.quantization)
         model = build_model(
             self.config,
             self.dtype,

@@ -19,13 +19,14 @@ from transformers import PreTrainedConfig
 from checkpoints.checks import NETWORKS, language_model_figures
 from config.errors import InputError, NotThereError
 from config.loader import project_path
-from config.schema import Config
+from config.schema import Config, Quantization
 from conversation.batch import Batch
 from conversation.parts import Modality
 from model.build import build_on_meta, find_folder
 from model.imagebind import ImageBind, encoder_figures
 from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table
+from model.quantization import quantizable_matrices, refuse_to_divide, saved_bytes
 from model.weight_files import map_folder
 from training.agent import micro_batch_size, read_settings
 from training.loop import free_what_trains
@@ -72,6 +73,8 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
     training = config.training
     zero = read_settings(training).get("zero_optimization", {})
     zero_stage = zero.get("stage", 0)
+    quantization = config.language_model.quantization
+    refuse_to_divide(training.deepspeed, zero_stage, quantization)
     dtype = _DTYPES.get(training.precision, torch.float32)
     known = _figures(config)
     model = _lay_out(config, known, dtype)
@@ -82,8 +85,10 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
     gradients_kept = 1 / processes if zero_stage >= 2 else 1.0
     meter = _take_through(model, config, dtype, micro, min(passes, 2), gradients_kept)
     weights_kept = 1 / processes if zero_stage >= 3 else 1.0
+    whole = sum(p.numel() * p.itemsize for p in frozen)
+    stored = whole - saved_bytes(model.language_model, quantization)
     weights = {
-        "weights that stay frozen": weights_kept * sum(p.numel() * p.itemsize for p in frozen),
+        "weights that stay frozen": weights_kept * stored,
         "weights that train": weights_kept * trained * _FLOAT,
     }
     beside = zero_stage == 3 and _offloads(zero, "offload_param")
@@ -95,7 +100,7 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
         in_memory = in_memory | updating | copied
     else:
         on_device |= updating
-    on_device |= _reading(config)
+    on_device |= _reading(config) | _unpacking(model.language_model, quantization)
     peak = sum(on_device.values()) + meter.peak
     on_device["gradients"] = trained * _FLOAT * gradients_kept
     on_device["activations"] = meter.peak_besides
@@ -268,6 +273,14 @@ def _reading(config: Config) -> dict[str, float]:
     return needs
 
 
+def _unpacking(language_model: nn.Module, quantization: Quantization) -> dict[str, float]:
+    """A quantized matrix is made whole whenever it is used: one at a time."""
+    if quantization == "none":
+        return {}
+    largest = max(m.numel() * m.itemsize for m in quantizable_matrices(language_model))
+    return {"largest matrix, unpacked": largest}
+
+
 def _encoder_size(config: Config) -> float:
     with torch.device("meta"):
         encoder = ImageBind(encoder_figures(project_path(config.encoder.path)))
@@ -278,11 +291,12 @@ def _serving(
     config: Config, known: tuple[PreTrainedConfig, int], dtype: torch.dtype
 ) -> dict[str, float]:
     """Bytes of the served parts; decoders in half precision, as on a GPU, if they are there."""
-    whole = parts_table(build_on_meta(config, *known, lora=True))
-    numbers = {part: size for part, (size, _) in whole.items()}
-    frozen = numbers.pop("language_model")
+    model = build_on_meta(config, *known, lora=True).to(dtype)
+    numbers = {part: size for part, (size, _) in parts_table(model).items()}
+    whole = numbers.pop("language_model") * dtype.itemsize
+    saved = saved_bytes(model.language_model, config.language_model.quantization)
     sizes = {
-        "language model": float(frozen * dtype.itemsize),
+        "language model": whole - saved,
         "projections, adapters, new rows": float(sum(numbers.values()) * _FLOAT),
         "encoder": _encoder_size(config),
     }

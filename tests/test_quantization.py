@@ -1,0 +1,74 @@
+"""A language model in 8 or 4 bits: smaller, nearly the same, and trained and resumed like any."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from config.errors import InputError
+from model.build import build_model
+from model.quantization import saved_bytes
+from test_training import ONE_AT_A_TIME, from_stage, zero
+from tiny_run import TinyRun, same
+from tiny_system import tiny_config
+from training.plan import plan_stage
+
+IN_BITS = {kind: f"language_model.quantization={kind}" for kind in ("none", "8bit", "4bit")}
+
+
+def language_model(kind: str) -> PreTrainedModel:
+    """The tiny one, with adapters that change nothing yet."""
+    torch.manual_seed(0)
+    config = tiny_config(None, [IN_BITS[kind]])
+    return build_model(config, torch.float32, lora=True, output_projections=False).language_model
+
+
+@torch.no_grad()
+def next_words(kind: str) -> torch.Tensor:
+    """Probabilities of what comes after each of twenty tokens."""
+    ids = torch.arange(5, 25)[None]
+    return language_model(kind).eval()(input_ids=ids).logits.float().softmax(dim=-1)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("8bit", 0.01), ("4bit", 0.05)])
+def test_it_expects_nearly_the_same_words(kind: str, most: float) -> None:
+    distance = (next_words(kind) - next_words("none")).abs().sum(dim=-1).mean() / 2
+    assert 0 < distance < most
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
+    whole, small = language_model("none"), language_model(kind)
+    sizes = [sum(p.numel() * p.itemsize for p in model.parameters()) for model in (whole, small)]
+    assert saved_bytes(whole, kind) == pytest.approx(sizes[0] - sizes[1], rel=0.01)  # scales apart
+    plans = [plan_stage(tiny_config(3, [IN_BITS[k]]), 3, 1) for k in ("none", kind)]
+    frozen = [plan.on_device["weights that stay frozen"] for plan in plans]
+    served = [plan.serving["language model"] for plan in plans]
+    assert frozen[1] < 0.8 * frozen[0] and served[1] < 0.8 * served[0]
+    assert "largest matrix, unpacked" in plans[1].on_device
+
+
+def test_4_bits_train_nearly_as_well_alone_or_in_two_processes_and_resume(tmp_path: Path) -> None:
+    sets = [*ONE_AT_A_TIME, "training.max_steps=12", "training.save_every=4"]
+    whole = TinyRun(tmp_path / "whole", 3, sets, from_stage(2)).finish()
+    sets.append(IN_BITS["4bit"])
+    small = TinyRun(tmp_path / "small", 3, sets, from_stage(2)).finish()
+    assert small.losses == pytest.approx(whole.losses, rel=0.05) and small.losses != whole.losses
+    divided = [*sets, zero(2, tmp_path)]
+    shared = TinyRun(tmp_path / "shared", 3, divided, from_stage(2), world=2).finish()
+    assert shared.losses == pytest.approx(small.losses, rel=1e-3)
+
+    killed = TinyRun(tmp_path / "killed", 3, sets, from_stage(2))
+    killed.kill_when(lambda: len(killed.metrics) >= 6)
+    again = TinyRun(killed.save_path, 3, sets, ["--resume"]).finish()
+    assert "resumed after step" in again.output
+    assert same(again.delta, small.delta)
+
+
+def test_zero_3_refuses_to_divide_it(tmp_path: Path) -> None:
+    sets = [IN_BITS["8bit"], zero(3, tmp_path)]
+    refused = "ZeRO 3 cannot divide weights in 8bit: take stage 2 or less"
+    assert refused in TinyRun(tmp_path, 3, sets, from_stage(2)).fail()
+    with pytest.raises(InputError, match=refused):
+        plan_stage(tiny_config(3, sets), 3, 2)
