@@ -1,0 +1,76 @@
+"""A language model of a billion parameters is loaded without a detour, as measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from parity_tools import PARITY
+
+pytestmark = pytest.mark.slow
+CODE = Path(__file__).parent.parent / "code"
+# In a process of its own: memory that was taken and given back still counts.
+LOADING = """
+import json, re, sys, threading, time
+import torch
+from config.loader import load_config
+from model.build import build_model
+
+def taken(what):  # bytes
+    return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1000
+
+overrides = [f"language_model.path={sys.argv[1]}", f"language_model.quantization={sys.argv[2]}"]
+config = load_config("7b", None, overrides)
+before, own_before, own, loaded = taken("VmRSS"), taken("RssAnon"), [], threading.Event()
+
+def watch():
+    while not loaded.wait(0.01):
+        own.append(taken("RssAnon"))
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = build_model(config, torch.bfloat16, lora=False, output_projections=False).language_model
+loaded.set()
+watcher.join()
+for parameter in model.parameters():
+    parameter.sum()  # reads what is mapped only
+print(json.dumps({"all": taken("VmHWM") - before, "own": max(own) - own_before}))
+"""
+
+
+@pytest.fixture(scope="module")
+def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1.1 billion parameters in bf16, in shards."""
+    folder = tmp_path_factory.mktemp("billion")
+    figures = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, vocab_size=1000
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(figures).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    model.save_pretrained(folder, max_shard_size="500MB")
+    AutoTokenizer.from_pretrained(PARITY / "llama_tiny").save_pretrained(folder)
+    return folder
+
+
+def taken(folder: Path, kind: str) -> dict[str, float]:
+    """The most memory, in shares of the bf16 weights: all, and all but mapped files."""
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    command = [sys.executable, "-c", LOADING, str(folder), kind]
+    done = subprocess.run(command, cwd=CODE, capture_output=True, text=True, check=True)
+    return {what: size / weights for what, size in json.loads(done.stdout).items()}
+
+
+def test_16_bits_take_no_more_than_the_weights(billion: Path) -> None:
+    assert 0.9 < taken(billion, "none")["all"] < 1.2
+
+
+@pytest.mark.parametrize(("kind", "most"), [("8bit", 0.8), ("4bit", 0.6)])
+def test_fewer_bits_take_less_than_the_weights(billion: Path, kind: str, most: float) -> None:
+    assert 0.2 < taken(billion, kind)["own"] < most
