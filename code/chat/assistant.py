@@ -331,7 +331,7 @@ class Assistant:
         """The decoder of `modality`, loaded when first asked for and kept."""
         if modality not in self._decoders:
             path = resolve_model_path(self.config.decoders[modality].path)
-            offloaded = self.config.generation.decoder_placement == "offloaded"
+            offloaded = self.config.serving.decoder_placement == "offloaded"
             decoder = Decoder(modality, path, self.device, offloaded=offloaded)
             _ = decoder.pipeline  # loads it
             self._decoders[modality] = decoder

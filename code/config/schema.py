@@ -133,11 +133,16 @@ class TrainingConfig(Section):
 
 
 class GenerationConfig(Section):
-    """How answers are sampled, and where the decoders are meanwhile."""
+    """How answers are sampled."""
 
     top_p: Annotated[float, Field(gt=0, le=1)]
     temperature: Annotated[float, Field(ge=0)]  # 0: always the likeliest token
     max_new_tokens: Positive
+
+
+class ServingConfig(Section):
+    """Where the parts of a system that answers are."""
+
     # Between uses: on the GPU, or in the machine's memory, for cards that cannot hold all at once.
     decoder_placement: Literal["kept", "offloaded"]
 
@@ -155,3 +160,4 @@ class Config(Section):
     data: DataConfig
     training: TrainingConfig
     generation: GenerationConfig
+    serving: ServingConfig
