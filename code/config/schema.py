@@ -35,7 +35,8 @@ class LanguageModelConfig(Section):
     """The language model and its low-rank adapters (LoRA, arXiv 2106.09685)."""
 
     path: str  # Hugging Face folder, or a hub name
-    template: Literal["published", "chatml"]  # how turns are written: "### Human:", or <|im_start|>
+    # How turns are written: "### Human:", <|im_start|>, or by the model's own chat template.
+    template: Literal["published", "chatml", "own"]
     attention: Literal["sdpa", "eager"]  # eager is faster on the CPU, for short conversations
     lora_rank: Positive
     lora_alpha: Positive

@@ -101,7 +101,7 @@ def split_conversation(
     for index, turn in enumerate(conversation.turns):
         if turn.role == "human":
             opening = template.next_human if index else template.first_human
-            pieces.add_markup(opening, target=False, sealed=index == 0)
+            pieces.add_markup(opening, target=False, sealed=index == 0 and template.first_apart)
             _add_parts(turn, pieces, signals, media_tokens)
             pieces.add_markup(template.answer_opening, target=False)
         else:

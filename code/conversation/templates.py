@@ -1,7 +1,8 @@
 """How turns are written down for the language model.
 
 `published` is Vicuna v0's form as NExT-GPT was trained on it; `chatml` is the form of SmolLM2 and
-many others. A template is strings around the turns; a `Special` is one token of the tokenizer.
+many others; a model's own is read off its tokenizer (see chat_template.py). A template is strings
+around the turns; a `Special` is one token of the tokenizer.
 """
 
 from dataclasses import dataclass
@@ -23,11 +24,12 @@ class Template:
 
     Attributes:
         begins_with_bos: whether the tokenizer's beginning-of-sequence token comes first.
-        first_human: opens the first human turn; tokenized apart from the text behind it.
+        first_human: opens the first human turn.
         next_human: opens the others; tokenized together with the text behind it.
         answer_opening: closes a human turn and opens the answer; no loss on it.
         end_after_text, end_after_media: end of an answer; the loss counts them.
         after_answer: between an answer and the next turn; no loss.
+        first_apart: whether `first_human` is tokenized apart from the text behind it, as published.
     """
 
     begins_with_bos: bool
@@ -37,6 +39,7 @@ class Template:
     end_after_text: Markup
     end_after_media: Markup
     after_answer: Markup = ()
+    first_apart: bool = True
 
 
 _IM_START, _IM_END = Special("<|im_start|>"), Special("<|im_end|>")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from config.errors import InputError, NotThereError
 from config.loader import project_path
 from config.schema import Config
+from conversation.chat_template import own_template
 from conversation.encoding import ConversationEncoder
 from conversation.parts import Modality
 from conversation.signal_tokens import SignalTokens
@@ -49,7 +50,8 @@ def build_conversation_encoder(config: Config) -> ConversationEncoder:
     path = resolve_model_path(config.language_model.path)
     tokenizer = load_tokenizer(path)
     signals = SignalTokens(signal_counts(config), first_id=len(tokenizer))
-    template = TEMPLATES[config.language_model.template]
+    name = config.language_model.template
+    template = own_template(tokenizer) if name == "own" else TEMPLATES[name]
     return ConversationEncoder(tokenizer, signals, template, config.input_projection.tokens)
 
 
