@@ -13,6 +13,7 @@ from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
 from model.imagebind.encoder import ImageBind
 from model.imagebind.loading import fingerprint, is_left_out, load_imagebind, save_imagebind
 from parity_tools import PARITY, cases, fill_by_recipe, relative_error
+from record_full_size import RECORD, full_size_features
 
 TINY = ImageBindConfig(
     vision=TrunkConfig(width=64, blocks=2, heads=4),
@@ -59,6 +60,15 @@ def test_huge_has_the_published_names_and_shapes() -> None:
         model = ImageBind(IMAGEBIND_HUGE)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes == {name: shape for name, shape in PUBLISHED.items() if not is_left_out(name)}
+
+
+@pytest.mark.slow
+def test_huge_gives_what_it_gave_when_it_was_recorded() -> None:
+    """The record is this project's own: see record_full_size.py."""
+    recorded = load_file(RECORD)
+    for modality, features in full_size_features().items():
+        assert features.shape == (1, 1024)
+        assert relative_error(features, recorded[modality]) < 1e-4, modality
 
 
 def test_left_out_are_exactly_text_depth_thermal_and_imu() -> None:

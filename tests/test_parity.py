@@ -13,7 +13,7 @@ from conversation.parts import MODALITIES
 from model.build import build_conversation_encoder, build_model, build_on_meta
 from model.delta import load_delta, read_delta, write_delta
 from model.nextgpt import Losses, NextGPT
-from model.parts import PARTS, set_trainable
+from model.parts import PARTS, parts_table, set_trainable
 from model.published import model_to_published
 from parity.recipe import recipe_tensor
 from parity_tools import PARITY, cases, relative_error
@@ -128,6 +128,19 @@ def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
     written = model_to_published(model)
     recorded = json.loads((PARITY / "delta_keys_7b.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in written.items()} == recorded
+
+
+def test_the_tuned_parts_have_the_published_parameter_counts() -> None:
+    """The paper's figures, in millions; the vocabulary's rows are counted apart there."""
+    config = load_config("7b")
+    model = build_on_meta(config, LlamaConfig(), own_tokens=32000, lora=True)
+    counts = {part: size / 1e6 for part, (size, _) in parts_table(model).items()}
+    assert round(counts["input_projection"], 1) == 4.2
+    assert round(counts["lora"], 1) == 33.6
+    published = {"image": 31.96, "video": 32.09, "audio": 31.79}
+    for modality, projection in model.output_projections.items():
+        trained = sum(p.numel() for p in projection.parameters())
+        assert round(trained / 1e6, 2) == published[modality]
 
 
 def test_a_merged_vicuna_with_a_padding_row_is_read_with_the_published_ids(tmp_path: Path) -> None:

@@ -1,1 +1,3 @@
 """The mini world: a closed world of things, rendered by code, where every claim is measurable."""
+
+import model  # noqa: F401  (quiets libraries, before they are loaded)

@@ -1,0 +1,205 @@
+"""What the 7B system costs on a GPU: random weights of the real shapes, nothing is fetched.
+
+    python benchmarks/gpu.py [--config 7b] [--set key=value] [--stages 1,2,3] [--answer]
+
+For each stage whole training steps (forward, backward, clipping, update) on micro batches as full
+as they may be: tokens a second, the share of the card's peak in half precision that the products
+take (what activation checkpointing computes twice counts twice), and the peak of memory. With
+`--answer` a whole answer with a picture, a video and a sound at the configured step counts, each
+link timed; decoders whose folders are not there get random weights too, on disk: 8 GB.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
+
+from real_decoders import write_random_decoder
+
+import chat.assistant
+from chat.assistant import Assistant
+from chat.options import ChatOptions
+from checkpoints.checks import language_model_figures
+from config.entry import run_entry
+from config.loader import load_config, project_path
+from config.schema import Config
+from conversation.batch import Batch
+from conversation.encoding import ConversationEncoder
+from conversation.parts import MODALITIES, Conversation, Text, Turn
+from conversation.signal_tokens import SignalTokens
+from conversation.templates import TEMPLATES
+from model.build import build_on_meta, signal_counts
+from model.device import choose_device, choose_dtype
+from model.nextgpt import NextGPT
+from training.agent import Agent, StepCounts
+from training.loop import free_what_trains
+from training.plan import full_batch
+from training.processes import start_processes
+
+# bf16 without sparsity, from the makers' data sheets, in FLOP/s; T4 and V100 in fp16.
+PEAKS = {
+    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
+    "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+}  # fmt: skip
+WORDS = 32  # tokens of the answer before its signal runs
+# Any will do: what random weights say makes no sense.
+TOKENIZER = Path(__file__).parent.parent / "tests" / "parity" / "llama_tiny"
+
+
+def random_model(config: Config, device: torch.device, *, lora: bool, outputs: bool) -> NextGPT:
+    """The configured shapes with random weights, frozen ones in the run's precision."""
+    known = language_model_figures(config)
+    if known is None:
+        sys.exit(f"{config.language_model.path}: not there, and its shapes are not known")
+    model = build_on_meta(config, *known, lora=lora, output_projections=outputs)
+    model.language_model.set_attn_implementation(config.language_model.attention)
+    dtype = choose_dtype(config.training.precision, device)
+    free_what_trains(model, config)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    model.to_empty(device=device)
+    decoder = model.language_model.model
+    decoder.rotary_emb = type(decoder.rotary_emb)(decoder.config).to(device)  # figures, no weights
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.02)
+    return model
+
+
+def measure_stage(config: Config, stage: int, steps: int, device: torch.device) -> str:
+    """One stage's row."""
+    trains = config.training.trains
+    model = random_model(
+        config, device, lora="lora" in trains, outputs="output_projections" in trains
+    )
+    dtype = choose_dtype(config.training.precision, device)
+    agent = Agent(model, config.training, steps + 1, device, dtype)
+    batches = [random_batch(config, model, agent.micro_batch_size).to(device)]
+    batches *= agent.accumulation
+    tokens = sum(batch.input_ids.numel() for batch in batches)
+    runs = {m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in MODALITIES}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with FlopCounterMode(display=False) as counter:
+        agent.step(batches, StepCounts(tokens, runs))
+    seconds = []
+    for _ in range(steps):
+        start = time.perf_counter()
+        agent.step(batches, StepCounts(tokens, runs))
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    second = statistics.median(seconds)
+    rate = counter.get_total_flops() / second
+    return (
+        f"stage {stage}: {tokens} tokens a step of {len(batches)} x {agent.micro_batch_size} "
+        f"conversations, {second:.3f} s, {tokens / second:,.0f} tokens a second, "
+        f"{rate / 1e12:.2f} TFLOP/s{share_of_peak(rate, device)}{peak_memory(device)}"
+    )
+
+
+def random_batch(config: Config, model: NextGPT, micro: int) -> Batch:
+    """A full micro batch of random ids."""
+    batch = full_batch(config, model, micro)
+    vocabulary = model.own_vocabulary_size
+    batch.input_ids = torch.randint(vocabulary, batch.input_ids.shape)
+    batch.targets = batch.input_ids.clone()
+    batch.features = torch.randn(batch.features.shape)
+    batch.captions = {m: torch.randn(one.shape) for m, one in batch.captions.items()}
+    return batch
+
+
+def measure_answer(config: Config, device: torch.device) -> str:
+    """A whole answer: words, then a picture, a video and a sound."""
+    config = with_decoders(config, Path(tempfile.mkdtemp(prefix="random_decoders_")))
+    known = language_model_figures(config)
+    signals = SignalTokens(signal_counts(config), first_id=known[1])
+    template = TEMPLATES[config.language_model.template]
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    encoder = ConversationEncoder(tokenizer, signals, template, config.input_projection.tokens)
+    model = random_model(config, device, lora=True, outputs=True)
+    assistant = Assistant(config, encoder, model, device, [])
+    options = replace(ChatOptions.from_config(config), max_new_tokens=WORDS, temperature=0)
+    write = chat.assistant.generate_answers
+
+    def write_and_call(*arguments: object, **keywords: object) -> list[list[int]]:
+        """Random weights call for no media: what they write is followed by all three."""
+        own = min(len(tokenizer), known[1])
+        ids = [[one % own for one in row] for row in write(*arguments, **keywords)]
+        runs = [token for modality in MODALITIES for token in signals.run(modality)]
+        return [row + runs for row in ids]
+
+    chat.assistant.generate_answers = write_and_call
+    asked = Conversation((Turn("human", (Text("Show me all of it, and let me hear it."),)),))
+    for modality in MODALITIES:
+        assistant.load_decoder(modality)
+    assistant.chat(asked, seed=0, options=options)  # warms up
+    start = time.perf_counter()
+    answer = assistant.chat(asked, seed=0, options=options)
+    synchronize(device)
+    whole = time.perf_counter() - start
+    links = ", ".join(f"{link} {seconds:.2f} s" for link, seconds in answer.seconds.items())
+    written = len(answer.token_ids)
+    return f"answer: {written} tokens and 3 media in {whole:.2f} s: {links}{peak_memory(device)}"
+
+
+def with_decoders(config: Config, folder: Path) -> Config:
+    """The configuration, its decoders those that are there, or random ones of the real sizes."""
+    values = config.model_dump()
+    for modality, decoder in values["decoders"].items():
+        if not project_path(decoder["path"]).is_dir():
+            write_random_decoder(modality, folder / modality)
+            decoder["path"] = str(folder / modality)
+    return Config.model_validate(values)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def share_of_peak(rate: float, device: torch.device) -> str:
+    """In words; nothing for a card whose peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((peak for card, peak in PEAKS.items() if card in name), None)
+    return f", {100 * rate / peak:.1f} % of the peak" if peak else ""
+
+
+def peak_memory(device: torch.device) -> str:
+    """In words, of a GPU's allocator."""
+    if device.type != "cuda":
+        return ""
+    return f", at most {torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+
+
+def main() -> None:
+    """Measure what is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--config", default="7b")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--stages", default="1,2,3", help="which, with commas; empty: none")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--answer", action="store_true", help="a whole answer, too")
+    arguments = parser.parse_args()
+    device = choose_device()
+    start_processes(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    print(f"{name}, torch {torch.__version__}, config {arguments.config}", flush=True)
+    for stage in filter(None, arguments.stages.split(",")):
+        config = load_config(arguments.config, int(stage), arguments.set)
+        print(measure_stage(config, int(stage), arguments.steps, device), flush=True)
+    if arguments.answer:
+        print(measure_answer(load_config(arguments.config, None, arguments.set), device))
+
+
+if __name__ == "__main__":
+    run_entry(main)

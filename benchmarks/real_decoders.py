@@ -1,0 +1,126 @@
+"""The three published decoders with random weights: their shapes, for measurements without them.
+
+The figures are those of the published folders' configurations; the parameter counts are tested
+against the paper's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+)
+from transformers import (
+    ClapTextConfig,
+    ClapTextModelWithProjection,
+    CLIPTextConfig,
+    CLIPTextModel,
+    SpeechT5HifiGan,
+    SpeechT5HifiGanConfig,
+)
+
+from config.atomic import written_aside
+from conversation.parts import Modality
+from mini_world.mini_decoders import UNCHECKED
+from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
+from model.decoders import PIPELINES
+
+_UNET = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
+
+
+def _vae(channels: int, latents: int, widths: tuple[int, ...]) -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        latent_channels=latents,
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        layers_per_block=2,
+        sample_size=512,
+    )
+
+
+def _clip(width: int, layers: int, heads: int) -> CLIPTextModel:
+    figures = CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+    )
+    return CLIPTextModel(figures)
+
+
+def image_networks() -> dict[str, Any]:
+    """Stable Diffusion v1-5's."""
+    return {
+        "text_encoder": _clip(768, 12, 12),
+        "vae": _vae(3, 4, (128, 256, 512, 512)),
+        "unet": UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768, attention_head_dim=8, **_UNET
+        ),
+    }
+
+
+def video_networks() -> dict[str, Any]:
+    """ZeroScope v2 576w's."""
+    return {
+        "text_encoder": _clip(1024, 23, 16),
+        "vae": _vae(3, 4, (128, 256, 512, 512)),
+        "unet": UNet3DConditionModel(
+            sample_size=32, cross_attention_dim=1024, attention_head_dim=64, **_UNET
+        ),
+    }
+
+
+def audio_networks() -> dict[str, Any]:
+    """AudioLDM l-full's."""
+    widths = (256, 512, 768, 1280)
+    return {
+        "text_encoder": ClapTextModelWithProjection(ClapTextConfig(projection_dim=512)),
+        "vae": _vae(1, 8, (128, 256, 512)),
+        "unet": UNet2DConditionModel(
+            sample_size=128,
+            in_channels=8,
+            out_channels=8,
+            block_out_channels=widths,
+            down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * 3),
+            up_block_types=(*("CrossAttnUpBlock2D",) * 3, "UpBlock2D"),
+            layers_per_block=2,
+            attention_head_dim=tuple(width // 32 for width in widths),
+            cross_attention_dim=widths,
+            class_embed_type="simple_projection",
+            projection_class_embeddings_input_dim=512,
+            class_embeddings_concat=True,
+        ),
+        "vocoder": SpeechT5HifiGan(
+            SpeechT5HifiGanConfig(
+                model_in_dim=64,
+                upsample_initial_channel=1024,
+                upsample_rates=(5, 4, 2, 2, 2),
+                upsample_kernel_sizes=(16, 16, 8, 4, 4),
+                normalize_before=False,
+            )
+        ),
+    }
+
+
+NETWORKS = {"image": image_networks, "video": video_networks, "audio": audio_networks}
+
+
+def write_random_decoder(modality: Modality, folder: Path) -> None:
+    """Write the pipeline with random weights in half precision, in diffusers' format."""
+    words = ["anything at all"]
+    tokenizer = roberta_tokenizer(words, 512) if modality == "audio" else clip_tokenizer(words, 77)
+    networks = NETWORKS[modality]()
+    unchecked = UNCHECKED if modality == "image" else {}
+    pipeline = PIPELINES[modality](
+        tokenizer=tokenizer, scheduler=DDIMScheduler(), **networks, **unchecked
+    )
+    with written_aside(folder) as aside, torch.no_grad():
+        pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)

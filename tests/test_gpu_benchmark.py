@@ -1,0 +1,41 @@
+"""The benchmark for GPUs runs on the tiny system, and its random decoders have the real sizes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiny_parts import tiny_overrides
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+def test_every_stage_and_an_answer_are_measured_on_the_tiny_system(tmp_path: Path) -> None:
+    overrides = [*tiny_overrides(tmp_path), "data.max_length=64", "training.micro_batch_size=4"]
+    sets = [word for one in overrides for word in ("--set", one)]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--steps", "1", "--answer", *sets]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"stage (\d): (\d+) tokens .* ([\d,]+) tokens a second", done.stdout)
+    assert [(stage, tokens) for stage, tokens, _ in rows] == [(s, "512") for s in "123"]
+    assert re.search(r"answer: 68 tokens and 3 media in .*image .*video .*audio", done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("modality", "unet", "whole"),
+    [("image", 860, 1066), ("video", 1411, 1835), ("audio", 739, 975)],
+)
+def test_random_decoders_have_the_published_sizes(
+    modality: str, unet: int, whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from real_decoders import NETWORKS
+
+    with torch.device("meta"):
+        networks = NETWORKS[modality]()
+    sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
+    assert round(sizes["unet"] / 1e6) == unet
+    assert round(sum(sizes.values()) / 1e6) == whole
