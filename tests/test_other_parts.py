@@ -1,0 +1,115 @@
+"""Another language model and other decoders by configuration alone: all stages, and an answer."""
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from chat.assistant import Assistant
+from chat.options import ChatOptions
+from config.errors import InputError
+from config.loader import load_config
+from config.schema import Config
+from conversation.parts import MODALITIES, Conversation, Media, Modality, Text, Turn
+from mini_world.mini_decoders import build_mini_decoder
+from model.delta import load_delta, read_delta
+from parity_tools import PARITY
+from test_chat_template import ZEPHYR
+from tiny_decoders import CAPTIONS, TINY
+from tiny_run import TinyRun
+from tiny_system import tiny_model
+
+SIGNALS: dict[Modality, int] = {"image": 3, "video": 5, "audio": 2}
+FIGURES = replace(TINY, text_width=48, text_tokens=10, sound_width=24)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The overrides that choose a model with grouped queries and its own template, and decoders."""
+    folder = tmp_path_factory.mktemp("other")
+    tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
+    tokenizer.chat_template = ZEPHYR
+    tokenizer.save_pretrained(folder / "language_model")
+    figures = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=request.param,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(figures).save_pretrained(folder / "language_model")
+    picture = [FIGURES.text_tokens, FIGURES.text_width]
+    shapes = {"image": picture, "video": picture, "audio": [FIGURES.sound_width]}
+    sets = [
+        f"language_model.path={folder / 'language_model'}",
+        "language_model.template=own",
+        "data.caption_embeddings=online",
+    ]
+    for modality in MODALITIES:
+        build_mini_decoder(modality, folder / modality, 1, CAPTIONS[:1], FIGURES)
+        sets.append(f"decoders.{modality}.path={folder / modality}")
+        sets.append(f"decoders.{modality}.caption_shape={shapes[modality]}")
+        sets.append(f"decoders.{modality}.signal_tokens={SIGNALS[modality]}")
+    return sets
+
+
+@pytest.fixture(scope="module")
+def stages(other: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[TinyRun]:
+    """All stages on those parts, one after the other."""
+    path = tmp_path_factory.mktemp("stages")
+    return [TinyRun(path, stage, other).finish() for stage in (1, 2, 3, 4)]
+
+
+def test_all_stages_train_it(stages: list[TinyRun]) -> None:
+    for run in stages:
+        assert len(run.losses) == 4 and run.metrics[-1]["skipped"] == 0
+    rows = {n: t.shape for n, t in stages[-1].delta.items() if n.endswith("new_rows")}
+    assert set(rows.values()) == {(2 + sum(SIGNALS.values()), 96)}
+    image = stages[-1].delta["output_projections.image.fc.weight"]
+    assert image.shape[1] == 96
+
+
+def config_of(run: TinyRun) -> Config:
+    overrides = [word for flag, word in pairwise(run.arguments) if flag == "--set"]
+    return load_config("7b", overrides=overrides)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+@torch.no_grad()
+def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: Modality) -> None:
+    assistant = Assistant.load(config_of(stages[-1]), stages[-1].folder)
+    signals = assistant.encoder.signals
+    row = assistant.model.language_model.get_output_embeddings().new_rows[
+        signals.run(modality)[0] - signals.first_id
+    ]
+    options = replace(ChatOptions.from_config(assistant.config), top_p=1.0)
+    asked = Conversation((Turn("human", (Text("Show me all of it."),)),))
+    row *= 200  # whatever is said, a run of it begins now and then: for one of the two signs
+    answers = [assistant.chat(asked, seed=1, options=options)]
+    row *= -1
+    answers.append(assistant.chat(asked, seed=1, options=options))
+    media = [part for one in answers for part in one.turn.parts if isinstance(part, Media)]
+    captions = [caption for one in answers for caption in one.captions]
+    shape = tuple(assistant.config.decoders[modality].caption_shape)
+    assert (modality, shape) in [
+        (medium.modality, tuple(caption.shape))
+        for medium, caption in zip(media, captions, strict=True)
+    ]
+
+
+def test_its_tuned_parameters_are_refused_by_another(stages: list[TinyRun]) -> None:
+    delta = read_delta(stages[-1].folder)
+    with pytest.raises(
+        InputError, match=r"input_projection.bias: shape \(96,\), expected \(128,\)"
+    ):
+        load_delta(tiny_model(lora=True), delta, {"input_projection"})
+
+
+def test_embeddings_of_another_decoder_are_refused_with_both_shapes(
+    stages: list[TinyRun], other: list[str], tmp_path: Path
+) -> None:
+    precomputed = [*other, "data.caption_embeddings=precomputed"]
+    run = TinyRun(tmp_path, 2, precomputed, ["--init-from", str(stages[0].folder)])
+    assert re.search(r"shape \((12, 32|16,)\), expected \((10, 48|24,)\)", run.fail())
