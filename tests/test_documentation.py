@@ -124,7 +124,8 @@ def test_every_flag_named_in_the_readmes_is_some_programs(help_of: Callable) -> 
             "code/inference.py", "code/process_embeddings.py", "code/dataset/preprocess_dataset.py",
             "code/mini_world/write_data.py", "code/mini_world/build_parts.py", "code/evaluate.py",
             "code/evaluate_parts.py", "code/prepare_checkpoints.py", "code/merge_vicuna.py",
-            "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
+            "code/check_data.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
+            "benchmarks/gpu.py",
         )
     ]  # fmt: skip
     known = {"--help"}.union(*(help_of(file) for file in programs))

@@ -1,15 +1,21 @@
 """A language model in 8 or 4 bits: smaller, nearly the same, and trained and resumed like any."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from chat.assistant import Assistant
+from chat.options import ChatOptions
 from config.errors import InputError
+from config.loader import load_config
+from conversation.parts import Conversation, Text, Turn
 from model.build import build_model
 from model.quantization import saved_bytes
 from test_training import ONE_AT_A_TIME, from_stage, zero
+from tiny_parts import tiny_overrides, write_tiny_parts
 from tiny_run import TinyRun, same
 from tiny_system import tiny_config
 from training.plan import plan_stage
@@ -47,6 +53,20 @@ def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
     served = [plan.serving["language model"] for plan in plans]
     assert frozen[1] < 0.8 * frozen[0] and served[1] < 0.8 * served[0]
     assert "largest matrix, unpacked" in plans[1].on_device
+
+
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_it_answers_with_words_and_media(kind: str, tmp_path: Path) -> None:
+    write_tiny_parts(tmp_path, favoured=range(38))
+    config = load_config("7b", overrides=[*tiny_overrides(tmp_path), IN_BITS[kind]])
+    assistant = Assistant.load(config, tmp_path / "tuned" / "stage_3")
+    assert any(
+        p.dtype in (torch.int8, torch.uint8) for p in assistant.model.language_model.parameters()
+    )
+    options = replace(ChatOptions.from_config(config), top_p=1.0)
+    asked = Conversation((Turn("human", (Text("Show me all of it."),)),))
+    answers = [assistant.chat(asked, seed=seed, options=options) for seed in range(4)]
+    assert any(answer.text for answer in answers) and any(answer.outputs for answer in answers)
 
 
 def test_4_bits_train_nearly_as_well_alone_or_in_two_processes_and_resume(tmp_path: Path) -> None:

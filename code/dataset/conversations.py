@@ -7,9 +7,11 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from config.errors import MediaError
-from conversation.parts import Conversation, Media, Part, Turn
-from dataset.catalog import DatasetSource
+from config.errors import InputError, MediaError
+from config.loader import project_path
+from config.schema import Config, DataConfig
+from conversation.parts import Conversation, Media, Modality, Part, Turn
+from dataset.catalog import DatasetSource, resolve_entry
 from dataset.index import open_index
 from dataset.readers import READER_VERSION, Record, read_record
 from dataset.shards import medium_exists
@@ -76,6 +78,26 @@ class ConversationDataset(Dataset[Conversation]):
 
         turns = (Turn(turn.role, tuple(placed(part) for part in turn.parts)) for turn in read.turns)
         return Conversation(tuple(turns))
+
+
+def open_conversations(data: DataConfig) -> ConversationDataset:
+    """The data sets that a configuration names.
+
+    Raises:
+        InputError: it names none or an unknown one, or an annotation file is missing or wrong.
+    """
+    if not data.datasets:
+        raise InputError("data.datasets is empty: name data sets of dataset/catalog.py")
+    root, embeddings = project_path(data.root), project_path(data.embeddings)
+    sources = [resolve_entry(name, root, embeddings) for name in data.datasets]
+    return ConversationDataset(sources, project_path(data.cache))
+
+
+def caption_shapes(config: Config) -> dict[Modality, tuple[int, ...]] | None:
+    """Shapes of the caption embeddings computed ahead; none if they are computed while training."""
+    if config.data.caption_embeddings == "online":
+        return None
+    return {modality: tuple(one.caption_shape) for modality, one in config.decoders.items()}
 
 
 def _read(source: DatasetSource, record: Record, row: int) -> Conversation:

@@ -16,8 +16,7 @@ from config.loader import project_path
 from config.schema import Config, Part
 from conversation.batch import Batch
 from conversation.parts import MODALITIES
-from dataset.catalog import resolve_entry
-from dataset.conversations import ConversationDataset
+from dataset.conversations import caption_shapes, open_conversations
 from dataset.sampler import BatchPlan
 from model.build import build_conversation_encoder, build_model
 from model.delta import Delta, carried_over, load_delta, read_delta
@@ -237,22 +236,12 @@ class Trainer:
 
     def open_samples(self) -> ReadySamples:
         """The stage's data sets, their features and their caption embeddings."""
-        data = self.config.data
-        if not data.datasets:
-            raise InputError("data.datasets is empty: name data sets of dataset/catalog.py")
-        embeddings = project_path(data.embeddings)
-        sources = [
-            resolve_entry(name, project_path(data.root), embeddings) for name in data.datasets
-        ]
-        shapes = None
-        if data.caption_embeddings == "precomputed":
-            shapes = {m: tuple(d.caption_shape) for m, d in self.config.decoders.items()}
         return ReadySamples(
-            ConversationDataset(sources, project_path(data.cache)),
+            open_conversations(self.config.data),
             build_conversation_encoder(self.config),
-            data.max_length,
+            self.config.data.max_length,
             FeatureCaches(self.config),
-            shapes,
+            caption_shapes(self.config),
         )
 
     def find_predecessor(self, checkpoint: Path | None) -> Path | None:
@@ -299,6 +288,4 @@ def free_what_trains(model: NextGPT, config: Config) -> None:
     whole = config.language_model.train_vocabulary == "all"
     set_trainable(model, config.training.trains, own_vocabulary=whole)
     if config.training.activation_checkpointing:
-        model.language_model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
-        )
+        model.language_model.activation_checkpointing_enable({"use_reentrant": False})

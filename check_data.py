@@ -1,0 +1,1 @@
+code/check_data.py

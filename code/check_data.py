@@ -1,0 +1,41 @@
+"""Says whether a stage's data sets are ready: records, media and caption embeddings.
+
+    python check_data.py --config 7b --stage 1 [cc3m_enc ...]
+
+Every record is read and every file looked for, some media are decoded. The exit code is 1 if any
+conversation could not be used; a run leaves such ones out, and ends when they are too many.
+"""
+
+import argparse
+import sys
+
+from config.entry import run_entry
+from config.loader import STAGES, load_config
+from dataset.checking import check_datasets
+from dataset.conversations import caption_shapes, open_conversations
+
+
+def main() -> None:
+    """Arguments in, a paragraph a data set out."""
+    parser = argparse.ArgumentParser(description="say whether data sets are ready")
+    parser.add_argument("datasets", nargs="*", help="names; none: all of the stage")
+    parser.add_argument("--config", default="7b", help="mini, 7b, or a YAML file")
+    parser.add_argument("--stage", type=int, choices=STAGES, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--decode", type=int, default=20, help="media of a data set to be decoded")
+    arguments = parser.parse_args()
+    overrides = list(arguments.set)
+    if arguments.datasets:
+        overrides.append(f"data.datasets=[{', '.join(arguments.datasets)}]")
+    config = load_config(arguments.config, arguments.stage, overrides)
+    aligned = "output_projections" in config.training.trains
+    shapes = caption_shapes(config) if aligned else None
+    unusable = 0
+    for finding in check_datasets(open_conversations(config.data), shapes, arguments.decode):
+        print(finding, flush=True)
+        unusable += finding.unusable
+    sys.exit(1 if unusable else 0)
+
+
+if __name__ == "__main__":
+    run_entry(main)
