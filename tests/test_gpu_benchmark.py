@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from checkpoints.sources import source_of
+from config.loader import load_config
 from tiny_parts import tiny_overrides
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -39,3 +41,5 @@ def test_random_decoders_have_the_published_sizes(
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
     assert round(sizes["unet"] / 1e6) == unet
     assert round(sum(sizes.values()) / 1e6) == whole
+    path = load_config("7b").decoders[modality].path
+    assert sum(sizes.values()) == source_of(modality, path).numbers

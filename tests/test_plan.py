@@ -131,7 +131,8 @@ def test_the_published_system_is_planned_without_its_files() -> None:
     assert plan.on_device["weights that stay frozen"] == pytest.approx(13.5e9, rel=0.01)
     told = format_plan(plan)
     assert "a GPU of 24 GB (24 GB): fits" in told
-    assert "decoder, video: not here, not counted" in told
+    assert "decoder, video: not here, as published" in told
+    assert sum(plan.serving.values()) == pytest.approx(24.6e9, rel=0.01)
 
 
 def test_what_is_too_large_for_a_card_is_said() -> None:

@@ -22,12 +22,14 @@ class Source:
         licence: as its makers state it.
         way: how it is got.
         then: what is still to be done by hand, a command.
+        numbers: how many weights of a decoder are loaded; 0: not known.
     """
 
     title: str
     licence: str
     way: Way
     then: str = ""
+    numbers: int = 0
 
 
 def configured_path(config: Config, part: PartName) -> str:
@@ -51,8 +53,10 @@ def source_of(part: PartName, path: str) -> Source | None:
     return None
 
 
-def _hub_decoder(repo: str, modality: Modality, title: str, licence: str) -> dict[str, Source]:
-    return {repo: Source(title, licence, HubPipeline(repo, modality))}
+def _hub_decoder(
+    repo: str, modality: Modality, title: str, licence: str, numbers: int
+) -> dict[str, Source]:
+    return {repo: Source(title, licence, HubPipeline(repo, modality), numbers=numbers)}
 
 
 def _shipped(path: str, title: str) -> dict[str, Source]:
@@ -81,9 +85,14 @@ SOURCES: dict[str, Source] = {
         "image",
         "Stable Diffusion v1-5",
         "CreativeML OpenRAIL-M",
+        1_066_235_307,
     ),
-    **_hub_decoder("cerspense/zeroscope_v2_576w", "video", "ZeroScope v2 576w", "CC BY-NC 4.0"),
-    **_hub_decoder("cvssp/audioldm-l-full", "audio", "AudioLDM l-full", "CC BY-NC-SA 4.0"),
+    **_hub_decoder(
+        "cerspense/zeroscope_v2_576w", "video", "ZeroScope v2 576w", "CC BY-NC 4.0", 1_835_275_563
+    ),
+    **_hub_decoder(
+        "cvssp/audioldm-l-full", "audio", "AudioLDM l-full", "CC BY-NC-SA 4.0", 975_082_866
+    ),
     "ckpt/delta_ckpt/nextgpt/7b_tiva_v0": Source(
         "NExT-GPT 7b_tiva_v0, tuned",
         "see its card",

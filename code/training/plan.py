@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from checkpoints.checks import NETWORKS, language_model_figures
+from checkpoints.sources import source_of
 from config.errors import InputError, NotThereError
 from config.loader import project_path
 from config.schema import Config, Quantization
@@ -304,7 +305,10 @@ def _serving(
         try:
             folder = find_folder(decoder.path, "model_index.json")
         except NotThereError:
-            sizes[f"decoder, {modality}: not here, not counted"] = 0.0
+            source = source_of(modality, decoder.path)
+            known_numbers = source.numbers if source else 0
+            counted = "as published" if known_numbers else "not counted"
+            sizes[f"decoder, {modality}: not here, {counted}"] = 2.0 * known_numbers
             continue
         parts = [map_folder(folder / name) for name in ("text_encoder", *NETWORKS[modality])]
         numbers = sum(tensor.numel() for part in parts for tensor in part.values())
