@@ -10,6 +10,7 @@ link timed; decoders whose folders are not there get random weights too, on disk
 """
 
 import argparse
+import re
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,7 @@ from chat.assistant import Assistant
 from chat.options import ChatOptions
 from checkpoints.checks import language_model_figures
 from config.entry import run_entry
+from config.errors import InputError
 from config.loader import load_config, project_path
 from config.schema import Config
 from conversation.batch import Batch
@@ -46,10 +48,11 @@ from training.loop import free_what_trains
 from training.plan import full_batch
 from training.processes import start_processes
 
-# bf16 without sparsity, from the makers' data sheets, in FLOP/s; T4 and V100 in fp16.
+# bf16 without sparsity, from the makers' data sheets, in FLOP/s; T4 and V100 in fp16. The first
+# that fits counts.
 PEAKS = {
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12,
-    "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
+    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+    "L4": 121e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12,
 }  # fmt: skip
 WORDS = 32  # tokens of the answer before its signal runs
 # Any will do: what random weights say makes no sense.
@@ -60,7 +63,7 @@ def random_model(config: Config, device: torch.device, *, lora: bool, outputs: b
     """The configured shapes with random weights, frozen ones in the run's precision."""
     known = language_model_figures(config)
     if known is None:
-        sys.exit(f"{config.language_model.path}: not there, and its shapes are not known")
+        raise InputError(f"{config.language_model.path}: not there, and its shapes are not known")
     model = build_on_meta(config, *known, lora=lora, output_projections=outputs)
     model.language_model.set_attn_implementation(config.language_model.attention)
     dtype = choose_dtype(config.training.precision, device)
@@ -171,7 +174,7 @@ def synchronize(device: torch.device) -> None:
 def share_of_peak(rate: float, device: torch.device) -> str:
     """In words; nothing for a card whose peak is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((peak for card, peak in PEAKS.items() if card in name), None)
+    peak = next((peak for card, peak in PEAKS.items() if re.search(rf"\b{card}\b", name)), None)
     return f", {100 * rate / peak:.1f} % of the peak" if peak else ""
 
 

@@ -29,8 +29,6 @@ from mini_world.mini_decoders import UNCHECKED
 from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
 from model.decoders import PIPELINES
 
-_UNET = {"block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2}
-
 
 def _vae(channels: int, latents: int, widths: tuple[int, ...]) -> AutoencoderKL:
     return AutoencoderKL(
@@ -56,26 +54,30 @@ def _clip(width: int, layers: int, heads: int) -> CLIPTextModel:
     return CLIPTextModel(figures)
 
 
-def image_networks() -> dict[str, Any]:
-    """Stable Diffusion v1-5's."""
+def _seen_networks(text_encoder: CLIPTextModel, unet_class: type, **figures: int) -> dict[str, Any]:
+    """What Stable Diffusion and ZeroScope have in common, around their own figures."""
     return {
-        "text_encoder": _clip(768, 12, 12),
+        "text_encoder": text_encoder,
         "vae": _vae(3, 4, (128, 256, 512, 512)),
-        "unet": UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=768, attention_head_dim=8, **_UNET
+        "unet": unet_class(
+            cross_attention_dim=text_encoder.config.hidden_size,
+            block_out_channels=(320, 640, 1280, 1280),
+            layers_per_block=2,
+            **figures,
         ),
     }
+
+
+def image_networks() -> dict[str, Any]:
+    """Stable Diffusion v1-5's."""
+    text_encoder = _clip(768, 12, 12)
+    return _seen_networks(text_encoder, UNet2DConditionModel, sample_size=64, attention_head_dim=8)
 
 
 def video_networks() -> dict[str, Any]:
     """ZeroScope v2 576w's."""
-    return {
-        "text_encoder": _clip(1024, 23, 16),
-        "vae": _vae(3, 4, (128, 256, 512, 512)),
-        "unet": UNet3DConditionModel(
-            sample_size=32, cross_attention_dim=1024, attention_head_dim=64, **_UNET
-        ),
-    }
+    text_encoder = _clip(1024, 23, 16)
+    return _seen_networks(text_encoder, UNet3DConditionModel, sample_size=32, attention_head_dim=64)
 
 
 def audio_networks() -> dict[str, Any]:

@@ -100,6 +100,13 @@ def test_a_tokenizer_without_one_is_refused() -> None:
         own_template(tokenizer)
 
 
+def test_a_template_that_refuses_the_chat_is_named() -> None:
+    tokenizer = tokenizer_of("zephyr")
+    tokenizer.chat_template = "{{ raise_exception('a system prompt is needed') }}"
+    with pytest.raises(InputError, match="refuses a chat: a system prompt is needed"):
+        own_template(tokenizer)
+
+
 def test_a_form_that_loses_a_turn_is_refused() -> None:
     tokenizer = tokenizer_of("zephyr")
     tokenizer.chat_template = "{{ messages[-1].content + eos_token }}"

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,11 +154,42 @@ def test_processes_with_different_media_agree_with_one_process(
 def test_ways_to_save_memory_change_no_loss(
     tmp_path: Path, alone: TinyRun, stage: int, offloaded: tuple[str, ...], checkpointed: bool
 ) -> None:
+    """On a CPU nothing is offloaded, only accepted: the slow test below does without that."""
     sets = [*ONE_AT_A_TIME, "training.max_steps=6"]
     sets += [f"training.activation_checkpointing={checkpointed}".lower()]
     sets += [zero(stage, tmp_path, **{what: {"device": "cpu"} for what in offloaded})]
     run = TinyRun(tmp_path, 3, sets, from_stage(2), world=2).finish()
     assert run.losses == pytest.approx(alone.losses, rel=1e-4)
+
+
+def _train_offloading(*given: Any) -> None:
+    """A process that offloads although its device is the CPU: with DeepSpeed's own optimizer."""
+    import tiny_run
+    from training.agent import Agent, read_settings
+
+    own_settings = Agent._settings
+
+    def settings(agent: Agent, dtype: torch.dtype) -> dict:
+        zero = {"zero_optimization": read_settings(agent.training)["zero_optimization"]}
+        return own_settings(agent, dtype) | zero
+
+    Agent._settings = settings
+    tiny_run._train(*given)
+
+
+@pytest.mark.slow  # compiles the optimizer, which needs a C++ compiler
+@pytest.mark.parametrize(
+    ("stage", "offloaded"),
+    [(2, ("offload_optimizer",)), (3, ("offload_optimizer", "offload_param"))],
+)
+def test_what_is_really_offloaded_loses_the_same(
+    tmp_path: Path, alone: TinyRun, stage: int, offloaded: tuple[str, ...]
+) -> None:
+    places = {what: {"device": "cpu"} for what in offloaded}
+    sets = [*ONE_AT_A_TIME, "training.max_steps=6", zero(stage, tmp_path, **places)]
+    run = TinyRun(tmp_path, 3, sets, from_stage(2), world=2)
+    assert run.start(target=_train_offloading).wait(300) == 0, run.output
+    assert run.losses == pytest.approx(alone.losses, rel=1e-3)
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("fp16", 1), ("fp16", 3)])

@@ -7,6 +7,7 @@ it, as it is when the model is to answer.
 
 import re
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from config.errors import InputError
@@ -32,7 +33,12 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         )
     roles = ("user", "assistant") * 2
     turns = [{"role": r, "content": t} for r, t in zip(roles, _TURNS, strict=True)]
-    written = tokenizer.apply_chat_template(turns, tokenize=False)
+    try:
+        written = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        raise InputError(
+            f"language_model.template own: {name}'s chat template refuses a chat: {error}"
+        ) from error
     found = re.fullmatch("(.*?)".join(("", *map(re.escape, _TURNS), "")), written, re.DOTALL)
     if not found:
         raise InputError(f"language_model.template own: {name} writes a chat as {written!r}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -47,14 +48,13 @@ def _naming(path: Path, kind: str) -> Iterator[None]:
         raise MediaError(f"{path}: not readable as {kind}: {error}") from error
 
 
+def _source(path: Path) -> BinaryIO | str:
+    """What libraries open: a file by its path, a medium in a shard by its bytes."""
+    return open_medium(path) if in_shard(path) else str(path)
+
+
 def _open_container(path: Path) -> InputContainer:
-    source = open_medium(path) if in_shard(path) else str(path)
-    return av.open(source, options={"format_whitelist": CONTAINERS})
-
-
-def _open_picture(path: Path) -> Image.Image:
-    source = open_medium(path) if in_shard(path) else path
-    return Image.open(source, formats=PICTURES)
+    return av.open(_source(path), options={"format_whitelist": CONTAINERS})
 
 
 def _check_aspect(path: Path, width: int, height: int) -> None:
@@ -69,7 +69,7 @@ def read_image(path: Path | str) -> Image.Image:
         MediaError: missing, broken or not a picture.
     """
     path = Path(path)
-    with _naming(path, "a picture"), _open_picture(path) as image:
+    with _naming(path, "a picture"), Image.open(_source(path), formats=PICTURES) as image:
         _check_aspect(path, *image.size)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits; converting would clip at 255

@@ -138,7 +138,7 @@ class Decoder:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Inside, an offloaded pipeline is on the device: what the bus moves in a second or two."""
+        """Inside, an offloaded pipeline is on the device: its weights go there and back."""
         if not self.offloaded:
             yield
             return

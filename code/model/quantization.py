@@ -6,6 +6,8 @@ as they are. Each matrix is unpacked whenever it is used, which costs time on a 
 on a CPU; for how much the answers lose there is the scoreboard.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
@@ -65,16 +67,16 @@ def saved_bytes(model: nn.Module, kind: Quantization) -> float:
     return sum(m.numel() * (m.itemsize - _BYTES[kind]) for m in quantizable_matrices(model))
 
 
-def refuse_to_divide(source: str, zero_stage: int, kind: Quantization) -> None:
+def refuse_to_divide(source: str, settings: dict[str, Any], kind: Quantization) -> None:
     """See that ZeRO leaves a quantized model whole.
 
     Args:
-        source: DeepSpeed's JSON.
+        source: DeepSpeed's JSON; settings: what it says.
 
     Raises:
         InputError: it would divide it, and DeepSpeed cannot.
     """
-    if zero_stage == 3 and kind != "none":
+    if settings.get("zero_optimization", {}).get("stage") == 3 and kind != "none":
         raise InputError(
             f"{source}: ZeRO 3 cannot divide weights in {kind}: take stage 2 or less, or "
             "language_model.quantization none"

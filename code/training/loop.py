@@ -258,8 +258,8 @@ class Trainer:
         training = self.config.training
         if not training.trains:
             raise InputError("training.trains is empty: name what is to be trained")
-        zero_stage = read_settings(training).get("zero_optimization", {}).get("stage", 0)
-        refuse_to_divide(training.deepspeed, zero_stage, self.config.language_model.quantization)
+        settings = read_settings(training)
+        refuse_to_divide(training.deepspeed, settings, self.config.language_model.quantization)
         model = build_model(
             self.config,
             self.dtype,

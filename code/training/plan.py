@@ -72,10 +72,11 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
     if processes < 1:
         raise InputError(f"--plan {processes}: give the number of processes, 1 or more")
     training = config.training
-    zero = read_settings(training).get("zero_optimization", {})
+    settings = read_settings(training)
+    zero = settings.get("zero_optimization", {})
     zero_stage = zero.get("stage", 0)
     quantization = config.language_model.quantization
-    refuse_to_divide(training.deepspeed, zero_stage, quantization)
+    refuse_to_divide(training.deepspeed, settings, quantization)
     dtype = _DTYPES.get(training.precision, torch.float32)
     known = _figures(config)
     model = _lay_out(config, known, dtype)
