@@ -48,7 +48,7 @@ from training.loop import free_what_trains
 from training.plan import full_batch
 from training.processes import start_processes
 
-# bf16 without sparsity, from the makers' data sheets, in FLOP/s; T4 and V100 in fp16. The first
+# bf16 without sparsity, in FLOP/s (T4, V100: fp16); compare with your card's data sheet. The first
 # that fits counts.
 PEAKS = {
     "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
