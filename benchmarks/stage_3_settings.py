@@ -44,16 +44,16 @@ _WORDING = 2  # tokens
 
 
 @torch.no_grad()
-def ask_held_out(config: Config, folder: Path) -> dict[Modality, list[ReadySample]]:
+def ask_validation(config: Config, folder: Path) -> dict[Modality, list[ReadySample]]:
     """Questions about things of held-out pairs in held-out words, with right answers."""
     device, encoder = choose_device(), build_conversation_encoder(config)
     imagebind = build_media_encoder(config).to(device)
-    album = Album("settings", SEED, dict.fromkeys(MODALITIES, ASKED), split="held_out")
+    album = Album("settings", SEED, dict.fromkeys(MODALITIES, ASKED), split="validation")
     rng = generator(SEED, "questions")
     asked: dict[Modality, list[ReadySample]] = {modality: [] for modality in MODALITIES}
     for name, modality, thing in album:
         write_medium(folder / name, modality, thing, SEED)
-        question, answer = ask(thing, modality, rng, split="held_out")
+        question, answer = ask(thing, modality, rng, split="validation")
         turns = (
             human_turn(question, {modality: [folder / name]}),
             Turn("assistant", (Text(answer),)),
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     with TemporaryDirectory() as folder:
-        asked = ask_held_out(load_config("mini", 3), Path(folder))
+        asked = ask_validation(load_config("mini", 3), Path(folder))
         for number, variant in enumerate(arguments.variants):
             own = [f"save_path={folder}/{number}", f"training.max_steps={arguments.steps}"]
             came = try_settings([*own, *variant.split()], arguments.init_from.resolve(), asked)

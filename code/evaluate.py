@@ -1,6 +1,9 @@
 """The scoreboard: runs tuned parameters on held-out things and says what comes out right.
 
+Choices are made on the validation split, the default; the test split is for the figures in the end.
+
 python evaluate.py --config mini
+python evaluate.py --split test --samples 200
 python evaluate.py --cells T-I,I-T --samples 100 --out outputs/quick
 """
 
@@ -11,7 +14,8 @@ from chat.answering import find_delta
 from config.entry import run_entry
 from config.loader import load_config, project_path
 from evaluation.items import CELLS, parse_cells
-from evaluation.scoreboard import evaluate
+from evaluation.scoreboard import Questions, evaluate
+from mini_world.things import HELD_OUT_PAIRS
 
 
 def main() -> None:
@@ -23,8 +27,9 @@ def main() -> None:
     parser.add_argument(
         "--cells",
         default=",".join(CELLS),
-        help="T-I,I-T,..., the cases, second, plain; quick: words and one medium, six cells",
+        help="T-I,I-T,..., second, plain; quick: words and one medium, six cells; cases: the four",
     )
+    parser.add_argument("--split", choices=HELD_OUT_PAIRS, default="validation")
     parser.add_argument("--seed", type=int, default=0, help="the same one asks the same")
     parser.add_argument("--out", type=Path, default=project_path("outputs/scoreboard"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
@@ -32,7 +37,8 @@ def main() -> None:
     cells = parse_cells(arguments.cells)
     config = load_config(arguments.config, overrides=arguments.set)
     delta = arguments.delta or find_delta(config)
-    evaluate(config, delta, cells, arguments.samples, arguments.seed, arguments.out)
+    questions = Questions(cells, arguments.samples, arguments.seed, arguments.split)
+    evaluate(config, delta, questions, arguments.out)
 
 
 if __name__ == "__main__":

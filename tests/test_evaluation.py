@@ -30,22 +30,22 @@ from evaluation.items import (
     write_media,
 )
 from evaluation.judge import judge, judge_file
-from evaluation.plain_talk import QUESTIONS, perplexity
+from evaluation.plain_talk import perplexity, plain_questions
 from evaluation.running import caption_before
-from evaluation.scoreboard import average, measure
+from evaluation.scoreboard import Questions, average, measure
 from evaluation.scoring import chance, score_answer, summarise, wilson
 from evaluation.table import table
 from mini_world.album import render_medium
 from mini_world.captions import as_heard, read_caption
 from mini_world.phrasing import COURSE_REQUESTS, EDITS, HEAR, HEAR_COUNTED, OPENINGS, REVERSE, SHOW
 from mini_world.plain_talk import plain_pairs
-from mini_world.things import SHAPE_OF, SIZE_OF, Thing
+from mini_world.things import HELD_OUT_PAIRS, SHAPE_OF, SIZE_OF, Split, Thing, Value
 from mini_world.words import Wording
 from tiny_parts import tiny_overrides, write_tiny_parts
 
 
-def items_of(*cells: str, samples: int = 24) -> list[Item]:
-    return build_items(cells, samples, 3, Path("/media"))
+def items_of(*cells: str, samples: int = 24, split: Split = "validation") -> list[Item]:
+    return build_items(cells, samples, 3, Path("/media"), split)
 
 
 # What is asked.
@@ -55,6 +55,7 @@ def test_cells_are_read_in_any_form() -> None:
     assert parse_cells("T-I, A->V,T→T") == ("T→T", "T→I", "A→V")
     assert parse_cells("second,T+I-T+A,plain") == ("T+I→T+A", SECOND, PLAIN)
     assert parse_cells("quick") == QUICK
+    assert parse_cells("quick,cases") == (*QUICK, *CASES)
     assert len(MATRIX) == 16 and len(CASES) == 4
     with pytest.raises(InputError, match="T→X"):
         parse_cells("T-I,T-X")
@@ -67,20 +68,51 @@ def test_items_are_the_same_again_and_whatever_else_is_asked(tmp_path: Path) -> 
     assert both != build_items(["I→V", SECOND], 6, 6, tmp_path)
 
 
-def test_half_of_the_items_show_held_out_pairs() -> None:
-    for item in items_of(*CELLS, samples=8):
-        if item.shown:
-            assert item.shown[1].held_out == item.held_out
+def pairs_of(item: Item) -> set[tuple[Value, Value]]:
+    """Every (shape, colour) that the item shows or determines."""
+    pairs = set()
+    if item.shown and item.shown[0] != "audio":
+        pairs.add((item.shown[1].shape, item.shown[1].colour))
+    for one in item.wanted:
+        if one.kind in ("image", "video") and {"shape", "colour"} <= one.attributes.keys():
+            pairs.add((one.attributes["shape"], one.attributes["colour"]))
+    return pairs
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_items_hold_pairs_of_their_own_split_and_of_training_alone(split: Split) -> None:
+    other = HELD_OUT_PAIRS["test" if split == "validation" else "validation"]
+    for item in items_of(*CELLS, samples=24, split=split):
+        pairs = pairs_of(item)
+        assert not pairs & other
+        if item.cell != SECOND:  # whose pair may be in the first round alone
+            assert item.held_out == bool(pairs & HELD_OUT_PAIRS[split])
+
+
+def test_items_hold_held_out_pairs_in_every_second_item_of_cells_with_colours() -> None:
+    without = ("T→T", "T→A", "A→T", "A→A")
+    for cell in CELLS:
+        held_out = [item.held_out for item in items_of(cell, samples=8)]
+        if cell in without:
+            assert not any(held_out)
+        elif cell != PLAIN:
+            assert held_out == [False, True] * 4, cell
+
+
+@pytest.mark.parametrize("cell", ["I→I", "V→V", "T+I→T+I+V"])
+def test_edits_ask_for_something_new_in_both_halves(cell: str) -> None:
+    changed = {False: set(), True: set()}
+    for item in items_of(cell, samples=60):
+        _, before, _ = item.shown
         for one in item.wanted:
-            pair = {"shape", "colour"} & one.attributes.keys()
-            if len(pair) == 2:
-                told = read_caption(one.caption)
-                assert (told["shape"], told["colour"]) == (
-                    one.attributes["shape"],
-                    one.attributes["colour"],
-                )
-    held_out = [item.held_out for item in items_of("T→I", samples=8)]
-    assert held_out == [False, True] * 4
+            new = {n for n, value in one.attributes.items() if getattr(before, n) != value}
+            if one.kind in ("image", "video"):
+                changed[item.held_out] |= new
+                if cell == "T+I→T+I+V" and one.kind == "image":
+                    assert new == {"colour"}
+                elif cell != "T+I→T+I+V":
+                    assert len(new) == 1
+    assert changed[False] == changed[True]
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != PLAIN])
@@ -100,15 +132,21 @@ def test_what_is_wanted_is_what_the_generators_captions_tell(cell: str) -> None:
                 assert told == one.attributes
 
 
-def test_requests_are_in_held_out_wordings() -> None:
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_requests_are_in_wordings_of_their_split(split: Split) -> None:
     beginnings: set[str] = set()
+    allowed: set[str] = set()
     wordings: list[Wording] = [*OPENINGS.values(), *SHOW.values(), *COURSE_REQUESTS.values()]
     wordings += [wording for edits in EDITS.values() for wording in edits.values()]
     for wording in [*wordings, HEAR, HEAR_COUNTED, REVERSE]:
-        beginnings |= {template.split("{")[0].strip(" .?") for template in wording.training}
+        own = getattr(wording, split)
+        others = {*wording.training, *wording.validation, *wording.test} - set(own)
+        beginnings |= {template.split("{")[0].strip(" .?") for template in others}
+        allowed |= {template.split("{")[0].strip(" .?") for template in own}
     beginnings = {b for b in beginnings if len(b.split()) > 2}
-    for item in items_of(*CELLS, samples=12):
-        assert not [b for b in beginnings if item.request.startswith(b)], item.request
+    for item in items_of(*CELLS, samples=12, split=split):
+        began = [b for b in beginnings if item.request.startswith(b)]
+        assert not began or any(item.request.startswith(a) for a in allowed if a), item.request
 
 
 def test_a_sounds_count_is_wanted_only_where_it_was_said_or_shown() -> None:
@@ -232,6 +270,16 @@ def test_a_summary_counts_pairs_apart() -> None:
     assert summary["attributes"] == {"image size": 0.75, "image colour": 1, "image shape": 1}
 
 
+def test_a_table_leaves_columns_of_pairs_empty_where_nothing_is_held_out() -> None:
+    def row(*cells: str) -> str:
+        items = items_of(*cells, samples=4)
+        scores = [score_answer([RED], "", [("image", SEEN_RED)])] * 4
+        return table({"X": summarise(items, scores)}, {}, {}).splitlines()[-2]
+
+    assert row("T→A").split()[4:6] == ["100", "2.8"]  # media, then chance
+    assert row("T→I").split()[4:7] == ["100", "100", "100"]
+
+
 def test_the_caption_before_a_medium_is_what_stands_behind_the_colon() -> None:
     parts = (
         Text("A box. Here is the picture: a small red circle, on the left."),
@@ -267,7 +315,7 @@ def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
     config = load_config("7b", overrides=overrides_of(babbler))
     assistant = Assistant.load(config, babbler / "tuned" / "stage_3")
     cells = ("T→T", "T→I", "I→A", "A→V", "T→T+I+V+A", SECOND)
-    boards = [measure(assistant, cells, 2, 0, tmp_path) for _ in "ab"]
+    boards = [measure(assistant, Questions(cells, 2), tmp_path) for _ in "ab"]
     assert boards[0].cells == boards[1].cells
     assert set(boards[0].cells) == set(cells)
     for cell, figures in boards[0].cells.items():
@@ -317,11 +365,11 @@ def test_faults_end_with_a_word(
     assert word in capsys.readouterr().err
 
 
-def test_plain_questions_are_a_hundred_of_our_own() -> None:
-    questions = QUESTIONS.read_text().splitlines()
-    assert len(questions) == len(set(questions)) == 100
+def test_plain_questions_of_each_split_are_a_hundred_that_are_not_trained_on() -> None:
     trained = {question for question, _ in plain_pairs(np.random.default_rng(0))}
-    assert not trained & set(questions)
+    validation, test = (set(plain_questions(split)) for split in ("validation", "test"))
+    assert len(validation) == len(test) == 100
+    assert not validation & test and not (validation | test) & trained
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def check(
     rng = np.random.default_rng(20)
     right = dict.fromkeys(ATTRIBUTES[modality], 0)
     for index in range(things):
-        thing = sample_thing(rng, ("training", "held_out")[index % 2])
+        thing = sample_thing(rng, ("training", "validation", "test")[index % 3])
         seen = read(modality, disturb(render(modality, thing, rng), rng))
         assert tuple(seen) == ATTRIBUTES[modality]
         for name, value in thing.attributes(modality).items():

@@ -12,7 +12,7 @@ from config.errors import InputError
 from conversation.captions import clean_caption
 from conversation.parts import MODALITIES, Media, Modality
 from dataset.readers import read_record
-from evaluation.judge import judge
+from evaluation.judge import judge, judge_file
 from mini_world import phrasing, questions
 from mini_world.album import Album, render_medium
 from mini_world.captions import CAPTIONS, as_heard, caption, read_caption
@@ -20,7 +20,9 @@ from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening, shown, 
 from mini_world.plain_talk import plain_pairs
 from mini_world.things import (
     ATTRIBUTES,
+    COLOURS,
     HELD_OUT_PAIRS,
+    SHAPES,
     VALUES,
     sample_thing,
 )
@@ -63,11 +65,16 @@ def texts(value: object) -> Iterator[str]:
 
 def test_held_out_pairs_leave_every_shape_and_colour_in_training() -> None:
     seen = [sample_thing(rng(seed)) for seed in range(600)]
-    assert not any(thing.held_out for thing in seen)
+    assert {thing.split for thing in seen} == {"training"}
     for name in ("shape", "colour", "size", "place", "motion", "count"):
         assert {getattr(thing, name) for thing in seen} == set(VALUES[name])
-    assert len({(thing.shape, thing.colour) for thing in seen}) == 48 - len(HELD_OUT_PAIRS)
-    assert all(sample_thing(rng(seed), "held_out").held_out for seed in range(50))
+    assert len({(thing.shape, thing.colour) for thing in seen}) == 48 - 16
+    for split, pairs in HELD_OUT_PAIRS.items():
+        assert len(pairs) == 8
+        assert {shape for shape, _ in pairs} == set(SHAPES)
+        assert {colour for _, colour in pairs} == set(COLOURS)
+        assert {sample_thing(rng(seed), split).split for seed in range(50)} == {split}
+    assert not HELD_OUT_PAIRS["validation"] & HELD_OUT_PAIRS["test"]
 
 
 # Captions and the grammar
@@ -76,9 +83,9 @@ def test_held_out_pairs_leave_every_shape_and_colour_in_training() -> None:
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_reading_a_caption_gives_back_what_was_told(modality: Modality) -> None:
     wording = CAPTIONS[modality]
-    for template in wording.training + wording.held_out:
+    for template in wording.training + wording.validation + wording.test:
         for seed in range(60):
-            thing = sample_thing(rng(seed), "held_out" if seed % 5 == 0 else "training")
+            thing = sample_thing(rng(seed), ("training", "validation", "test")[seed % 3])
             text = say(template, rng(seed), thing)
             for written in (text, clean_caption(text)):
                 told = read_caption(written)
@@ -179,8 +186,11 @@ def test_captions_of_pairs_tell_what_the_media_show(world: Path) -> None:
 
 
 def test_no_held_out_pair_and_no_held_out_wording_in_training_files(world: Path) -> None:
-    held_out = [CAPTIONS, questions.TOPICS, vars(questions), vars(phrasing)]
-    templates = {text for place in held_out for w in wordings(place) for text in w.held_out}
+    places = [CAPTIONS, questions.TOPICS, vars(questions), vars(phrasing)]
+    templates = {
+        text for place in places for w in wordings(place) for text in w.validation + w.test
+    }
+    held_out_pairs = HELD_OUT_PAIRS["validation"] | HELD_OUT_PAIRS["test"]
     assert len(templates) > 40
     patterns = [
         re.compile(r"\w[\w ,-]*".join(map(re.escape, re.split(r"{\w+}", text))) + "$", re.I)
@@ -189,9 +199,18 @@ def test_no_held_out_pair_and_no_held_out_wording_in_training_files(world: Path)
     for file in [*world.glob("*_data/**/*.json")]:
         for text in set(texts(rows(world, str(file.relative_to(world))))):
             told = read_caption(text)
-            assert (told.get("shape"), told.get("colour")) not in HELD_OUT_PAIRS, text
+            assert (told.get("shape"), told.get("colour")) not in held_out_pairs, text
             bare = re.sub(r"\s*<\w+>\s*", "", text)
             assert not any(pattern.match(bare) for pattern in patterns), text
+
+
+def test_no_medium_of_the_training_data_is_judged_to_show_a_held_out_pair(world: Path) -> None:
+    held_out_pairs = HELD_OUT_PAIRS["validation"] | HELD_OUT_PAIRS["test"]
+    paths = [*world.glob("*_data/**/*.png"), *world.glob("*_data/**/*.mp4")]
+    assert len(paths) > 200
+    for path in paths:
+        seen = judge_file("image" if path.suffix == ".png" else "video", path)
+        assert (seen["shape"], seen["colour"]) not in held_out_pairs, path
 
 
 def wordings(value: object) -> Iterator[Wording]:
@@ -246,11 +265,11 @@ def test_answers_call_a_sound_as_the_request_does() -> None:
 
 
 def test_held_out_dialogues_can_be_made_for_every_cell_and_case() -> None:
-    album = Album("test", 0, dict.fromkeys(MODALITIES, 12), split="held_out")
+    album = Album("test", 0, dict.fromkeys(MODALITIES, 12), split="validation")
     cells = [(source, goal) for source in (None, *MODALITIES) for goal in OUTPUTS]
     for source, goal in [*cells, *((source, case) for case, source in CASE_INPUT.items())]:
         for seed in range(10):
-            assert len(dialogue(source, goal, 3, album, rng(seed), "held_out")) == 6
+            assert len(dialogue(source, goal, 3, album, rng(seed), "validation")) == 6
 
 
 def test_examples_hold_the_four_cases_with_their_media(world: Path) -> None:

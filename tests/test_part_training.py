@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch import nn
 
+from conversation.parts import Modality
 from dataset.decoding import read_video_frames
 from dataset.media import load_views, video_frame_indices
+from evaluation.judge_sight import judge_frames
+from mini_world import build_parts
 from mini_world.album import generator, write_medium
 from mini_world.captions import as_heard, read_caption
-from mini_world.looks import unnamed_colour, unnamed_outline
 from mini_world.mini_decoders import unet, vae
 from mini_world.part_training import pool, runner
-from mini_world.part_training.contrast import Probes, held_out_mixes
+from mini_world.part_training.contrast import differ_in_both, told_apart
 from mini_world.part_training.mel import log_mel
+from mini_world.part_training.pool import _rendered
 from mini_world.part_training.runner import Losses, Plan, train
 from mini_world.part_training.samples import (
     ALL_ATTRIBUTES,
@@ -37,9 +40,8 @@ from mini_world.part_training.video_start import (
     moments,
     teach_places,
 )
-from mini_world.render_image import RGB, coverage
 from mini_world.render_video import render_moments
-from mini_world.things import ATTRIBUTES, SHAPES, VALUES, Thing
+from mini_world.things import ATTRIBUTES, HELD_OUT_PAIRS, VALUES, Thing
 from tiny_decoders import TINY
 
 PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_after=0, log_every=3, average=0.5)
@@ -87,7 +89,7 @@ def test_neighbours_come_in_fours_that_differ_in_at_most_one_attribute() -> None
     differing = (rows[:, 1:] != rows[:, :1]).sum(dim=-1)
     assert differing.max() == 1
     assert differing.float().mean() > 0.9
-    assert not any(thing.held_out for thing in drawn)
+    assert {thing.split for thing in drawn} == {"training"}
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])
@@ -104,49 +106,54 @@ def test_labels_say_what_the_caption_tells_and_nothing_else(modality: str) -> No
                 assert VALUES[name][index] == read[name], text
 
 
-def test_unnamed_colours_are_like_none_that_has_a_name() -> None:
-    draw = np.random.default_rng(0)
-    drawn = np.array([unnamed_colour(draw) for _ in range(200)])
-    named = np.array(list(RGB.values()))
-    assert np.linalg.norm(drawn[:, None] - named[None], axis=-1).min() >= 80
-    assert len(np.unique(drawn, axis=0)) == 200
-
-
-def test_unnamed_outlines_are_about_as_large_as_shapes_and_unlike_them() -> None:
-    draw = np.random.default_rng(0)
-    outlines = [coverage(unnamed_outline(draw), 32.0, 32.0, 11.5) for _ in range(50)]
-    named = [coverage(shape, 32.0, 32.0, 11.5) for shape in SHAPES]
-    largest, smallest = max(c.sum() for c in named), min(c.sum() for c in named)
-    assert all(smallest < cover.sum() < 1.3 * largest for cover in outlines)
-    overlaps = [[np.minimum(a, b).sum() / np.maximum(a, b).sum() for b in named] for a in outlines]
-    assert np.mean(np.max(overlaps, axis=1) < 0.85) > 0.9
-
-
-def test_held_out_pairs_are_not_held_against_each_other() -> None:
+def test_things_that_differ_in_shape_and_colour_are_no_negatives_whatever_the_pair() -> None:
     told = ATTRIBUTES["image"]
-    red, square, other = (
-        Thing("star", "red", "big", "left", None, 1),
-        Thing("square", "blue", "big", "left", None, 1),
-        Thing("cross", "green", "big", "left", None, 1),
+    red_star, blue_star, blue_ring = (
+        Thing(shape, colour, "big", "left", None, 1)
+        for shape, colour in (("star", "red"), ("star", "blue"), ("ring", "blue"))
     )
-    label = labels([red, square, other], [told] * 3)  # no square is red in training
-    assert held_out_mixes(label).tolist() == [
-        [False, True, False],
-        [True, False, False],
+    label = labels([red_star, blue_star, blue_ring], [told] * 3)
+    assert differ_in_both(label).tolist() == [
+        [False, False, True],
         [False, False, False],
+        [True, False, False],
     ]
-    unnamed = labels([red, square], [set(told) - {"colour"}] * 2)
-    assert not held_out_mixes(unnamed).any()
+    unnamed = labels([red_star, blue_ring], [set(told) - {"colour"}] * 2)
+    assert not differ_in_both(unnamed).any()
 
-    probes = Probes(4, may_be_open=False)
-    states = torch.randn(3, 4)
-    probes.loss(states, label, spare_held_out=True).backward()
-    shape = probes.readers[ALL_ATTRIBUTES.index("shape")]
-    square_row = list(VALUES["shape"]).index("square")
-    spared = shape.weight.grad[square_row].clone()
-    probes.zero_grad()
-    probes.loss(states[1:], label[1:], spare_held_out=True).backward()
-    assert torch.allclose(spared * 3, shape.weight.grad[square_row] * 2, atol=1e-6)
+
+def test_shapes_are_read_without_colours_and_colours_without_shapes() -> None:
+    told = set(ATTRIBUTES["image"])
+    thing = Thing("star", "red", "big", "left", None, 1)
+    label = told_apart(labels([thing] * 3, [told, told - {"colour"}, told - {"shape"}]))
+    kept = {name: label[:, ALL_ATTRIBUTES.index(name)] != NOT_TOLD for name in told}
+    assert kept["shape"].tolist() == [False, True, False]
+    assert kept["colour"].tolist() == [False, False, True]
+    assert kept["size"].all() and kept["place"].all()
+
+
+def test_no_module_of_the_training_knows_which_pairs_are_held_out() -> None:
+    code = Path(build_parts.__file__).parents[1]
+    naming = {
+        str(path.relative_to(code))
+        for path in code.rglob("*.py")
+        if "HELD_OUT_PAIRS" in path.read_text(encoding="utf-8")
+    }
+    # What draws the splits, records them in `world.json`, or offers them to choose from.
+    allowed = {"mini_world/things.py", "mini_world/write_data.py"}
+    assert naming == allowed | {"evaluate.py", "evaluate_parts.py"}
+
+
+@pytest.mark.parametrize("modality", ["image", "video"])
+def test_no_medium_that_decoders_learn_from_is_judged_to_show_a_held_out_pair(
+    modality: Modality,
+) -> None:
+    held_out_pairs = HELD_OUT_PAIRS["validation"] | HELD_OUT_PAIRS["test"]
+    drawn = things(np.random.default_rng(0), 256 if modality == "image" else 64)
+    for chunk in _rendered(modality, drawn, 0):
+        for frames in chunk.media:
+            seen = judge_frames(frames[None] if modality == "image" else frames)
+            assert (seen["shape"], seen["colour"]) not in held_out_pairs
 
 
 def test_all_views_of_a_video_are_its_ends_as_training_renders_them(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from chat.assistant import Assistant
 from config.loader import load_config, project_path
 from evaluation.items import QUICK
-from evaluation.scoreboard import average, measure
+from evaluation.scoreboard import Questions, average, measure
 from mini_world.build_parts import PARTS, RECORD
 from mini_world.mini_decoders import FOLDERS
 from model.delta import DELTA_FILE, read_delta
@@ -35,12 +35,12 @@ def test_every_frozen_part_but_the_language_model_is_there_and_small() -> None:
 def test_shipped_parameters_answer_in_words_pictures_and_sounds(
     shipped: Assistant, tmp_path: Path
 ) -> None:
-    board = measure(shipped, ("T→I", "T→A", "I→T"), 4, 0, tmp_path)
+    board = measure(shipped, Questions(("T→I", "T→A", "I→T"), 4), tmp_path)
     assert all(figures["modalities"] == 1 for figures in board.cells.values())
     assert average(board.cells, QUICK) >= 0.75
 
 
 @pytest.mark.slow
 def test_shipped_parameters_are_any_to_any(shipped: Assistant, tmp_path: Path) -> None:
-    board = measure(shipped, QUICK, 40, 1, tmp_path)
+    board = measure(shipped, Questions(QUICK, 40, seed=1), tmp_path)
     assert average(board.cells, QUICK) >= 0.9

@@ -1,11 +1,12 @@
 """What the scoreboard asks: fresh conversations for every cell, and what their answers are to show.
 
-The requests come from the generators of the training data, but in their held-out wordings and with
-media rendered anew. Half of the things are of held-out (shape, colour) pairs. Costs a few
-milliseconds an item, most of it the rendering.
+The requests come from the generators of the training data, but in the wordings of the validation or
+test split and with media rendered anew. Every second item shows or asks for a (shape, colour) pair
+of that split, where colours are seen or asked for at all. Costs a few milliseconds an item, most of
+it the rendering.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from mini_world.dialogues import (
     unseen,
 )
 from mini_world.questions import ASKED, TOPICS, WORLD, ask, ask_world
-from mini_world.things import Thing, Value, sample_thing
+from mini_world.things import Split, Thing, Value, sample_thing
 from mini_world.words import choose
 from model.media_files import SUFFIXES
 
@@ -39,6 +40,9 @@ CELLS = (*MATRIX, *CASES, SECOND, PLAIN)
 QUICK = ("T→I", "T→V", "T→A", "I→T", "V→T", "A→T")
 
 _MADE_OF = {"pitch": "size", "timbre": "shape"}  # what a sound shows of what is known of a thing
+_SIGHT: tuple[Modality, ...] = ("image", "video")  # sounds have no colour
+_EDITED = ("I→I", "V→V", "T+I→T+I+V")  # cells whose requests change what is shown
+_DRAWS = 50  # in some cells (A→I) every second item or so names no colour
 _DESCRIBED = 0.4  # share of the questions that ask for everything
 
 
@@ -66,7 +70,7 @@ class Item:
 
     Attributes:
         cell: one of `CELLS`.
-        held_out: whether its things are of held-out pairs.
+        held_out: whether a held-out pair is shown or asked for.
         rounds: what the human says, a turn a round.
         wanted: the parts of the last answer that are judged; no other media may come.
         seed: of its answers.
@@ -87,12 +91,15 @@ class Item:
 
 
 def parse_cells(names: str) -> tuple[str, ...]:
-    """Cells from a list with commas, in any order; `T-I` and `T->I` are `T→I`, `quick` is `QUICK`.
+    """Cells from a list with commas, in any order; `T-I` and `T->I` are `T→I`.
+
+    `quick` stands for `QUICK`, `cases` for `CASES`.
 
     Raises:
         InputError: one is not known.
     """
-    names = names.replace("->", "→").replace("-", "→").replace("quick", ",".join(QUICK))
+    names = names.replace("->", "→").replace("-", "→")
+    names = names.replace("quick", ",".join(QUICK)).replace("cases", ",".join(CASES))
     given = [name.strip() for name in names.split(",")]
     unknown = [name for name in given if name not in CELLS]
     if unknown:
@@ -100,13 +107,15 @@ def parse_cells(names: str) -> tuple[str, ...]:
     return tuple(cell for cell in CELLS if cell in given)
 
 
-def build_items(cells: Sequence[str], samples: int, seed: int, folder: Path) -> list[Item]:
-    """`samples` items for each of `cells`, every other with a held-out pair; media in `folder`.
+def build_items(
+    cells: Sequence[str], samples: int, seed: int, folder: Path, split: Split = "validation"
+) -> list[Item]:
+    """Draw `samples` items for each of `cells`; media in `folder`.
 
-    An item depends on seed, cell and its number alone. `write_media` renders what they show.
+    An item depends on seed, split, cell and its number alone. `write_media` renders what they show.
     """
     return [
-        _item(cell, number, seed, folder)
+        _item(cell, number, seed, folder, split)
         for cell in cells
         if cell != PLAIN
         for number in range(samples)
@@ -121,10 +130,38 @@ def write_media(items: Sequence[Item], seed: int) -> None:
             write_medium(path, modality, thing, seed)
 
 
-def _item(cell: str, number: int, seed: int, folder: Path) -> Item:
-    rng = generator(seed, f"{cell} {number}")
-    held_out = number % 2 == 1
-    thing = sample_thing(rng, "held_out" if held_out else "training")
+def _item(cell: str, number: int, seed: int, folder: Path, split: Split) -> Item:
+    """Every second item is drawn again until it holds a held-out pair, where there can be one."""
+    rng = generator(seed, f"{split} {cell} {number}")
+    if number % 2 == 0:
+        return _draw(cell, number, rng, folder, split, "training", ("training",))
+    for _ in range(_DRAWS):
+        # As many edits lead to a held-out pair as start from one.
+        if number // 2 % 2 and cell in _EDITED:
+            item = _draw(cell, number, rng, folder, split, "training", (split,))
+        else:
+            item = _draw(cell, number, rng, folder, split, split, ("training", split))
+        if item.held_out:
+            break
+    return item
+
+
+def _draw(
+    cell: str,
+    number: int,
+    rng: np.random.Generator,
+    folder: Path,
+    split: Split,
+    begins: Split,
+    pairs: Collection[Split],
+) -> Item:
+    """One item in the wording of `split`.
+
+    Args:
+        begins: split of the first thing's pair.
+        pairs: splits of the pairs that edits lead to.
+    """
+    thing = sample_thing(rng, begins)
     if cell == SECOND:
         source = choose(rng, (None, *MODALITIES))
         goals = [choose(rng, MODALITIES), OUTPUTS[number // 2 % len(OUTPUTS)]]
@@ -135,47 +172,59 @@ def _item(cell: str, number: int, seed: int, folder: Path) -> Item:
         source, goals = next((m for m in MODALITIES if m == given), None), [goal]
     path = folder / f"score_{cell.replace('→', '_')}_{number:05d}{SUFFIXES.get(source, '')}"
     scene = shown(thing, source) if source else None
+    held_out = source in _SIGHT and thing.split == split
     rounds = []
     for goal in goals:
-        taken, wanted = _take(scene, goal, thing, rng)
+        taken, wanted = _take(scene, goal, thing, rng, split, pairs)
         media = [Media(source, path=str(path))] if source and not rounds else []
         rounds.append(Turn("human", (*media, Text(taken.request))))
         scene = taken.scene
+        held_out |= scene.thing.split == split and any(_names_pair(one) for one in wanted)
     on_it = (source, thing, path) if source else None
     return Item(cell, held_out, tuple(rounds), wanted, int(rng.integers(2**31)), on_it)
 
 
+def _names_pair(wanted: Wanted) -> bool:
+    """Whether both shape and colour of what is made are determined."""
+    return wanted.kind in _SIGHT and {"shape", "colour"} <= wanted.attributes.keys()
+
+
 def _take(
-    scene: Scene | None, goal: str, thing: Thing, rng: np.random.Generator
+    scene: Scene | None,
+    goal: str,
+    thing: Thing,
+    rng: np.random.Generator,
+    split: Split,
+    pairs: Collection[Split],
 ) -> tuple[Step, tuple[Wanted, ...]]:
-    """One round in held-out wording, and what its answer is to be."""
+    """One round in the wording of `split`, and what its answer is to be."""
     if goal == "text":
-        return _ask(scene or unseen(thing), rng)
+        return _ask(scene or unseen(thing), rng, split)
     if goal in CASES:
-        taken = course_case(goal, thing, rng, "held_out")
+        taken = course_case(goal, thing, rng, split, pairs)
         # What is shown is to be described, or else the words lead in and may say anything.
         described = CASE_INPUT[goal] if goal.endswith("→T+A") else None
         attributes = _determined(taken.scene, described) if described else {}
         wanted = [Wanted("text", attributes, str(taken.answer[0]))]
     elif scene is None:
-        taken, wanted = opening(goal, rng, "held_out", thing), []
+        taken, wanted = opening(goal, rng, split, thing), []
     else:
-        taken, wanted = step(scene, goal, rng, "held_out"), []
+        taken, wanted = step(scene, goal, rng, split, pairs), []
     made = [part for part in taken.answer if not isinstance(part, str)]
     wanted += [Wanted(m, _determined(taken.scene, m), caption) for m, caption in made]
     return taken, tuple(wanted)
 
 
-def _ask(scene: Scene, rng: np.random.Generator) -> tuple[Step, tuple[Wanted, ...]]:
+def _ask(scene: Scene, rng: np.random.Generator, split: Split) -> tuple[Step, tuple[Wanted, ...]]:
     """A question about what was last shown, or about the world where nothing was."""
     thing, last = scene.thing, scene.last
     topic = choose(rng, _topics(scene))
     if last is None:
-        question, answer = ask_world(thing, rng, "held_out", topic)
+        question, answer = ask_world(thing, rng, split, topic)
     else:
         if rng.random() < _DESCRIBED:
             topic = "describe"
-        question, answer = ask(thing, last, rng, scene.known, "held_out", topic)
+        question, answer = ask(thing, last, rng, scene.known, split, topic)
     if last is not None and topic == "describe":
         attributes = _determined(scene, last)
     else:

@@ -5,12 +5,13 @@ much of each pixel it covers is compared with the renderer's own shapes, at ever
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from PIL import Image
 
-from mini_world.render_image import CENTRE, PIXELS, RADIUS, RGB, coverage
+from mini_world.colours import colour_name
+from mini_world.likeness import BLURS, PATCH, RADII, shape_templates, soften, unit_length
+from mini_world.render_image import CENTRE, PIXELS, RADIUS
 from mini_world.render_video import SWELL, TRAVEL
 from mini_world.things import SHAPES, Value
 
@@ -19,15 +20,11 @@ _AREA = (20.0, 1100.0)  # pixels that a thing can cover, at its smallest and lar
 _ONE_THING = 0.65  # of all that stands out, so much must hang together
 _STRAY_BORDER = 0.25  # more of the border standing out: there is no plain ground
 _LIKE = 0.92  # likeness (cosine) below which it is none of the shapes
-_COLOUR_REACH = 45.0  # in CIELAB: further from each of the colours it is none of them
 _PLACE_REACH = 8.0  # pixels
 _RADIUS_REACH = 1.4  # a thing smaller or larger than a size by this factor is not of that size
 _MOTION_REACH = 0.4  # of the rendered speed; slower is no motion
 _MOTION_LEAD = 1.4  # the strongest motion beats the others by this factor
 _SEEN_FRAMES = 0.6  # a video must show its thing in this share of the frames
-_PATCH = 44  # pixels, around the centre
-_RADII = np.geomspace(3.5, 19.0, 24)
-_BLURS = (1, 3, 6, 10)  # how often templates are softened: deviations 0.7 to 2.2 pixels
 # Squared length of a colour difference, BT.601: JPEG and MP4 blur hues, so brightness counts more.
 _LUMA_WEIGHT = 4.0
 _TO_YCC = np.array([[0.299, 0.587, 0.114], [-0.169, -0.331, 0.5], [0.5, -0.419, -0.081]])
@@ -37,7 +34,7 @@ _METRIC = (_TO_YCC.T @ np.diag([_LUMA_WEIGHT**2, 1, 1]) @ _TO_YCC).astype(np.flo
 def judge_frames(pixels_THWC: np.ndarray) -> dict[str, Value | None]:
     """Size, colour, shape, place and motion of the thing in (T, H, W, 3) uint8 frames."""
     seen: dict[str, Value | None] = dict.fromkeys(("size", "colour", "shape", "place", "motion"))
-    frames = _soften(_to_world_size(pixels_THWC))
+    frames = soften(_to_world_size(pixels_THWC))
     sighting = _find(frames)
     if sighting is None:
         return seen
@@ -45,7 +42,7 @@ def judge_frames(pixels_THWC: np.ndarray) -> dict[str, Value | None]:
     best = int(likeness.argmax())
     radii = radii_of[best]
     seen["size"] = _size(radii.mean())
-    seen["colour"] = _colour(sighting.colour)
+    seen["colour"] = colour_name(sighting.colour)
     seen["shape"] = SHAPES[best] if likeness[best] >= _LIKE else None
     seen["place"] = _place(sighting.centre.mean(axis=0))
     seen["motion"] = _motion(sighting.time, sighting.centre, radii)
@@ -76,18 +73,6 @@ def _to_world_size(pixels_THWC: np.ndarray) -> np.ndarray:
     return np.stack([Image.fromarray(frame).resize(size) for frame in pixels_THWC]).astype(
         np.float32
     )
-
-
-def _soften(frames: np.ndarray) -> np.ndarray:
-    """(T, H, W, ...) smoothed by 1-2-1 along both sides, which takes two thirds of the noise."""
-    for axis in (1, 2):
-        old = frames.swapaxes(0, axis)
-        new = old / 2
-        new[1:] += old[:-1] / 4
-        new[:-1] += old[1:] / 4
-        new[[0, -1]] += old[[0, -1]] / 4  # beyond the edge it goes on as at the edge
-        frames = new.swapaxes(0, axis)
-    return frames
 
 
 def _find(frames: np.ndarray) -> _Sighting | None:
@@ -131,7 +116,7 @@ def _largest_patch(mask: np.ndarray) -> np.ndarray:
     """(T, H, W) bool: of each frame the connected patch around the densest spot."""
     density = mask.astype(np.float32)
     for _ in range(6):
-        density = _soften(density)
+        density = soften(density)
     peak = (density * mask).reshape(len(mask), -1).argmax(axis=1)
     patch = np.zeros_like(mask)
     patch.reshape(len(mask), -1)[np.arange(len(mask)), peak] = True
@@ -163,23 +148,6 @@ def _core_offset(offset: np.ndarray, distance: np.ndarray, patch: np.ndarray) ->
     return np.stack(medians)
 
 
-@cache
-def _templates() -> np.ndarray:
-    """(shapes x radii x blurs, pixels of the patch): each shape drawn in the middle, length 1."""
-    middle, edge = PIXELS / 2, (PIXELS - _PATCH) // 2
-    cover = np.stack([coverage(shape, middle, middle, r) for shape in SHAPES for r in _RADII])
-    drawn = []
-    for times in range(1, max(_BLURS) + 1):
-        cover = _soften(cover)
-        if times in _BLURS:
-            drawn.append(cover[:, edge:-edge, edge:-edge].reshape(len(cover), -1))
-    return _unit(np.stack(drawn, axis=1).reshape(-1, _PATCH**2))
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
 def _compare(sighting: _Sighting) -> tuple[np.ndarray, np.ndarray]:
     """Likeness to each shape (shapes,), and the radius of each frame's best template (shapes, T).
 
@@ -187,25 +155,25 @@ def _compare(sighting: _Sighting) -> tuple[np.ndarray, np.ndarray]:
     """
     shifts = np.array([(0, 0), (-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
     patches = np.stack([_cut(sighting.cover, sighting.centre + shift) for shift in shifts])
-    cosine = _unit(patches.reshape(-1, _PATCH**2)) @ _templates().T
-    cosine = cosine.reshape(len(shifts), -1, len(SHAPES), len(_RADII), len(_BLURS))
+    cosine = unit_length(patches.reshape(-1, PATCH**2)) @ shape_templates().T
+    cosine = cosine.reshape(len(shifts), -1, len(SHAPES), len(RADII), len(BLURS))
     by_radius = cosine.max(axis=(0, 4))  # (T, shapes, radii)
     # The larger a thing, the more its frame tells of the shape.
     weights = sighting.cover.sum(axis=(1, 2)) ** 2
-    return np.average(by_radius.max(axis=2), axis=0, weights=weights), _RADII[
+    return np.average(by_radius.max(axis=2), axis=0, weights=weights), RADII[
         by_radius.argmax(axis=2)
     ].T
 
 
 def _cut(cover: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """(T, patch, patch): cut out around each centre, linear between pixels, 0 beyond the frame."""
-    corner = centre - _PATCH / 2  # x, y of the patch's upper left corner
+    corner = centre - PATCH / 2  # x, y of the patch's upper left corner
     whole = np.floor(corner).astype(int)
     part = (corner - whole).astype(np.float32)
-    padded = np.pad(cover, ((0, 0), (_PATCH, _PATCH), (_PATCH, _PATCH)))
+    padded = np.pad(cover, ((0, 0), (PATCH, PATCH), (PATCH, PATCH)))
     cuts = []
-    for frame, (x, y), (u, v) in zip(padded, whole + _PATCH, part, strict=True):
-        window = frame[y : y + _PATCH + 1, x : x + _PATCH + 1]
+    for frame, (x, y), (u, v) in zip(padded, whole + PATCH, part, strict=True):
+        window = frame[y : y + PATCH + 1, x : x + PATCH + 1]
         window = (1 - v) * window[:-1] + v * window[1:]
         cuts.append((1 - u) * window[:, :-1] + u * window[:, 1:])
     return np.stack(cuts)
@@ -214,24 +182,6 @@ def _cut(cover: np.ndarray, centre: np.ndarray) -> np.ndarray:
 def _size(radius: float) -> str | None:
     size = min(RADIUS, key=lambda name: abs(np.log(radius / RADIUS[name])))
     return size if abs(np.log(radius / RADIUS[size])) < np.log(_RADIUS_REACH) else None
-
-
-def _colour(rgb: np.ndarray) -> str | None:
-    distance = np.linalg.norm(_lab(np.array(list(RGB.values()))) - _lab(rgb), axis=1)
-    return list(RGB)[distance.argmin()] if distance.min() < _COLOUR_REACH else None
-
-
-def _lab(rgb: np.ndarray) -> np.ndarray:
-    """CIELAB (D65) of sRGB in 0..255, (..., 3)."""
-    share = np.clip(rgb / 255, 0, 1)
-    linear = np.where(share > 0.04045, ((share + 0.055) / 1.055) ** 2.4, share / 12.92)
-    to_xyz = np.array(
-        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    )
-    xyz = linear @ (to_xyz / to_xyz.sum(axis=1, keepdims=True)).T
-    root = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    x, y, z = np.moveaxis(root, -1, 0)
-    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
 def _place(centre: np.ndarray) -> str | None:

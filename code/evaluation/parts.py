@@ -1,8 +1,8 @@
 """Scores of the frozen parts alone, on what they never saw: what the whole system cannot exceed.
 
 Decoders: own text encoder, true caption, and the judge looks at what comes out. Encoder: which of
-100 captions is nearest to a medium? Half of the things are of held-out pairs, the others are seen
-pairs in held-out wordings.
+100 captions is nearest to a medium? Half of the things are of the split's pairs, the others of
+training pairs, all in the split's wordings.
 """
 
 import json
@@ -33,7 +33,7 @@ from mini_world.album import write_medium
 from mini_world.captions import caption
 from mini_world.mini_encoder import TEXT_TOWER
 from mini_world.mini_tokenizers import tokenize
-from mini_world.things import ATTRIBUTES, Thing, sample_thing
+from mini_world.things import ATTRIBUTES, Split, Thing, sample_thing
 from model.build import build_media_encoder, resolve_model_path
 from model.decoders import Decoder
 from model.device import choose_device
@@ -43,7 +43,9 @@ CANDIDATES = 100
 _SHOWN = 16  # media a kind in the picture
 
 
-def score_parts(config: Config, parts: Sequence[str], samples: int, seed: int, out: Path) -> None:
+def score_parts(
+    config: Config, parts: Sequence[str], samples: int, seed: int, out: Path, split: Split
+) -> None:
     """Score `parts` (modalities, and "encoder"), print, and write `parts.json` and a picture each.
 
     Args:
@@ -54,30 +56,35 @@ def score_parts(config: Config, parts: Sequence[str], samples: int, seed: int, o
     figures: dict[str, Any] = {}
     for modality in MODALITIES:
         if modality in parts:
-            figures[modality] = _score_decoder(config, modality, samples, seed, out)
+            figures[modality] = _score_decoder(config, modality, samples, seed, out, split)
             print(f"{modality} decoder: {_line(figures[modality])}", flush=True)
     if "encoder" in parts:
-        figures["encoder"] = _score_encoder(config, samples, seed)
+        figures["encoder"] = _score_encoder(config, samples, seed, split)
         for modality, found in figures["encoder"].items():
             print(f"encoder, {modality} among {CANDIDATES} captions: {found['right']:.1%}")
     with written_aside(out / "parts.json") as aside:
-        aside.write_text(json.dumps({"samples": samples, "seed": seed, **figures}, indent=1) + "\n")
+        aside.write_text(
+            json.dumps({"split": split, "samples": samples, "seed": seed, **figures}, indent=1)
+            + "\n"
+        )
 
 
-def held_out(count: int, modality: Modality, seed: int) -> list[tuple[Thing, str]]:
-    """Things with full captions in held-out wordings, every second of a held-out pair."""
+def captioned_things(
+    count: int, modality: Modality, seed: int, split: Split
+) -> list[tuple[Thing, str]]:
+    """Draw things with full captions in the split's wordings, every second of a pair of `split`."""
     rng = np.random.default_rng([seed, MODALITIES.index(modality)])
-    things = [sample_thing(rng, "held_out" if n % 2 else "training") for n in range(count)]
-    return [(thing, caption(thing, modality, rng, split="held_out")) for thing in things]
+    things = [sample_thing(rng, split if n % 2 else "training") for n in range(count)]
+    return [(thing, caption(thing, modality, rng, split=split)) for thing in things]
 
 
 def _score_decoder(
-    config: Config, modality: Modality, samples: int, seed: int, out: Path
+    config: Config, modality: Modality, samples: int, seed: int, out: Path, split: Split
 ) -> dict[str, Any]:
     """Shares of media with every attribute right, and with each, seen and held-out pairs apart."""
     decoder = Decoder(modality, resolve_model_path(config.decoders[modality].path), choose_device())
     options = ChatOptions.from_config(config).decode[modality]
-    cases = held_out(samples, modality, seed)
+    cases = captioned_things(samples, modality, seed, split)
     made: list[Output] = []
     with tqdm(total=samples, desc=f"{modality} decoder") as bar:
         for batch in in_batches(cases):
@@ -104,7 +111,7 @@ def _line(figures: dict[str, Any]) -> str:
     return f"every attribute right {figures['all']['right']:.1%} ({each})"
 
 
-def _score_encoder(config: Config, samples: int, seed: int) -> dict[str, Any]:
+def _score_encoder(config: Config, samples: int, seed: int, split: Split) -> dict[str, Any]:
     """How often a medium's own caption is the nearest of 100 that differ from it."""
     imagebind = build_media_encoder(config)
     folder = project_path(config.encoder.path) / TEXT_TOWER
@@ -116,26 +123,27 @@ def _score_encoder(config: Config, samples: int, seed: int) -> dict[str, Any]:
         rights = []
         with TemporaryDirectory() as place, torch.no_grad():
             for number, (thing, text) in enumerate(
-                tqdm(held_out(samples, modality, seed), f"encoder, {modality}")
+                tqdm(captioned_things(samples, modality, seed, split), f"encoder, {modality}")
             ):
-                path = Path(place) / f"held_out_{number:06d}{SUFFIXES[modality]}"
+                path = Path(place) / f"{split}_{number:06d}{SUFFIXES[modality]}"
                 write_medium(path, modality, thing, seed + 1)
                 feature_D = imagebind.encode(modality, load_views(modality, path)[None])[0]
-                texts = [text, *_other_captions(thing, modality, rng)]
+                texts = [text, *_other_captions(thing, modality, rng, split)]
                 rights.append(_nearest(tower, tokenizer, texts, feature_D) == 0)
         found[modality] = share(rights)
     return found
 
 
-def _other_captions(thing: Thing, modality: Modality, rng: np.random.Generator) -> list[str]:
+def _other_captions(
+    thing: Thing, modality: Modality, rng: np.random.Generator, split: Split
+) -> list[str]:
     """99 captions of things that differ from `thing` in what this medium shows."""
     texts: list[str] = []
     own = thing.attributes(modality)
     while len(texts) < CANDIDATES - 1:
-        split = "held_out" if rng.random() < 0.5 else "training"
-        other = sample_thing(rng, split)
+        other = sample_thing(rng, split if rng.random() < 0.5 else "training")
         if other.attributes(modality) != own:
-            texts.append(caption(other, modality, rng, split="held_out"))
+            texts.append(caption(other, modality, rng, split=split))
     return texts
 
 

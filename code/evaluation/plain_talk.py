@@ -21,23 +21,28 @@ from chat.options import ChatOptions
 from conversation.parts import Conversation, Media, Text, Turn
 from evaluation.running import AT_ONCE, Clock, Tell, in_batches
 from evaluation.scoring import share
+from mini_world.things import Split
 from model.build import resolve_model_path
 from model.pretrained_folder import load_whole
 
-QUESTIONS = Path(__file__).with_name("plain_questions.txt")
 _ANSWER_TOKENS = 64
 
 
+def plain_questions(split: Split) -> list[str]:
+    """Read the hundred plain questions of a split; none of them is trained on."""
+    path = Path(__file__).with_name(f"plain_questions_{split}.txt")
+    return path.read_text(encoding="utf-8").splitlines()
+
+
 def talk_plainly(
-    assistant: Assistant, most: int, options: ChatOptions, clock: Clock, tell: Tell
+    assistant: Assistant, questions: Sequence[str], options: ChatOptions, clock: Clock, tell: Tell
 ) -> dict[str, Any]:
-    """Ask at most `most` of the plain questions; the answers have at most 64 tokens.
+    """Ask plain questions; the answers have at most 64 tokens.
 
     Returns:
         `n`, `right` (drew no media) with its `interval`; `perplexity` and `untuned_perplexity` of
         the untuned model's answers under either model, and their `ratio`; some `examples`.
     """
-    questions = QUESTIONS.read_text(encoding="utf-8").splitlines()[:most]
     turns = [Turn("human", (Text(question),)) for question in questions]
     conversations = [Conversation((turn,)) for turn in turns]
     options = replace(options, max_new_tokens=min(options.max_new_tokens, _ANSWER_TOKENS))

@@ -24,15 +24,33 @@ from config.schema import Config
 from conversation.parts import Text
 from evaluation.items import MATRIX, PLAIN, build_items, write_media
 from evaluation.pictures import draw_contact_sheet, draw_matrix
-from evaluation.plain_talk import talk_plainly
+from evaluation.plain_talk import plain_questions, talk_plainly
 from evaluation.running import Clock, Result, answer_items, compare_with_captions
 from evaluation.scoring import share, summarise
 from evaluation.table import table
+from mini_world.things import Split
 from model.delta import read_delta
 
 SCOREBOARD, MATRIX_PICTURE, SHEET = "scoreboard.json", "matrix.png", "contact_sheet.png"
 _PLAIN_QUESTIONS = 100
 _LONGEST = 128  # tokens; right answers have at most 90
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked.
+
+    Attributes:
+        cells: some of `items.CELLS`.
+        samples: items a cell.
+        seed: the same one asks the same.
+        split: whose wordings and pairs.
+    """
+
+    cells: Sequence[str]
+    samples: int
+    seed: int = 0
+    split: Split = "validation"
 
 
 @dataclass
@@ -52,14 +70,13 @@ class Board:
     seconds: dict[str, float]
 
 
-def evaluate(
-    config: Config, delta: Path, cells: Sequence[str], samples: int, seed: int, out: Path
-) -> None:
+def evaluate(config: Config, delta: Path, questions: Questions, out: Path) -> None:
     """Measure, print the table, and write JSON and pictures into the folder `out`.
 
     Raises:
         InputError: a part is missing, a figure makes no sense, or `out` cannot be written.
     """
+    samples, seed = questions.samples, questions.seed
     if samples < 1 or seed < 0:
         raise InputError(f"--samples {samples}, --seed {seed}: give at least 1 and at least 0")
     out.mkdir(parents=True, exist_ok=True)
@@ -68,7 +85,7 @@ def evaluate(
     assistant = Assistant.load(config, delta)
     print("\n".join(assistant.report))
     with TemporaryDirectory() as folder:
-        board = measure(assistant, cells, samples, seed, Path(folder))
+        board = measure(assistant, questions, Path(folder))
         clock = Clock()
         if board.results:
             with clock.time("pictures"):
@@ -80,6 +97,7 @@ def evaluate(
         "config": config.name,
         "delta": os.path.relpath(source, PROJECT_ROOT),
         "fingerprint": hashlib.sha256(source.read_bytes()).hexdigest()[:16],
+        "split": questions.split,
         "samples": samples,
         "seed": seed,
     }
@@ -89,10 +107,8 @@ def evaluate(
     print(f"in {out}: {', '.join(written)}")
 
 
-def measure(
-    assistant: Assistant, cells: Sequence[str], samples: int, seed: int, folder: Path
-) -> Board:
-    """Ask `samples` items of each of `cells`, half of them of held-out pairs, and score.
+def measure(assistant: Assistant, questions: Questions, folder: Path) -> Board:
+    """Ask the questions, every second with a held-out pair, and score the answers.
 
     The answers are the likeliest ones (temperature 0), of at most 128 tokens.
 
@@ -104,8 +120,10 @@ def measure(
     options = replace(figures, temperature=0.0, max_new_tokens=longest)
     clock = Clock()
     with clock.time("rendering"):
-        items = build_items(cells, samples, seed, folder)
-        write_media(items, seed)
+        items = build_items(
+            questions.cells, questions.samples, questions.seed, folder, questions.split
+        )
+        write_media(items, questions.seed)
     rounds = sum(len(item.rounds) for item in items)
     with tqdm(total=rounds, desc="answers", unit="answer", disable=None) as bar:
         results = answer_items(assistant, items, options, clock, bar.update)
@@ -113,9 +131,11 @@ def measure(
     with tqdm(total=2 * len(wanted), desc="captions", unit="medium", disable=None) as bar:
         results = compare_with_captions(assistant, results, options, clock, bar.update)
     plain: dict[str, Any] = {}
-    if PLAIN in cells:
+    if PLAIN in questions.cells:
         with tqdm(total=_PLAIN_QUESTIONS, desc="plain talk", unit="answer", disable=None) as bar:
-            plain = talk_plainly(assistant, _PLAIN_QUESTIONS, options, clock, bar.update)
+            plain = talk_plainly(
+                assistant, plain_questions(questions.split), options, clock, bar.update
+            )
     by_cell: dict[str, list[Result]] = {}
     for result in results:
         by_cell.setdefault(result.item.cell, []).append(result)

@@ -15,7 +15,7 @@ _HEAD = (
 def table(
     cells: Mapping[str, dict[str, Any]], plain: Mapping[str, Any], seconds: Mapping[str, float]
 ) -> str:
-    """All figures in percent; `seen` and `held-out` are pairs.
+    """All figures in percent; `seen` and `held-out` are pairs, empty where none is held out.
 
     `written`: the model's own captions, read; `passed`: the same, decoded by way of the decoder's
     own text encoder (caption passing); `ceiling`: true captions, decoded so.
@@ -52,6 +52,10 @@ def _line(cell: str, figures: Mapping[str, Any]) -> str:
         percent(figures[name]["right"]) if name in figures else ""
         for name in ("written", "passed", "ceiling")
     )
+    seen, held_out = (
+        percent(figures[pairs]["right"]) if figures["held_out_pairs"]["n"] else ""
+        for pairs in ("seen_pairs", "held_out_pairs")
+    )
     kinds = {name.split()[0] for name in figures["attributes"]}
     weakest = sorted(figures["attributes"].items(), key=lambda item: item[1])[:2]
     named = ", ".join(
@@ -61,7 +65,6 @@ def _line(cell: str, figures: Mapping[str, Any]) -> str:
     )
     return (
         f"{cell:<10}{figures['n']:>5}{percent(figures['right']):>7}{interval(figures):>10}"
-        f"{percent(figures['modalities']):>7}{percent(figures['seen_pairs']['right']):>6}"
-        f"{percent(figures['held_out_pairs']['right']):>9}{percent(figures['chance']):>8}"
+        f"{percent(figures['modalities']):>7}{seen:>6}{held_out:>9}{percent(figures['chance']):>8}"
         f"{written:>9}{passed:>8}{ceiling:>9}  {named}"
     )

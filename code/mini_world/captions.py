@@ -36,10 +36,15 @@ CAPTIONS: dict[Modality, Wording] = {
             "{colour} and {size}, a {shape} {place}",
             "look at the {size} {shape} {place}, it is {colour}",
         ),
-        held_out=(
+        validation=(
             "{place} sits a {colour} {shape} that is {size}",
             "an image with a {size} {shape}, coloured {colour}, {place}",
             "it shows a {colour} and {size} {shape}, placed {place}",
+        ),
+        test=(
+            "{place} one finds a {size} {colour} {shape}",
+            "a {colour} {shape} of {size} size, {place}",
+            "the {size} {shape} seen {place} is {colour}",
         ),
     ),
     "video": Wording(
@@ -67,10 +72,15 @@ CAPTIONS: dict[Modality, Wording] = {
             "in this video a {size} {colour} {shape} {moves} {place}",
             "here is how a {size} {shape} in {colour} {moves} {place}",
         ),
-        held_out=(
+        validation=(
             "watch a {size} {colour} {shape} {place} as it {moves}",
             "{place} you find a {colour} {shape}, {size}, which {moves}",
             "a clip in which a {size} {shape}, coloured {colour}, {moves} {place}",
+        ),
+        test=(
+            "observe the {size} {colour} {shape} {place}, it {moves}",
+            "a {colour} {shape} of {size} size {moves} {place}",
+            "footage of a {size} {shape}, {colour}, {place}, {moving}",
         ),
     ),
     "audio": Wording(
@@ -92,10 +102,15 @@ CAPTIONS: dict[Modality, Wording] = {
             "you hear a {size} {shape} {count}",
             "{count} a {size} {shape} makes its sound",
         ),
-        held_out=(
+        validation=(
             "a {timbre} heard {count}, {pitch} in tone",
             "{count} there is a {pitch} {timbre} to be heard",
             "what you hear {count} is a {size} {shape}",
+        ),
+        test=(
+            "one can hear a {pitch} {timbre} {count}",
+            "{count} somebody plays a {pitch} {timbre}",
+            "{count} the noise of a {size} {shape}",
         ),
     ),
 }

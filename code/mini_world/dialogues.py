@@ -5,6 +5,7 @@ Every request asks for one of text, picture, video and sound; some ask for sever
 ("the same in green") keeps the modality of the last medium, anything else names what it wants.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,8 +86,19 @@ def unseen(thing: Thing) -> Scene:
     return Scene(thing, frozenset({"size", "shape"}), None, by_maker=True)
 
 
-def step(scene: Scene, output: str, rng: np.random.Generator, split: Split = "training") -> Step:
-    """The next request for `output`, leaning on `scene`, and its answer."""
+def step(
+    scene: Scene,
+    output: str,
+    rng: np.random.Generator,
+    split: Split = "training",
+    pairs: Collection[Split] = ("training",),
+) -> Step:
+    """The next request for `output`, leaning on `scene`, and its answer.
+
+    Args:
+        split: of the wording.
+        pairs: splits of the (shape, colour) pairs that an edit may lead to.
+    """
     if output == "text":
         if scene.last is None:
             question, answer = ask_world(scene.thing, rng, split)
@@ -94,7 +106,7 @@ def step(scene: Scene, output: str, rng: np.random.Generator, split: Split = "tr
             question, answer = ask(scene.thing, scene.last, rng, scene.known, split)
         return Step(question, (answer,), scene)
     if output == scene.last:
-        request, after = _edit(scene, output, rng, split)
+        request, after = _edit(scene, output, rng, split, pairs)
     elif output == "audio":
         request, after = _hear(scene, rng, split)
     else:
@@ -125,11 +137,20 @@ def opening(
 
 
 def course_case(
-    case: str, thing: Thing, rng: np.random.Generator, split: Split = "training"
+    case: str,
+    thing: Thing,
+    rng: np.random.Generator,
+    split: Split = "training",
+    pairs: Collection[Split] = ("training",),
 ) -> Step:
-    """One of the course's four cases (`CASE_INPUT`): several things asked for at once."""
+    """One of the course's four cases (`CASE_INPUT`): several things asked for at once.
+
+    Args:
+        split: of the wording.
+        pairs: as for `step`.
+    """
     if case == "T+I→T+I+V":
-        thing = choose(rng, changes(thing, "colour") or [thing])
+        thing = choose(rng, changes(thing, "colour", pairs))
     elif case != "T→T+I+V+A":
         thing = replace(thing, count=1)
     request = sentence(say(COURSE_REQUESTS[case].pick(rng, split), rng, thing))
@@ -162,6 +183,7 @@ def dialogue(
         goal: what is asked for first: one of `OUTPUTS`, or a case of `CASE_INPUT`.
         rounds: how many; in later ones the human sometimes shows something new.
         album: the media to show, and the names of the answers.
+        split: of the wordings, and of the pairs besides the training ones.
     """
     turns: list[Turn] = []
     scene: Scene | None = None
@@ -180,10 +202,11 @@ def dialogue(
 
 
 def _take(scene: Scene | None, goal: str, rng: np.random.Generator, split: Split) -> Step:
+    pairs = {"training", split}
     if goal in CASE_INPUT:
         thing = sample_thing(rng, split) if scene is None else scene.thing
-        return course_case(goal, thing, rng, split)
-    return opening(goal, rng, split) if scene is None else step(scene, goal, rng, split)
+        return course_case(goal, thing, rng, split, pairs)
+    return opening(goal, rng, split) if scene is None else step(scene, goal, rng, split, pairs)
 
 
 def _human(
@@ -219,7 +242,11 @@ def _present(scene: Scene, modality: Modality) -> tuple[str | tuple[Modality, st
 
 
 def _edit(
-    scene: Scene, output: Modality, rng: np.random.Generator, split: Split
+    scene: Scene,
+    output: Modality,
+    rng: np.random.Generator,
+    split: Split,
+    pairs: Collection[Split],
 ) -> tuple[str, Scene]:
     """The same medium with one attribute changed."""
     if output == "video" and "motion" in scene.known and rng.random() < 0.3:
@@ -228,7 +255,7 @@ def _edit(
     possible = {
         attribute: others
         for attribute in EDITS[output]
-        if (others := changes(scene.thing, attribute))
+        if (others := changes(scene.thing, attribute, pairs))
     }
     attribute = choose(rng, list(possible))
     thing = choose(rng, possible[attribute])

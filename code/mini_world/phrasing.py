@@ -30,6 +30,10 @@ OPENINGS: dict[Modality, Wording] = {
             "Please create a picture with a {size} {colour} {shape} {place}.",
             "I would love to see a {colour} and {size} {shape} {place}.",
         ),
+        (
+            "Could you draw a {size} {colour} {shape} {place}?",
+            "Let me see an image of a {colour} {shape}, {size}, {place}.",
+        ),
     ),
     "video": Wording(
         (
@@ -52,6 +56,10 @@ OPENINGS: dict[Modality, Wording] = {
         (
             "Please create a video where a {size} {colour} {shape} {moves} {place}.",
             "I would love to watch a {colour} and {size} {shape} {place} as it {moves}.",
+        ),
+        (
+            "Could you film a {size} {colour} {shape} {place} that {moves}?",
+            "Let me watch a video: a {size} {colour} {shape} {place}, {moving}.",
         ),
     ),
     "audio": Wording(
@@ -78,6 +86,10 @@ OPENINGS: dict[Modality, Wording] = {
             "Create a sound: a {pitch} {timbre}, {count}.",
             "I would love to hear how a {size} {shape} sounds {count}.",
         ),
+        (
+            "Could you play a {pitch} {timbre} {count}?",
+            "Please let me hear the sound of a {size} {shape}, {count}.",
+        ),
     ),
 }
 
@@ -102,6 +114,7 @@ _COMMON = {
             "I would prefer it {colour}.",
         ),
         ("I would like it {colour}.", "Change the colour to {colour}."),
+        ("Please make it {colour}.", "Show me the same in {colour}."),
     ),
     "size": Wording(
         (
@@ -120,6 +133,7 @@ _COMMON = {
             "I would prefer it {size}.",
         ),
         ("I would like it {size}.",),
+        ("Please make it {size}.", "Show me a {size} one."),
     ),
     "place": Wording(
         (
@@ -138,6 +152,7 @@ _COMMON = {
             "I would prefer it {place}.",
         ),
         ("I would like it {place}.",),
+        ("Please put it {place}.", "Show me the same {place}."),
     ),
     "shape": Wording(
         (
@@ -155,6 +170,7 @@ _COMMON = {
             "Replace it by a {shape}.",
         ),
         ("I would like a {shape} instead.",),
+        ("Please turn it into a {shape}.", "Show me a {shape} instead."),
     ),
 }
 EDITS: dict[Modality, dict[str, Wording]] = {
@@ -177,6 +193,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
                 "I would prefer that it {moves}.",
             ),
             ("I would like it to {move}.",),
+            ("Please let it {move}.", "Show me the same, but {moving}."),
         )
     },
     "audio": {
@@ -194,6 +211,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
                 "I would like to have it {pitch}.",
             ),
             ("I would like it {pitch}.",),
+            ("Please make it {pitch}.", "Please let me hear it {pitch}."),
         ),
         "count": Wording(
             (
@@ -207,6 +225,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
                 "Rather {count}, please.",
             ),
             ("I would like to hear it {count}.",),
+            ("Please play it {count}.", "Make it sound {count} now."),
         ),
     },
 }
@@ -236,6 +255,7 @@ REVERSE = Wording(
         "It should turn around.",
     ),
     ("Turn the motion around.",),
+    ("Please play it the other way.", "Make the motion go the other way."),
 )
 
 HEAR = Wording(
@@ -253,6 +273,7 @@ HEAR = Wording(
         "I should like to hear this.",
     ),
     ("Make me hear what this sounds like.",),
+    ("Please play its sound.", "Let me hear what it sounds like."),
 )
 HEAR_COUNTED = Wording(
     (
@@ -266,6 +287,7 @@ HEAR_COUNTED = Wording(
         "Can I hear it {count}?",
     ),
     ("I would like to hear it {count}.",),
+    ("Please let it sound {count}.", "Let me listen to it {count}."),
 )
 
 # (how it was last shown, what is wanted now)
@@ -280,6 +302,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "Make an image of it.",
         ),
         ("Paint it.",),
+        ("Show it to me.", "Please paint it for me."),
     ),
     ("video", "image"): Wording(
         (
@@ -295,6 +318,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "Give me one image out of it.",
         ),
         ("Give me a single frame of it.",),
+        ("Please show me a single picture of it.", "Draw one still image of it."),
     ),
     ("audio", "image"): Wording(
         (
@@ -312,6 +336,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "Give me an image of the thing that sounds.",
         ),
         ("Paint the thing that is heard.",),
+        ("Please draw what makes this sound.", "Show me a picture of what you hear."),
     ),
     (None, "video"): Wording(
         (
@@ -323,6 +348,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "Give me a clip in which it {moves}.",
         ),
         ("A clip of it {moving}.",),
+        ("Please make a video of it {moving}.", "Let me see it {moving}."),
     ),
     ("image", "video"): Wording(
         (
@@ -339,6 +365,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "I should like a video of it {moving}.",
         ),
         ("Animate it so that it {moves}.",),
+        ("Please make a video in which it {moves}.", "Show me how it {moves}."),
     ),
     ("audio", "video"): Wording(
         (
@@ -355,6 +382,10 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
             "Give me a video of the thing that sounds, {moving}.",
         ),
         ("Animate the thing that is heard, {moving}.",),
+        (
+            "Please film what you hear, {moving}.",
+            "Show me a video of what makes this sound, {moving}.",
+        ),
     ),
 }
 
@@ -421,6 +452,7 @@ _WHAT_AND_SOUND = Wording(
         *(f"{ask}, and {ask_sound}?" for ask, ask_sound in product(_ASK, _ASK_SOUND)),
     ),
     ("Say what it is, then play how it sounds.",),
+    ("Tell me what it is and let me hear its sound.", "What is it? Let me hear how it sounds."),
 )
 COURSE_REQUESTS: dict[str, Wording] = {
     "T+I→T+A": _WHAT_AND_SOUND,
@@ -428,6 +460,10 @@ COURSE_REQUESTS: dict[str, Wording] = {
     "T+I→T+I+V": Wording(
         _in_turn(_RECOLOUR, _FILM),
         ("First paint it {colour}, then animate it so that it {moves}.",),
+        (
+            "Please draw it in {colour} and make a video of it {moving}.",
+            "Show me a {colour} one and let me watch it {moving}.",
+        ),
     ),
     "T→T+I+V+A": Wording(
         (
@@ -450,6 +486,11 @@ COURSE_REQUESTS: dict[str, Wording] = {
         (
             "Create a picture, a video and a sound: a {size} {colour} {shape} {place} that {moves} "
             "and sounds {count}.",
+        ),
+        (
+            "Please draw a {size} {colour} {shape} {place}, make a clip of it {moving}, "
+            "and let me hear it {count}.",
+            "Let me see a {size} {colour} {shape} {place}, watch it {moving}, and hear it {count}.",
         ),
     ),
 }

@@ -1,8 +1,13 @@
-"""Things: what the mini world is made of, their values, and which are kept out of training.
+"""Things: what the mini world is made of, their values, and the splits of their pairs.
 
 Costs nothing: a thing is six words, drawn from a seeded generator.
+
+A split is a set of (shape, colour) pairs, with wordings of its own (`words.Wording`). Training sees
+the training pairs alone. Every choice (learning rates, steps, losses, wordings) is made on the
+validation pairs; the test pairs are measured once, at the end.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -29,20 +34,39 @@ OPPOSITE_MOTION = dict(
     )
 )
 
-# Never rendered, captioned or spoken of in training: 8 of the 48 pairs, every colour once, every
-# shape at least once, so that each shape and each colour is still seen in other company.
-HELD_OUT_PAIRS = frozenset(
-    {
-        ("square", "red"),
-        ("ring", "orange"),
-        ("cross", "yellow"),
-        ("triangle", "green"),
-        ("star", "blue"),
-        ("circle", "purple"),
-        ("triangle", "white"),
-        ("ring", "black"),
-    }
-)
+Split = Literal["training", "validation", "test"]
+
+# Never rendered, captioned or spoken of in training: every colour once in each split, every shape
+# at least once, so that each shape and each colour is still seen in other pairs.
+HELD_OUT_PAIRS: dict[Split, frozenset[tuple[str, str]]] = {
+    "validation": frozenset(
+        {
+            ("square", "red"),
+            ("ring", "orange"),
+            ("cross", "yellow"),
+            ("triangle", "green"),
+            ("star", "blue"),
+            ("circle", "purple"),
+            ("triangle", "white"),
+            ("ring", "black"),
+        }
+    ),
+    "test": frozenset(
+        {
+            ("star", "red"),
+            ("circle", "orange"),
+            ("square", "yellow"),
+            ("ring", "green"),
+            ("cross", "blue"),
+            ("triangle", "purple"),
+            ("star", "white"),
+            ("square", "black"),
+        }
+    ),
+}
+_SPLIT_OF: dict[tuple[str, str], Split] = {
+    pair: split for split, pairs in HELD_OUT_PAIRS.items() for pair in pairs
+}
 
 # What a caption of each modality tells.
 ATTRIBUTES: dict[Modality, tuple[str, ...]] = {
@@ -62,7 +86,6 @@ VALUES: dict[str, tuple[str, ...] | tuple[int, ...]] = {
 }
 
 Value = str | int
-Split = Literal["training", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -96,9 +119,9 @@ class Thing:
         return PITCH_OF[self.size]
 
     @property
-    def held_out(self) -> bool:
-        """Whether its shape and colour never come together in training."""
-        return (self.shape, self.colour) in HELD_OUT_PAIRS
+    def split(self) -> Split:
+        """The split of its (shape, colour) pair."""
+        return _SPLIT_OF.get((self.shape, self.colour), "training")
 
     def attributes(self, modality: Modality) -> dict[str, Value]:
         """Attribute to value, for what a medium of this modality shows."""
@@ -106,9 +129,9 @@ class Thing:
 
 
 def sample_thing(rng: np.random.Generator, split: Split = "training") -> Thing:
-    """Draw a thing, every value alike, its (shape, colour) from the training or held-out pairs."""
+    """Draw a thing of `split`, every value alike."""
     pairs = [(s, c) for s in SHAPES for c in COLOURS]
-    allowed = [pair for pair in pairs if (pair in HELD_OUT_PAIRS) == (split == "held_out")]
+    allowed = [pair for pair in pairs if _SPLIT_OF.get(pair, "training") == split]
     shape, colour = allowed[rng.integers(len(allowed))]
     return Thing(
         shape=shape,
@@ -120,11 +143,11 @@ def sample_thing(rng: np.random.Generator, split: Split = "training") -> Thing:
     )
 
 
-def changes(thing: Thing, attribute: str) -> list[Thing]:
-    """`thing` with each other value of `attribute`, as far as its pair stays within its split."""
+def changes(thing: Thing, attribute: str, splits: Collection[Split] = ("training",)) -> list[Thing]:
+    """`thing` with each other value of `attribute` whose pair is in one of `splits`."""
     others = [
         replace(thing, **{attribute: value})
         for value in VALUES[attribute]
         if value != getattr(thing, attribute)
     ]
-    return [other for other in others if other.held_out == thing.held_out]
+    return [other for other in others if other.split in splits]

@@ -111,14 +111,15 @@ _UNTOLD = {"shape": "thing"}
 
 @dataclass(frozen=True)
 class Wording:
-    """Sentences that say the same; the held-out ones never appear in training."""
+    """Sentences that say the same, by split: each is used in its own split alone."""
 
     training: tuple[str, ...]
-    held_out: tuple[str, ...]
+    validation: tuple[str, ...]
+    test: tuple[str, ...]
 
     def pick(self, rng: np.random.Generator, split: Split = "training") -> str:
-        """One of the sentences of the split."""
-        return choose(rng, self.training if split == "training" else self.held_out)
+        """Draw one of the sentences of `split`."""
+        return choose(rng, getattr(self, split))
 
 
 def choose(rng: np.random.Generator, options: Sequence[_T]) -> _T:

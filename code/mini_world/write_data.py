@@ -32,7 +32,7 @@ from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say
 from model.media_files import SUFFIXES
 
-VERSION = 16  # of the world: raise it when the same seed gives something else
+VERSION = 17  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 600,
     "pair_video": 400,
@@ -97,7 +97,9 @@ def write_world(
     counts = {name: max(1, round(count * scale)) for name, count in wanted.items()}
     world = {"version": VERSION, "seed": seed, "scale": scale, "counts": counts}
     world["unnamed_colours"] = unnamed_colours
-    world["held_out_pairs"] = sorted(map(list, HELD_OUT_PAIRS))
+    world["held_out_pairs"] = {
+        split: sorted(map(list, pairs)) for split, pairs in HELD_OUT_PAIRS.items()
+    }
     if (out / "world.json").is_file():
         if json.loads((out / "world.json").read_text(encoding="utf-8")) == world:
             print(f"{out} holds this world already")

@@ -5,12 +5,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mini_world.part_training.samples import ALL_ATTRIBUTES, NOT_TOLD
-from mini_world.things import COLOURS, HELD_OUT_PAIRS, SHAPES, VALUES
+from mini_world.things import VALUES
 
 _OUT = -1e4  # a logit that takes no part
-_HELD_OUT_SC = torch.tensor(
-    [[(shape, colour) in HELD_OUT_PAIRS for colour in COLOURS] for shape in SHAPES]
-)
 SCALE = 20.0  # of cosines, as in the audio head of ImageBind
 
 
@@ -25,17 +22,14 @@ class Probes(nn.Module):
         )
         self.may_be_open = may_be_open
 
-    def loss(self, states: Tensor, labels_NA: Tensor, *, spare_held_out: bool = False) -> Tensor:
+    def loss(self, states: Tensor, labels_NA: Tensor) -> Tensor:
         """Mean cross entropy; without a class for what is not told, that is left out.
 
         Args:
             states: (N, W), or (N, T, W) with the same labels at every T.
-            spare_held_out: no colour speaks against the shape that it is never seen with, nor a
-                shape against a colour; for states (N, W).
         """
         terms = []
-        never = _held_out_values(labels_NA) if spare_held_out else {}
-        for name, reader, label_N in zip(ALL_ATTRIBUTES, self.readers, labels_NA.T, strict=True):
+        for reader, label_N in zip(self.readers, labels_NA.T, strict=True):
             if self.may_be_open:
                 wanted_N = torch.where(label_N == NOT_TOLD, reader.out_features - 1, label_N)
             elif (label_N == NOT_TOLD).all():
@@ -43,8 +37,6 @@ class Probes(nn.Module):
             else:
                 wanted_N = label_N
             logits = reader(states)
-            if name in never:
-                logits = logits.masked_fill(never[name], _OUT)
             if states.ndim == 3:
                 wanted_N = wanted_N[:, None].expand(logits.shape[:2])
             terms.append(
@@ -61,18 +53,26 @@ def same_things(labels_NA: Tensor) -> Tensor:
     return same_NN / same_NN.sum(dim=1, keepdim=True)
 
 
-def held_out_mixes(labels_NA: Tensor) -> Tensor:
-    """Which pairs of things have, one its shape, the other its colour, a held-out pair: (N, N)."""
-    shape_N, _ = _shapes_and_colours(labels_NA)
-    never_NN = _held_out_values(labels_NA)["shape"][:, shape_N]
-    return never_NN | never_NN.T
+def differ_in_both(labels_NA: Tensor) -> Tensor:
+    """Which pairs of things differ in shape and in colour: (N, N) bool.
 
-
-def _held_out_values(labels_NA: Tensor) -> dict[str, Tensor]:
-    """Shapes never seen in each thing's colour (N, 6), and colours never of its shape (N, 8)."""
+    As negatives they would teach which shapes and colours come together in training, and so speak
+    against every pair that is held out; pairs that differ in one of the two teach both words.
+    """
     shape_N, colour_N = _shapes_and_colours(labels_NA)
-    told_N1 = (colour_N != NOT_TOLD)[:, None]
-    return {"shape": _HELD_OUT_SC.T[colour_N] & told_N1, "colour": _HELD_OUT_SC[shape_N]}
+    return (shape_N[:, None] != shape_N) & (colour_N[:, None] != colour_N)
+
+
+def told_apart(labels_NA: Tensor) -> Tensor:
+    """Leave out shape and colour where both are told: (N, attributes), NOT_TOLD in their places.
+
+    So a shape is read where the colour has no name, and a colour where the shape has none: nothing
+    is learned from which of them come together.
+    """
+    shape_N, colour_N = _shapes_and_colours(labels_NA)
+    both_N1 = ((shape_N != NOT_TOLD) & (colour_N != NOT_TOLD))[:, None]
+    is_either_A = torch.tensor([name in ("shape", "colour") for name in ALL_ATTRIBUTES])
+    return labels_NA.masked_fill(both_N1 & is_either_A, NOT_TOLD)
 
 
 def _shapes_and_colours(labels_NA: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,11 @@
 """Mini ImageBind: it learns to put each medium where its captions are (arXiv 2305.05665).
 
 The captions' places are those of the finished CLIP tower. Linear probes, thrown away afterwards,
-keep every attribute readable. Batches hold things in fours that differ in one attribute. Half of
-the pictures and videos are in colours that no caption tells: so shapes are learned apart from
-colours, and are known in pairs that were never seen. The shapes of what moves and grows are learned
-last: after all three modalities, sight goes on alone, mostly with videos.
+keep every attribute readable. Batches hold things in fours that differ in one attribute. A third of
+the pictures and videos are in colours, another third in outlines that no caption tells: so shapes
+and colours are learned apart, and are known in pairs that were never seen. No loss knows which
+pairs are held out. The shapes of what moves and grows are learned last: after all three modalities,
+sight goes on alone, mostly with videos.
 """
 
 from collections.abc import Mapping
@@ -18,9 +19,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from conversation.parts import Modality
 from mini_world.captions import caption
-from mini_world.looks import unnamed_colour
+from mini_world.looks import unnamed_colour, unnamed_outline
 from mini_world.mini_encoder import MINI_IMAGEBIND
-from mini_world.part_training.contrast import SCALE, Probes, contrast, held_out_mixes, same_things
+from mini_world.part_training.contrast import (
+    SCALE,
+    Probes,
+    contrast,
+    differ_in_both,
+    same_things,
+    told_apart,
+)
 from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import (
     SoundPool,
@@ -89,13 +97,13 @@ class _Binding:
                     texts_ND, _ = clip_states(self.tower, captions)
                 features_ND = self.learner["imagebind"].forward_views(modality, views)
                 seen_NA = labels(things, told)
-                # Each half apart: whether a colour has a name is not to be learned.
-                halves = zip(*(x.chunk(2) for x in (features_ND, texts_ND, seen_NA)), strict=True)
+                # Each group apart: whether colour and shape have a name is not to be learned.
+                groups = [x.chunk(_groups(modality)) for x in (features_ND, texts_ND, seen_NA)]
                 contrasted = [
-                    contrast(f, t, same_things(s), held_out_mixes(s)) for f, t, s in halves
+                    contrast(f, t, same_things(s), differ_in_both(s))
+                    for f, t, s in zip(*groups, strict=True)
                 ]
-                probes = self.learner["probes"]
-                probe = probes.loss(SCALE * features_ND, seen_NA, spare_held_out=True)
+                probe = self.learner["probes"].loss(SCALE * features_ND, told_apart(seen_NA))
             losses |= {
                 f"{modality}_contrast": torch.stack(contrasted).mean(),
                 f"{modality}_seen": probe,
@@ -107,14 +115,19 @@ class _Binding:
     ) -> tuple[list[Thing], Tensor]:
         """A batch of things, in fours that differ in one attribute, and their views.
 
-        The first half of what is seen is in unnamed colours.
+        Of what is seen, the first third is in unnamed colours, the second in unnamed outlines.
         """
         if modality == "audio":
             return self.heard.draw(rng, count)
         things = neighbours(rng, modality, count, self.oftener)
-        unnamed = [Look(rgb=unnamed_colour(rng)) for _ in range(count // 2)]
+        third = count // 3
+        looks = [
+            *(Look(rgb=unnamed_colour(rng)) for _ in range(third)),
+            *(Look(outline=unnamed_outline(rng)) for _ in range(third)),
+            *[OWN_LOOK] * third,
+        ]
         views = picture_views if modality == "image" else clip_views
-        return things, views(things, rng, [*unnamed, *[OWN_LOOK] * (count // 2)])
+        return things, views(things, rng, looks)
 
 
 @torch.no_grad()
@@ -139,7 +152,16 @@ def _begin_apart(model: ImageBind, seed: int) -> None:
     stem.weight.copy_((components_KW * scale_W).T.view_as(stem.weight))
 
 
+def _groups(modality: Modality) -> int:
+    """How many groups a batch consists of: unnamed colours, unnamed outlines, both named."""
+    return 1 if modality == "audio" else 3
+
+
 def _told(modality: Modality, count: int) -> list[frozenset[str]]:
     """What is told of each thing in a batch."""
     everything = frozenset(ATTRIBUTES[modality])
-    return [everything - {"colour"}] * (count // 2) + [everything] * (count // 2)
+    if modality == "audio":
+        return [everything] * count
+    third = count // 3
+    hidden = ({"colour"}, {"shape"}, set())
+    return [everything - names for names in hidden for _ in range(third)]
