@@ -33,4 +33,6 @@ say "the course's four cases"
 python code/inference.py --cases $world/examples/cases.json --out outputs/quickstart
 say "scoreboard"
 python code/evaluate.py --cells quick --samples 20 --out outputs/quickstart/scoreboard
+say "the four cases, 40 of each"
+python code/evaluate.py --cells cases --samples 40 --out outputs/quickstart/cases
 say "done"

@@ -104,7 +104,7 @@ def test_what_is_typed_is_never_a_path(scripted: Path, tmp_path: Path) -> None:
 def test_cases_get_a_folder_each(scripted: Path, tmp_path: Path) -> None:
     (tmp_path / "bell.wav").write_bytes(Path(BELL).read_bytes())
     cases = [
-        {"name": "T+A→T", "text": "what?", "image": None, "audio": "bell.wav", "expects": ["text"]},
+        {"name": "T+A→T", "text": "what?", "image": None, "audio": "bell.wav"},
         {"name": "../T", "text": "draw", "image": None, "video": None, "audio": None},
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
@@ -112,6 +112,22 @@ def test_cases_get_a_folder_each(scripted: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["-T", "T+A-T"]
     heard = read_history(tmp_path / "out" / "T+A-T" / "history.json")[0]
     assert heard.parts == (Media("audio", path=str(tmp_path / "bell.wav")), Text("what?"))
+
+
+def test_cases_whose_answer_has_other_media_than_expected_are_told_and_counted(
+    scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = [
+        {"name": "met", "text": "draw", "expects": ["text", "image", "video", "audio"]},
+        {"name": "missed", "text": "draw", "expects": ["text", "image"]},
+        {"name": "open", "text": "draw"},
+    ]
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    infer(scripted, tmp_path / "out", "--cases", str(tmp_path / "cases.json"))
+    said = capsys.readouterr().out
+    assert said.count("the answer has") == 1
+    assert "expected text, image; the answer has text, image, video, audio" in said
+    assert "1 of 2 answers have the expected media" in said
 
 
 FAULTS = {

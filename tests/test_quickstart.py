@@ -9,6 +9,7 @@ import pytest
 
 from conversation.parts import MODALITIES
 from dataset.media import load_views
+from evaluation.items import CASES
 
 ROOT = Path(__file__).parent.parent
 SUFFIX_OF = {"image": ".png", "video": ".mp4", "audio": ".wav"}
@@ -42,10 +43,14 @@ def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path)
     answers = clone / "outputs/quickstart"
     cases = json.loads((clone / "data/mini_world/examples/cases.json").read_text())
     assert len(cases) == 4
-    histories = sorted(answers.glob("*/history.json"))
+    histories = sorted(answers.glob("T*/history.json"))
     assert len(histories) == len(cases)
     right = [case["name"] for case in cases if kinds_in(answers, case) == case["expects"]]
-    assert len(right) >= 3, f"only {right} were answered with the kinds of media asked for"
+    assert f"{len(right)} of 4 answers have the expected media" in said
+    measured = json.loads((answers / "cases/scoreboard.json").read_text())["cells"]
+    assert {cell: figures["n"] for cell, figures in measured.items()} == dict.fromkeys(CASES, 40)
+    for cell, figures in measured.items():
+        assert figures["modalities"] >= 0.9, f"{cell}: {figures['modalities']} with all media"
     for modality in MODALITIES:
         files = list(answers.rglob(f"*{SUFFIX_OF[modality]}"))
         assert files, f"no answer called for {modality}"

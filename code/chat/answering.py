@@ -14,7 +14,7 @@ from tqdm import tqdm
 from chat.assistant import Answer, Assistant, Progress
 from chat.history import write_history
 from chat.options import ChatOptions
-from chat.requests import Request
+from chat.requests import Kind, Request
 from config.errors import InputError
 from config.loader import project_path
 from config.schema import Config
@@ -64,6 +64,7 @@ def answer_requests(
     options = ChatOptions.from_config(config)
     assistant = Assistant.load(config, delta or find_delta(config))
     print("\n".join(assistant.report))
+    as_expected: list[bool] = []
     for request in requests:
         print(f"\n{request.name}")
         turns = (*request.history, request.turn)
@@ -79,6 +80,21 @@ def answer_requests(
             print(flush=True)
         for path in save_answer(answer, turns, request.folder):
             print(path)
+        if request.expects is not None:
+            missed = compare_kinds(answer.turn, request.expects)
+            as_expected.append(not missed)
+            print(missed, end="")
+    if as_expected:
+        print(f"\n{sum(as_expected)} of {len(as_expected)} answers have the expected media")
+
+
+def compare_kinds(turn: Turn, expects: Sequence[Kind]) -> str:
+    """Say in a line which kinds of content an answer has and should have; empty if the same."""
+    kinds = (part.modality if isinstance(part, Media) else "text" for part in turn.parts)
+    given = list(dict.fromkeys(kinds))
+    if set(given) == set(expects):
+        return ""
+    return f"expected {', '.join(expects)}; the answer has {', '.join(given) or 'nothing'}\n"
 
 
 def save_answer(answer: Answer, turns: tuple[Turn, ...], folder: Path) -> list[Path]:

@@ -4,12 +4,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, TypeAdapter
 
 from chat.json_files import read_typed_json
 from config.errors import InputError
 from conversation.parts import MODALITIES, Media, Modality, Text, Turn
+
+Kind = Literal["text", "image", "video", "audio"]
 
 
 @dataclass(frozen=True)
@@ -21,12 +24,14 @@ class Request:
         history: the turns before.
         turn: the human's.
         folder: where the answer's files go.
+        expects: the kinds of content that the answer is to have, None if that is not known.
     """
 
     name: str
     history: tuple[Turn, ...]
     turn: Turn
     folder: Path
+    expects: tuple[Kind, ...] | None = None
 
 
 class _Case(BaseModel):
@@ -35,6 +40,7 @@ class _Case(BaseModel):
     image: str | None = None
     video: str | None = None
     audio: str | None = None
+    expects: tuple[Kind, ...] | None = None
 
 
 def human_turn(text: str, media: Mapping[Modality, Sequence[Path]]) -> Turn:
@@ -63,7 +69,8 @@ def read_cases(path: Path, out: Path) -> list[Request]:
     """The cases in a JSON file, each with a folder of its own in `out`.
 
     A case is `{"name", "text"}` with at most one `"image"`, `"video"` and `"audio"`, relative to
-    the file's folder; other keys do not count.
+    the file's folder, and perhaps `"expects"`, the kinds that the answer is to have; other keys do
+    not count.
 
     Raises:
         InputError: the file, a case or a medium is wrong or missing.
@@ -77,5 +84,5 @@ def read_cases(path: Path, out: Path) -> list[Request]:
         folder = out / re.sub(r"[^\w+]+", "-", case.name, flags=re.ASCII)
         if folder in [request.folder for request in requests]:
             raise InputError(f"cases {path}: two cases would write to {folder}; rename one")
-        requests.append(Request(case.name, (), human_turn(case.text, media), folder))
+        requests.append(Request(case.name, (), human_turn(case.text, media), folder, case.expects))
     return requests
