@@ -29,7 +29,7 @@ from mini_world.phrasing import COURSE_REQUESTS
 from mini_world.plain_talk import plain_pairs
 from mini_world.questions import ask, ask_world, world_facts
 from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
-from mini_world.words import choose, say
+from mini_world.words import choose, say, sentence
 from model.media_files import SUFFIXES
 
 VERSION = 17  # of the world: raise it when the same seed gives something else
@@ -259,7 +259,8 @@ def write_examples(folder: Path, seed: int) -> None:
             file = f"mini_example_{source}_{number:06d}{SUFFIXES[source]}"
             write_medium(folder / file, source, thing, seed)
             shown[source] = file
-        text = say(COURSE_REQUESTS[name].pick(rng), None, choose(rng, changes(thing, "colour")))
+        wanted = choose(rng, changes(thing, "colour"))
+        text = sentence(say(COURSE_REQUESTS[name].pick(rng), None, wanted))
         expects = [outputs[letter] for letter in name.split("→")[1].split("+")]
         cases.append({"name": name, "text": text, **shown, "expects": expects})
     _write_json(folder / "cases.json", cases)
