@@ -138,6 +138,26 @@ def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assi
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("top_k", "within"), [(50, True), (0, False)])
+def test_sampling_takes_the_50_likeliest_tokens_as_published_or_all(
+    babbler: Assistant, top_k: int, within: bool
+) -> None:
+    assert ChatOptions.from_config(babbler.config).top_k == 50
+    conversation = say(Text("surprise me"))
+    answer = ask(babbler, conversation, top_k=top_k, top_p=1, temperature=2, max_new_tokens=30)
+    prompt, embeddings = whole(babbler, conversation, answer)
+    head, whole_runs = babbler.model.language_model.get_output_embeddings(), WholeRuns(SIGNALS, 30)
+    logits = head(babbler.model.read(embeddings))[0, prompt - 1 :]
+    ranks = []
+    for step, token_id in enumerate(answer.token_ids):
+        written = torch.tensor([answer.token_ids[:step]], dtype=torch.long)
+        scores = whole_runs(written, logits[None, step].clone())[0]
+        ranks.append(int((scores > scores[token_id]).sum()))
+    assert (max(ranks) < 50) is within
+    assert max(ranks) > 0
+
+
+@torch.no_grad()
 def test_media_are_those_of_the_projected_hidden_states(babbler: Assistant) -> None:
     conversation = say(Media("image", path=PHOTO), Text("draw it"))
     answer = ask(babbler, conversation, seed=3, temperature=0, max_new_tokens=24)
@@ -165,9 +185,8 @@ def pixels(output: object) -> list[np.ndarray]:
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_words_are_the_answers_words(babbler: Assistant, seed: int) -> None:
     streamed: list[str] = []
-    options = replace(
-        ChatOptions.from_config(babbler.config), top_p=1, temperature=2, max_new_tokens=40
-    )
+    options = ChatOptions.from_config(babbler.config)
+    options = replace(options, top_k=0, top_p=1, temperature=2, max_new_tokens=40)
     answer = babbler.chat(say(Text("tell me")), seed=seed, options=options, on_text=streamed.append)
     assert "".join(streamed) == answer.text
     assert len(streamed) > 1

@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -185,6 +186,8 @@ def generate_answers(
     processors = LogitsProcessorList([WholeRuns(encoder.signals, options.max_new_tokens)])
     if options.temperature > 0:  # transformers refuses a whole 1
         processors.append(TemperatureLogitsWarper(float(options.temperature)))
+        if options.top_k:
+            processors.append(TopKLogitsWarper(options.top_k))
         processors.append(TopPLogitsWarper(float(options.top_p)))
         processors.append(OwnDraws(seeds, device))
     stops = StopSequences(encoder.stop_sequences)

@@ -138,6 +138,7 @@ class TrainingConfig(Section):
 class GenerationConfig(Section):
     """How answers are sampled."""
 
+    top_k: Annotated[int, Field(ge=0)]  # of the likeliest tokens are sampled from; 0: of all
     top_p: Annotated[float, Field(gt=0, le=1)]
     temperature: Annotated[float, Field(ge=0)]  # 0: always the likeliest token
     max_new_tokens: Positive
