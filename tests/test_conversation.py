@@ -1,13 +1,17 @@
 """Conversations become the published token ids, and truncation keeps what must stay."""
 
+import copy
+
 import pytest
 import torch
 
 from config.errors import MediaError
 from conversation.batch import pack_conversations, pad_conversations
-from conversation.encoding import IGNORE, ConversationEncoder
+from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
 from conversation.parts import MODALITIES, Conversation, Media, Text, Turn
 from conversation.pieces import SLOT
+from conversation.signal_tokens import SignalTokens
+from conversation.templates import TEMPLATES
 from model.build import build_conversation_encoder, build_model
 from parity_tools import cases
 from tiny_system import ask, recorded_conversation, tiny_config, tiny_encoder
@@ -129,6 +133,80 @@ def test_truncation_cuts_text_only_and_counts_it(
     assert cut.input_ids[cut.slots[0][0] - 1] == encoder.signals.open
     decoded = encoder.tokenizer.decode([i for i in cut.input_ids if i < encoder.signals.first_id])
     assert "### Assistant:" in decoded
+
+
+LONG = "It looks like an ordinary day by the lake; nothing unusual happens. " * 20
+
+
+def labelled(encoded: EncodedConversation) -> list[int]:
+    """The ids that carry the loss, in order."""
+    return [target for target in encoded.targets if target != IGNORE]
+
+
+def encoder_of(template: str) -> ConversationEncoder:
+    """Of the published template, or of ChatML with its special tokens added to the tokenizer."""
+    encoder = tiny_encoder()
+    if template == "chatml":
+        tokenizer = copy.deepcopy(encoder.tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+        signals = SignalTokens(encoder.signals.counts, first_id=len(tokenizer))
+        encoder = ConversationEncoder(tokenizer, signals, TEMPLATES[template], media_tokens=1)
+    return encoder
+
+
+@pytest.mark.parametrize("template", ["published", "chatml"])
+def test_truncated_answer_is_not_trained_to_end_where_it_was_cut(template: str) -> None:
+    encoder = encoder_of(template)
+    conversation = Conversation((*ask("Why?", LONG), *ask("And then?", "Nothing.")))
+    whole, cut = encoder.encode(conversation), encoder.encode(conversation, max_length=100)
+    end = encoder.stop_sequences[0]
+    second = labelled(encoder.encode(Conversation(ask("And then?", "Nothing."))))
+    assert second[-len(end) :] == end
+    assert labelled(whole)[-len(second) :] == second  # the later, shorter answer is whole
+    assert labelled(cut)[-len(second) :] == second
+    words = labelled(whole)[: -len(second) - len(end)]
+    kept = labelled(cut)[: -len(second)]
+    assert len(words) > len(kept) > 0 and kept == words[: len(kept)]
+    # The end itself stays in the ids, behind the last word that was kept.
+    last = next(i for i, target in enumerate(cut.targets) if target != IGNORE) + len(kept)
+    assert cut.input_ids[last : last + len(end)] == end
+    assert cut.targets[last : last + len(end)] == [IGNORE] * len(end)
+
+
+@pytest.mark.parametrize("template", ["published", "chatml"])
+def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(template: str) -> None:
+    encoder = encoder_of(template)
+    conversation = Conversation(ask("Draw it.", LONG, made=Media("image")))
+    cut = encoder.encode(conversation, max_length=100)
+    assert cut.cut_tokens > 0
+    with_loss = labelled(cut)
+    run = encoder.signals.run("image")
+    start = with_loss.index(run[0])
+    assert with_loss[start : start + len(run)] == run
+    end = encoder.stop_sequences[1 if template == "published" else 0]
+    assert with_loss[start + len(run) :] == end
+
+
+def test_truncated_text_behind_signal_tokens_is_not_trained_to_end(
+    encoder: ConversationEncoder,
+) -> None:
+    parts = (Text("Here:"), Media("image"), Text(LONG))
+    turns = (Turn("human", (Text("Draw it."),)), Turn("assistant", parts))
+    cut = encoder.encode(Conversation(turns), max_length=100)
+    end = encoder.stop_sequences[0]
+    assert cut.input_ids[-len(end) :] == end
+    assert cut.targets[-len(end) :] == [IGNORE] * len(end)
+    assert cut.targets[-len(end) - 1] != IGNORE
+    assert set(encoder.signals.run("image")) <= set(labelled(cut))
+
+
+def test_question_that_is_cut_leaves_the_whole_answer_its_loss(
+    encoder: ConversationEncoder,
+) -> None:
+    conversation = Conversation(ask(LONG, "Because."))
+    cut = encoder.encode(conversation, max_length=100)
+    assert cut.cut_tokens > 0
+    assert labelled(cut) == labelled(encoder.encode(conversation))
 
 
 def test_a_conversation_whose_markup_alone_is_too_long_is_refused(
