@@ -1,17 +1,16 @@
 """Conversations become the published token ids, and truncation keeps what must stay."""
 
-import copy
+import random
 
 import pytest
 import torch
 
 from config.errors import MediaError
+from config.loader import load_config
 from conversation.batch import pack_conversations, pad_conversations
 from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
-from conversation.parts import MODALITIES, Conversation, Media, Text, Turn
+from conversation.parts import MODALITIES, Conversation, Media, Part, Text, Turn
 from conversation.pieces import SLOT
-from conversation.signal_tokens import SignalTokens
-from conversation.templates import TEMPLATES
 from model.build import build_conversation_encoder, build_model
 from parity_tools import cases
 from tiny_system import ask, recorded_conversation, tiny_config, tiny_encoder
@@ -23,6 +22,15 @@ CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]
 @pytest.fixture(scope="module")
 def encoder() -> ConversationEncoder:
     return tiny_encoder()
+
+
+def encoder_of(template: str) -> ConversationEncoder:
+    """With sentencepiece and the published template, or with byte-level BPE and ChatML."""
+    return (
+        tiny_encoder()
+        if template == "published"
+        else build_conversation_encoder(load_config("mini"))
+    )
 
 
 @pytest.mark.parametrize("case", CASE_NAMES)
@@ -57,6 +65,40 @@ def test_an_open_conversation_is_the_beginning_of_the_answered_one(
     assert set(prompt.targets) == {IGNORE}
     first_target = next(i for i, target in enumerate(answered.targets) if target != IGNORE)
     assert first_target == len(prompt.input_ids)
+
+
+SAYINGS = ("What is this?", "你好，世界。", "☺ two\n\nlines", "3 < 5 ###", " spaced  ", "A 𝄞 é.")
+
+
+def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
+    """Words of several scripts and media of every kind, in any place of any turn."""
+
+    def parts(most_media: int) -> tuple[Part, ...]:
+        media = [
+            Media(rng.choice(MODALITIES), caption="x") for _ in range(rng.randint(0, most_media))
+        ]
+        words = [Text(rng.choice(SAYINGS)) for _ in range(rng.randint(0 if media else 1, 2))]
+        return tuple(rng.sample([*media, *words], len(media) + len(words)))
+
+    roles = ("human", "assistant") * rounds
+    return Conversation(tuple(Turn(role, parts(2)) for role in roles))
+
+
+@pytest.mark.parametrize("template", ["published", "chatml"])
+def test_prompts_of_every_round_are_the_beginning_of_what_training_reads(template: str) -> None:
+    encoder = encoder_of(template)
+    for seed in range(40):
+        whole = random_dialogue(random.Random(seed), rounds=4)
+        trained = encoder.encode(whole)
+        for asked in range(1, len(whole.turns), 2):
+            prompt = encoder.encode(Conversation(whole.turns[:asked]))
+            length = len(prompt.input_ids)
+            assert trained.input_ids[:length] == prompt.input_ids, (seed, asked)
+            assert trained.targets[:length] == prompt.targets, (seed, asked)
+            assert trained.slots[: len(prompt.slots)] == prompt.slots
+            assert trained.runs[: len(prompt.runs)] == prompt.runs
+            # What comes next is the answer: all of it is learned, from its first token on.
+            assert trained.targets[length] == trained.input_ids[length], (seed, asked)
 
 
 def test_media_stand_where_they_are_in_any_turn_of_either_side(
@@ -141,17 +183,6 @@ LONG = "It looks like an ordinary day by the lake; nothing unusual happens. " * 
 def labelled(encoded: EncodedConversation) -> list[int]:
     """The ids that carry the loss, in order."""
     return [target for target in encoded.targets if target != IGNORE]
-
-
-def encoder_of(template: str) -> ConversationEncoder:
-    """Of the published template, or of ChatML with its special tokens added to the tokenizer."""
-    encoder = tiny_encoder()
-    if template == "chatml":
-        tokenizer = copy.deepcopy(encoder.tokenizer)
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-        signals = SignalTokens(encoder.signals.counts, first_id=len(tokenizer))
-        encoder = ConversationEncoder(tokenizer, signals, TEMPLATES[template], media_tokens=1)
-    return encoder
 
 
 @pytest.mark.parametrize("template", ["published", "chatml"])
