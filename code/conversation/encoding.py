@@ -148,7 +148,7 @@ class ConversationEncoder:
             piece, last = pieces[index], start + lengths[index]
             piece.ids = piece.ids[:last] + piece.ids[end:]
             if piece.target and last < end:
-                _take_loss_off_end(pieces, index, last)
+                _mask_end_of_turn(pieces, index, last)
 
     def _words_span(self, piece: Piece) -> tuple[int, int]:
         """The range of `piece.ids` that are somebody's words and nothing else."""
@@ -166,16 +166,16 @@ class ConversationEncoder:
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def _take_loss_off_end(pieces: list[Piece], index: int, last: int) -> None:
-    """Take the loss off the template's end behind `pieces[index]`, whose words are cut at `last`.
+def _mask_end_of_turn(pieces: list[Piece], index: int, last: int) -> None:
+    """Mask the labels of the end-of-turn tokens after `pieces[index]`, whose words end at `last`.
 
-    Signal tokens behind the words keep theirs, and with them the end that stands behind those.
+    Signal tokens after the words keep their labels, and so does the end of turn after those.
     """
-    pieces[index].loss_length = last
+    pieces[index].num_labels = last
     for piece in pieces[index + 1 :]:
         if not piece.target or piece.run is not None:
             break
-        piece.loss_length = 0
+        piece.num_labels = 0
 
 
 def _assemble(pieces: list[Piece], cut_tokens: int) -> EncodedConversation:
@@ -187,6 +187,6 @@ def _assemble(pieces: list[Piece], cut_tokens: int) -> EncodedConversation:
         if piece.run is not None:
             encoded.runs.append((position, piece.run))
         encoded.input_ids += piece.ids
-        with_loss = piece.ids[: piece.loss_length] if piece.target else []
+        with_loss = piece.ids[: piece.num_labels] if piece.target else []
         encoded.targets += with_loss + [IGNORE] * (len(piece.ids) - len(with_loss))
     return encoded
