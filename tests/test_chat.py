@@ -1,6 +1,7 @@
 """Chat on tiny real parts from end to end: what is written, streamed and decoded."""
 
 import os
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from chat.generation import StopSequences, WholeRuns, WordStream, readable_parts
 from chat.options import ChatOptions
 from config.errors import InputError, MediaError
 from config.loader import load_config
+from conversation.encoding import ConversationEncoder
 from conversation.parts import Conversation, Media, Text, Turn
+from model.build import build_conversation_encoder
 from model.decoders import Decoder
 from model.media_files import Frames, Sound
 from parity_tools import MEDIA
@@ -138,6 +141,26 @@ def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assi
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("top_k", "within"), [(50, True), (0, False)])
+def test_sampling_takes_the_50_likeliest_tokens_as_published_or_all(
+    babbler: Assistant, top_k: int, within: bool
+) -> None:
+    assert ChatOptions.from_config(babbler.config).top_k == 50
+    conversation = say(Text("surprise me"))
+    answer = ask(babbler, conversation, top_k=top_k, top_p=1, temperature=2, max_new_tokens=30)
+    prompt, embeddings = whole(babbler, conversation, answer)
+    head, whole_runs = babbler.model.language_model.get_output_embeddings(), WholeRuns(SIGNALS, 30)
+    logits = head(babbler.model.read(embeddings))[0, prompt - 1 :]
+    ranks = []
+    for step, token_id in enumerate(answer.token_ids):
+        written = torch.tensor([answer.token_ids[:step]], dtype=torch.long)
+        scores = whole_runs(written, logits[None, step].clone())[0]
+        ranks.append(int((scores > scores[token_id]).sum()))
+    assert (max(ranks) < 50) is within
+    assert max(ranks) > 0
+
+
+@torch.no_grad()
 def test_media_are_those_of_the_projected_hidden_states(babbler: Assistant) -> None:
     conversation = say(Media("image", path=PHOTO), Text("draw it"))
     answer = ask(babbler, conversation, seed=3, temperature=0, max_new_tokens=24)
@@ -165,9 +188,8 @@ def pixels(output: object) -> list[np.ndarray]:
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_words_are_the_answers_words(babbler: Assistant, seed: int) -> None:
     streamed: list[str] = []
-    options = replace(
-        ChatOptions.from_config(babbler.config), top_p=1, temperature=2, max_new_tokens=40
-    )
+    options = ChatOptions.from_config(babbler.config)
+    options = replace(options, top_k=0, top_p=1, temperature=2, max_new_tokens=40)
     answer = babbler.chat(say(Text("tell me")), seed=seed, options=options, on_text=streamed.append)
     assert "".join(streamed) == answer.text
     assert len(streamed) > 1
@@ -188,6 +210,61 @@ def test_stream_holds_back_what_may_be_an_end_or_half_a_character() -> None:
     assert told_after[len(word) : len(word) + 3] == ["Sure"] * 3
     assert told_after[-2:] == ["Sure☺ Sure"] * 2
     assert "".join(told) == words(readable_parts(encoder, ids)) == "Sure☺ Sure"
+
+
+WRITTEN = (
+    "Sure",
+    " here",
+    "你好",
+    "，世界。",
+    "☺",
+    "👩‍👩‍👧",
+    "𝄞",
+    "é",
+    "\n",
+    "###",
+    "\n#",
+    " ",
+    "3 < 5",
+)
+
+
+def random_answer(encoder: ConversationEncoder, rng: random.Random) -> list[int]:
+    """Words of several scripts, bytes that are no character, signal runs, and an end or none."""
+    tokenizer, ids = encoder.tokenizer, []
+    for _ in range(rng.randint(1, 12)):
+        kind = rng.random()
+        if kind < 0.65:
+            ids += tokenizer(rng.choice(WRITTEN), add_special_tokens=False).input_ids
+        elif kind < 0.85:  # a token of the vocabulary, often one byte or a part of a character
+            low = rng.randrange(300)
+            ids += [low] if [low] not in encoder.stop_sequences else []
+        else:
+            ids += encoder.signals.run(rng.choice(list(encoder.signals.counts)))
+    end = rng.choice([*encoder.stop_sequences, []])
+    return ids + end[: rng.choice([len(end), 1])]
+
+
+@pytest.mark.parametrize("config", ["tiny", "mini"])
+def test_streams_of_random_answers_are_their_final_texts(config: str) -> None:
+    """Of sentencepiece with single bytes for rare characters, and of byte-level BPE."""
+    encoder = (
+        tiny_encoder() if config == "tiny" else build_conversation_encoder(load_config("mini"))
+    )
+    scripts = 0
+    for seed in range(400):
+        ids = random_answer(encoder, random.Random(seed))
+        told: list[str] = []
+        stream = WordStream(encoder, told.append)
+        final = words(readable_parts(encoder, ids))
+        for token_id in ids:
+            stream.put(torch.tensor([token_id]))
+            assert final.startswith("".join(told)), seed
+        stream.end()
+        assert "".join(told) == final, seed
+        assert all(told), seed
+        scripts += not final.isascii()
+    assert scripts > 200
 
 
 def test_the_random_state_is_left_alone_and_the_seed_decides(babbler: Assistant) -> None:
@@ -269,6 +346,31 @@ def test_a_conversation_gets_the_same_answer_alone_and_among_others(
         for found, wanted in zip(one.outputs, other.outputs, strict=True):
             for left, right in zip(pixels(found), pixels(wanted), strict=True):
                 np.testing.assert_allclose(left, right, atol=1)
+
+
+@pytest.mark.parametrize("temperature", [1, 2])
+def test_sampled_answers_have_the_same_ids_alone_and_in_a_batch(
+    babbler: Assistant, temperature: float
+) -> None:
+    conversations = [
+        say(Text("draw")),
+        say(Media("image", path=PHOTO), Text("what is it, and what did it sound like?")),
+        say(Text("surprise me with all that you have")),
+    ]
+    options = ChatOptions.from_config(babbler.config)
+    options = replace(options, temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=24)
+    for seed in range(4):
+        seeds = (seed, seed, seed + 1)
+        alone = [
+            babbler.chat(conversation, seed=own, options=options).token_ids
+            for conversation, own in zip(conversations, seeds, strict=True)
+        ]
+        batch = babbler.answer(conversations, seeds=seeds, options=options, media_at_once=16)
+        assert [answer.token_ids for answer in batch] == alone
+        other = babbler.answer(
+            conversations[::-1], seeds=seeds[::-1], options=options, media_at_once=16
+        )
+        assert [answer.token_ids for answer in other[::-1]] == alone
 
 
 def test_an_answer_ends_although_others_go_on() -> None:

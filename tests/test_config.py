@@ -34,6 +34,14 @@ def test_the_published_figures_are_the_default_of_7b() -> None:
     assert config.language_model.template == "published"
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_config_of_7b_trains_and_samples_as_published(name: str) -> None:
+    config = load_config(name, 3)
+    published = config.name == load_config("7b").name
+    assert config.training.warmup_type == ("log" if published else "linear")
+    assert config.generation.top_k == 50
+
+
 def test_layers_lie_over_each_other_in_order(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("training: {epochs: 3, seed: 1}\nstage_2: {training: {seed: 2}}\n")

@@ -1,12 +1,15 @@
 """Conversations become the published token ids, and truncation keeps what must stay."""
 
+import random
+
 import pytest
 import torch
 
 from config.errors import MediaError
+from config.loader import load_config
 from conversation.batch import pack_conversations, pad_conversations
-from conversation.encoding import IGNORE, ConversationEncoder
-from conversation.parts import MODALITIES, Conversation, Media, Text, Turn
+from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
+from conversation.parts import MODALITIES, Conversation, Media, Part, Text, Turn
 from conversation.pieces import SLOT
 from model.build import build_conversation_encoder, build_model
 from parity_tools import cases
@@ -19,6 +22,15 @@ CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]
 @pytest.fixture(scope="module")
 def encoder() -> ConversationEncoder:
     return tiny_encoder()
+
+
+def encoder_of(template: str) -> ConversationEncoder:
+    """With sentencepiece and the published template, or with byte-level BPE and ChatML."""
+    return (
+        tiny_encoder()
+        if template == "published"
+        else build_conversation_encoder(load_config("mini"))
+    )
 
 
 @pytest.mark.parametrize("case", CASE_NAMES)
@@ -53,6 +65,40 @@ def test_an_open_conversation_is_the_beginning_of_the_answered_one(
     assert set(prompt.targets) == {IGNORE}
     first_target = next(i for i, target in enumerate(answered.targets) if target != IGNORE)
     assert first_target == len(prompt.input_ids)
+
+
+SAYINGS = ("What is this?", "你好，世界。", "☺ two\n\nlines", "3 < 5 ###", " spaced  ", "A 𝄞 é.")
+
+
+def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
+    """Words of several scripts and media of every kind, in any place of any turn."""
+
+    def parts(most_media: int) -> tuple[Part, ...]:
+        media = [
+            Media(rng.choice(MODALITIES), caption="x") for _ in range(rng.randint(0, most_media))
+        ]
+        words = [Text(rng.choice(SAYINGS)) for _ in range(rng.randint(0 if media else 1, 2))]
+        return tuple(rng.sample([*media, *words], len(media) + len(words)))
+
+    roles = ("human", "assistant") * rounds
+    return Conversation(tuple(Turn(role, parts(2)) for role in roles))
+
+
+@pytest.mark.parametrize("template", ["published", "chatml"])
+def test_prompts_of_every_round_are_the_beginning_of_what_training_reads(template: str) -> None:
+    encoder = encoder_of(template)
+    for seed in range(40):
+        whole = random_dialogue(random.Random(seed), rounds=4)
+        trained = encoder.encode(whole)
+        for asked in range(1, len(whole.turns), 2):
+            prompt = encoder.encode(Conversation(whole.turns[:asked]))
+            length = len(prompt.input_ids)
+            assert trained.input_ids[:length] == prompt.input_ids, (seed, asked)
+            assert trained.targets[:length] == prompt.targets, (seed, asked)
+            assert trained.slots[: len(prompt.slots)] == prompt.slots
+            assert trained.runs[: len(prompt.runs)] == prompt.runs
+            # What comes next is the answer: all of it is learned, from its first token on.
+            assert trained.targets[length] == trained.input_ids[length], (seed, asked)
 
 
 def test_media_stand_where_they_are_in_any_turn_of_either_side(
@@ -129,6 +175,69 @@ def test_truncation_cuts_text_only_and_counts_it(
     assert cut.input_ids[cut.slots[0][0] - 1] == encoder.signals.open
     decoded = encoder.tokenizer.decode([i for i in cut.input_ids if i < encoder.signals.first_id])
     assert "### Assistant:" in decoded
+
+
+LONG = "It looks like an ordinary day by the lake; nothing unusual happens. " * 20
+
+
+def labelled(encoded: EncodedConversation) -> list[int]:
+    """The ids that carry the loss, in order."""
+    return [target for target in encoded.targets if target != IGNORE]
+
+
+@pytest.mark.parametrize("template", ["published", "chatml"])
+def test_truncated_answer_is_not_trained_to_end_where_it_was_cut(template: str) -> None:
+    encoder = encoder_of(template)
+    conversation = Conversation((*ask("Why?", LONG), *ask("And then?", "Nothing.")))
+    whole, cut = encoder.encode(conversation), encoder.encode(conversation, max_length=100)
+    end = encoder.stop_sequences[0]
+    second = labelled(encoder.encode(Conversation(ask("And then?", "Nothing."))))
+    assert second[-len(end) :] == end
+    assert labelled(whole)[-len(second) :] == second  # the later, shorter answer is whole
+    assert labelled(cut)[-len(second) :] == second
+    words = labelled(whole)[: -len(second) - len(end)]
+    kept = labelled(cut)[: -len(second)]
+    assert len(words) > len(kept) > 0 and kept == words[: len(kept)]
+    # The end itself stays in the ids, behind the last word that was kept.
+    last = next(i for i, target in enumerate(cut.targets) if target != IGNORE) + len(kept)
+    assert cut.input_ids[last : last + len(end)] == end
+    assert cut.targets[last : last + len(end)] == [IGNORE] * len(end)
+
+
+@pytest.mark.parametrize("template", ["published", "chatml"])
+def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(template: str) -> None:
+    encoder = encoder_of(template)
+    conversation = Conversation(ask("Draw it.", LONG, made=Media("image")))
+    cut = encoder.encode(conversation, max_length=100)
+    assert cut.cut_tokens > 0
+    with_loss = labelled(cut)
+    run = encoder.signals.run("image")
+    start = with_loss.index(run[0])
+    assert with_loss[start : start + len(run)] == run
+    end = encoder.stop_sequences[1 if template == "published" else 0]
+    assert with_loss[start + len(run) :] == end
+
+
+def test_truncated_text_behind_signal_tokens_is_not_trained_to_end(
+    encoder: ConversationEncoder,
+) -> None:
+    parts = (Text("Here:"), Media("image"), Text(LONG))
+    turns = (Turn("human", (Text("Draw it."),)), Turn("assistant", parts))
+    cut = encoder.encode(Conversation(turns), max_length=100)
+    end = encoder.stop_sequences[0]
+    assert cut.input_ids[-len(end) :] == end
+    assert cut.targets[-len(end) :] == [IGNORE] * len(end)
+    assert cut.targets[-len(end) - 1] != IGNORE
+    assert set(encoder.signals.run("image")) <= set(labelled(cut))
+
+
+def test_question_that_is_cut_leaves_the_whole_answer_its_loss(
+    encoder: ConversationEncoder,
+) -> None:
+    conversation = Conversation(ask(LONG, "Because."))
+    cut = encoder.encode(conversation, max_length=100)
+    assert cut.cut_tokens > 0
+    assert labelled(cut) == labelled(encoder.encode(conversation))
 
 
 def test_a_conversation_whose_markup_alone_is_too_long_is_refused(

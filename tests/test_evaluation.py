@@ -11,9 +11,11 @@ from PIL import Image
 
 import evaluate as entry
 from chat.assistant import Assistant
+from chat.options import ChatOptions
 from config.entry import run_entry
 from config.errors import InputError
 from config.loader import load_config
+from conversation.captions import clean_caption
 from conversation.parts import Media, Text
 from evaluation.items import (
     CASES,
@@ -31,7 +33,7 @@ from evaluation.items import (
 )
 from evaluation.judge import judge, judge_file
 from evaluation.plain_talk import perplexity, plain_questions
-from evaluation.running import caption_before
+from evaluation.running import caption_before, decode_captions
 from evaluation.scoreboard import Questions, average, measure
 from evaluation.scoring import chance, score_answer, summarise, wilson
 from evaluation.table import table
@@ -326,6 +328,19 @@ def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
     assert 0 <= average(boards[0].cells) <= 1
     printed = table(boards[0].cells, {}, {"judge": 3.0})
     assert all(cell in printed for cell in cells)
+
+
+def test_ceilings_are_decoded_from_the_captions_as_they_stand(babbler: Path) -> None:
+    config = load_config("7b", overrides=overrides_of(babbler))
+    assistant = Assistant.load(config, babbler / "tuned" / "stage_3")
+    options = ChatOptions.from_config(config)
+    decoder = assistant.load_decoder("audio")
+    written = "A BELL (low): it rings twice"
+    (found,) = decode_captions(assistant, "audio", [written], [3], options)
+    embedded = decoder.captions.encode([written])
+    (wanted,) = decoder.decode(embedded, replace(options.decode["audio"], seed=(3,)))
+    np.testing.assert_array_equal(found.samples, wanted.samples)
+    assert not torch.equal(embedded, decoder.captions.encode([clean_caption(written)]))
 
 
 def test_the_entry_writes_json_and_pictures(

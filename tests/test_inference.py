@@ -139,6 +139,7 @@ FAULTS = {
     "a history that is missing": (["--prompt", "x", "--history", "none.json"], "none.json"),
     "cases that are missing": (["--cases", "none.json"], "none.json"),
     "a figure out of range": (["--prompt", "x", "--top_p", "2"], "generation.top_p"),
+    "fewer than no tokens": (["--prompt", "x", "--set", "generation.top_k=-1"], "generation.top_k"),
     "a size that no decoder has": (["--prompt", "x", "--height", "17"], "multiple of 8"),
 }
 

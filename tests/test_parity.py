@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from config.errors import InputError
 from config.loader import load_config
+from conversation.encoding import IGNORE
 from conversation.parts import MODALITIES
 from model.build import build_conversation_encoder, build_model, build_on_meta
 from model.delta import load_delta, read_delta, write_delta
@@ -68,6 +69,18 @@ def test_losses_and_gradients_are_the_published_ones(case: str, whole_vocabulary
     if f"{case}.lora_A_grad_norms" in cases():
         norms = [p.grad.norm() for n, p in model.named_parameters() if ".lora_A." in n]
         assert relative_error(torch.stack(norms), cases()[f"{case}.lora_A_grad_norms"]) < 1e-4
+
+
+def test_a_batch_without_a_target_has_no_text_loss_and_finite_gradients() -> None:
+    """All of an answer's words may have been cut to fit."""
+    model = tiny_model(lora=False)
+    batch = recorded_batch("stage1.image")
+    batch.targets.fill_(IGNORE)
+    losses = model(batch)
+    assert losses.tokens == 0 and losses.text.item() == 0
+    losses.text.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and not any(gradient.any() for gradient in gradients)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)

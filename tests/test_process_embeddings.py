@@ -13,10 +13,13 @@ import process_embeddings
 from config.errors import InputError, MediaError
 from conversation.parts import MODALITIES, Modality
 from dataset.caption_embeddings import EmbeddingStore, embedding_path, read_embedding
+from dataset.readers import iter_captions, read_record
 from mini_world.mini_decoders import build_mini_decoder
 from model.caption_encoders import CaptionEncoder
 from tiny_decoders import TINY, tiny_decoder
+from tiny_system import tiny_encoder
 from training.embed_captions import embed_captions
+from training.samples import ReadySample, collate
 
 CPU = torch.device("cpu")
 SHAPES: dict[Modality, tuple[int, ...]] = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
@@ -48,13 +51,24 @@ def arrays(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_embeddings_are_the_encoders_in_half_precision(modality: Modality, tmp_path: Path) -> None:
+    """And of the caption as it stands in the file, not as the language model reads it."""
     file = written(tmp_path, [{f"{modality}_name": "sub/a.b", "caption": 'A "red" circle.'}])
     assert embed(file, tmp_path / "out", modality) == 1
     path = tmp_path / "out" / "a.b.npy"
     assert np.load(path, allow_pickle=False).dtype == np.float16
     found = read_embedding(path, SHAPES[modality])
     encoder = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU)
-    assert torch.equal(found, encoder.encode(["a  red  circle."])[0].half().float())
+    assert torch.equal(found, encoder.encode(['A "red" circle.'])[0].half().float())
+    assert not torch.equal(found, encoder.encode(["a red circle."])[0].half().float())
+
+
+def test_captions_embedded_while_training_are_those_embedded_ahead(tmp_path: Path) -> None:
+    record = {"image_name": "a.png", "caption": 'A "Red"  circle (small)'}
+    file = written(tmp_path, [record])
+    encoded = tiny_encoder().encode(read_record(record, "caption_out", file, 0))
+    ready = collate([ReadySample(encoded, [], {}, [])], pad_id=0, feature_width=4)
+    assert ready.texts == {"image": [record["caption"]]}
+    assert list(iter_captions(file, "image")) == [("a.png", record["caption"])]
 
 
 FORMS = {
@@ -166,7 +180,7 @@ def test_another_caption_for_the_same_medium_is_an_error(tmp_path: Path) -> None
     out = tmp_path / "out"
     embed(written(tmp_path, pairs(2)), out)
     changed = [pairs(2)[0], {"image_name": "1.png", "caption": "a green star"}]
-    with pytest.raises(InputError, match=r"1\.png\.npy .*'a blue circle', not 'a green star'"):
+    with pytest.raises(InputError, match=r"1\.png\.npy .*'A blue circle', not 'a green star'"):
         embed(written(tmp_path, changed), out)
     with pytest.raises(InputError, match=r"1\.png has two captions"):
         embed(written(tmp_path, [*pairs(2), changed[1]]), tmp_path / "new")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from config.errors import InputError
+from conversation.captions import clean_caption
 from conversation.parts import Conversation, Media, Text, Turn
 from dataset.json_rows import iter_rows
 from dataset.readers import Kind, iter_captions, read_record
@@ -22,15 +23,31 @@ def test_a_caption_pair_read_towards_its_caption_shows_the_medium_first() -> Non
     record = {"caption": 'A "Red" Circle; big', "image_name": "a/1.png"}
     assert read_record(record, "caption_in", FILE, 0) == rounds(
         (Media("image", path="a/1.png"), Text("generate a caption")),
-        (Text("a  red  circle  big"),),
+        (Text("a red circle big"),),
     )
 
 
+@pytest.mark.parametrize(
+    ("caption", "read"),
+    [
+        ("A man (in red) runs; a dog: barks", "a man in red runs a dog barks"),
+        ('"A" *big* #1~', "a big 1"),
+        ("a\tb\nc", "a\tb\nc"),  # single ones stay what they are
+        ("a \t b\r\n\r\nc", "a b c"),
+        ("  Two dogs.\r\n", "two dogs."),
+        ("a-b, c's 3.5", "a-b, c's 3.5"),
+    ],
+)
+def test_captions_are_cleaned_as_published(caption: str, read: str) -> None:
+    assert clean_caption(caption) == read
+
+
 def test_a_caption_pair_read_from_its_caption_ends_with_the_output_medium() -> None:
-    record = {"caption": "Rain falls.", "audio_name": "sub/7.wav"}
-    medium = Media("audio", caption="rain falls.", embedding="7.wav.npy")
+    """What is said is cleaned; what the decoder's text encoder embeds stands as in the file."""
+    record = {"caption": " Rain (heavy)  falls.\r\n", "audio_name": "sub/7.wav"}
+    medium = Media("audio", caption=" Rain (heavy)  falls.\r\n", embedding="7.wav.npy")
     assert read_record(record, "caption_out", FILE, 0) == rounds(
-        (Text("rain falls."),), (Text("rain falls."), medium)
+        (Text("rain heavy falls."),), (Text("rain heavy falls."), medium)
     )
 
 
@@ -53,7 +70,7 @@ def test_the_later_release_puts_its_output_where_the_placeholder_stands() -> Non
             {"from": "gpt", "value": "Sure! <video>"},
         ],
     }
-    medium = Media("video", caption="a kite", embedding="3.mp4.npy")
+    medium = Media("video", caption="A Kite", embedding="3.mp4.npy")
     expected = rounds((Text("Show a kite"),), (Text("Sure!"), medium))
     assert read_record(record, "caption_out", FILE, 0) == expected
 
@@ -88,7 +105,7 @@ def test_an_instruction_puts_its_output_after_the_answer() -> None:
         {"value": "Here:", "caption": "A Bell", "output_modality": "audio"},
         mm_name="b.wav",
     )
-    medium = Media("audio", caption="a bell", embedding="b.wav.npy")
+    medium = Media("audio", caption="A Bell", embedding="b.wav.npy")
     assert read_record(record, "instruction", FILE, 0) == rounds(
         (Text("Ring a bell"),), (Text("Here:"), medium)
     )
@@ -127,7 +144,7 @@ def test_mosit_has_any_number_of_media_in_place_on_both_sides() -> None:
             Text("what does it sound like if 3 < 5?"),
         ),
         (
-            Media("audio", caption="ding", embedding="x.wav.npy"),
+            Media("audio", caption="Ding", embedding="x.wav.npy"),
             Text("and, seen:"),
             Media("video", caption="a bell rings", embedding="x.mp4.npy"),
         ),
@@ -205,8 +222,8 @@ def test_captions_of_output_media_are_found_in_every_format(tmp_path: Path) -> N
         HUMAN, {**GPT, "output_modality": "audio", "caption": "D"}, mm_name="x.wav"
     )
     for name, rows, modality, expected in [
-        ("pairs", pairs, "image", [("1.png", "a  b"), ("2.png", "c")]),
-        ("request", [request, instruction(HUMAN, GPT)], "audio", [("x.wav", "d")]),
+        ("pairs", pairs, "image", [("1.png", "A (B)"), ("2.png", "c")]),
+        ("request", [request, instruction(HUMAN, GPT)], "audio", [("x.wav", "D")]),
         ("mosit", [MOSIT], "video", [("x.mp4", "a bell rings")]),
     ]:
         file = tmp_path / f"{name}.json"

@@ -5,18 +5,20 @@ import os
 import re
 import shutil
 from collections import Counter
+from math import log
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
 from config.errors import InputError
 from config.loader import load_config
 from model.delta import write_delta
 from model.parts import part_of
 from tiny_run import TinyRun, same, tiny_world, trained
-from training.agent import micro_batch_size
+from training.agent import learning_rate_schedule, micro_batch_size
 from training.loss_scale import LossScale
 
 ONE_AT_A_TIME = ["training.global_batch_size=4", "training.micro_batch_size=1"]
@@ -293,11 +295,41 @@ def test_bf16_learns(tmp_path: Path) -> None:
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_the_learning_rate_rises_over_a_tenth_then_falls_to_zero(tmp_path: Path) -> None:
+LINEAR = [0.5] + [(20 - max(s, 2)) / 18 for s in range(1, 20)]  # 2 steps of warm-up
+LOG = [log(step + 1, 10) for step in range(10)] + [(20 - step) / 10 for step in range(10, 20)]
+
+
+@pytest.mark.parametrize(("warmup_type", "factors"), [("linear", LINEAR), ("log", LOG)])
+def test_the_learning_rate_rises_over_a_tenth_then_falls_to_zero(
+    tmp_path: Path, warmup_type: str, factors: list[float]
+) -> None:
     sets = ["training.max_steps=20", "training.epochs=9", "training.learning_rate=1e-3"]
+    sets.append(f"training.warmup_type={warmup_type}")
     run = TinyRun(tmp_path, 2, sets, from_stage(1)).finish()
     rates = [row["learning_rate"] for row in run.metrics]
-    assert rates == pytest.approx([5e-4] + [1e-3 * (20 - max(s, 2)) / 18 for s in range(1, 20)])
+    assert rates == pytest.approx([1e-3 * factor for factor in factors])
+
+
+@pytest.mark.parametrize("steps", [4, 20, 100, 333, 10_000])
+def test_the_published_learning_rate_is_deepspeeds_warmup_decay(steps: int) -> None:
+    training = load_config("7b", 3).training
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
+    published = WarmupDecayLR(
+        optimizer,
+        total_num_steps=steps,
+        warmup_max_lr=training.learning_rate,
+        warmup_num_steps=max(10, steps // 10),
+    )
+    factor = learning_rate_schedule(steps, training.warmup, training.warmup_type)
+    for step in range(steps):
+        published.step()
+        rate = training.learning_rate * factor(step)
+        assert rate == pytest.approx(published.get_last_lr()[0], rel=1e-9), step
+
+
+def test_the_published_warm_up_is_no_straight_line() -> None:
+    log_10, linear_10 = (learning_rate_schedule(10_000, 0.1, kind)(9) for kind in ("log", "linear"))
+    assert (5e-4 * log_10, 5e-4 * linear_10) == pytest.approx((1.67e-4, 5.0e-6), rel=5e-3)
 
 
 # ---------------------------------------------------------------- what it refuses

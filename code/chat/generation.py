@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -29,6 +30,7 @@ from conversation.parts import Part, Text
 from conversation.signal_tokens import SignalTokens
 
 _LONGEST_CHARACTER = 4  # bytes in UTF-8
+_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character are decoded to
 _SINGLE_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a sentencepiece token that is one byte
 
 
@@ -124,8 +126,11 @@ class WordStream(BaseStreamer):
         """The next tokens; `generate` calls it."""
         self._ids += value.flatten().tolist()
         # How sentencepiece reads a row of single bytes is known only when the row is complete.
-        end = len(self._ids)
-        while end and _SINGLE_BYTE.fullmatch(self._name(self._ids[end - 1])):
+        # Special tokens are not read: a row goes on behind them.
+        end, special = len(self._ids), self.encoder.tokenizer.all_special_ids
+        while end and (
+            self._ids[end - 1] in special or _is_single_byte(self.encoder, self._ids[end - 1])
+        ):
             end -= 1
         self._tell(self._ids[:end])
 
@@ -139,9 +144,6 @@ class WordStream(BaseStreamer):
             self.on_text(text[len(self._told) :])
             self._told = text
 
-    def _name(self, token_id: int) -> str:
-        return self.encoder.tokenizer.convert_ids_to_tokens(token_id) or ""
-
 
 def readable_parts(encoder: ConversationEncoder, ids: list[int]) -> tuple[Part, ...]:
     """The parts of an answer, complete or on its way, without half an end or half a character."""
@@ -151,11 +153,20 @@ def readable_parts(encoder: ConversationEncoder, ids: list[int]) -> tuple[Part, 
     )
     ids = ids[: len(ids) - half_end]
     parts = encoder.decode_answer(ids)
+    # Of a row of bytes at the end, the last character may lack some, which spoils the whole row.
     for _ in range(_LONGEST_CHARACTER - 1):
-        if words(parts[-1:]).endswith("\N{REPLACEMENT CHARACTER}"):
-            ids = ids[:-1]
-            parts = encoder.decode_answer(ids)
+        if not words(parts[-1:]).endswith(_NO_CHARACTER) or not _is_single_byte(encoder, ids[-1]):
+            break
+        ids = ids[:-1]
+        parts = encoder.decode_answer(ids)
+    if words(parts[-1:]).endswith(_NO_CHARACTER):
+        text = words(parts[-1:]).rstrip(_NO_CHARACTER).rstrip()
+        parts = (*parts[:-1], Text(text)) if text else parts[:-1]
     return parts
+
+
+def _is_single_byte(encoder: ConversationEncoder, token_id: int) -> bool:
+    return bool(_SINGLE_BYTE.fullmatch(encoder.tokenizer.convert_ids_to_tokens(token_id) or ""))
 
 
 def words(parts: tuple[Part, ...]) -> str:
@@ -185,6 +196,8 @@ def generate_answers(
     processors = LogitsProcessorList([WholeRuns(encoder.signals, options.max_new_tokens)])
     if options.temperature > 0:  # transformers refuses a whole 1
         processors.append(TemperatureLogitsWarper(float(options.temperature)))
+        if options.top_k:
+            processors.append(TopKLogitsWarper(options.top_k))
         processors.append(TopPLogitsWarper(float(options.top_p)))
         processors.append(OwnDraws(seeds, device))
     stops = StopSequences(encoder.stop_sequences)

@@ -24,12 +24,14 @@ class ChatOptions:
     """Options of one answer.
 
     Attributes:
+        top_k: how many of the likeliest tokens are sampled from; 0: all.
         top_p: share of the likeliest tokens that are sampled from, 0 < top_p <= 1.
         temperature: 0: always the likeliest token.
         max_new_tokens: of the answer, signal tokens and end included.
         decode: by modality; their `seed` is set by `Assistant.chat`.
     """
 
+    top_k: int
     top_p: float
     temperature: float
     max_new_tokens: int
@@ -41,6 +43,8 @@ class ChatOptions:
         Raises:
             InputError: naming the option.
         """
+        if self.top_k < 0:
+            raise InputError(f"top_k {self.top_k}: give 0 or more")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p {self.top_p}: give more than 0 and at most 1")
         if self.temperature < 0:

@@ -114,6 +114,8 @@ class TrainingConfig(Section):
     epsilon: AboveZero
     weight_decay: Annotated[float, Field(ge=0)]
     warmup: Fraction  # share of the steps with a rising rate; then linear decay to 0
+    # How it rises: log as published, over 10 steps or more, from 0 in the first; or linear.
+    warmup_type: Literal["log", "linear"]
     gradient_clipping: AboveZero  # of the global L2 norm
     epochs: Positive
     max_steps: Positive | None = None  # ends earlier
@@ -136,6 +138,7 @@ class TrainingConfig(Section):
 class GenerationConfig(Section):
     """How answers are sampled."""
 
+    top_k: Annotated[int, Field(ge=0)]  # of the likeliest tokens are sampled from; 0: of all
     top_p: Annotated[float, Field(gt=0, le=1)]
     temperature: Annotated[float, Field(ge=0)]  # 0: always the likeliest token
     max_new_tokens: Positive

@@ -73,7 +73,8 @@ class ConversationEncoder:
         Args:
             conversation: begins with a human turn.
             max_length: with it, the longest texts lose their last tokens until all fits; markup,
-                media and signal tokens always stay.
+                media and signal tokens always stay. The end of an answer carries no loss where
+                tokens before it are lost: the answer does not end there.
 
         Raises:
             MediaError: what must stay is longer than `max_length`.
@@ -144,8 +145,10 @@ class ConversationEncoder:
             longest = max(lengths, key=lambda index: lengths[index])
             lengths[longest] -= 1
         for index, (start, end) in spans.items():
-            ids = pieces[index].ids
-            pieces[index].ids = ids[: start + lengths[index]] + ids[end:]
+            piece, last = pieces[index], start + lengths[index]
+            piece.ids = piece.ids[:last] + piece.ids[end:]
+            if piece.target and last < end:
+                _mask_end_of_turn(pieces, index, last)
 
     def _words_span(self, piece: Piece) -> tuple[int, int]:
         """The range of `piece.ids` that are somebody's words and nothing else."""
@@ -163,6 +166,18 @@ class ConversationEncoder:
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
+def _mask_end_of_turn(pieces: list[Piece], index: int, last: int) -> None:
+    """Mask the labels of the end-of-turn tokens after `pieces[index]`, whose words end at `last`.
+
+    Signal tokens after the words keep their labels, and so does the end of turn after those.
+    """
+    pieces[index].num_labels = last
+    for piece in pieces[index + 1 :]:
+        if not piece.target or piece.run is not None:
+            break
+        piece.num_labels = 0
+
+
 def _assemble(pieces: list[Piece], cut_tokens: int) -> EncodedConversation:
     encoded = EncodedConversation(cut_tokens=cut_tokens)
     for piece in pieces:
@@ -172,5 +187,6 @@ def _assemble(pieces: list[Piece], cut_tokens: int) -> EncodedConversation:
         if piece.run is not None:
             encoded.runs.append((position, piece.run))
         encoded.input_ids += piece.ids
-        encoded.targets += piece.ids if piece.target else [IGNORE] * len(piece.ids)
+        with_loss = piece.ids[: piece.num_labels] if piece.target else []
+        encoded.targets += with_loss + [IGNORE] * (len(piece.ids) - len(with_loss))
     return encoded

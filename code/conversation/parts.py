@@ -25,7 +25,8 @@ class Media:
     Attributes:
         modality: which of the three.
         path: the file, absolute.
-        caption: what an output medium should show.
+        caption: what an output medium should show, as it stands in the file: the text that the
+            decoder's text encoder embeds.
         embedding: a `.npy` file with the caption's embedding, absolute.
     """
 

@@ -29,6 +29,7 @@ class Piece:
     words_end: int = 0
     sealed: bool = False  # nothing is joined to it
     ids: list[int] = field(default_factory=list)
+    num_labels: int | None = None  # of a target: how many of its ids are labels; none: all
     slot: Media | None = None  # an input medium: ids are <Img>, SLOTs, </Img>
     run: Media | None = None  # an output medium: ids are its signal tokens
 

@@ -82,7 +82,7 @@ def read_image(path: Path | str) -> Image.Image:
 
 
 def read_audio(path: Path | str, rate: int = 16000) -> Tensor:
-    """All samples of a sound, or of a video's sound track, as mono (S,) float32 at `rate` Hz.
+    """First channel of a sound, or of a video's sound track, whole: (S,) float32 at `rate` Hz.
 
     Raises:
         MediaError: missing, broken, without a sound track, or sampled in no simple ratio to `rate`.
@@ -94,7 +94,7 @@ def read_audio(path: Path | str, rate: int = 16000) -> Tensor:
         stream = container.streams.audio[0]
         planar = av.AudioResampler(format="fltp")
         blocks = [
-            block.to_ndarray().mean(axis=0)  # FFmpeg's own mixing would be 3 dB louder
+            block.to_ndarray()[0]  # the first channel, as the published filter bank takes it
             for frame in (*container.decode(stream), None)
             for block in planar.resample(frame)
         ]

@@ -59,9 +59,10 @@ def read_record(record: Record, kind: Kind, file: Path, row: int) -> Conversatio
 
 
 def iter_captions(file: Path, modality: Modality) -> Iterator[tuple[str, str]]:
-    """(medium's file name, cleaned caption) of every output medium of `modality`; a pair is one.
+    """(medium's file name, caption) of every output medium of `modality`; a pair is one.
 
-    The caption embedding belongs in `<medium's file name>.npy`. `file` may be a folder of shards.
+    The caption is as it stands in the file: so the decoder's text encoder embeds it. Its embedding
+    belongs in `<medium's file name>.npy`. `file` may be a folder of shards.
 
     Raises:
         InputError: a wrong record, or no such medium in the whole file.
@@ -88,13 +89,14 @@ def _kind_of(record: Record) -> Kind:
 def _caption_in(record: Record) -> tuple[Turn, ...]:
     modality, name, caption = _caption_pair(record)
     question = Turn("human", (Media(modality, path=name), Text(CAPTION_PROMPT)))
-    return question, Turn("assistant", (Text(caption),))
+    return question, Turn("assistant", (Text(clean_caption(caption)),))
 
 
 def _caption_out(record: Record) -> tuple[Turn, ...]:
     modality, name, caption = _caption_pair(record)
-    answer = (Text(caption), _output(modality, name, caption))
-    return Turn("human", (Text(caption),)), Turn("assistant", answer)
+    words = Text(clean_caption(caption))
+    answer = (words, _output(modality, name, caption))
+    return Turn("human", (words,)), Turn("assistant", answer)
 
 
 def _caption_pair(record: Record) -> tuple[Modality, str, str]:
@@ -219,10 +221,11 @@ def _output(modality: Modality, name: str, caption: str) -> Media:
 
 
 def _caption(record: Record, key: str, where: str = "") -> str:
+    """The caption under `key` as it stands there; not one of which cleaning leaves nothing."""
     caption = record.get(key)
     if not isinstance(caption, str) or not clean_caption(caption):
         raise _Fault(f"{where}{key}: expected a caption, found {caption!r}")
-    return clean_caption(caption)
+    return caption
 
 
 def _name(record: Record, key: str, where: str = "") -> str:

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from chat.assistant import Answer, Assistant
 from chat.options import ChatOptions
-from conversation.captions import clean_caption
 from conversation.parts import Conversation, Media, Modality, Part, Text, Turn
 from evaluation.items import Item, Wanted
 from evaluation.judge import judge
@@ -175,9 +174,9 @@ def decode_captions(
     seeds: Sequence[int],
     options: ChatOptions,
 ) -> list[Output]:
-    """Media of `captions` by the decoder's own text encoder, cleaned as in training."""
+    """Media of `captions`, as they are, by the decoder's own text encoder."""
     decoder = assistant.load_decoder(modality)
-    embeddings = decoder.captions.encode([clean_caption(caption) for caption in captions])
+    embeddings = decoder.captions.encode(captions)
     return decoder.decode(embeddings, replace(options.decode[modality], seed=tuple(seeds)))
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import deepspeed
 import torch
@@ -114,7 +114,7 @@ class Agent:
             if parameter.requires_grad:
                 parameter.register_hook(self._note_bad_gradient)
         settings = self._settings(dtype)
-        self._factor = _schedule(steps, training.warmup)
+        self._factor = learning_rate_schedule(steps, training.warmup, training.warmup_type)
         optimizer = _optimizer(model, training, offloaded=_offloads(settings))
         model.to(device)
         try:
@@ -294,12 +294,26 @@ def _peak_rate(name: str, training: TrainingConfig) -> float:
     return rates.get(part_of(name), training.learning_rate)
 
 
-def _schedule(steps: int, warmup: float) -> Callable[[int], float]:
-    """Factor of the peak rate at each step: linear to 1 over the warm-up, then linear to 0."""
-    rising = max(1, round(warmup * steps))
+def learning_rate_schedule(
+    steps: int, warmup: float, warmup_type: Literal["log", "linear"]
+) -> Callable[[int], float]:
+    """Factor of the peak learning rate at each step from 0: warm-up to 1, then linear decay to 0.
+
+    `log` is DeepSpeed's `WarmupDecayLR` with its default `warmup_type` over at least 10 steps, as
+    published: log(step + 1) / log(warm-up steps), which is 0 in the first step. `linear` reaches
+    the peak in the last warm-up step and is above 0 in the first.
+
+    Args:
+        steps: of the whole run.
+        warmup: share of them with a rising rate.
+        warmup_type: how it rises.
+    """
+    rising = max(10, int(warmup * steps)) if warmup_type == "log" else max(1, round(warmup * steps))
 
     def factor(step: int) -> float:
         if step < rising:
+            if warmup_type == "log":
+                return math.log(step + 1) / math.log(rising)
             return (step + 1) / rising
         return max(0.0, (steps - step) / max(1, steps - rising))
 

@@ -1,0 +1,152 @@
+"""How samples share micro batches, rows and processes changes neither gradients nor each other."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from config.loader import load_config
+from conversation.batch import Batch, pack_conversations
+from conversation.encoding import EncodedConversation
+from conversation.parts import Conversation
+from model.nextgpt import NextGPT
+from model.output_projection import OutputProjection
+from model.parts import PARTS, set_trainable
+from parity_tools import cases, relative_error
+from test_conversation import CASE_NAMES
+from tiny_system import ask, recorded_conversation, tiny_encoder, tiny_model
+from training.agent import Agent, StepCounts
+from training.samples import ReadySample, split_by_length
+
+ENCODER = tiny_encoder()
+WIDTH = 32  # of a recorded feature
+
+
+def recorded_samples() -> list[ReadySample]:
+    """All recorded conversations and one without media: 24 samples of many lengths."""
+    conversations = [recorded_conversation(case, row) for case in CASE_NAMES for row in (0, 1)]
+    conversations += [Conversation(ask("Why?", answer)) for answer in ("So.", "It rains. " * 9)]
+    samples = []
+    for index, conversation in enumerate(conversations):
+        encoded = ENCODER.encode(conversation)
+        row = index % 2
+        features = [cases()[f"imagebind.{m.modality}"][row].numpy() for _, m in encoded.slots]
+        captions = {m: cases()[f"in.caption_emb.{m.modality}"][row] for _, m in encoded.runs}
+        samples.append(ReadySample(encoded, features, captions, skipped=[]))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def model() -> NextGPT:
+    """The recorded model, with smaller output projections; all that can be trained is free."""
+    model = tiny_model(lora=True)
+    torch.manual_seed(0)
+    for modality, recorded in model.output_projections.items():
+        model.output_projections[modality] = OutputProjection(
+            recorded.fc.in_features,
+            caption_shape=recorded.caption_shape,
+            width=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            heads=2,
+            feedforward=32,
+        )
+    set_trainable(model, list(PARTS), own_vocabulary=False)
+    return model
+
+
+def step_gradient(
+    model: NextGPT, samples: list[ReadySample], world: int, size: int, row_length: int | None
+) -> torch.Tensor:
+    """The gradient of a step over `world` processes in micro batches of `size`, as DeepSpeed's.
+
+    Which is the mean over all processes' micro batches of the gradients of the agent's losses.
+    """
+    shares = [samples[rank::world] for rank in range(world)]
+    batches = [
+        ready.batch
+        for share in shares
+        for ready in split_by_length(
+            share, size, pad_id=2, feature_width=WIDTH, row_length=row_length
+        )
+    ]
+    training = load_config("7b", 3).training
+    agent = SimpleNamespace(training=training, world=world, accumulation=len(batches) // world)
+    counts = StepCounts(
+        tokens=sum(int((batch.targets[:, 1:] >= 0).sum()) for batch in batches),
+        runs={
+            m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in ENCODER.signals.counts
+        },
+    )
+    model.zero_grad()
+    for batch in batches:
+        (Agent._share_of_loss(agent, model(batch), counts) / len(batches)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.fixture(scope="module")
+def at_once(model: NextGPT) -> torch.Tensor:
+    samples = recorded_samples()
+    return step_gradient(model, samples, world=1, size=len(samples), row_length=None)
+
+
+@pytest.mark.parametrize("row_length", [None, 300])
+@pytest.mark.parametrize(("world", "size"), [(1, 1), (1, 3), (1, 8), (2, 4), (3, 2), (4, 6)])
+def test_gradients_are_the_same_for_every_split_of_a_batch(
+    model: NextGPT, at_once: torch.Tensor, world: int, size: int, row_length: int | None
+) -> None:
+    found = step_gradient(model, recorded_samples(), world, size, row_length)
+    assert found.shape == at_once.shape and at_once.norm() > 1
+    assert relative_error(found, at_once) < 1e-6
+
+
+# ---------------------------------------------------------------- packed rows
+
+
+def texts(*answers: str) -> list[EncodedConversation]:
+    return [ENCODER.encode(Conversation(ask("Why is it so?", answer))) for answer in answers]
+
+
+def states(model: NextGPT, batch: Batch) -> torch.Tensor:
+    """Last hidden states (B, L, H) of a batch without media."""
+    embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
+    return model.read(embeddings, batch.attention_mask, batch.position_ids)
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def reader(request: pytest.FixtureRequest) -> NextGPT:
+    model = copy.deepcopy(tiny_model(lora=True))
+    model.language_model.set_attn_implementation(request.param)
+    return model
+
+
+@torch.no_grad()
+def test_packed_samples_are_read_as_they_are_alone(reader: NextGPT) -> None:
+    encoded = texts("It rains.", "The sun shines on the lake.", "So.", "Because of the wind.")
+    packed, places = pack_conversations(encoded, pad_id=2, row_length=120)
+    assert len(packed.input_ids) < len(encoded)
+    hidden = states(reader, packed)
+    for one, (row, first) in zip(encoded, places, strict=True):
+        alone, _ = pack_conversations([one], pad_id=2, row_length=1)
+        wanted = states(reader, alone)[0]
+        found = hidden[row, first : first + len(wanted)]
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_packed_samples_do_not_see_each_other(reader: NextGPT, changed: int) -> None:
+    encoded = texts("The sun shines on the lake.", "It rains in the hills.", "Because of the wind.")
+    batch, places = pack_conversations(encoded, pad_id=2, row_length=1000)
+    assert len(batch.input_ids) == 1
+    before = states(reader, batch)[0]
+    (row, first), length = places[changed], len(encoded[changed].input_ids)
+    batch.input_ids[row, first : first + length] = (
+        batch.input_ids[row, first : first + length] + 7
+    ) % 900
+    after = states(reader, batch)[0]
+    for index, (_, start) in enumerate(places):
+        here = slice(start, start + len(encoded[index].input_ids))
+        apart = (after[here] - before[here]).abs().max()
+        assert (apart < 1e-6) == (index != changed), (index, apart)
