@@ -13,6 +13,7 @@ from config.entry import run_entry
 from config.loader import STAGES, load_config
 from dataset.checking import check_datasets
 from dataset.conversations import caption_shapes, open_conversations
+from training.caption_check import check_makers, find_wrong_captions
 
 
 def main() -> None:
@@ -30,10 +31,13 @@ def main() -> None:
     config = load_config(arguments.config, arguments.stage, overrides)
     aligned = "output_projections" in config.training.trains
     shapes = caption_shapes(config) if aligned else None
-    unusable = 0
-    for finding in check_datasets(open_conversations(config.data), shapes, arguments.decode):
+    dataset, unusable = open_conversations(config.data), 0
+    captions = find_wrong_captions(config, dataset) if shapes else {}
+    for finding in check_datasets(dataset, shapes, captions, arguments.decode):
         print(finding, flush=True)
         unusable += finding.unusable
+    for line in check_makers(config, dataset) if shapes else ():
+        print(line)
     sys.exit(1 if unusable else 0)
 
 
