@@ -1,9 +1,10 @@
 """SHA-256 digests of whole files, computed once for each state of a file.
 
 A digest sees every byte: 0.7 s a GiB on one core with SHA instructions, or what the disk takes. It
-is kept in a cache folder under the file's path, size, times and inode, so that the next look costs
-a `stat` and a small file. The time of the last change of the inode (`ctime`) is among them because
-programs cannot set it: a file that was replaced by one of the same size and `mtime` is seen.
+is kept in a cache folder under the file's path, size and times: the next look costs a `stat` and a
+small file. The time of the last change of the inode (`ctime`) is among them because programs cannot
+set it: a file that was replaced by one of the same size and `mtime` is seen. Inodes' numbers are
+not: some network file systems give them anew at each mount.
 """
 
 import hashlib
@@ -26,14 +27,13 @@ class FileState(NamedTuple):
 
     Attributes:
         size: in bytes.
-        mtime_ns, ctime_ns: of the last change of the content, and of the inode.
-        inode: number of the inode.
+        mtime_ns: time of the last change of the content, or what a program has set it to.
+        ctime_ns: time of the last change of content, name or `mtime`.
     """
 
     size: int
     mtime_ns: int
     ctime_ns: int
-    inode: int
 
     @classmethod
     def of(cls, path: Path) -> Self:
@@ -43,12 +43,12 @@ class FileState(NamedTuple):
             OSError: it is not there.
         """
         status = path.stat()
-        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        return cls(status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
     @property
     def is_settled(self) -> bool:
         """Whether the file's next change cannot fall into the clock tick of its last one."""
-        return max(self.mtime_ns, self.ctime_ns) < time.time_ns() - _SETTLED_NS
+        return self.ctime_ns < time.time_ns() - _SETTLED_NS
 
 
 class DigestCache:

@@ -2,14 +2,14 @@
 
 An embedding is found by its medium's file name alone, so the record beside it is compared with the
 annotation file. Both sides become tables of 64-bit digests, made once and kept in the cache folder:
-nothing is read of the arrays. A million caption pairs cost 20 s the first time and 0.3 s later, and
-24 MB while they are compared (`benchmarks/caption_records.py`).
+nothing is read of the arrays. A million caption pairs cost 40 s the first time, 1 s later, and
+120 MB while they are compared (`benchmarks/caption_records.py`).
 """
 
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from dataset.readers import READER_VERSION
 _FORMAT = 1  # of the tables; raise it when one holds something else than before
 _OUTPUT = np.dtype([("modality", "u1"), ("name", "u8"), ("caption", "u8"), ("row", "i8")])
 _RECORD = np.dtype([("name", "u8"), ("caption", "u8"), ("time_ns", "i8")])
+_ORDER = ("modality", "name", "caption")  # of outputs
 _NOT_MADE = 0  # digest of no caption
 _TOLD = 5  # faults that are put into words
 Command = Callable[[Path, Modality, Path], str]  # from annotation file, modality and folder
@@ -65,17 +66,20 @@ def compare_captions(
     findings = {name: CaptionFinding() for name in tables}
     for code, modality in enumerate(MODALITIES):
         outputs = {name: table[table["modality"] == code] for name, table in tables.items()}
-        ambiguous = _names_of_two_captions(np.concatenate(list(outputs.values())))
         for name, mine in outputs.items():
-            if len(mine):
-                folder, finding = dataset.sources[name].embeddings, findings[name]
-                known, same = _look_up(_records_table(folder, modality, cache_dir), mine)
-                twice = np.isin(mine["name"], _names_of_two_captions(mine))
-                wrong = np.unique(mine["row"][(known & ~same) | twice]).tolist()
-                finding.outputs[modality] = len(mine)
-                finding.unrecorded[modality] = int((~known).sum())
-                finding.wrong_rows.update(wrong)
-                told = _describe(dataset, name, modality, wrong[:_TOLD], ambiguous, command)
+            if not len(mine):
+                continue
+            folder, finding = dataset.sources[name].embeddings, findings[name]
+            known, same = _look_up(_records_table(folder, modality, cache_dir), mine)
+            finding.outputs[modality] = len(mine)
+            finding.unrecorded[modality] = int((~known).sum())
+            wrong = (known & ~same) | np.isin(mine["name"], _names_of_two_captions(mine))
+            if wrong.any():
+                rows = np.unique(mine["row"][wrong]).tolist()
+                finding.wrong_rows.update(rows)
+                everything = _sorted(np.concatenate(list(outputs.values())), _ORDER)
+                ambiguous = _names_of_two_captions(everything)
+                told = _describe(dataset, name, modality, rows[:_TOLD], ambiguous, command)
                 finding.faults |= dict(told)
     return findings
 
@@ -86,21 +90,31 @@ def output_modalities(dataset: ConversationDataset, cache_dir: Path) -> set[Moda
     return {MODALITIES[code] for table in tables for code in np.unique(table["modality"])}
 
 
+def sample_outputs(
+    dataset: ConversationDataset, name: str, rows: int
+) -> Iterator[tuple[int, Media]]:
+    """(row, medium with its embedding's whole path) of so many rows, evenly spread."""
+    source = dataset.sources[name]
+    if source.kind != "caption_in":
+        for row in np.unique(np.linspace(0, dataset.sizes[name] - 1, rows).astype(int)).tolist():
+            for medium in _media(dataset, name, row):
+                yield row, replace(medium, embedding=str(source.embeddings / medium.embedding))
+
+
 def _look_up(records: np.ndarray, outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each output, whether there is a record of its name, and whether it has its caption."""
     if not len(records):
         nothing = np.zeros(len(outputs), bool)
         return nothing, nothing
-    place = np.searchsorted(records["name"], outputs["name"]).clip(max=len(records) - 1)
-    found = records[place]
-    known = (found["name"] == outputs["name"]) & (found["caption"] != _NOT_MADE)
+    recorded, wanted = (np.ascontiguousarray(table["name"]) for table in (records, outputs))
+    found = records[np.searchsorted(recorded, wanted).clip(max=len(records) - 1)]
+    known = (found["name"] == wanted) & (found["caption"] != _NOT_MADE)
     return known, found["caption"] == outputs["caption"]
 
 
 def _names_of_two_captions(outputs: np.ndarray) -> np.ndarray:
-    """Digests of the names that come with more than one caption."""
-    order = np.lexsort((outputs["caption"], outputs["name"]))
-    names, captions = outputs["name"][order], outputs["caption"][order]
+    """Digests of the names that come with more than one caption; `outputs` are in order."""
+    names, captions = outputs["name"], outputs["caption"]
     return np.unique(names[1:][(names[1:] == names[:-1]) & (captions[1:] != captions[:-1])])
 
 
@@ -164,7 +178,7 @@ def _name(medium: Media) -> str:
 
 
 def _outputs_table(dataset: ConversationDataset, name: str, cache_dir: Path) -> np.ndarray:
-    """Digests of name and caption of all media that the data set puts out, by row."""
+    """Digests of name and caption of all media that the data set puts out, ordered by them."""
     source, index = dataset.sources[name], dataset.indexes[name]
     if source.kind == "caption_in":
         return np.empty(0, _OUTPUT)
@@ -177,7 +191,8 @@ def _outputs_table(dataset: ConversationDataset, name: str, cache_dir: Path) -> 
 
     key = f"{_FORMAT} {READER_VERSION} {source.kind} {index.digest}"
     place = f"{index.path.stem}.outputs.npz"
-    return _cached(cache_dir / place, key, partial(_table, entries(), _OUTPUT))
+    make = partial(_table, entries(), _OUTPUT, _ORDER)
+    return _cached(cache_dir / place, key, make)
 
 
 def _records_table(folder: Path, modality: Modality, cache_dir: Path) -> np.ndarray:
@@ -188,9 +203,7 @@ def _records_table(folder: Path, modality: Modality, cache_dir: Path) -> np.ndar
     def make() -> np.ndarray:
         records = iter_caption_records(folder, modality)
         entries = ((_digest(r.name), _digest(r.caption), r.time_ns) for r in records)
-        table = _table(entries, _RECORD)
-        # A stable sort: of records of the same time the one listed last stays.
-        table = table[np.lexsort((table["time_ns"], table["name"]))]
+        table = _table(entries, _RECORD, ("name", "time_ns"))
         last = np.append(table["name"][1:] != table["name"][:-1], True)[: len(table)]
         return table[last]
 
@@ -199,8 +212,13 @@ def _records_table(folder: Path, modality: Modality, cache_dir: Path) -> np.ndar
     return _cached(cache_dir / f"captions.{modality}-{place}.npz", key, make)
 
 
-def _table(entries: Iterable[tuple], dtype: np.dtype) -> np.ndarray:
-    return np.fromiter(entries, dtype)
+def _table(entries: Iterable[tuple], dtype: np.dtype, order: Sequence[str]) -> np.ndarray:
+    """The entries ordered by some fields; those that are equal in them stay in their order."""
+    return _sorted(np.fromiter(entries, dtype), order)
+
+
+def _sorted(table: np.ndarray, order: Sequence[str]) -> np.ndarray:
+    return table[np.lexsort([table[name] for name in reversed(order)])]
 
 
 def _digest(text: str | None) -> int:

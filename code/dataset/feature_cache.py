@@ -1,7 +1,7 @@
 """Features of media, computed once per file content and encoder, kept in one SQLite file.
 
 A lookup costs one `stat` and two indexed reads, 0.2 ms in all. A file whose state changed (size,
-times, inode) is hashed again; a copied or moved file finds the feature of its content. What was
+or times) is hashed again; a copied or moved file finds the feature of its content. What was
 decoded carries the digest of its bytes with it, so that a file that is replaced meanwhile never
 gets the feature of the one before. A write is one transaction with a rollback journal: a process
 killed in it loses that write and nothing else. Several processes may read and write at once (not

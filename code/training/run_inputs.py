@@ -12,16 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from config.atomic import written_aside
 from config.errors import InputError, NotThereError
 from config.file_digests import DigestCache
 from config.loader import project_path
 from config.schema import Config
-from conversation.parts import Media
 from dataset.caption_embeddings import read_maker
-from dataset.caption_records import output_modalities
+from dataset.caption_records import output_modalities, sample_outputs
 from dataset.conversations import ConversationDataset
 from model.build import find_folder
 from model.imagebind import fingerprint
@@ -149,11 +146,12 @@ def _identify_embeddings(config: Config, dataset: ConversationDataset) -> dict[s
             "maker": maker and {"file": maker.model, **_without_model(maker._asdict())},
             "arrays": {},
         }
-    for medium in _sampled_outputs(dataset):
-        file = Path(medium.embedding or "")
-        if file.is_file():  # a missing one is made up for by the sample after it
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            identities[medium.modality]["arrays"][file.name] = digest
+    for name in dataset.sources:
+        for _, medium in sample_outputs(dataset, name, _SAMPLED_ROWS):
+            file = Path(medium.embedding or "")
+            if file.is_file():  # a sample without one gives way to the next
+                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                identities[medium.modality]["arrays"][file.name] = digest
     return identities
 
 
@@ -161,21 +159,6 @@ def _without_model(maker: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in maker.items() if key != "model"} | {
         "shape": list(maker["shape"])
     }
-
-
-def _sampled_outputs(dataset: ConversationDataset) -> Iterator[Media]:
-    """The media with embeddings of some rows of each data set, evenly spread."""
-    for name, source in dataset.sources.items():
-        if source.kind == "caption_in":
-            continue
-        rows = np.linspace(0, dataset.sizes[name] - 1, _SAMPLED_ROWS).astype(int)
-        for row in np.unique(rows).tolist():
-            for turn in dataset.record(name, row).turns:
-                for part in turn.parts:
-                    if isinstance(part, Media) and part.embedding is not None:
-                        yield Media(
-                            part.modality, embedding=str(source.embeddings / part.embedding)
-                        )
 
 
 def _identify_frozen(
