@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from config.errors import InputError, MediaError
 from config.loader import load_config
 from dataset.feature_cache import FeatureCache
 from dataset.media import PREPROCESSING_VERSIONS
+from dataset.shards import medium_state
 from tiny_parts import tiny_overrides, write_tiny_parts
 from training.features import FeatureCaches
 
@@ -106,6 +108,18 @@ def test_a_file_replaced_after_decoding_gets_no_feature_of_the_one_before(
     media[0].write_bytes(b"\xee" * 1000)  # while the encoder is at work
     cache.put_many([(found.content, feature(0))])
     assert cache.get(media[0]) is None
+
+
+def test_a_file_written_a_moment_ago_is_hashed_again(media: list[Path], tmp_path: Path) -> None:
+    """A second change within the clock's tick leaves its state as it was."""
+    cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
+    content = cache.identify(media[0])
+    cache.put_many([(content, feature(0))])
+    media[0].write_bytes(b"\xee" * 1000)
+    state = medium_state(media[0])
+    same_tick = patch("dataset.feature_cache.medium_state", lambda _: content.state)
+    with same_tick:
+        assert state != content.state and cache.get(media[0]) is None
 
 
 def test_a_file_that_never_stops_changing_and_a_broken_one_are_media_errors(

@@ -1,7 +1,7 @@
 """SHA-256 digests of whole files, computed once for each state of a file.
 
-A digest sees every byte: 0.7 s a GiB on one core with SHA instructions, or what the disk takes. It
-is kept in a cache folder under the file's path, size and times: the next look costs a `stat` and a
+A digest sees every byte: 1 s a GiB on one core with SHA instructions, or what the disk takes. It is
+kept in a cache folder under the file's path, size and times: the next look costs a `stat` and a
 small file. The time of the last change of the inode (`ctime`) is among them because programs cannot
 set it: a file that was replaced by one of the same size and `mtime` is seen. Inodes' numbers are
 not: some network file systems give them anew at each mount.
@@ -47,7 +47,7 @@ class FileState(NamedTuple):
 
     @property
     def is_settled(self) -> bool:
-        """Whether the file's next change cannot fall into the clock tick of its last one."""
+        """Whether a change of the file from now on will be seen: in a later tick of the clock."""
         return self.ctime_ns < time.time_ns() - _SETTLED_NS
 
 
@@ -88,13 +88,14 @@ class DigestCache:
             key = {"kind": kind, "files": dict(zip(paths, map(list, states), strict=True))}
             if (kept := _read(entry, key)) is not None:
                 return kept
+            settled = all(state.is_settled for state in states)  # before it is read
             value = compute()
             for file, state in zip(files, states, strict=True):
                 if FileState.of(file) != state:
                     raise InputError(
                         f"{file} changed while it was read: wait until it is written, and run again"
                     )
-            if all(state.is_settled for state in states):
+            if settled:
                 with written_aside(entry) as aside:
                     aside.write_text(json.dumps({"key": key, "value": value}), encoding="utf-8")
         return value

@@ -234,6 +234,8 @@ class EmbeddingStore:
 
     def _append(self, entries: Sequence[tuple[str, str | None]]) -> None:
         """List which caption each medium's embedding was made from, on the disk at return."""
+        if not entries:
+            return
         now = time.time_ns()
         records = [CaptionRecord(name, caption, now) for name, caption in entries]
         try:

@@ -41,11 +41,13 @@ class MediumContent:
         path: absolute, of the file or of the medium in its shard.
         state: of the file when it was hashed.
         digest: BLAKE2b of its bytes, 16 bytes.
+        settled: whether the file's next change will give it another state.
     """
 
     path: Path
     state: FileState
     digest: bytes
+    settled: bool
 
 
 @dataclass(frozen=True)
@@ -114,14 +116,15 @@ class FeatureCache:
             return hashed
         row = self._read("SELECT state, digest FROM medium WHERE path = ?", (str(path),))
         if row and row[0] == _text(state):
-            return MediumContent(path, state, row[1])
+            return MediumContent(path, state, row[1], settled=True)
+        settled = state.is_settled  # before it is read
         try:
             with open_medium(path) as stream:
                 digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16))
         except OSError as error:
             raise MediaError(f"{path} cannot be read: {error.strerror}") from None
-        content = MediumContent(path, state, digest.digest())
-        if state.is_settled:
+        content = MediumContent(path, state, digest.digest(), settled)
+        if settled:
             self._hashed[path] = content
         return content
 
@@ -137,7 +140,7 @@ class FeatureCache:
             if vector.shape != (self.width,) or not np.isfinite(vector).all():
                 raise ValueError(f"{content.path}: expected {self.width} finite numbers: {vector}")
             rows.append((self.encoder, content.digest, vector.tobytes()))
-            if content.state.is_settled:
+            if content.settled:
                 self._hashed[content.path] = content
         files = [(str(c.path), _text(c.state), c.digest) for c in self._hashed.values()]
         with self._database() as database, database:  # the inner one is the transaction

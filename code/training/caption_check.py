@@ -157,7 +157,10 @@ def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, 
     files = sorted([*weight_files(folder / "text_encoder"), *small])
 
     def compute() -> str:
-        encoder = CaptionEncoder(modality, str(folder), torch.device("cpu"), torch.float32)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # a run's random numbers do not depend on what was cached
+            encoder = CaptionEncoder(modality, str(folder), torch.device("cpu"), torch.float32)
         return " ".join(encoder.fingerprints())
 
     digests = DigestCache(project_path(config.data.cache))

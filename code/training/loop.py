@@ -97,14 +97,14 @@ class Trainer:
         steps = min(plan.steps_per_epoch * training.epochs, training.max_steps or 2**62)
         self.say(f"{steps} steps of {training.global_batch_size} samples out of {sizes}")
 
-        torch.manual_seed(training.seed)
         folder.init_from = self.find_predecessor(checkpoint)
         delta = None if folder.init_from is None else read_delta(folder.init_from)
         inputs = partial(identify_inputs, config, samples.conversations, delta and delta.source)
-        record_missing = checkpoint is None
+        unrecorded = checkpoint is None
         if checkpoint is not None and (warning := folder.check_inputs(inputs(), checkpoint)):
             self.say(warning)
-            record_missing = True
+            unrecorded = True
+        torch.manual_seed(training.seed)
         model = self.make_model(delta)
         carried = carried_over(model, delta) if delta else {}
         own_vocabulary = config.language_model.train_vocabulary == "all" or bool(
@@ -126,7 +126,7 @@ class Trainer:
             self.say(f"resumed after step {first_step} from {checkpoint}")
         elif self.rank == 0:
             folder.clear()
-        if record_missing and self.rank == 0:
+        if unrecorded and self.rank == 0:
             folder.record_inputs(inputs())
         logs = self.options.log_path
         logs = logs / folder.path.name if logs else folder.path / "log"

@@ -2,7 +2,7 @@
 
 Recorded when a run starts and compared when it is resumed: the predecessor's tuned parameters, the
 rows of the data sets, the caption embeddings, the frozen models, DeepSpeed's settings. Media files
-are not among them. Costs 0.7 s a GiB of weights the first time they are seen (`DigestCache`), and
+are not among them. Costs 1 s a GiB of weights the first time they are seen (`DigestCache`), and
 milliseconds later.
 """
 

@@ -77,7 +77,7 @@ def save_imagebind(model: ImageBind, folder: Path | str, dtype: torch.dtype) -> 
 def fingerprint(path: Path | str, digests: DigestCache) -> str:
     """16 hex digits of the encoder's weights and figures: part of the key of a feature cache.
 
-    Every byte of the weight file counts; 3 s for the published 4.5 GB the first time, then none.
+    Every byte of the weight file counts; 5 s for the published 4.5 GB the first time, then none.
 
     Raises:
         NotThereError: there are no weights.
