@@ -277,6 +277,14 @@ def test_a_run_of_an_older_version_is_resumed_with_a_warning(world: World, tmp_p
     assert read_inputs(again.folder / "inputs.json") is not None
 
 
+def test_processes_that_start_together_on_empty_caches_record_the_same(world: World) -> None:
+    two = TinyRun(world.folder, 2, world.sets, world=2).finish()
+    assert compare_inputs(read_inputs(two.folder / "inputs.json"), world.inputs()) == []
+    cache = world.folder / "cache"
+    assert not [path for path in cache.rglob("*") if ".partial." in path.name]
+    assert len(list(cache.glob("*.npz"))) == 2 * len(MODALITIES)
+
+
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_text("{")
     with pytest.raises(InputError, match=r"inputs\.json is damaged: give --restart"):

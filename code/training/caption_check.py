@@ -157,9 +157,8 @@ def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, 
     files = sorted([*weight_files(folder / "text_encoder"), *small])
 
     def compute() -> str:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # a run's random numbers do not depend on what was cached
+        # A run's random numbers must not depend on what was cached.
+        with torch.random.fork_rng(devices=[]):
             encoder = CaptionEncoder(modality, str(folder), torch.device("cpu"), torch.float32)
         return " ".join(encoder.fingerprints())
 
