@@ -2,8 +2,10 @@
 
     python check_data.py --config 7b --stage 1 [cc3m_enc ...]
 
-Every record is read and every file looked for, some media are decoded. The exit code is 1 if any
-conversation could not be used; a run leaves such ones out, and ends when they are too many.
+Every record is read and every file looked for, some media are decoded. Caption embeddings are
+compared with the captions that they were made from; of those without a record, some are computed
+again where the decoder is at hand. The exit code is 1 if any conversation could not be used; a run
+leaves such ones out, and ends when they are too many, or at once if captions and embeddings differ.
 """
 
 import argparse
@@ -13,6 +15,7 @@ from config.entry import run_entry
 from config.loader import STAGES, load_config
 from dataset.checking import check_datasets
 from dataset.conversations import caption_shapes, open_conversations
+from training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
 
 
 def main() -> None:
@@ -30,10 +33,14 @@ def main() -> None:
     config = load_config(arguments.config, arguments.stage, overrides)
     aligned = "output_projections" in config.training.trains
     shapes = caption_shapes(config) if aligned else None
-    unusable = 0
-    for finding in check_datasets(open_conversations(config.data), shapes, arguments.decode):
+    dataset, unusable = open_conversations(config.data), 0
+    captions = find_wrong_captions(config, dataset) if shapes else {}
+    compare_unrecorded(config, dataset, captions)
+    for finding in check_datasets(dataset, shapes, captions, arguments.decode):
         print(finding, flush=True)
         unusable += finding.unusable
+    for line in check_makers(config, dataset) if shapes else ():
+        print(line)
     sys.exit(1 if unusable else 0)
 
 

@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("model", help="the decoder: a diffusers folder or a hub name")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", choices=["float16", "float32"])
+    again = "make embeddings of other captions again, instead of refusing them"
+    parser.add_argument("--replace", action="store_true", help=again)
     arguments = parser.parse_args()
     for annotation in arguments.captions:
         embed_captions(
@@ -41,6 +43,7 @@ def main() -> None:
             batch_size=arguments.batch_size,
             rank=int(os.environ.get("RANK", 0)),
             world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            replace=arguments.replace,
         )
 
 

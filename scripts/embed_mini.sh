@@ -10,7 +10,7 @@ embed() { # modality, decoder
     python code/process_embeddings.py "$world/T-X_pair_data/$1/$1.json" \
         "$instructions/T-T+X_data/mini_request/mini_request.json" \
         "$instructions/MosIT_data/mini_mosit/mini_mosit.json" "$1" "$world/embed" \
-        "ckpt/pretrained_ckpt/$2"
+        "ckpt/pretrained_ckpt/$2" --replace
 }
 embed image mini_stable_diffusion &
 images=$!

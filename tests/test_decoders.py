@@ -238,8 +238,8 @@ def test_caption_encoder_needs_nothing_but_tokenizer_and_text_encoder(tmp_path: 
         shutil.copytree(tiny_decoder("video") / part, tmp_path / part)
     encoder = CaptionEncoder("video", str(tmp_path), CPU)
     assert (
-        encoder.fingerprint()
-        == CaptionEncoder("video", str(tiny_decoder("video")), CPU, torch.float16).fingerprint()
+        encoder.fingerprints()
+        == CaptionEncoder("video", str(tiny_decoder("video")), CPU, torch.float16).fingerprints()
     )
 
 

@@ -6,12 +6,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 
 from config.errors import InputError, MediaError
+from config.loader import load_config
 from dataset.feature_cache import FeatureCache
+from dataset.media import PREPROCESSING_VERSIONS
+from dataset.shards import medium_state
+from tiny_parts import tiny_overrides, write_tiny_parts
+from training.features import FeatureCaches
 
 WIDTH = 8
 CODE = Path(__file__).parent.parent / "code"
@@ -29,12 +36,17 @@ def media(tmp_path: Path) -> list[Path]:
     return paths
 
 
+def put(cache: FeatureCache, *features: tuple[Path, np.ndarray]) -> None:
+    """Keep the feature of each file as it is now."""
+    cache.put_many([(cache.identify(path), vector) for path, vector in features])
+
+
 def test_a_feature_comes_back_bit_by_bit_also_in_a_new_process(
     media: list[Path], tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
     assert cache.get(media[0]) is None
-    cache.put_many([(path, feature(i)) for i, path in enumerate(media)])
+    put(cache, *((path, feature(i)) for i, path in enumerate(media)))
     for again in (cache, FeatureCache(tmp_path / "cache", "encoder", WIDTH)):
         for i, path in enumerate(media):
             np.testing.assert_array_equal(again.get(path), feature(i))
@@ -46,23 +58,113 @@ def test_a_copy_finds_the_feature_and_a_changed_file_does_not(
     media: list[Path], tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
-    cache.put_many([(media[0], feature(0))])
+    put(cache, (media[0], feature(0)))
     copy = tmp_path / "copy.bin"
     copy.write_bytes(media[0].read_bytes())
     np.testing.assert_array_equal(cache.get(copy), feature(0))
     media[0].write_bytes(b"new" * 1000)
     assert cache.get(media[0]) is None
-    cache.put_many([(media[0], feature(5))])
+    put(cache, (media[0], feature(5)))
     np.testing.assert_array_equal(cache.get(media[0]), feature(5))
     np.testing.assert_array_equal(cache.get(copy), feature(0))
 
 
+def decoded(path: Path) -> torch.Tensor:
+    """A decoder: the file's first byte."""
+    return torch.tensor([path.read_bytes()[0]])
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_file_replaced_while_it_is_decoded_keeps_features_of_its_own_content(
+    media: list[Path], tmp_path: Path, in_place: bool
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
+    old, new = media[0].read_bytes(), b"\xee" * 1000  # of the same size
+    times = media[0].stat()
+
+    def replaced_after_decoding(path: Path) -> torch.Tensor:
+        views = decoded(path)
+        if views.item() == 0:
+            written = path if in_place else path.with_suffix(".new")
+            written.write_bytes(new)
+            os.utime(written, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` does
+            written.replace(path)
+        return views
+
+    found = cache.get_or_decode(media[0], replaced_after_decoding)
+    assert found.views.item() == 0xEE
+    cache.put_many([(found.content, feature(1))])
+    np.testing.assert_array_equal(cache.get(media[0]), feature(1))
+    copy = tmp_path / "old.bin"
+    copy.write_bytes(old)
+    assert cache.get(copy) is None
+
+
+def test_a_file_replaced_after_decoding_gets_no_feature_of_the_one_before(
+    media: list[Path], tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
+    found = cache.get_or_decode(media[0], decoded)
+    media[0].write_bytes(b"\xee" * 1000)  # while the encoder is at work
+    cache.put_many([(found.content, feature(0))])
+    assert cache.get(media[0]) is None
+
+
+def test_a_file_written_a_moment_ago_is_hashed_again(media: list[Path], tmp_path: Path) -> None:
+    """A second change within the clock's tick leaves its state as it was."""
+    cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
+    content = cache.identify(media[0])
+    cache.put_many([(content, feature(0))])
+    media[0].write_bytes(b"\xee" * 1000)
+    state = medium_state(media[0])
+    same_tick = patch("dataset.feature_cache.medium_state", lambda _: content.state)
+    with same_tick:
+        assert state != content.state and cache.get(media[0]) is None
+
+
+def test_a_file_that_never_stops_changing_and_a_broken_one_are_media_errors(
+    media: list[Path], tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
+    tries = []
+
+    def grows(path: Path) -> torch.Tensor:
+        tries.append(path)
+        path.write_bytes(path.read_bytes() + b"more")
+        return decoded(path)
+
+    def broken(path: Path) -> torch.Tensor:
+        tries.append(path)
+        raise MediaError(f"{path}: not readable")
+
+    with pytest.raises(MediaError, match=r"0\.bin changed each of 3 times"):
+        cache.get_or_decode(media[0], grows)
+    with pytest.raises(MediaError, match="not readable"):
+        cache.get_or_decode(media[1], broken)
+    assert tries == [media[0]] * 3 + [media[1]]
+
+
 def test_another_encoder_has_features_of_its_own(media: list[Path], tmp_path: Path) -> None:
-    FeatureCache(tmp_path, "one", WIDTH).put_many([(media[0], feature(0))])
+    put(FeatureCache(tmp_path, "one", WIDTH), (media[0], feature(0)))
     other = FeatureCache(tmp_path, "other", WIDTH + 1)
     assert other.get(media[0]) is None
     with pytest.raises(InputError, match="expected 9"):
         FeatureCache(tmp_path, "one", WIDTH + 1).get(media[0])
+
+
+def test_another_version_of_the_preprocessing_has_features_of_its_own(
+    media: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tiny_parts(tmp_path)
+    overrides = [*tiny_overrides(tmp_path), f"data.cache={tmp_path / 'cache'}"]
+    config = load_config("7b", 1, overrides)
+    before = FeatureCaches(config)
+    for modality in ("image", "audio"):
+        put(before[modality], (media[0], np.zeros(config.encoder.width)))
+    monkeypatch.setitem(PREPROCESSING_VERSIONS, "audio", PREPROCESSING_VERSIONS["audio"] + 1)
+    after = FeatureCaches(config)
+    assert after["image"].get(media[0]) is not None
+    assert after["audio"].get(media[0]) is None
 
 
 def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
@@ -71,7 +173,7 @@ def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
     for wrong in (np.zeros(WIDTH - 1), np.full(WIDTH, np.nan)):
         with pytest.raises(ValueError, match=r"0\.bin"):
-            cache.put_many([(media[0], wrong)])
+            put(cache, (media[0], wrong))
     with pytest.raises(MediaError, match="gone"):
         cache.get(tmp_path / "gone.png")
     (tmp_path / "bad").mkdir()
@@ -82,10 +184,10 @@ def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
 
 def test_a_forked_process_opens_a_connection_of_its_own(media: list[Path], tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
-    cache.put_many([(media[0], feature(0))])
+    put(cache, (media[0], feature(0)))
     child = os.fork()
     if child == 0:
-        cache.put_many([(media[1], feature(1))])
+        put(cache, (media[1], feature(1)))
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     np.testing.assert_array_equal(cache.get(media[1]), feature(1))
@@ -102,7 +204,7 @@ cache = FeatureCache(folder, "encoder", 8)
 for n in range(first, first + 100000):
     path = folder / f"{n}.medium"
     path.write_bytes(n.to_bytes(4, "little"))
-    cache.put_many([(path, np.full(8, n))])
+    cache.put_many([(cache.identify(path), np.full(8, n))])
     print(n, flush=True)
 """
 
@@ -129,4 +231,4 @@ def test_writers_side_by_side_and_killed_in_a_write_lose_nothing_that_was_said_t
     assert len(said) > 10
     for n in said:
         np.testing.assert_array_equal(cache.get(tmp_path / f"{n}.medium"), np.full(WIDTH, n))
-    cache.put_many([(tmp_path / f"{said[0]}.medium", feature(0))])
+    put(cache, (tmp_path / f"{said[0]}.medium", feature(0)))

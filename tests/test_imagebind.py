@@ -1,7 +1,9 @@
 """ImageBind against the recorded numbers, the published names, and its own files."""
 
 import json
+import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config.errors import InputError
+from config.file_digests import DigestCache
 from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
 from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import fingerprint, is_left_out, load_imagebind, save_imagebind
+from model.imagebind.loading import fingerprint as encoder_fingerprint
+from model.imagebind.loading import is_left_out, load_imagebind, save_imagebind
 from parity_tools import PARITY, cases, fill_by_recipe, relative_error
 from record_full_size import RECORD, full_size_features
 
@@ -124,6 +128,7 @@ def test_own_format_round_trip(
 def test_fingerprint_follows_weights_and_figures_and_survives_copying(
     tiny: ImageBind, tmp_path: Path
 ) -> None:
+    fingerprint = partial(encoder_fingerprint, digests=DigestCache(tmp_path / "cache"))
     for name in ("a", "b"):
         save_imagebind(tiny, tmp_path / name, torch.float16)
     assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
@@ -136,6 +141,29 @@ def test_fingerprint_follows_weights_and_figures_and_survives_copying(
     config = tmp_path / "a" / "config.json"
     config.write_text(config.read_text().replace('"heads": 4', '"heads": 2'))
     assert fingerprint(tmp_path / "a") != before
+
+
+def test_fingerprint_sees_each_byte_of_a_file_however_large(
+    tiny: ImageBind, tmp_path: Path
+) -> None:
+    """Also where the file's size and time stay: `cp -p` of another training's weights."""
+    save_imagebind(tiny, tmp_path, torch.float16)
+    weights = tmp_path / "model.safetensors"
+    tensors = load_file(weights) | {"padding": torch.zeros(3 << 20)}
+    save_file(tensors, weights)
+    size, times = weights.stat().st_size, weights.stat().st_mtime_ns
+    digests = DigestCache(tmp_path / "cache")
+    seen = {encoder_fingerprint(tmp_path, digests)}
+    offsets = range(9, size, size // 50)
+    for offset in offsets:
+        with weights.open("r+b") as file:
+            file.seek(offset)
+            byte = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte[0] ^ 1]))
+        os.utime(weights, ns=(times, times))
+        seen.add(encoder_fingerprint(tmp_path, digests))
+    assert weights.stat().st_size == size and len(seen) == 1 + len(offsets)
 
 
 def test_nothing_there_says_what_to_give(tmp_path: Path) -> None:

@@ -51,6 +51,26 @@ def test_a_changed_file_or_reader_or_a_damaged_index_makes_a_new_one(
     assert len(open_index(file, tmp_path, accept, "v1")) == 5
 
 
+def test_the_digest_follows_rows_and_their_order_and_nothing_else(
+    file: Path, tmp_path: Path
+) -> None:
+    def digest(rows: list[dict], **layout: object) -> str:
+        file.write_text(json.dumps(rows, **layout))
+        index = open_index(file, tmp_path, lambda *_: None, "v1")
+        assert [index[row] for row in range(len(index))] == rows
+        assert pickle.loads(pickle.dumps(index)).digest == index.digest  # noqa: S301
+        return index.digest
+
+    rows = ROWS[:4097]  # more than one record batch
+    found = digest(rows)
+    changed = [*rows[:-1], rows[-1] | {"caption": "another"}]
+    others = [rows[:-1], rows[::-1], [rows[1], rows[0], *rows[2:]], changed]
+    assert len({found, *map(digest, others)}) == 5
+    assert digest(rows) == found
+    file.touch()
+    assert digest(rows, separators=(", ", ": "), indent=None) == found
+
+
 def test_a_refused_row_or_an_empty_file_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
     def refuse(record: dict, row: int) -> None:
         if row == 5000:

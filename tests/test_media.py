@@ -1,5 +1,6 @@
 """Media decoding and preprocessing against the recorded tensors, and bad files."""
 
+import json
 import struct
 import wave
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 from config.errors import MediaError
 from dataset.decoding import read_audio, read_image, read_video_frames
 from dataset.media import load_views, video_frame_indices
+from golden_preprocessing import GOLDEN, measure
 from model.imagebind.encoder import ImageBind
 from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
 from test_imagebind import TINY
@@ -283,3 +285,18 @@ def test_bad_file_is_named_with_the_reason(
         load_views(modality, path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_preprocessing_gives_the_numbers_recorded_for_its_version(tmp_path: Path) -> None:
+    """Cached features stay in use until the version is raised."""
+    recorded = json.loads(GOLDEN.read_text())
+    measured = measure(tmp_path)
+    assert measured.keys() == recorded.keys()
+    for name, found in measured.items():
+        kept = recorded[name]
+        assert found["version"] == kept["version"], f"{name}: run tests/golden_preprocessing.py"
+        for key in ("numbers", "mean", "mean_square", "values"):
+            assert found[key] == pytest.approx(kept[key], abs=2e-3), (
+                f"{name}: preprocessing gives other numbers than before: raise its number in "
+                "dataset.media.PREPROCESSING_VERSIONS, then run tests/golden_preprocessing.py"
+            )

@@ -12,7 +12,12 @@ import torch
 import process_embeddings
 from config.errors import InputError, MediaError
 from conversation.parts import MODALITIES, Modality
-from dataset.caption_embeddings import EmbeddingStore, embedding_path, read_embedding
+from dataset.caption_embeddings import (
+    EmbeddingMaker,
+    EmbeddingStore,
+    embedding_path,
+    read_embedding,
+)
 from dataset.readers import iter_captions, read_record
 from mini_world.mini_decoders import build_mini_decoder
 from model.caption_encoders import CaptionEncoder
@@ -188,7 +193,7 @@ def test_another_caption_for_the_same_medium_is_an_error(tmp_path: Path) -> None
 
 
 def test_embedding_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
-    store = EmbeddingStore(tmp_path, "audio", model="m", fingerprint="f", shape=(2,))
+    store = EmbeddingStore(tmp_path, "audio", EmbeddingMaker("m", "f", "t", (2,)))
     with pytest.raises(InputError, match="not finite"):
         store.write(["a.wav"], ["a bell"], torch.tensor([[1e6, 0.0]]))
     assert not arrays(tmp_path)

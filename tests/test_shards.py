@@ -84,7 +84,7 @@ def test_a_feature_is_found_for_the_same_medium_in_and_out_of_a_shard(
     row, _ = next(annotation_rows(shards))
     inside = shards / row["image_name"]
     cache = FeatureCache(tmp_path, "encoder", 2)
-    cache.put_many([(files / "images" / inside.name, [1.0, 2.0])])
+    cache.put_many([(cache.identify(files / "images" / inside.name), [1.0, 2.0])])
     assert cache.get(inside).tolist() == [1.0, 2.0]
 
 

@@ -1,7 +1,6 @@
 """Training on a whole tiny system: what trains, where it starts, what it costs, what it refuses."""
 
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -13,7 +12,9 @@ import pytest
 import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
-from config.errors import InputError
+import tiny_run
+import training.samples
+from config.errors import InputError, MediaError
 from config.loader import load_config
 from model.delta import write_delta
 from model.parts import part_of
@@ -276,17 +277,25 @@ def test_captions_encoded_online_give_the_losses_of_precomputed_ones(tmp_path: P
     assert run.losses != trained(2).losses  # the stored ones are half precision
 
 
+def train_without_decoding(*given: Any) -> None:
+    """What a process does that would lose every sample whose media it decoded."""
+
+    def refuse(*_: object) -> None:
+        raise MediaError("decoded again")
+
+    training.samples.load_views = refuse
+    tiny_run._train(*given)
+
+
 def test_a_medium_is_decoded_and_encoded_once_for_all_runs(tmp_path: Path) -> None:
-    data = copied_data(tmp_path)
-    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+    sets = [f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
     first = TinyRun(tmp_path / "first", 1, sets).finish()
-    for file in [file for kind in ("image", "video", "audio") for file in media(data, kind)]:
-        status = file.stat()
-        file.write_bytes(bytes(status.st_size))  # unreadable, and to all appearances unchanged
-        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    second = TinyRun(tmp_path / "second", 1, sets).finish()
+    second = TinyRun(tmp_path / "second", 1, sets).start(train_without_decoding)
+    assert second.wait() == 0, second.output
     assert second.metrics == first.metrics
     assert first.metrics[-1]["skipped"] == 0
+    new = TinyRun(tmp_path / "new", 1, [f"data.cache={tmp_path / 'empty'}"])
+    assert new.start(train_without_decoding).wait() == 2 and "decoded again" in new.output
 
 
 def test_bf16_learns(tmp_path: Path) -> None:

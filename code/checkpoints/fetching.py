@@ -24,6 +24,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from tqdm import tqdm
 
+from config.atomic import rename_durably
 from config.errors import InputError
 from config.loader import project_path
 from conversation.parts import Modality
@@ -78,7 +79,7 @@ class WebFile:
                 f"{self.url}: {error}. Look at the network and run it again: it goes on"
             ) from error
         self._compare(part)
-        part.replace(place)
+        rename_durably(part, place)
 
     def _append_rest(self, part: Path) -> None:
         done = part.stat().st_size if part.exists() else 0

@@ -1,18 +1,22 @@
 """The store of caption embeddings: one half-precision `.npy` a medium, found by its file name.
 
 Beside them, for each modality, `embeddings.MODALITY.json` says what made them and
-`captions.MODALITY.rankN.jsonl` which caption each was made from, a line a medium written after its
-array. So an interrupted run goes on, and a store never mixes models or captions. An image of
-Stable Diffusion costs 118 kB, a sound 1 kB.
+`captions.MODALITY.rankN.jsonl` which caption each was made from, letter by letter as the text
+encoder read it: a line a medium, written after its array; of several for a medium the latest
+counts. So an interrupted run goes on, a store never mixes models or captions, and training can
+compare (`dataset.caption_records`). An image of Stable Diffusion costs 118 kB, a sound 1 kB.
 """
 
 import json
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from config.atomic import written_aside
@@ -46,70 +50,168 @@ def read_embedding(path: Path, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(array.astype(np.float32))
 
 
+class EmbeddingMaker(NamedTuple):
+    """What a modality's embeddings in a folder were made by.
+
+    Attributes:
+        model: name of the pipeline, for messages.
+        fingerprint: of its text encoder's weights.
+        tokenizer: fingerprint of its tokenizer; empty in records of older versions.
+        shape: of one embedding.
+    """
+
+    model: str
+    fingerprint: str
+    tokenizer: str
+    shape: tuple[int, ...]
+
+    def differs_from(self, other: Self) -> bool:
+        """Whether the two give other embeddings, as far as their records tell."""
+        tokenizers = {self.tokenizer, other.tokenizer} - {""}
+        ours, theirs = (self.fingerprint, self.shape), (other.fingerprint, other.shape)
+        return ours != theirs or len(tokenizers) > 1
+
+
+class CaptionRecord(NamedTuple):
+    """One line of a store's lists.
+
+    Attributes:
+        name: the medium's file name.
+        caption: that its embedding was made from; none: it is about to be made from another one.
+        time_ns: when it was written, in ns since 1970; 0 in lists of older versions.
+    """
+
+    name: str
+    caption: str | None
+    time_ns: int
+
+
+def read_maker(folder: Path, modality: Modality) -> EmbeddingMaker | None:
+    """What made the embeddings in `folder`; none where there is no record of it.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    file = _maker_file(folder, modality)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        tokenizer = found.get("tokenizer", "")
+        shape = tuple(found["shape"])
+        return EmbeddingMaker(found["model"], found["fingerprint"], tokenizer, shape)
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise InputError(f"{file} is damaged: empty the folder") from error
+
+
+def caption_lists(folder: Path, modality: Modality) -> list[Path]:
+    """The files that say which caption each embedding was made from."""
+    return sorted(folder.glob(f"captions.{modality}.rank*.jsonl"))
+
+
+def iter_caption_records(folder: Path, modality: Modality) -> Iterator[CaptionRecord]:
+    """All lines of all lists in `folder`, one list after the other; memory does not grow.
+
+    Raises:
+        InputError: a line is damaged.
+    """
+    for file in caption_lists(folder, modality):
+        with file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.endswith("\n"):  # another process is still writing it
+                    break
+                try:
+                    entry = json.loads(line)
+                    yield CaptionRecord(entry["name"], entry["caption"], entry.get("time_ns", 0))
+                except (ValueError, TypeError, LookupError, AttributeError) as error:
+                    raise InputError(
+                        f"{file}: line {number} is damaged: delete the line; process_embeddings.py "
+                        "makes that embedding again"
+                    ) from error
+
+
 class EmbeddingStore:
-    """One modality's embeddings in a folder, as one rank sees and extends it."""
+    """One modality's embeddings in a folder, as one rank sees and extends it.
+
+    To be closed after use: until then no other process can write the same rank's list.
+    """
 
     def __init__(
         self,
         folder: Path,
         modality: Modality,
+        maker: EmbeddingMaker,
         *,
-        model: str,
-        fingerprint: str,
-        shape: tuple[int, ...],
         rank: int = 0,
+        replace: bool = False,
     ) -> None:
         """Open the store, or begin it.
 
         Args:
-            model: name of the pipeline, for messages.
-            fingerprint: of the text encoder's weights.
-            shape: of one embedding.
+            maker: of the embeddings that will be written.
             rank: of this process; each rank writes a list of captions of its own.
+            replace: make embeddings of other captions again, instead of refusing them.
 
         Raises:
-            InputError: what is there was made by another text encoder.
+            InputError: what is there was made by another text encoder, or another process is
+                writing the same list.
         """
         self.folder = folder
-        self.shape = shape
+        self._replace = replace
         self._list = folder / f"captions.{modality}.rank{rank}.jsonl"
-        about = {"model": model, "fingerprint": fingerprint, "shape": list(shape)}
-        about_file = folder / f"embeddings.{modality}.json"
-        if about_file.exists():
-            try:
-                found = json.loads(about_file.read_text(encoding="utf-8"))
-                same = (found["fingerprint"], found["shape"]) == (fingerprint, list(shape))
-            except (ValueError, TypeError, KeyError) as error:
-                raise InputError(f"{about_file} is damaged: empty the folder") from error
-            if not same:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(folder / f".{self._list.name}.lock", blocking=False)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise InputError(
+                f"{self._list}: another process is writing {modality} embeddings there: wait for "
+                "its end, or give another folder"
+            ) from None
+        try:
+            self._claim(modality, maker)
+            _cut_torn_line(self._list)
+            latest: dict[str, CaptionRecord] = {}
+            for record in iter_caption_records(folder, modality):
+                if record.time_ns >= latest.get(record.name, record).time_ns:
+                    latest[record.name] = record
+            self._captions = {name: record.caption for name, record in latest.items()}
+        except InputError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes write."""
+        self._lock.release()
+
+    def _claim(self, modality: Modality, maker: EmbeddingMaker) -> None:
+        """Record `maker`, or see that it is the one recorded."""
+        file = _maker_file(self.folder, modality)
+        with FileLock(self.folder / f".{file.name}.lock"):
+            found = read_maker(self.folder, modality)
+            if found is None:
+                with written_aside(file) as aside:
+                    aside.write_text(json.dumps(maker._asdict(), indent=2) + "\n", "utf-8")
+            elif found.differs_from(maker):
                 raise InputError(
-                    f"{about_file}: the embeddings here are {found['model']}'s, of shape "
-                    f"{found['shape']}; {model} differs. Give another folder, or empty this one"
+                    f"{file}: the embeddings here are {found.model}'s, of shape "
+                    f"{list(found.shape)}; {maker.model} differs. Give another folder, or empty "
+                    "this one"
                 )
-        else:
-            with written_aside(about_file) as aside:
-                aside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-        _cut_torn_line(self._list)
-        self._captions: dict[str, str] = {}
-        for file in sorted(folder.glob(f"captions.{modality}.rank*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-                if line.endswith("\n"):  # else another rank is still writing it
-                    entry = json.loads(line)
-                    self._captions[entry["name"]] = entry["caption"]
 
     def has(self, name: str, caption: str) -> bool:
         """Whether the embedding of `caption` is there for the medium `name`.
 
         Raises:
-            InputError: the one there is of another caption.
+            InputError: the one there is of another caption, which is not to be replaced.
         """
         known = self._captions.get(name)
-        if known is not None and known != caption:
+        if known not in (None, caption) and not self._replace:
             raise InputError(
                 f"{embedding_path(self.folder, name)} was made from the caption {known!r}, not "
-                f"{caption!r}. Give another folder, or empty this one"
+                f"{caption!r}. Give another folder, or --replace to make it again"
             )
-        return known is not None and embedding_path(self.folder, name).exists()
+        return known == caption and embedding_path(self.folder, name).exists()
 
     def write(self, names: Sequence[str], captions: Sequence[str], embeddings: Tensor) -> None:
         """Store `embeddings` (B, *shape), one file each, and list them.
@@ -123,16 +225,32 @@ class EmbeddingStore:
                 raise InputError(
                     f"{name}: its caption's embedding is not finite; try another dtype"
                 )
+        # First the record goes, then the array: at no moment does a record speak of another array.
+        self._append([(name, None) for name in names if self._captions.get(name) is not None])
+        for name, array in zip(names, arrays, strict=True):
             with written_aside(embedding_path(self.folder, name)) as aside:
                 np.save(aside, array, allow_pickle=False)
-        entries = zip(names, captions, strict=True)
+        self._append(list(zip(names, captions, strict=True)))
+
+    def _append(self, entries: Sequence[tuple[str, str | None]]) -> None:
+        """List which caption each medium's embedding was made from, on the disk at return."""
+        if not entries:
+            return
+        now = time.time_ns()
+        records = [CaptionRecord(name, caption, now) for name, caption in entries]
         try:
             with self._list.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"name": n, "caption": c}) + "\n" for n, c in entries)
+                file.writelines(json.dumps(record._asdict()) + "\n" for record in records)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             fault = f"could not write {self._list} (is the disk full?): {error.strerror}"
             raise InputError(fault) from error
-        self._captions.update(zip(names, captions, strict=True))
+        self._captions.update(entries)
+
+
+def _maker_file(folder: Path, modality: Modality) -> Path:
+    return folder / f"embeddings.{modality}.json"
 
 
 def _cut_torn_line(file: Path) -> None:

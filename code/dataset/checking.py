@@ -1,6 +1,6 @@
 """Whether data sets are ready to be trained on: every record, every medium's file, some decoded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from tqdm import tqdm
 from config.errors import InputError, MediaError
 from conversation.parts import Media, Modality
 from dataset.caption_embeddings import read_embedding
+from dataset.caption_records import CaptionFinding
 from dataset.conversations import ConversationDataset
 from dataset.media import load_views
 
@@ -25,6 +26,7 @@ class DatasetFinding:
         unusable: those with a medium or a caption embedding that is not there or cannot be read.
         faults: of the first of them.
         decoded: media that were decoded, and can be.
+        unrecorded: caption embeddings of which nothing says what caption they were made from.
     """
 
     name: str
@@ -32,6 +34,7 @@ class DatasetFinding:
     unusable: int = 0
     faults: list[str] = field(default_factory=list)
     decoded: int = 0
+    unrecorded: int = 0
 
     def __str__(self) -> str:
         usable = self.rows - self.unusable
@@ -39,23 +42,35 @@ class DatasetFinding:
         lines += [f"  {fault}" for fault in self.faults]
         if self.unusable > len(self.faults):
             lines.append(f"  and {self.unusable - len(self.faults):,} more")
+        if self.unrecorded:
+            lines.append(
+                f"  {self.unrecorded:,} caption embeddings have no record of the caption they were "
+                "made from: they could not be compared"
+            )
         return "\n".join(lines)
 
 
 def check_datasets(
-    dataset: ConversationDataset, shapes: dict[Modality, tuple[int, ...]] | None, decode: int
+    dataset: ConversationDataset,
+    shapes: dict[Modality, tuple[int, ...]] | None,
+    captions: Mapping[str, CaptionFinding],
+    decode: int,
 ) -> Iterator[DatasetFinding]:
     """Look at all conversations of all data sets; their records were checked when it was opened.
 
     Args:
         shapes: of the caption embeddings, which are then looked for too; none: they are not needed.
+        captions: by data set, what comparing captions with those of the embeddings has found.
         decode: of so many conversations, evenly spread, media are decoded and embeddings read.
     """
     for name, rows in dataset.sizes.items():
-        finding = DatasetFinding(name, rows)
+        finding, compared = DatasetFinding(name, rows), captions.get(name, CaptionFinding())
+        finding.unrecorded = sum(compared.unrecorded.values())
         every = max(1, rows // decode) if decode else rows + 1
         for row in tqdm(range(rows), desc=name, unit=" rows", delay=2):
             try:
+                if row in compared.wrong_rows:
+                    raise InputError(compared.faults.get(row, f"row {row}: see the rows before it"))
                 conversation = dataset[name, row]
                 for turn in conversation.turns:
                     for part in turn.parts:

@@ -56,6 +56,10 @@ class ConversationDataset(Dataset[Conversation]):
         name, row = key
         return self.indexes[name].length(row)
 
+    def record(self, name: str, row: int) -> Conversation:
+        """The conversation as its record has it: media named relative to their folders."""
+        return _read(self.sources[name], self.indexes[name][row], row)
+
     def __getitem__(self, key: tuple[str, int]) -> Conversation:
         """The conversation at (data set, row).
 
@@ -64,7 +68,7 @@ class ConversationDataset(Dataset[Conversation]):
         """
         name, row = key
         source = self.sources[name]
-        read = _read(source, self.indexes[name][row], row)
+        read = self.record(name, row)
 
         def placed(part: Part) -> Part:
             if not isinstance(part, Media):

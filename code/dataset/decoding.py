@@ -40,7 +40,7 @@ def _naming(path: Path, kind: str) -> Iterator[None]:
     """Turn what decoders raise into a `MediaError` that names the file."""
     if not medium_exists(path):
         raise MediaError(f"{path}: no such file")
-    if medium_state(path)[0] == 0:
+    if medium_state(path).size == 0:
         raise MediaError(f"{path}: empty file")
     try:
         yield

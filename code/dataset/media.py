@@ -22,6 +22,9 @@ from config.errors import MediaError
 from conversation.parts import Modality
 from dataset.decoding import read_audio, read_image, read_video_frames
 
+# Part of the key of a cached feature: raise it when a modality's files, decoded and preprocessed,
+# give other numbers than before (`tests/golden_preprocessing.py` holds those it gives).
+PREPROCESSING_VERSIONS: dict[Modality, int] = {"image": 1, "video": 1, "audio": 1}
 SIZE = 224  # pixels
 _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 _STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)

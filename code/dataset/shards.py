@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from config.errors import InputError
+from config.file_digests import FileState
 from conversation.parts import Modality
 from dataset.json_rows import iter_rows
 
@@ -51,15 +52,14 @@ def medium_exists(path: Path) -> bool:
     return place.shard.is_file() if place else path.is_file()
 
 
-def medium_state(path: Path) -> tuple[int, int]:
-    """Size in bytes, and the time of the last change, of the file or shard, in ns.
+def medium_state(path: Path) -> FileState:
+    """The state of the file, or, with the medium's own size, of its shard.
 
     Raises:
         OSError: it is not there.
     """
     place = _place(path)
-    status = (place.shard if place else path).stat()
-    return place.size if place else status.st_size, status.st_mtime_ns
+    return FileState.of(place.shard)._replace(size=place.size) if place else FileState.of(path)
 
 
 def open_medium(path: Path) -> BinaryIO:

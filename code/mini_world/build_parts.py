@@ -29,6 +29,7 @@ from transformers import (
     SpeechT5HifiGan,
 )
 
+from config.atomic import rename_durably
 from config.entry import run_entry
 from config.loader import project_path
 from conversation.parts import Modality
@@ -274,7 +275,7 @@ def build(builder: Builder, parts: Sequence[Part]) -> None:
         shutil.rmtree(made, ignore_errors=True)
         builder.write(part, made)
         shutil.rmtree(folder, ignore_errors=True)
-        made.rename(folder)
+        rename_durably(made, folder)
         print(f"{part}: {folder} built in {time.monotonic() - start:.0f} s")
 
 

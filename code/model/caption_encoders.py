@@ -4,6 +4,7 @@ Only the tokenizer and the text encoder of a pipeline are loaded: 0.25 GB of Sta
 2.1 GB in half precision. What comes out equals the pipeline's own `encode_prompt`.
 """
 
+import json
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -14,6 +15,9 @@ from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokeniz
 
 from conversation.parts import Modality
 from model.pretrained_folder import TEXT_FILES, check_kind, load_whole, loading, resolve
+
+# Tells apart how tokenizers of one vocabulary split words and treat case, accents and punctuation.
+_PROBE = "A Red-ish café's two  drums (3.5 s); 日本 — THE END!"
 
 
 class CaptionEncoder:
@@ -49,13 +53,19 @@ class CaptionEncoder:
             return (self.encoder.config.projection_dim,)
         return (self.tokenizer.model_max_length, self.encoder.config.hidden_size)
 
-    def fingerprint(self) -> str:
-        """Hex digest of the text encoder's weights in half precision, whatever their path."""
-        digest = sha256()
+    def fingerprints(self) -> tuple[str, str]:
+        """Hex digests of the text encoder's weights in half precision, and of the tokenizer.
+
+        Neither depends on the path, nor on the format of the files.
+        """
+        weights = sha256()
         for name, tensor in sorted(self.encoder.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.to("cpu", torch.float16).contiguous().numpy().tobytes())
-        return digest.hexdigest()
+            weights.update(name.encode())
+            weights.update(tensor.to("cpu", torch.float16).contiguous().numpy().tobytes())
+        vocabulary = sorted(self.tokenizer.get_vocab().items())
+        probe = self.tokenizer(_PROBE)["input_ids"]
+        tokenizer = json.dumps([vocabulary, self.tokenizer.model_max_length, probe])
+        return weights.hexdigest(), sha256(tokenizer.encode()).hexdigest()
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:

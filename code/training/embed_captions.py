@@ -5,6 +5,7 @@ Only the decoder's tokenizer and text encoder are loaded. Several ranks, as `tor
 caption for the mini parts on two cores.
 """
 
+from contextlib import closing
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from config.errors import InputError
 from conversation.parts import Modality
-from dataset.caption_embeddings import EmbeddingStore
+from dataset.caption_embeddings import EmbeddingMaker, EmbeddingStore
 from dataset.readers import iter_captions
 from model.caption_encoders import CaptionEncoder
 
@@ -28,6 +29,7 @@ def embed_captions(
     batch_size: int = 32,
     rank: int = 0,
     world_size: int = 1,
+    replace: bool = False,
 ) -> int:
     """Write `out`/<medium's file name>.npy for this rank's share; what is there already stays.
 
@@ -35,6 +37,7 @@ def embed_captions(
         annotation: caption pairs, instruction data or MosIT.
         model: the decoder's folder or hub name.
         dtype: in which the text encoder runs; none: half on CUDA. Stored is always half precision.
+        replace: make embeddings of other captions again, instead of refusing them.
 
     Returns:
         how many embeddings this rank made.
@@ -46,24 +49,18 @@ def embed_captions(
         raise InputError(f"batch_size {batch_size}: give 1 or more")
     captions = _captions_by_name(annotation, modality)
     encoder = CaptionEncoder(modality, model, device, dtype)
-    store = EmbeddingStore(
-        out,
-        modality,
-        model=model,
-        fingerprint=encoder.fingerprint(),
-        shape=encoder.shape,
-        rank=rank,
-    )
-    share = list(captions.items())[rank::world_size]
-    todo = [(name, caption) for name, caption in share if not store.has(name, caption)]
-    print(f"rank {rank}: {len(todo)} captions to embed, {len(share) - len(todo)} there already")
-    with tqdm(
-        total=len(todo), unit="caption", desc=f"{modality} captions", disable=rank > 0
-    ) as bar:
-        for start in range(0, len(todo), batch_size):
-            names, texts = zip(*todo[start : start + batch_size], strict=True)
-            store.write(names, texts, encoder.encode(texts))
-            bar.update(len(names))
+    maker = EmbeddingMaker(model, *encoder.fingerprints(), encoder.shape)
+    with closing(EmbeddingStore(out, modality, maker, rank=rank, replace=replace)) as store:
+        share = list(captions.items())[rank::world_size]
+        todo = [(name, caption) for name, caption in share if not store.has(name, caption)]
+        print(f"rank {rank}: {len(todo)} captions to embed, {len(share) - len(todo)} there already")
+        with tqdm(
+            total=len(todo), unit="caption", desc=f"{modality} captions", disable=rank > 0
+        ) as bar:
+            for start in range(0, len(todo), batch_size):
+                names, texts = zip(*todo[start : start + batch_size], strict=True)
+                store.write(names, texts, encoder.encode(texts))
+                bar.update(len(names))
     return len(todo)
 
 

@@ -4,15 +4,18 @@ The frozen encoders live outside the model and are loaded when the first batch n
 whose features are all in the cache never loads ImageBind.
 """
 
+from collections import defaultdict
 from functools import cached_property
 
 import torch
 
+from config.file_digests import DigestCache
 from config.loader import project_path
 from config.schema import Config
 from conversation.batch import Batch
 from conversation.parts import Modality
 from dataset.feature_cache import FeatureCache
+from dataset.media import PREPROCESSING_VERSIONS
 from model.build import build_media_encoder, resolve_model_path
 from model.caption_encoders import CaptionEncoder
 from model.imagebind import ImageBind, fingerprint
@@ -36,9 +39,9 @@ class FeatureCaches:
             InputError: the encoder is not there.
         """
         if modality not in self._caches:
-            encoder = fingerprint(project_path(self.config.encoder.path))
             folder = project_path(self.config.data.cache)
-            name = f"{encoder}-{modality}"
+            encoder = fingerprint(project_path(self.config.encoder.path), DigestCache(folder))
+            name = f"{encoder}-{modality}-{PREPROCESSING_VERSIONS[modality]}"
             self._caches[modality] = FeatureCache(folder, name, self.config.encoder.width)
         return self._caches[modality]
 
@@ -61,13 +64,16 @@ class BatchCompleter:
     def complete(self, ready: ReadyBatch) -> Batch:
         """The batch on the device, with all its features and captions."""
         batch = ready.batch.to(self.device)
-        computed: dict[Modality, list] = {}
-        for slot, medium, views in ready.views:
+        computed: dict[Modality, list] = defaultdict(list)
+        for slot, medium, decoded in ready.views:
             # One by one: a feature's last bits depend on what is encoded beside it, and a resumed
             # run meets media in other company.
-            feature = self.encoder.encode(medium.modality, views[None].to(self.device))[0].float()
+            views = decoded.views[None].to(self.device)
+            feature = self.encoder.encode(medium.modality, views)[0].float()
             batch.features[slot] = feature
-            computed.setdefault(medium.modality, []).append((medium.path, feature.cpu().numpy()))
+            computed.setdefault(medium.modality, []).append(
+                (decoded.content, feature.cpu().numpy())
+            )
         for modality, features in computed.items():
             self.caches[modality].put_many(features)
         for modality, texts in ready.texts.items():

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table, set_trainable
 from model.quantization import refuse_to_divide
 from training.agent import Agent, StepCounts, read_settings
+from training.caption_check import check_caption_embeddings
 from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
 from training.fitting import fit_input_projection
@@ -32,6 +34,7 @@ from training.kept_states import KeptStates
 from training.processes import start_processes, sum_over_processes
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
+from training.run_inputs import identify_inputs
 from training.samples import ReadyBatch, ReadySamples, load_batches, shares
 
 # What the stages before have trained, and a stage's predecessor must therefore bring.
@@ -94,9 +97,14 @@ class Trainer:
         steps = min(plan.steps_per_epoch * training.epochs, training.max_steps or 2**62)
         self.say(f"{steps} steps of {training.global_batch_size} samples out of {sizes}")
 
-        torch.manual_seed(training.seed)
         folder.init_from = self.find_predecessor(checkpoint)
         delta = None if folder.init_from is None else read_delta(folder.init_from)
+        inputs = partial(identify_inputs, config, samples.conversations, delta and delta.source)
+        unrecorded = checkpoint is None
+        if checkpoint is not None and (warning := folder.check_inputs(inputs(), checkpoint)):
+            self.say(warning)
+            unrecorded = True
+        torch.manual_seed(training.seed)
         model = self.make_model(delta)
         carried = carried_over(model, delta) if delta else {}
         own_vocabulary = config.language_model.train_vocabulary == "all" or bool(
@@ -118,6 +126,8 @@ class Trainer:
             self.say(f"resumed after step {first_step} from {checkpoint}")
         elif self.rank == 0:
             folder.clear()
+        if unrecorded and self.rank == 0:
+            folder.record_inputs(inputs())
         logs = self.options.log_path
         logs = logs / folder.path.name if logs else folder.path / "log"
         with closing(Progress(logs, self.rank, first_step, steps, counted)) as progress:
@@ -236,17 +246,22 @@ class Trainer:
 
     def open_samples(self) -> ReadySamples:
         """The stage's data sets, their features and their caption embeddings."""
+        conversations = open_conversations(self.config.data)
+        shapes = caption_shapes(self.config)
+        if shapes is not None:
+            for line in check_caption_embeddings(self.config, conversations):
+                self.say(line)
         return ReadySamples(
-            open_conversations(self.config.data),
+            conversations,
             build_conversation_encoder(self.config),
             self.config.data.max_length,
             FeatureCaches(self.config),
-            caption_shapes(self.config),
+            shapes,
         )
 
     def find_predecessor(self, checkpoint: Path | None) -> Path | None:
         """Where the delta is that this stage starts from, or started from before `checkpoint`."""
-        if checkpoint is not None:
+        if checkpoint is not None and self.options.init_from is None:
             path = read_run(checkpoint)["init_from"]
             return path and Path(path)
         if self.options.init_from is None and self.options.stage > 1:

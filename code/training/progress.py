@@ -11,6 +11,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from config.atomic import written_aside
 from config.errors import InputError
 from training.agent import StepCounts, StepResult
 from training.samples import Skipped
@@ -111,4 +112,5 @@ def _keep_before(file: Path, first_step: int) -> None:
         return
     lines = file.read_text().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n")]
-    file.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))
+    with written_aside(file) as aside:
+        aside.write_text("".join(line for line in whole if json.loads(line)["step"] <= first_step))

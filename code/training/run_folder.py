@@ -1,32 +1,42 @@
 """A stage's folder: resumable checkpoints, the final delta, and what it was trained with.
 
-    stage_N/delta.safetensors   the tuned parameters
-    stage_N/config.yaml         the configuration
-    stage_N/checkpoints/step_*  exact states to resume from; gone once the stage is finished
+    stage_N/delta.safetensors         the tuned parameters
+    stage_N/config.yaml               the configuration
+    stage_N/inputs.json               what they were built from, by content
+    stage_N/checkpoints/inputs.json   the same of an unfinished run, from its start on
+    stage_N/checkpoints/step_*        exact states to resume from; gone once the stage is finished
 
-A checkpoint is written aside and renamed when all processes are done: whatever is called `step_*`
-is whole. Killed in the middle of a save, a run goes on from the one before.
+A checkpoint is written aside, flushed and renamed when all processes are done: whatever is called
+`step_*` is whole. Killed in the middle of a save, a run goes on from the one before.
 """
 
 import json
 import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 
-from config.atomic import written_aside
+from config.atomic import rename_durably, written_aside
 from config.errors import InputError
-from config.schema import Config
+from config.schema import Config, DecoderConfig
 from model.delta import DELTA_FILE, Tensors, write_delta
 from training.agent import Agent
+from training.run_inputs import RunInputs, compare_inputs, read_inputs, write_inputs
 
+INPUTS_FILE = "inputs.json"
+_OF_TRAINING = ("path", "signal_tokens", "caption_shape")  # of a decoder; the rest is for answers
 # What may differ between a run and its resumption without changing what it computes.
-_MAY_DIFFER = {
-    "data": {"workers", "root", "embeddings", "cache"},
-    "training": {"save_every", "keep_checkpoints"},
-}
+_MAY_DIFFER = (
+    "name", "save_path", "data.workers", "data.root", "data.embeddings", "data.cache",
+    "training.save_every", "training.keep_checkpoints", "generation.*", "serving.*",
+    *(f"decoders.*.{key}" for key in DecoderConfig.model_fields if key not in _OF_TRAINING),
+)  # fmt: skip
+# Where things are that `run_inputs` knows by content.
+_PATHS = ("encoder.path", "language_model.path", "decoders.*.path", "training.deepspeed")
 
 
 class RunFolder:
@@ -48,6 +58,7 @@ class RunFolder:
         self.stage = stage
         self.config = config
         self.checkpoints = path / "checkpoints"
+        self._inputs = self.checkpoints / INPUTS_FILE
 
     @property
     def delta(self) -> Path:
@@ -80,12 +91,48 @@ class RunFolder:
                 f"{newest} was saved by {saved['world']} processes, these are "
                 f"{dist.get_world_size()}: start as many, or --restart"
             )
-        if different := _differences(saved["config"], self.config.model_dump(mode="json")):
+        may_differ = _MAY_DIFFER + (_PATHS if self._inputs.is_file() else ())
+        now = self.config.model_dump(mode="json")
+        if different := _differences(saved["config"], now, may_differ):
             raise InputError(
                 f"{newest} was trained with another configuration ({', '.join(different)}): give "
                 "the same to resume exactly, or --restart"
             )
         return newest
+
+    def check_inputs(self, now: RunInputs, checkpoint: Path) -> str | None:
+        """See that an unfinished run is resumed with what it was built from.
+
+        Returns:
+            a warning, where that cannot be checked.
+
+        Raises:
+            InputError: something is another than when the run started; names what.
+        """
+        before = read_inputs(self._inputs)
+        if before is None:
+            started_from = read_run(checkpoint)["init_from"]
+            if str(started_from) != str(self.init_from):
+                raise InputError(
+                    f"{checkpoint} is of a run that started from {started_from}, not from "
+                    f"{self.init_from}: give the same, or --restart"
+                )
+            return (
+                f"warning: {self._inputs} is missing (the run was started by an older version): it "
+                "cannot be checked that predecessor, data, embeddings and frozen models are still "
+                "those it was started with"
+            )
+        if different := compare_inputs(before, now):
+            listed = "\n  ".join(different)
+            raise InputError(
+                f"{checkpoint} is of a run that was built from something else:\n  {listed}\n"
+                "Put back what it was started with, or give --restart to begin anew"
+            )
+        return None
+
+    def record_inputs(self, inputs: RunInputs) -> None:
+        """Write down what the run is built from; one process does, at its start."""
+        write_inputs(inputs, self._inputs)
 
     def clear(self) -> None:
         """Remove what an earlier run left: its checkpoints, and saves that were cut short."""
@@ -118,18 +165,20 @@ class RunFolder:
             raise InputError(f"could not save {final} (is the disk full?): {error}") from error
         dist.barrier()
         if first:
-            aside.rename(final)
+            rename_durably(aside, final)
             kept = self.config.training.keep_checkpoints
             for old in sorted(self.checkpoints.glob("step_*"), key=_step_of)[:-kept]:
                 shutil.rmtree(old)
         dist.barrier()
 
     def finish(self, tensors: Tensors, vocabulary_size: int) -> None:
-        """Write the delta and its configuration, then drop the checkpoints; one process does."""
+        """Write the delta, its configuration and inputs, then drop the checkpoints; one does."""
         write_delta(tensors, vocabulary_size, self.delta)
         with written_aside(self.path / "config.yaml") as aside:
             content = {"stage": self.stage, **self.config.model_dump(mode="json")}
             aside.write_text(yaml.safe_dump(content, sort_keys=False))
+        if inputs := read_inputs(self._inputs):
+            write_inputs(inputs, self.path / INPUTS_FILE)
         self.clear()
 
 
@@ -142,14 +191,14 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step_"))
 
 
-def _differences(saved: dict, now: dict, prefix: str = "") -> list[str]:
+def _differences(saved: dict, now: dict, may_differ: Sequence[str], prefix: str = "") -> list[str]:
     different = []
     for key in saved.keys() | now.keys():
-        if key in _MAY_DIFFER.get(prefix.rstrip("."), set()):
+        name, old, new = f"{prefix}{key}", saved.get(key), now.get(key)
+        if any(fnmatchcase(name, pattern) for pattern in may_differ):
             continue
-        old, new = saved.get(key), now.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            different += _differences(old, new, f"{prefix}{key}.")
+            different += _differences(old, new, may_differ, f"{name}.")
         elif old != new:
-            different.append(f"{prefix}{key}: {old} there, {new} now")
+            different.append(f"{name}: {old} there, {new} now")
     return sorted(different)

@@ -21,7 +21,7 @@ from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversati
 from conversation.parts import Media, Modality
 from dataset.caption_embeddings import read_embedding
 from dataset.conversations import ConversationDataset
-from dataset.feature_cache import FeatureCache
+from dataset.feature_cache import DecodedMedium, FeatureCache
 from dataset.media import load_views
 from dataset.sampler import BatchPlan, Sample, share
 
@@ -43,13 +43,13 @@ class ReadySample:
 
     Attributes:
         encoded: ids, targets, slots and runs.
-        features: by slot, the feature (E,) or, where the cache has none, the decoded views.
+        features: by slot, the feature (E,) or, where the cache has none, the decoded file.
         captions: by aligned run, the embedding or, online, nothing yet.
         skipped: the samples that this one stands in for.
     """
 
     encoded: EncodedConversation
-    features: list[np.ndarray | torch.Tensor]
+    features: list[np.ndarray | DecodedMedium]
     captions: dict[Media, torch.Tensor]
     skipped: list[Skipped]
 
@@ -60,7 +60,7 @@ class ReadyBatch:
 
     Attributes:
         batch: its features hold zeros where `views` has an entry.
-        views: (slot, medium, decoded views) still to be encoded.
+        views: (slot, medium, decoded file) still to be encoded.
         texts: by modality the captions still to be encoded, in the order of the runs.
         samples: how many conversations.
         cut_tokens: text tokens that truncation left out.
@@ -68,7 +68,7 @@ class ReadyBatch:
     """
 
     batch: Batch
-    views: list[tuple[int, Media, torch.Tensor]] = field(default_factory=list)
+    views: list[tuple[int, Media, DecodedMedium]] = field(default_factory=list)
     texts: dict[Modality, list[str]] = field(default_factory=dict)
     samples: int = 0
     cut_tokens: int = 0
@@ -136,9 +136,9 @@ class ReadySamples(Dataset[ReadySample]):
                     captions[medium] = read_embedding(Path(medium.embedding), shape)
         return ReadySample(encoded, features, captions, skipped)
 
-    def _feature(self, medium: Media) -> np.ndarray | torch.Tensor:
-        known = self.caches[medium.modality].get(medium.path)
-        return known if known is not None else load_views(medium.modality, medium.path)
+    def _feature(self, medium: Media) -> np.ndarray | DecodedMedium:
+        decode = partial(load_views, medium.modality)
+        return self.caches[medium.modality].get_or_decode(medium.path, decode)
 
 
 def split_by_length(
@@ -179,7 +179,7 @@ def collate(
         for (_, medium), feature in zip(sample.encoded.slots, sample.features, strict=True)
     ]
     for index, (medium, feature) in enumerate(slots):
-        if isinstance(feature, torch.Tensor):
+        if isinstance(feature, DecodedMedium):
             ready.views.append((index, medium, feature))
         else:
             ready.batch.features[index] = torch.from_numpy(feature)

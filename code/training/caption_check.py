@@ -1,0 +1,167 @@
+"""Whether a run's caption embeddings are those of its captions and of its decoders."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from config.errors import InputError, NotThereError
+from config.file_digests import DigestCache
+from config.loader import project_path
+from config.schema import Config
+from conversation.parts import Media, Modality
+from dataset.caption_embeddings import read_embedding, read_maker
+from dataset.caption_records import (
+    CaptionFinding,
+    compare_captions,
+    output_modalities,
+    sample_outputs,
+)
+from dataset.conversations import ConversationDataset
+from model.build import find_folder, resolve_model_path
+from model.caption_encoders import CaptionEncoder
+from model.device import choose_device
+from model.weight_files import weight_files
+
+_SAMPLED_ROWS = 8  # of a data set, whose embeddings are computed again
+# Relative distance of two embeddings. Half precision moves one by 0.0006, in the mini parts; the
+# nearest other caption tried, one of another colour as a sound, is 0.058 away.
+_NEAR = 0.03
+
+
+def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> list[str]:
+    """See that the embeddings are of the captions and of the text encoders configured.
+
+    Returns:
+        what could not be checked, a line each.
+
+    Raises:
+        InputError: an embedding is of another caption or text encoder; names it, both captions and
+            the command that makes it again.
+    """
+    findings = find_wrong_captions(config, dataset)
+    for name, finding in findings.items():
+        if finding.wrong_rows:
+            count, row = len(finding.wrong_rows), min(finding.faults)
+            raise InputError(
+                f"{finding.faults[row]} ({name}: {count:,} of {dataset.sizes[name]:,} rows have "
+                "embeddings of other captions; check_data.py lists the first)"
+            )
+    lines = [
+        f"{name}: {count:,} of {finding.outputs[modality]:,} {modality} caption embeddings have no "
+        f"record in {dataset.sources[name].embeddings} of the caption they were made from: they "
+        "could not be checked"
+        for name, finding in findings.items()
+        for modality, count in finding.unrecorded.items()
+        if count
+    ]
+    return lines + check_makers(config, dataset)
+
+
+def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[str, CaptionFinding]:
+    """By data set, what of its captions is not what its embeddings were made from."""
+
+    def command(annotation: Path, modality: Modality, folder: Path) -> str:
+        model = resolve_model_path(config.decoders[modality].path)
+        words = [str(annotation), modality, str(folder), model, "--replace"]
+        return shlex.join(["python", "process_embeddings.py", *words])
+
+    return compare_captions(dataset, project_path(config.data.cache), command)
+
+
+def compare_unrecorded(
+    config: Config, dataset: ConversationDataset, findings: Mapping[str, CaptionFinding]
+) -> None:
+    """Compare embeddings without records with what the text encoder gives, a few of each data set.
+
+    Those that differ are added to `findings`; nothing is compared where the decoder is not on this
+    machine.
+    """
+    for name, finding in findings.items():
+        for modality in [modality for modality, count in finding.unrecorded.items() if count]:
+            try:
+                folder = find_folder(config.decoders[modality].path, "model_index.json")
+            except NotThereError:
+                continue
+            encoder = CaptionEncoder(modality, str(folder), choose_device())
+            for row, medium in sample_outputs(dataset, name, _SAMPLED_ROWS):
+                there = Path(medium.embedding or "").is_file()
+                if medium.modality == modality and there and (fault := _compare(encoder, medium)):
+                    finding.wrong_rows.add(row)
+                    finding.faults[row] = f"{fault} (row {row}; the first is 0)"
+
+
+def _compare(encoder: CaptionEncoder, medium: Media) -> str | None:
+    """What is wrong with the stored embedding of a medium's caption."""
+    expected = encoder.encode([medium.caption or ""])[0].float().cpu()
+    try:
+        found = read_embedding(Path(medium.embedding or ""), tuple(expected.shape))
+    except InputError as error:
+        return str(error)
+    distance = ((found - expected).norm() / expected.norm()).item()
+    if distance < _NEAR:
+        return None
+    return (
+        f"{medium.embedding} is not what the text encoder of decoders.{medium.modality}.path makes "
+        f"of its caption {medium.caption!r} (relative distance {distance:.2g})"
+    )
+
+
+def check_makers(config: Config, dataset: ConversationDataset) -> list[str]:
+    """See that the embeddings are of the text encoders of the configured decoders.
+
+    Returns, Raises:
+        as `check_caption_embeddings`.
+    """
+    folder = project_path(config.data.embeddings).resolve()
+    used = output_modalities(dataset, project_path(config.data.cache))
+    return [line for modality in sorted(used) for line in _check_maker(config, folder, modality)]
+
+
+def _check_maker(config: Config, folder: Path, modality: Modality) -> list[str]:
+    """Compare the text encoder that made a folder's embeddings with the configured decoder's."""
+    made_by = read_maker(folder, modality)
+    if made_by is None:
+        return []  # no record of the captions, either: said already
+    path = config.decoders[modality].path
+    try:
+        weights, tokenizer = text_encoder_fingerprints(config, modality)
+    except InputError as fault:  # a stage that reads embeddings does without the decoders
+        return [
+            f"{folder}: it could not be checked that the {modality} embeddings are of the text "
+            f"encoder of decoders.{modality}.path: {fault}"
+        ]
+    configured = made_by._replace(fingerprint=weights, tokenizer=tokenizer)
+    if made_by.differs_from(configured):
+        raise InputError(
+            f"the {modality} embeddings in {folder} were made by {made_by.model}, whose text "
+            f"encoder is another than that of decoders.{modality}.path {path}: set it to the one "
+            "that made them, or run process_embeddings.py with it and an empty folder, and set "
+            "data.embeddings to that"
+        )
+    return []
+
+
+def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, str]:
+    """Fingerprints of weights and tokenizer of the text encoder of a configured decoder.
+
+    The text encoder is loaded once for each state of its files: 2 s for Stable Diffusion's.
+
+    Raises:
+        InputError: it is not on this machine, or cannot be loaded.
+    """
+    folder = find_folder(config.decoders[modality].path, "model_index.json")
+    inner = (folder / "tokenizer", folder / "text_encoder")
+    small = [file for one in inner for file in one.glob("*") if file.suffix in (".json", ".txt")]
+    files = sorted([*weight_files(folder / "text_encoder"), *small])
+
+    def compute() -> str:
+        # A run's random numbers must not depend on what was cached.
+        with torch.random.fork_rng(devices=[]):
+            encoder = CaptionEncoder(modality, str(folder), torch.device("cpu"), torch.float32)
+        return " ".join(encoder.fingerprints())
+
+    digests = DigestCache(project_path(config.data.cache))
+    weights, tokenizer = digests.remember("text encoder", files, compute).split()
+    return weights, tokenizer

@@ -1,0 +1,189 @@
+"""What a run is built from, known by content and not by path.
+
+Recorded when a run starts and compared when it is resumed: the predecessor's tuned parameters, the
+rows of the data sets, the caption embeddings, the frozen models, DeepSpeed's settings. Media files
+are not among them. Costs 1 s a GiB of weights the first time they are seen (`DigestCache`), and
+milliseconds later.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from config.atomic import written_aside
+from config.errors import InputError, NotThereError
+from config.file_digests import DigestCache
+from config.loader import project_path
+from config.schema import Config
+from dataset.caption_embeddings import read_maker
+from dataset.caption_records import output_modalities, sample_outputs
+from dataset.conversations import ConversationDataset
+from model.build import find_folder
+from model.imagebind import fingerprint
+from model.weight_files import weight_files
+from training.agent import read_settings
+from training.caption_check import text_encoder_fingerprints
+
+RunInputs = dict[str, Any]  # as it stands in the file: by section, by name, what identifies it
+
+_SAMPLED_ROWS = 8  # of a data set, whose embeddings are read
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
+
+
+def identify_inputs(
+    config: Config, dataset: ConversationDataset, predecessor: Path | None
+) -> RunInputs:
+    """Identify by content what a run with this configuration is built from.
+
+    Args:
+        dataset: the run's data sets.
+        predecessor: file of the tuned parameters that the run starts from.
+
+    Raises:
+        InputError: something cannot be read, or changes meanwhile.
+    """
+    digests = DigestCache(project_path(config.data.cache))
+    return {
+        "predecessor": _identify_predecessor(predecessor, digests),
+        "datasets": {
+            name: {
+                "file": str(dataset.sources[name].annotation),
+                "rows": len(index),
+                "digest": index.digest,
+            }
+            for name, index in dataset.indexes.items()
+        },
+        "caption_embeddings": _identify_embeddings(config, dataset),
+        "frozen": _identify_frozen(config, dataset, digests),
+        "deepspeed": read_settings(config.training),
+    }
+
+
+def write_inputs(inputs: RunInputs, file: Path) -> None:
+    """Write what `identify_inputs` gave."""
+    with written_aside(file) as aside:
+        aside.write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
+
+
+def read_inputs(file: Path) -> RunInputs | None:
+    """What `write_inputs` wrote; none if there is no such file.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: give --restart") from error
+
+
+def compare_inputs(before: RunInputs, now: RunInputs) -> list[str]:
+    """Say what a run was started with that is another now, a line each.
+
+    What was not there either time cannot be compared: a run that needs it says so itself.
+    """
+    lines = list(_tell("predecessor", before["predecessor"], now["predecessor"]))
+    for section in ("datasets", "frozen"):
+        for name in before[section].keys() & now[section].keys():
+            lines += _tell(name, before[section][name], now[section][name])
+    for modality in before["caption_embeddings"].keys() & now["caption_embeddings"].keys():
+        old, new = (inputs["caption_embeddings"][modality] for inputs in (before, now))
+        name = f"{modality} caption embeddings in {new['folder']}"
+        made_by = list(_tell(name, old["maker"], new["maker"])) if old["maker"] else []
+        both = old["arrays"].keys() & new["arrays"].keys()
+        changed = [file for file in both if old["arrays"][file] != new["arrays"][file]]
+        if made_by:
+            lines += made_by
+        elif changed:
+            lines.append(
+                f"{name}: of {len(both)} looked at {len(changed)} are others than then, first "
+                f"{min(changed)}"
+            )
+    if before["deepspeed"] != now["deepspeed"]:
+        lines.append(f"DeepSpeed's settings: {before['deepspeed']} then, {now['deepspeed']} now")
+    return sorted(lines)
+
+
+def _tell(name: str, before: dict | None, now: dict | None) -> Iterator[str]:
+    """A line if the two identify something else; a path alone may differ."""
+    if before is None and now is None:
+        return
+    old, new = ({k: v for k, v in (one or {}).items() if k != "file"} for one in (before, now))
+    if old != new:
+        yield f"{name}: {_in_words(before)} then, {_in_words(now)} now"
+
+
+def _in_words(identity: dict | None) -> str:
+    if identity is None:
+        return "nothing"
+    words = [str(identity["file"])] if "file" in identity else []
+    for key, value in identity.items():
+        if key == "rows":
+            words.append(f"{value:,} rows")
+        elif key != "file":
+            words.append(f"{key} {str(value)[:12]}")
+    return ", ".join(words)
+
+
+def _identify_predecessor(file: Path | None, digests: DigestCache) -> dict[str, str] | None:
+    return None if file is None else {"file": str(file), "digest": digests.digest(file)}
+
+
+def _identify_embeddings(config: Config, dataset: ConversationDataset) -> dict[str, dict]:
+    """By modality what made the embeddings that the run reads, and digests of some of them."""
+    if config.data.caption_embeddings == "online":
+        return {}
+    folder = project_path(config.data.embeddings).resolve()
+    identities = {}
+    for modality in output_modalities(dataset, project_path(config.data.cache)):
+        maker = read_maker(folder, modality)
+        identities[modality] = {
+            "folder": str(folder),
+            "maker": maker and {"file": maker.model, **_without_model(maker._asdict())},
+            "arrays": {},
+        }
+    for name in dataset.sources:
+        for _, medium in sample_outputs(dataset, name, _SAMPLED_ROWS):
+            file = Path(medium.embedding or "")
+            if file.is_file():  # a sample without one gives way to the next
+                digest = hashlib.sha256(file.read_bytes()).hexdigest()
+                identities[medium.modality]["arrays"][file.name] = digest
+    return identities
+
+
+def _without_model(maker: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in maker.items() if key != "model"} | {
+        "shape": list(maker["shape"])
+    }
+
+
+def _identify_frozen(
+    config: Config, dataset: ConversationDataset, digests: DigestCache
+) -> dict[str, dict[str, str]]:
+    """By name the frozen models that the run uses and that are on this machine."""
+    folder = find_folder(config.language_model.path, "config.json")
+    files = [*weight_files(folder)]
+    files += [file for file in folder.iterdir() if file.suffix in _TOKENIZER_SUFFIXES]
+    named = {file.name: file for file in files}
+    identities = {
+        "language model": {"file": str(folder), "digest": digests.digest_named(named)},
+    }
+    if any(source.kind != "caption_out" for source in dataset.sources.values()):
+        path = project_path(config.encoder.path)
+        try:
+            identity = fingerprint(path, digests)
+            identities["media encoder"] = {"file": str(path), "digest": identity}
+        except NotThereError:  # conversations without media do without it
+            pass
+    if config.data.caption_embeddings == "online":
+        for modality in output_modalities(dataset, project_path(config.data.cache)):
+            weights, tokenizer = text_encoder_fingerprints(config, modality)
+            path = config.decoders[modality].path
+            identities[f"text encoder of the {modality} decoder"] = {
+                "file": path, "weights": weights, "tokenizer": tokenizer
+            }  # fmt: skip
+    return identities

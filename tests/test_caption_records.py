@@ -1,0 +1,270 @@
+"""Caption embeddings are trained on only if they were made from the captions in the data."""
+
+import json
+import shlex
+import shutil
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import process_embeddings
+from config.errors import InputError
+from config.loader import load_config
+from config.schema import Config
+from dataset import caption_records
+from dataset.caption_embeddings import EmbeddingMaker, EmbeddingStore
+from dataset.caption_records import compare_captions
+from dataset.conversations import open_conversations
+from mini_world.mini_decoders import build_mini_decoder
+from test_check_data import check
+from test_training import copied_data
+from tiny_decoders import TINY
+from tiny_run import TinyRun, tiny_world
+from training.caption_check import check_caption_embeddings
+
+IMAGES = "mini_world/T-X_pair_data/image/image.json"
+ROWS = 36  # of that file
+MAKER = EmbeddingMaker("model", "weights", "tokenizer", (2,))
+
+
+@pytest.fixture
+def sets(tmp_path: Path) -> list[str]:
+    """Overrides for copies of the world's data and embeddings, to be spoilt."""
+    shutil.copytree(tiny_world() / "embed", tmp_path / "embed")
+    return [
+        f"data.root={copied_data(tmp_path)}",
+        f"data.embeddings={tmp_path / 'embed'}",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
+
+
+def config_of(tmp_path: Path, sets: list[str], stage: int = 2) -> Config:
+    words = TinyRun(tmp_path, stage, sets).arguments
+    overrides = [word for flag, word in pairwise(words) if flag == "--set"]
+    return load_config("7b", stage, overrides)
+
+
+def checked(tmp_path: Path, sets: list[str], stage: int = 2) -> list[str]:
+    """What a run would say of its embeddings."""
+    config = config_of(tmp_path, sets, stage)
+    return check_caption_embeddings(config, open_conversations(config.data))
+
+
+def change_rows(tmp_path: Path, change: object, file: str = IMAGES) -> list[dict]:
+    """Write what `change` makes of the rows of an annotation file; the rows before."""
+    path = tmp_path / "data" / file
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps(change(rows)))
+    return rows
+
+
+def rotated(rows: list[dict]) -> list[dict]:
+    """Every row with the next one's caption."""
+    captions = [row["caption"] for row in rows]
+    return [row | {"caption": captions[i - 1]} for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_embeddings_of_the_captions_in_the_data_pass_without_a_word(
+    tmp_path: Path, sets: list[str], stage: int
+) -> None:
+    assert checked(tmp_path, sets, stage) == []
+
+
+def test_embeddings_of_other_captions_are_an_error_whose_command_makes_them_right(
+    tmp_path: Path, sets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = change_rows(tmp_path, rotated)
+    with pytest.raises(InputError) as raised:
+        checked(tmp_path, sets)
+    said = str(raised.value)
+    changed = [i for i, row in enumerate(rotated(rows)) if row != rows[i]]
+    row, first = changed[0], rows[changed[0]]
+    assert f"{tmp_path / 'embed'}/{first['image_name']}.npy was made from the caption" in said
+    assert f"row {row} (the first is 0) of {tmp_path / 'data' / IMAGES}" in said
+    for caption in (first["caption"], rows[row - 1]["caption"]):
+        assert repr(caption.lower().strip(".")) in said.lower().replace(".'", "'")
+    assert f"{len(changed)} of {ROWS} rows" in said
+    command = shlex.split(said.split("`")[1])
+    assert command[:2] == ["python", "process_embeddings.py"]
+    monkeypatch.setattr(sys, "argv", command[1:])
+    process_embeddings.main()
+    assert checked(tmp_path, sets) == []
+
+
+def test_a_single_letter_of_a_caption_is_seen(tmp_path: Path, sets: list[str]) -> None:
+    change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "a red circlf"}])
+    with pytest.raises(InputError, match=rf"row {ROWS - 1} .*'a red circlf'.* 1 of {ROWS} rows"):
+        checked(tmp_path, sets)
+
+
+def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
+    tmp_path: Path, sets: list[str]
+) -> None:
+    rows = change_rows(tmp_path, rotated)
+    right = sum(row == before for row, before in zip(rotated(rows), rows, strict=True))
+    run = TinyRun(tmp_path, 2, sets)
+    assert "was made from the caption" in run.fail()
+    code, said, _ = check(run, "--decode", "0")
+    assert code == 1
+    assert f"mini_image_dec: {right} of {ROWS} usable" in said
+    assert said.count("was made from the caption") == 5
+    assert "mini_audio_dec: 7 of 7 usable" in said
+
+
+def test_embeddings_without_records_are_taken_with_a_word_and_sampled_by_check_data(
+    tmp_path: Path, sets: list[str]
+) -> None:
+    embeddings = tmp_path / "embed"
+    for file in [*embeddings.glob("captions.image.*"), *embeddings.glob("embeddings.image.*")]:
+        file.unlink()
+    for wrong in (False, True):
+        if wrong:
+            change_rows(tmp_path, rotated)
+        (line,) = checked(tmp_path, sets)
+        assert f"{ROWS} of {ROWS} image caption embeddings have no record" in line
+        code, said, _ = check(TinyRun(tmp_path, 2, sets), "mini_image_dec", "--decode", "0")
+        assert code == wrong
+        assert f"{ROWS} caption embeddings have no record" in said
+        assert (said.count("is not what the text encoder of decoders.image.path") >= 4) == wrong
+    gone = TinyRun(tmp_path, 2, [*sets, f"decoders.image.path={tmp_path / 'gone'}"])
+    code, said, _ = check(gone, "mini_image_dec", "--decode", "0")
+    assert code == 0 and "could not be compared" in said
+
+
+def test_embeddings_of_another_text_encoder_or_tokenizer_are_an_error(
+    tmp_path: Path, sets: list[str]
+) -> None:
+    build_mini_decoder("image", tmp_path / "other", 2, ["a small red circle on the left"], TINY)
+    with pytest.raises(InputError, match=r"image embeddings in .*embed were made by .*another"):
+        checked(tmp_path, [*sets, f"decoders.image.path={tmp_path / 'other'}"])
+    maker = tmp_path / "embed" / "embeddings.image.json"
+    content = json.loads(maker.read_text())
+    maker.write_text(json.dumps(content | {"tokenizer": "0" * 64}))
+    with pytest.raises(InputError, match=r"image embeddings in .*embed were made by .*another"):
+        checked(tmp_path, sets)
+    del content["tokenizer"]  # as older versions recorded it
+    maker.write_text(json.dumps(content))
+    assert checked(tmp_path, sets) == []
+
+
+def test_a_decoder_that_is_not_at_hand_is_said_to_be_uncompared(
+    tmp_path: Path, sets: list[str]
+) -> None:
+    (line,) = checked(tmp_path, [*sets, f"decoders.image.path={tmp_path / 'gone'}"])
+    assert "could not be checked" in line and "gone" in line
+
+
+def test_a_medium_with_two_captions_is_an_error_in_one_data_set_and_in_two(
+    tmp_path: Path, sets: list[str]
+) -> None:
+    def named_alike(rows: list[dict]) -> list[dict]:
+        return [*rows[:-1], rows[-1] | {"image_name": rows[0]["image_name"]}]
+
+    before = change_rows(tmp_path, named_alike)
+    with pytest.raises(InputError, match=r"row 0 .*another row another one.*name of its own"):
+        checked(tmp_path, sets)
+    change_rows(tmp_path, lambda _: before)
+    own = [{"video_name": before[0]["image_name"], "caption": "a green drum"}]
+    change_rows(tmp_path, lambda _: own, IMAGES.replace("image", "video"))
+    assert checked(tmp_path, [*sets, "data.datasets=[mini_image_dec]"]) == []
+    request = "mini_world/IT_data/T-T+X_data/mini_request/mini_request.json"
+    turn = {"from": "gpt", "value": "Sure!", "caption": "a green drum", "output_modality": "image"}
+    row = {
+        "image_name": before[0]["image_name"],
+        "conversation": [{"from": "human", "value": "A drum", "input_modality": "text"}, turn],
+    }
+    change_rows(tmp_path, lambda rows: [*rows, row], request)
+    with pytest.raises(InputError, match=r"another row another one \(the embedding there was made"):
+        checked(tmp_path, [*sets, "data.datasets=[mini_image_dec, mini_request]"])
+
+
+def test_tables_are_made_once_and_again_when_records_or_rows_change(
+    tmp_path: Path, sets: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    table = caption_records._table
+    monkeypatch.setattr(caption_records, "_table", lambda *a: made.append(1) or table(*a))
+    sets = [*sets, "data.datasets=[mini_image_dec]"]
+    config = config_of(tmp_path, sets)
+
+    def compare() -> int:
+        dataset = open_conversations(config.data)
+        found = compare_captions(dataset, tmp_path / "cache", lambda *_: "")
+        return len(found["mini_image_dec"].wrong_rows)
+
+    assert [compare(), compare()] == [0, 0] and len(made) == 2
+    rows = change_rows(tmp_path, lambda rows: [*rows[:1], rows[1] | {"caption": "new"}, *rows[2:]])
+    assert compare() == 1 and len(made) == 3
+    listing = tmp_path / "embed" / "captions.image.rank0.jsonl"
+    entry = {"name": rows[1]["image_name"], "caption": "new", "time_ns": 2**62}
+    with listing.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    assert compare() == 0 and len(made) == 4
+    for kept in (tmp_path / "cache").glob("*.npz"):
+        kept.write_bytes(kept.read_bytes()[:100])
+    assert compare() == 0 and len(made) == 6
+
+
+def test_replacing_that_is_cut_short_leaves_no_record_of_the_caption_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a.png", "b.png"]
+    store = EmbeddingStore(tmp_path, "image", MAKER)
+    store.write(names, ["old", "old"], torch.zeros(2, 2))
+    store.close()
+    store = EmbeddingStore(tmp_path, "image", MAKER, replace=True)
+    save = np.save
+
+    def killed_at_the_second(file: Path, array: np.ndarray, **more: object) -> None:
+        if "b.png" in file.name:
+            raise KeyboardInterrupt
+        save(file, array, **more)
+
+    monkeypatch.setattr(np, "save", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(names, ["new", "new"], torch.ones(2, 2))
+    store.close()
+    monkeypatch.setattr(np, "save", save)
+    assert np.load(tmp_path / "a.png.npy").tolist() == [1, 1]
+    store = EmbeddingStore(tmp_path, "image", MAKER, replace=True)
+    assert not store.has("a.png", "old")
+    assert not any(store.has(name, "new") for name in names)
+    store.write(names, ["new", "new"], torch.ones(2, 2))
+    assert all(store.has(name, "new") for name in names)
+    store.close()
+
+
+def test_the_latest_record_counts_whichever_rank_wrote_it(tmp_path: Path) -> None:
+    for rank, caption in ((1, "old"), (0, "new")):
+        store = EmbeddingStore(tmp_path, "image", MAKER, rank=rank, replace=True)
+        store.write(["a.png"], [caption], torch.zeros(1, 2))
+        store.close()
+    store = EmbeddingStore(tmp_path, "image", MAKER, rank=2)
+    assert store.has("a.png", "new")
+    store.close()
+    table = caption_records._records_table(tmp_path, "image", tmp_path / "cache")
+    assert table["caption"].tolist() == [caption_records._digest("new")]
+
+
+def test_two_writers_of_one_list_exclude_each_other(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path, "image", MAKER)
+    with pytest.raises(InputError, match="another process is writing image embeddings"):
+        EmbeddingStore(tmp_path, "image", MAKER)
+    EmbeddingStore(tmp_path, "image", MAKER, rank=1).close()
+    store.close()
+    EmbeddingStore(tmp_path, "image", MAKER).close()
+
+
+def test_a_damaged_line_of_a_list_is_named(tmp_path: Path) -> None:
+    store = EmbeddingStore(tmp_path, "image", MAKER)
+    store.write(["a.png", "b.png"], ["a", "b"], torch.zeros(2, 2))
+    store.close()
+    listing = tmp_path / "captions.image.rank0.jsonl"
+    listing.write_text(listing.read_text().replace('{"name": "b', '{"nam\x00e": "b'))
+    with pytest.raises(InputError, match=r"captions\.image\.rank0\.jsonl: line 2 is damaged"):
+        EmbeddingStore(tmp_path, "image", MAKER)

@@ -1,0 +1,133 @@
+"""Files on disk: whole or not there, and known by every byte of them."""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from config import file_digests
+from config.atomic import written_aside
+from config.errors import InputError
+from config.file_digests import DigestCache
+
+CODE = Path(__file__).parent.parent / "code"
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that counts as old enough for its digest to be kept."""
+    monkeypatch.setattr(file_digests, "_SETTLED_NS", 0)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"weights")
+    return path
+
+
+def test_a_digest_is_computed_once_for_each_state_of_a_file(file: Path, tmp_path: Path) -> None:
+    computed = []
+
+    def remember() -> str:
+        return DigestCache(tmp_path / "cache").remember(
+            "test", [file], lambda: computed.append(1) or file.read_text()
+        )
+
+    assert [remember(), remember()] == ["weights"] * 2 and len(computed) == 1
+    times = file.stat()
+    new = file.with_suffix(".new")
+    new.write_bytes(b"Weights")  # of the same size, and by `cp -p` of the same time
+    os.utime(new, ns=(times.st_atime_ns, times.st_mtime_ns))
+    new.replace(file)
+    assert remember() == "Weights" and len(computed) == 2
+    with file.open("r+b") as stream:
+        stream.write(b"v")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert remember() == "veights" and len(computed) == 3
+    for entry in (tmp_path / "cache" / "digests").glob("*.json"):
+        entry.write_bytes(entry.read_bytes()[:20])
+    assert remember() == "veights" and len(computed) == 4
+
+
+def test_a_digest_of_a_file_written_a_moment_ago_is_not_kept(tmp_path: Path) -> None:
+    """Its next change may fall into the same tick of the clock."""
+    file, digests = tmp_path / "new.bin", DigestCache(tmp_path / "cache")
+    file.write_bytes(b"new")
+    digests.digest(file)
+    assert not list((tmp_path / "cache" / "digests").glob("*.json"))
+
+
+def test_a_digest_of_a_file_that_changes_meanwhile_is_an_error(file: Path, tmp_path: Path) -> None:
+    digests = DigestCache(tmp_path / "cache")
+    with pytest.raises(InputError, match=r"weights\.bin changed while it was read"):
+        digests.remember("test", [file], lambda: str(file.write_bytes(b"changed")))
+    assert not list((tmp_path / "cache" / "digests").glob("*.json"))
+
+
+def test_processes_that_start_together_compute_a_digest_once(file: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from config import file_digests\n"
+        "file_digests._SETTLED_NS = 0\n"
+        "cache, file = map(Path, sys.argv[1:])\n"
+        "def compute(): print('computed'); time.sleep(0.5); return 'value'\n"
+        "assert file_digests.DigestCache(cache).remember('t', [file], compute) == 'value'"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "cache"), str(file)]
+    environment = {**os.environ, "PYTHONPATH": str(CODE)}
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert sorted(process.communicate(timeout=60)[0] for process in started) == [
+        "", "", "computed\n"
+    ]  # fmt: skip
+    assert all(process.returncode == 0 for process in started)
+
+
+def test_writers_of_one_path_at_once_leave_one_of_their_files_whole(tmp_path: Path) -> None:
+    path = tmp_path / "entry.json"
+
+    def write(writer: int) -> None:
+        for _ in range(20):
+            with written_aside(path) as aside, aside.open("w") as stream:
+                for number in range(200):
+                    stream.write(f"{writer} " if number else "")
+                    stream.flush()
+
+    with ThreadPoolExecutor(4) as pool:  # threads share the process's id
+        list(pool.map(write, range(4)))
+    numbers = path.read_text().split()
+    assert len(numbers) == 199 and len(set(numbers)) == 1
+    assert [found.name for found in tmp_path.iterdir()] == ["entry.json"]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_name_appears_only_when_its_content_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
+) -> None:
+    path, done = tmp_path / "made", []
+    flush, replace = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        flush(descriptor)
+
+    def renamed(source: Path, target: Path) -> Path:
+        done.append("renamed")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    with written_aside(path) as aside:
+        if folder:
+            (aside / "inner").mkdir(parents=True)
+            (aside / "inner" / "weights.bin").write_bytes(b"x")
+            (aside / "config.json").write_text(json.dumps({}))
+            expected = {aside / "inner" / "weights.bin", aside / "config.json"}
+            expected |= {aside / "inner", aside}
+        else:
+            aside.write_bytes(b"x")
+            expected = {aside}
+    before, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
+    assert set(before) == expected and after == [tmp_path]

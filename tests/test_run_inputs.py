@@ -1,0 +1,291 @@
+"""A run is resumed with what it was built from, wherever that lies now, or says what differs."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from config.errors import InputError
+from config.loader import load_config
+from conversation.parts import MODALITIES
+from dataset.conversations import open_conversations
+from mini_world.mini_decoders import build_mini_decoder
+from model.build import resolve_model_path
+from test_training import copied_data
+from tiny_decoders import CAPTIONS, TINY, tiny_decoder
+from tiny_run import TinyRun, same, tiny_world, trained
+from training.embed_captions import embed_captions
+from training.run_inputs import RunInputs, compare_inputs, identify_inputs, read_inputs
+
+IMAGES = "mini_world/T-X_pair_data/image/image.json"
+
+
+class World:
+    """Copies of everything that a run of a stage is built from, to be spoilt."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data = copied_data(folder)
+        system = tiny_world()
+        shutil.copytree(system / "embed", folder / "embed")
+        shutil.copytree(system / "imagebind", folder / "imagebind")
+        words = TinyRun(folder, 2).arguments
+        language_model = dict(
+            word.split("=", 1) for flag, word in pairwise(words) if flag == "--set"
+        )["language_model.path"]
+        shutil.copytree(resolve_model_path(language_model), folder / "language_model")
+        self.delta = folder / "stage_1" / "delta.safetensors"
+        shutil.copytree(trained(1).folder, folder / "stage_1")
+        self.zero = folder / "zero.json"
+        self.set_zero(2)
+
+    def set_zero(self, stage: int) -> None:
+        settings = {"zero_optimization": {"stage": stage}, "zero_allow_untested_optimizer": True}
+        self.zero.write_text(json.dumps(settings))
+
+    @property
+    def sets(self) -> list[str]:
+        """Overrides that name the copies."""
+        return [
+            f"data.root={self.data}",
+            f"data.embeddings={self.folder / 'embed'}",
+            f"data.cache={self.folder / 'cache'}",
+            f"encoder.path={self.folder / 'imagebind'}",
+            f"language_model.path={self.folder / 'language_model'}",
+            f"training.deepspeed={self.zero}",
+        ]
+
+    def inputs(self, stage: int = 2, *more: str) -> RunInputs:
+        """What a run of the stage would record, through its file's form."""
+        words = TinyRun(self.folder, stage, [*self.sets, *more]).arguments
+        overrides = [word for flag, word in pairwise(words) if flag == "--set"]
+        config = load_config("7b", stage, overrides)
+        found = identify_inputs(config, open_conversations(config.data), self.delta)
+        return json.loads(json.dumps(found))
+
+    def change_rows(self, change: Callable[[list[dict]], list[dict]]) -> None:
+        """Write what `change` makes of the rows of the images' file."""
+        file = self.data / IMAGES
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+    def change_tensor(self, file: Path) -> None:
+        """Change a single number in a weight file."""
+        tensors = load_file(file)
+        tensors[min(tensors)].view(-1)[-1] += 1e-3
+        save_file(tensors, file, {"format": "pt"})
+
+    def embed_again(self, decoder: Path, keep_records: bool = True) -> None:
+        """Make the images' embeddings by another decoder."""
+        embeddings = self.folder / "embed"
+        shutil.rmtree(embeddings, ignore_errors=True)
+        world = self.data / "mini_world"
+        for modality in MODALITIES:
+            made_by = str(decoder if modality == "image" else tiny_decoder(modality))
+            pairs = world / "T-X_pair_data" / modality / f"{modality}.json"
+            embed_captions(pairs, modality, embeddings, made_by, device=torch.device("cpu"))
+        if not keep_records:
+            forget_records(embeddings)
+
+
+def forget_records(embeddings: Path) -> None:
+    """Leave only the arrays, as the published tools do."""
+    for file in [*embeddings.glob("*.json"), *embeddings.glob("*.jsonl")]:
+        file.unlink()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def other_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A decoder for images with another text encoder."""
+    folder = tmp_path_factory.mktemp("decoders") / "other"
+    build_mini_decoder("image", folder, 2, CAPTIONS[:1], TINY)
+    return folder
+
+
+def test_the_same_content_elsewhere_is_the_same(world: World, tmp_path: Path) -> None:
+    before = {stage: world.inputs(stage) for stage in (1, 2, 3)}
+    (tmp_path / "moved").mkdir()
+    for name in ("data", "embed", "imagebind", "language_model", "stage_1", "zero.json"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    world.folder = tmp_path / "moved"
+    world.data, world.zero = world.folder / "data", world.folder / "zero.json"
+    world.delta = world.folder / "stage_1" / "delta.safetensors"
+    for stage, inputs in before.items():
+        assert compare_inputs(inputs, world.inputs(stage)) == []
+
+
+def test_a_stage_records_what_it_uses_and_nothing_else(world: World) -> None:
+    first, second = world.inputs(1), world.inputs(2)
+    assert first["frozen"].keys() == {"language model", "media encoder"}
+    assert first["caption_embeddings"] == {}
+    assert second["frozen"].keys() == {"language model"}
+    assert second["caption_embeddings"].keys() == set(MODALITIES)
+    assert all(one["arrays"] for one in second["caption_embeddings"].values())
+    online = world.inputs(2, "data.caption_embeddings=online")
+    texts = {f"text encoder of the {modality} decoder" for modality in MODALITIES}
+    assert online["frozen"].keys() == {"language model"} | texts
+    shutil.rmtree(world.folder / "imagebind")
+    assert world.inputs(2) == second
+
+
+SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
+    "predecessor": (
+        2,
+        lambda w: w.change_tensor(w.delta),
+        r"predecessor: .*stage_1/delta\.safetensors, digest \w+ then, .*digest \w+ now",
+    ),
+    "half of the rows": (
+        2,
+        lambda w: w.change_rows(lambda rows: rows[: len(rows) // 2]),
+        r"mini_image_dec: .*image\.json, 36 rows, digest \w+ then, .*image\.json, 18 rows",
+    ),
+    "order of the rows": (
+        2,
+        lambda w: w.change_rows(lambda rows: rows[::-1]),
+        r"mini_image_dec: .*36 rows, digest \w+ then, .*36 rows, digest \w+ now",
+    ),
+    "a caption that is learned": (
+        1,
+        lambda w: w.change_rows(lambda rows: [rows[0] | {"caption": "another"}, *rows[1:]]),
+        r"mini_image_enc: .*36 rows, digest \w+ then, .*36 rows, digest \w+ now",
+    ),
+    "language model": (
+        2,
+        lambda w: w.change_tensor(w.folder / "language_model" / "model.safetensors"),
+        r"language model: .*digest \w+ then",
+    ),
+    "tokenizer": (
+        2,
+        lambda w: (w.folder / "language_model" / "extra.json").write_text("{}"),
+        r"language model: .*digest \w+ then",
+    ),
+    "media encoder": (
+        1,
+        lambda w: w.change_tensor(w.folder / "imagebind" / "model.safetensors"),
+        r"media encoder: .*imagebind, digest \w+ then",
+    ),
+    "DeepSpeed": (2, lambda w: w.set_zero(1), r"DeepSpeed's settings: .*'stage': 2.* then"),
+}
+
+
+@pytest.mark.parametrize("what", SPOILT)
+def test_each_input_that_changed_is_named_alone(world: World, what: str) -> None:
+    stage, spoil, said = SPOILT[what]
+    before = world.inputs(stage)
+    spoil(world)
+    (line,) = compare_inputs(before, world.inputs(stage))
+    assert re.match(said, line), line
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_embeddings_of_another_decoder_are_named_with_and_without_records(
+    world: World, other_decoder: Path, recorded: bool
+) -> None:
+    if not recorded:
+        forget_records(world.folder / "embed")
+    before = world.inputs()
+    world.embed_again(other_decoder, keep_records=recorded)
+    (line,) = compare_inputs(before, world.inputs())
+    assert line.startswith("image caption embeddings in")
+    assert str(other_decoder) in line if recorded else "8 looked at 8 are others" in line
+
+
+def test_embeddings_made_again_by_the_same_decoder_are_the_same(world: World) -> None:
+    before = world.inputs()
+    world.embed_again(tiny_decoder("image"))
+    assert compare_inputs(before, world.inputs()) == []
+    array = next((world.folder / "embed").glob("*.npy"))
+    array.unlink()  # its sample gives way to another, which the run lists itself
+    assert compare_inputs(before, world.inputs()) == []
+
+
+def killed(world: World, *flags: str) -> TinyRun:
+    """A run of stage 2 from the world, killed after its first checkpoint."""
+    run = TinyRun(
+        world.folder, 2, [*world.sets, "training.save_every=1", "training.max_steps=8"], flags
+    )
+    run.kill_when(lambda: "step_000002" in run.checkpoints)
+    return run
+
+
+def resumed(world: World, *more: str, flags: tuple[str, ...] = ()) -> TinyRun:
+    sets = [*world.sets, "training.save_every=1", "training.max_steps=8", *more]
+    return TinyRun(world.folder, 2, sets, ["--resume", *flags])
+
+
+def test_a_run_is_resumed_with_what_it_was_started_with_and_nothing_else(
+    world: World, tmp_path: Path, other_decoder: Path
+) -> None:
+    """What was shown: stage 1 retrained, rows removed and embeddings remade between two starts."""
+    run = killed(world)
+    assert read_inputs(run.folder / "checkpoints" / "inputs.json") is not None
+
+    before = tmp_path / "before"
+    shutil.copytree(tmp_path / "stage_1", before)
+    TinyRun(tmp_path, 1, [*world.sets, "training.seed=7"]).finish()
+    said = resumed(world).fail()
+    assert "predecessor: " in said and "--restart" in said and run.checkpoints
+    assert f"{before}" not in said
+
+    kept = (world.data / IMAGES).read_text()
+    world.change_rows(lambda rows: rows[:18])
+    own = ("--init-from", str(before))
+    said = resumed(world, flags=own).fail()
+    assert "36 rows" in said and "18 rows" in said and "predecessor" not in said
+    (world.data / IMAGES).write_text(kept)
+
+    (world.folder / "embed").rename(tmp_path / "kept")
+    world.embed_again(other_decoder)
+    said = resumed(world, f"decoders.image.path={other_decoder}", flags=own).fail()
+    assert "image caption embeddings in" in said and str(other_decoder) in said
+    shutil.rmtree(tmp_path / "embed")
+    (tmp_path / "kept").rename(tmp_path / "embed")
+
+    (tmp_path / "language_model").rename(tmp_path / "moved")  # a path alone is no difference
+    moved = f"language_model.path={tmp_path / 'moved'}"
+    whole = TinyRun(
+        tmp_path / "whole", 2, [*world.sets, moved, "training.max_steps=8"], own
+    ).finish()
+    again = resumed(world, moved, flags=own).finish()
+    assert "resumed after step" in again.output
+    assert same(again.delta, whole.delta)
+    inputs = read_inputs(again.folder / "inputs.json")
+    assert compare_inputs(inputs, read_inputs(whole.folder / "inputs.json")) == []
+    assert not again.checkpoints
+
+
+def test_a_run_of_an_older_version_is_resumed_with_a_warning(world: World, tmp_path: Path) -> None:
+    run = killed(world)
+    record = run.folder / "checkpoints" / "inputs.json"
+    record.unlink()
+    moved = f"encoder.path={tiny_world() / 'imagebind'}"
+    assert "encoder.path" in resumed(world, moved).fail()  # nothing says it is the same
+    other = ("--init-from", str(trained(1).folder))
+    assert "is of a run that started from" in resumed(world, flags=other).fail()
+    again = resumed(world).finish()
+    assert f"warning: {record} is missing" in again.output
+    assert read_inputs(again.folder / "inputs.json") is not None
+
+
+def test_processes_that_start_together_on_empty_caches_record_the_same(world: World) -> None:
+    two = TinyRun(world.folder, 2, world.sets, world=2).finish()
+    assert compare_inputs(read_inputs(two.folder / "inputs.json"), world.inputs()) == []
+    cache = world.folder / "cache"
+    assert not [path for path in cache.rglob("*") if ".partial." in path.name]
+    assert len(list(cache.glob("*.npz"))) == 2 * len(MODALITIES)
+
+
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    (tmp_path / "inputs.json").write_text("{")
+    with pytest.raises(InputError, match=r"inputs\.json is damaged: give --restart"):
+        read_inputs(tmp_path / "inputs.json")
