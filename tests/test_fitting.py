@@ -11,7 +11,7 @@ from conversation.encoding import IGNORE
 from model.build import build_model
 from tiny_parts import tiny_overrides
 from tiny_run import TinyRun, trained
-from training.fitting import fit_input_projection, stretched_ridge
+from training.fitting import Moments, fit_input_projection, stretched_ridge
 
 IDS = torch.arange(3)
 
@@ -20,12 +20,17 @@ def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
     torch.manual_seed(0)
     law, given = torch.randn(6, 9), torch.randn(4000, 6)
     wanted = given @ law + 5
-    weight, bias = stretched_ridge(given, wanted, torch.tensor(30.0))
-    found = given @ weight + bias
+    moments = Moments.zeros(6, 9)
+    for part in range(0, 4000, 1000):
+        moments.add(given[part : part + 1000], wanted[part : part + 1000])
+    weight, bias = stretched_ridge(moments, torch.tensor(30.0))
+    found = given @ weight.float() + bias.float()
     assert torch.allclose(found.mean(dim=0), wanted.mean(dim=0), atol=1e-3)
     deviation = (found - found.mean(dim=0)).square().sum(dim=1).mean().sqrt()
     assert abs(deviation - 30) < 0.5
-    direction = torch.nn.functional.cosine_similarity(weight.flatten(), law.flatten(), dim=0)
+    direction = torch.nn.functional.cosine_similarity(
+        weight.float().flatten(), law.flatten(), dim=0
+    )
     assert direction > 0.999
 
 
