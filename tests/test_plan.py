@@ -200,6 +200,8 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
         plan_stage(tiny_config(3), 3, 0)
     with pytest.raises(InputError, match="cannot be shared equally by 3"):
         plan_stage(tiny_config(3), 3, 3)
+    with pytest.raises(InputError, match="is 'cc3m_enc' meant"):
+        plan_stage(tiny_config(3, ["data.datasets=[cc3m_en]"]), 3, 1)
     missing = [f"language_model.path={tmp_path / 'gone'}", "name=mine"]
     with pytest.raises(NotThereError, match="prepare_checkpoints"):
         plan_stage(tiny_config(3, missing), 3, 1)

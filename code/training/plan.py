@@ -4,7 +4,8 @@ The model is laid out on the meta device, and one micro batch, as full as it may
 it with fake tensors, which have shapes and no contents: what is alive at the worst moment is
 counted. The rest is arithmetic on what DeepSpeed keeps (its ZeRO stages, arXiv 1910.02054). It
 takes seconds, and next to no memory, for the 7B system too. CUDA itself, and the gaps between its
-blocks, come on top; in the machine's memory Python and its libraries, about 1 GB a process.
+blocks, come on top; in the machine's memory Python and its libraries, half a GB a process and
+more with CUDA.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from config.loader import project_path
 from config.schema import Config, Quantization
 from conversation.batch import Batch
 from conversation.parts import Modality
-from dataset.catalog import CATALOG
+from dataset.catalog import find_entry
 from model.build import build_on_meta, find_folder
 from model.device import autocast_to, choose_dtype
 from model.imagebind import ImageBind, encoder_figures
@@ -328,7 +329,7 @@ def _reading(config: Config) -> dict[str, float]:
 
 def _may_show_media(config: Config) -> bool:
     """Whether a conversation of the data sets may show a medium: all kinds but captions alone."""
-    return any(CATALOG[name].kind != "caption_out" for name in config.data.datasets)
+    return any(find_entry(name).kind != "caption_out" for name in config.data.datasets)
 
 
 def _keeping(config: Config, processes: int) -> dict[str, float]:
