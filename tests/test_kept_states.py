@@ -71,8 +71,12 @@ def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
     )
 
 
-def test_under_zero_3_processes_that_lack_different_states_read_in_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("centred", ["false", "true"])
+def test_under_zero_3_processes_that_lack_different_states_read_in_step(
+    tmp_path: Path, centred: str
+) -> None:
     sets = [*SINGLY, "data.datasets=[mini_request,mini_mosit,mini_text]", "training.max_steps=30"]
+    sets.append(f"output_projection.centred={centred}")
     alone = run(tmp_path / "alone", *sets).finish().metrics
     divided = ["training.keep_states=true", zero(3, tmp_path)]
     both = run(tmp_path / "both", *sets, *divided, world=2).finish()

@@ -18,7 +18,8 @@ from model.build import build_model
 from parity_tools import PARITY
 from tiny_system import tiny_config
 from training.loop import free_what_trains
-from training.plan import Plan, format_plan, full_batch, plan_stage
+from training.plan import Plan, full_batch, plan_stage
+from training.plan_report import format_plan
 
 ROOT = Path(__file__).parent.parent
 KEPT = ["training.keep_states=true"]
@@ -154,7 +155,9 @@ def test_the_machines_memory_is_compared_with_what_all_processes_need(
     plan = plan_stage(tiny_config(4, sets), 4, 4)
     for gigabytes, told in ((256, "fits"), (128, "room for 2 of 4 processes")):
         memory = SimpleNamespace(total=gigabytes * 1e9)
-        monkeypatch.setattr("training.plan.psutil.virtual_memory", lambda memory=memory: memory)
+        monkeypatch.setattr(
+            "training.plan_report.psutil.virtual_memory", lambda memory=memory: memory
+        )
         assert f"this machine's memory ({gigabytes} GB): {told}" in format_plan(plan)
 
 

@@ -3,7 +3,7 @@
 Where the output projections train alone, nothing before them changes. Their first pass over the
 conversations then costs the language model's forward pass, later ones only theirs. A process tells
 the others what it reads. Each keeps in the CPU's memory 2 x T x H numbers a signal run: 18 kB in
-the mini system, 1.6 MB for 24 tokens of a 7B model; up to `training.hidden_state_cache_gb`, beyond
+the mini system, 0.8 MB for 24 tokens of a 7B model; up to `training.hidden_state_cache_gb`, beyond
 which states are computed again whenever they are needed.
 """
 

@@ -11,7 +11,6 @@ more with CUDA.
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +28,7 @@ from model.build import build_on_meta, find_folder
 from model.device import autocast_to, choose_dtype
 from model.imagebind import ImageBind, encoder_figures
 from model.nextgpt import NextGPT
-from model.parts import format_parts_table, is_own_vocabulary, part_of, parts_table
+from model.parts import is_own_vocabulary, part_of, parts_table
 from model.quantization import quantizable_matrices, refuse_to_divide, saved_bytes
 from model.weight_files import map_folder
 from training.agent import micro_batch_size, read_settings
@@ -38,8 +37,6 @@ from training.loop import TRAINED_BEFORE, free_what_trains
 from training.memory_meter import MemoryMeter
 
 _FLOAT = 4  # bytes: of what trains, its gradients and Adam's moments
-_CARDS = (24, 48, 80)  # GB
-_HEADROOM = 0.9  # of a card: the rest is left for CUDA and for gaps
 # DeepSpeed's own defaults of what its JSON leaves out.
 _BUCKET = 500_000_000  # numbers
 _MOST_GATHERED = 1_000_000_000  # numbers, by ZeRO 3
@@ -93,7 +90,7 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
     refuse_to_divide(training.deepspeed, settings, quantization)
     dtype = _planned_dtype(config)
     known = _figures(config)
-    model = lay_out(config, stage, known, dtype)
+    model = _lay_out(config, stage, known, dtype)
     micro = micro_batch_size(training, processes)
     passes = training.global_batch_size // processes // micro
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -139,45 +136,6 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
     )
 
 
-def format_plan(plan: Plan) -> str:
-    """The plan as text."""
-    lines = [plan.facts, format_parts_table(plan.parts), "", "on each GPU, GB"]
-    lines += [_row(use, size) for use, size in plan.on_device.items()]
-    lines.append(_row("at most at once", plan.peak))
-    lines += ["", "in the machine's memory, for each process, GB"]
-    lines += [_row(use, size) for use, size in plan.in_memory.items()]
-    lines.append(_row("weights, while they are loaded", plan.loading))
-    lines.append(_row("at most at once", plan.memory_peak))
-    lines += ["", "serving, GB"]
-    lines += [_row(part, size) for part, size in plan.serving.items()]
-    lines.append(_row("together", sum(plan.serving.values())))
-    lines += ["", *_fitting(plan)]
-    return "\n".join(lines)
-
-
-def _row(name: str, size: float) -> str:
-    return f"  {name:<44}{size / 1e9:>9.2f}"
-
-
-def _fitting(plan: Plan) -> list[str]:
-    """Whether it fits the machine and devices at hand, and common ones; a tenth is left free."""
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    cards = {f"{i}: {one.name}": one.total_memory for i, one in enumerate(devices)}
-    cards |= {f"a GPU of {size} GB": size * 1e9 for size in _CARDS}
-    if devices:
-        name, need = "this machine's memory", plan.memory_peak
-    else:
-        name, need = "no GPU here; this machine's memory", sum(plan.in_memory.values()) + plan.peak
-    size = psutil.virtual_memory().total
-    room = int(_HEADROOM * size / need)
-    fits = "fits" if room >= plan.processes else f"room for {room} of {plan.processes} processes"
-    lines = [f"{name} ({size / 1e9:.0f} GB): {fits}"]
-    for name, size in cards.items():
-        fits = "fits" if plan.peak < _HEADROOM * size else "does not fit"
-        lines.append(f"{name} ({size / 1e9:.0f} GB): {fits}")
-    return lines
-
-
 def _offloads(zero: dict[str, Any], what: str) -> bool:
     return zero.get(what, {}).get("device", "none") != "none"
 
@@ -193,7 +151,7 @@ def _figures(config: Config) -> tuple[PreTrainedConfig, int]:
     return known
 
 
-def lay_out(
+def _lay_out(
     config: Config, stage: int, known: tuple[PreTrainedConfig, int], dtype: torch.dtype
 ) -> NextGPT:
     """The model of a run on the meta device: the language model in `dtype`, the rest in float32.
