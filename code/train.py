@@ -42,7 +42,8 @@ def main() -> None:
         overrides.append(f"save_path={arguments.save_path.resolve()}")
     config = load_config(arguments.config, arguments.stage, overrides)
     if arguments.plan is not None:
-        from training.plan import format_plan, plan_stage  # loads what training can spare
+        from training.plan import plan_stage  # these load what training can spare
+        from training.plan_report import format_plan
 
         print(format_plan(plan_stage(config, arguments.stage, arguments.plan)))
         return

@@ -77,6 +77,29 @@ def test_the_first_layer_begins_by_seeing_what_varies_and_not_what_is_large() ->
     assert seen.std(dim=0).tolist() == pytest.approx([100 / 110, 10 / 20, 1 / 11], rel=0.1)
 
 
+@pytest.mark.parametrize("count", [2, 20, 40, 63, 64, 65])
+@pytest.mark.parametrize("alike", [1, 4])
+def test_from_few_states_or_repeated_ones_the_first_layer_stays_bounded(
+    count: int, alike: int
+) -> None:
+    torch.manual_seed(0)
+    deviations = 100 * 0.9 ** torch.arange(200)
+    turned, _ = torch.linalg.qr(torch.randn(200, 200))
+    states = (torch.randn(count, 200) * deviations @ turned).repeat(alike, 1)
+    layer = torch.nn.Linear(200, 128)
+    whiten(layer, states - states.mean(dim=0))
+    others = torch.randn(1000, 200) * deviations @ turned
+    assert layer(others).abs().max() < 8  # 5 from 400 states
+    assert layer.weight[: count - 1].any(dim=1).all() and not layer.weight[count - 1 :].any()
+
+
+def test_one_state_leaves_the_first_layer_as_it_is() -> None:
+    layer = torch.nn.Linear(200, 128)
+    before = layer.weight.detach().clone()
+    whiten(layer, torch.zeros(1, 200))
+    assert torch.equal(layer.weight, before)
+
+
 def test_the_published_layout_has_the_centre_in_the_bias(run: TinyRun) -> None:
     overrides = [word for flag, word in pairwise(run.arguments) if flag == "--set"]
     config = load_config("7b", 2, overrides)

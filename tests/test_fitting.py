@@ -1,17 +1,20 @@
 """The measured start of the input projection."""
 
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from config.errors import InputError
 from config.loader import load_config
 from conversation.batch import Batch
 from conversation.encoding import IGNORE
 from model.build import build_model
 from tiny_parts import tiny_overrides
 from tiny_run import TinyRun, trained
-from training.fitting import fit_input_projection, stretched_ridge
+from training.fitting import Moments, fit_input_projection, stretched_ridge
 
 IDS = torch.arange(3)
 
@@ -20,12 +23,17 @@ def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
     torch.manual_seed(0)
     law, given = torch.randn(6, 9), torch.randn(4000, 6)
     wanted = given @ law + 5
-    weight, bias = stretched_ridge(given, wanted, torch.tensor(30.0))
-    found = given @ weight + bias
+    moments = Moments.zeros(6, 9)
+    for part in range(0, 4000, 1000):
+        moments.add(given[part : part + 1000], wanted[part : part + 1000])
+    weight, bias = stretched_ridge(moments, torch.tensor(30.0))
+    found = given @ weight.float() + bias.float()
     assert torch.allclose(found.mean(dim=0), wanted.mean(dim=0), atol=1e-3)
     deviation = (found - found.mean(dim=0)).square().sum(dim=1).mean().sqrt()
     assert abs(deviation - 30) < 0.5
-    direction = torch.nn.functional.cosine_similarity(weight.flatten(), law.flatten(), dim=0)
+    direction = torch.nn.functional.cosine_similarity(
+        weight.float().flatten(), law.flatten(), dim=0
+    )
     assert direction > 0.999
 
 
@@ -54,6 +62,37 @@ def test_each_place_of_a_medium_is_put_among_its_share_of_the_captions_words(
     for place in range(places):
         assert likeness[:, :, place].argmax(dim=1).tolist() == [0, 1, 2, 3]
         assert likeness[:, :, place].diagonal().min() > 0.99
+
+
+def media_and_captions(count: int, width: int) -> Batch:
+    """Conversations that show a medium and say three words of it."""
+    ids = torch.randint(3, 50, (count, 6))
+    targets = torch.where(torch.arange(6) < 3, IGNORE, ids)
+    slots = torch.stack([torch.arange(count), torch.ones(count, dtype=torch.int64)], dim=1)
+    return Batch(ids, torch.ones_like(ids), targets, slots, torch.randn(count, width))
+
+
+def test_the_fit_holds_on_to_no_medium_it_has_seen(tmp_path: Path) -> None:
+    config = load_config("7b", overrides=tiny_overrides(tmp_path))
+    model = build_model(config, torch.float32, lora=False, output_projections=False)
+    freed: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for number in range(5):
+            batch = media_and_captions(8, config.encoder.width)
+            weakref.finalize(batch.features.untyped_storage(), freed.append, number)
+            yield batch
+            del batch
+            assert len(freed) >= number  # all but the last, which the caller may still hold
+
+    fit_input_projection(model, batches())
+
+
+def test_a_fit_to_no_media_is_refused(tmp_path: Path) -> None:
+    config = load_config("7b", overrides=tiny_overrides(tmp_path))
+    model = build_model(config, torch.float32, lora=False, output_projections=False)
+    with pytest.raises(InputError, match="show no medium"):
+        fit_input_projection(model, [media_and_captions(0, config.encoder.width)])
 
 
 def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:

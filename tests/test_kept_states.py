@@ -1,15 +1,21 @@
 """States that are read once give the losses of reading them every time; and their limits."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from config.loader import STAGES, load_config
 from conversation.batch import Batch
 from model.build import build_model
+from test_config import SHIPPED
+from test_training import zero
 from tiny_run import TinyRun, trained
-from tiny_system import tiny_config
+from tiny_system import randomise_adapters, tiny_config
 from training.kept_states import KeptStates
+from training.loop import free_what_trains
 
 ALONE = ["training.trains=[output_projections]", "training.max_steps=12", "training.epochs=9"]
 
@@ -18,6 +24,17 @@ def run(folder: Path, *sets: str, world: int = 1) -> TinyRun:
     """Stage 2 on the tiny stage 1."""
     flags = ["--init-from", str(trained(1).folder)]
     return TinyRun(folder, 2, [*ALONE, *sets], flags, world)
+
+
+def some_batch() -> Batch:
+    return Batch(
+        input_ids=torch.arange(60).view(2, 30),
+        attention_mask=torch.ones(2, 30, dtype=torch.int64),
+        targets=torch.full((2, 30), -100),
+        slots=torch.tensor([[0, 1], [1, 18]]),  # the second begins before the other row's end
+        features=torch.randn(2, 32),
+        runs={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
+    )
 
 
 SINGLY = ["training.global_batch_size=4", "training.micro_batch_size=1"]  # some without a run
@@ -52,6 +69,66 @@ def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
     assert [line["loss"] for line in both] == pytest.approx(
         [line["loss"] for line in alone], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("centred", ["false", "true"])
+def test_under_zero_3_processes_that_lack_different_states_read_in_step(
+    tmp_path: Path, centred: str
+) -> None:
+    sets = [*SINGLY, "data.datasets=[mini_request,mini_mosit,mini_text]", "training.max_steps=30"]
+    sets.append(f"output_projection.centred={centred}")
+    alone = run(tmp_path / "alone", *sets).finish().metrics
+    divided = ["training.keep_states=true", zero(3, tmp_path)]
+    both = run(tmp_path / "both", *sets, *divided, world=2).finish()
+    for one, other in zip(both.metrics, alone, strict=True):
+        names = [name for name in one if name.startswith("alignment_")]
+        assert all(one[name] == pytest.approx(other[name], rel=1e-3) for name in names)
+    assert len(both.losses) == 30
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_states_without_room_are_computed_again_and_counted(tmp_path: Path, world: int) -> None:
+    sets = ["training.keep_states=true", "training.hidden_state_cache_gb=3.0e-5"]
+    small = run(tmp_path / "small", *sets, world=world).finish()
+    large = run(tmp_path / "large", "training.keep_states=true").finish()
+    assert small.losses == pytest.approx(large.losses, rel=1e-4)
+    told = re.search(r"states of (\d+) conv.* computed again for want of room (\d+)", small.output)
+    kept, again = told.groups()
+    seen = 12 * 8  # conversations
+    assert 1 <= int(kept) < 30 and seen - 2 * int(kept) < int(again) + int(kept) <= seen
+    assert small.output.count("hidden states of") == 1
+    assert "hidden states of" in large.output and "for want of room" not in large.output
+
+
+def test_one_epoch_keeps_no_states(tmp_path: Path) -> None:
+    sets = ["training.keep_states=true", "training.epochs=1", "training.max_steps=2"]
+    once = run(tmp_path / "once", *sets).finish()
+    assert "one epoch reads no state again" in once.output
+    assert "hidden states of" not in once.output
+    read = run(tmp_path / "read", "training.epochs=1", "training.max_steps=2").finish()
+    assert once.metrics == read.metrics
+
+
+def test_no_shipped_configuration_of_7b_keeps_states_and_the_mini_system_does() -> None:
+    for name in SHIPPED:
+        kept = [s for s in STAGES if load_config(name, s).training.keep_states]
+        assert kept == ([2, 4] if name == "mini" else []), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # folded in, and not
+def test_frozen_adapters_with_dropout_leave_kept_states_as_they_are(dtype: torch.dtype) -> None:
+    config = tiny_config(4, ["language_model.lora_dropout=0.1"])
+    batch = some_batch()
+    readings = []
+    for seed in (1, 2):  # of dropout
+        torch.manual_seed(0)
+        model = build_model(config, dtype, lora=True, output_projections=True)
+        randomise_adapters(model)
+        free_what_trains(model, config)
+        torch.manual_seed(seed)
+        kept = KeptStates(model, config.training, dtype)
+        readings.append(kept.fill(replace(batch)).states["image"])
+    assert torch.equal(*readings)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +18,18 @@ from model.build import build_model
 from parity_tools import PARITY
 from tiny_system import tiny_config
 from training.loop import free_what_trains
-from training.plan import Plan, format_plan, full_batch, plan_stage
+from training.plan import Plan, full_batch, plan_stage
+from training.plan_report import format_plan
 
 ROOT = Path(__file__).parent.parent
+KEPT = ["training.keep_states=true"]
 PASSING = ("gradients", "activations")
 
 
-def measured_peak(config: Config, dtype: torch.dtype) -> int:
+def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
     """Bytes that the allocator hands out at once in a real forward and backward pass."""
     trains = config.training.trains
-    parts = {"lora": "lora" in trains, "output_projections": "output_projections" in trains}
+    parts = {"lora": stage >= 3, "output_projections": "output_projections" in trains}
     model = build_model(config, dtype, **parts)
     free_what_trains(model, config)
     batch = full_batch(config, model.train(), config.training.micro_batch_size)
@@ -55,19 +58,24 @@ def passing(plan: Plan) -> float:
     return plan.peak - sum(size for use, size in plan.on_device.items() if use not in PASSING)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3, 4])
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
-def test_activations_are_planned_as_measured(stage: int, checkpointing: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "more"), [(1, []), (2, []), (3, []), (4, []), (4, [*KEPT, "training.epochs=2"])]
+)
+def test_activations_are_planned_as_measured(
+    stage: int, more: list[str], checkpointing: str
+) -> None:
     sets = [
         f"training.activation_checkpointing={checkpointing}",
         "training.precision=fp32",
         "training.micro_batch_size=4",
         "training.global_batch_size=4",
         "data.max_length=64",
+        *more,
     ]
     config = tiny_config(stage, sets)
     planned = passing(plan_stage(config, stage, 1))
-    assert planned == pytest.approx(measured_peak(config, torch.float32), rel=0.05)
+    assert planned == pytest.approx(measured_peak(config, stage, torch.float32), rel=0.05)
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
@@ -76,7 +84,7 @@ def test_activations_of_the_mini_model_are_planned_as_measured(checkpointing: st
     sets += ["training.precision=bf16", "data.max_length=128", "training.global_batch_size=4"]
     config = load_config("mini", 3, sets)
     planned = passing(plan_stage(config, 3, 1))
-    assert planned == pytest.approx(measured_peak(config, torch.bfloat16), rel=0.05)
+    assert planned == pytest.approx(measured_peak(config, 3, torch.bfloat16), rel=0.05)
 
 
 def planned_with(tmp_path: Path, processes: int, **zero: object) -> Plan:
@@ -125,6 +133,46 @@ def test_buffers_are_those_of_deepspeeds_json(tmp_path: Path) -> None:
     assert buffer not in planned_with(tmp_path, 1, stage=2, contiguous_gradients=False).on_device
 
 
+def test_kept_states_are_counted_in_the_machines_memory_up_to_their_limit() -> None:
+    kept = "hidden states, kept (hidden_state_cache_gb)"
+    sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=3"]
+    plan = plan_stage(tiny_config(4, sets), 4, 2)
+    assert plan.in_memory[kept] == 3e9 and plan.memory_peak >= sum(plan.in_memory.values())
+    for once in ([*sets, "training.epochs=1"], []):
+        assert kept not in plan_stage(tiny_config(4, once), 4, 2).in_memory
+    assert plan_stage(load_config("mini", 4), 4, 1).in_memory[kept] == 1e9
+
+
+def test_the_machines_memory_is_compared_with_what_all_processes_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    card = SimpleNamespace(name="a card", total_memory=80e9, major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=40"]
+    plan = plan_stage(tiny_config(4, sets), 4, 4)
+    for gigabytes, told in ((256, "fits"), (128, "room for 2 of 4 processes")):
+        memory = SimpleNamespace(total=gigabytes * 1e9)
+        monkeypatch.setattr(
+            "training.plan_report.psutil.virtual_memory", lambda memory=memory: memory
+        )
+        assert f"this machine's memory ({gigabytes} GB): {told}" in format_plan(plan)
+
+
+def test_stage_4_is_planned_with_the_adapters_it_loads() -> None:
+    plan = plan_stage(load_config("7b", 4), 4, 8)
+    assert plan.parts["lora"] == (33_554_432, 0)
+    assert plan.loading == pytest.approx(2 * 6_738_415_616 + 4 * 133_901_568, rel=1e-3)
+
+
+def test_the_encoder_is_planned_where_conversations_may_show_media() -> None:
+    encoder = "encoder, until all features are kept"
+    planned = [encoder in plan_stage(tiny_config(s), s, 1).on_device for s in (1, 2, 3, 4)]
+    assert planned == [True, False, True, True]
+
+
 def test_the_published_system_is_planned_without_its_files() -> None:
     plan = plan_stage(load_config("7b", 3), 3, 8)
     assert plan.parts["input_projection"] == (4_198_400, 4_198_400)
@@ -155,6 +203,8 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
         plan_stage(tiny_config(3), 3, 0)
     with pytest.raises(InputError, match="cannot be shared equally by 3"):
         plan_stage(tiny_config(3), 3, 3)
+    with pytest.raises(InputError, match="is 'cc3m_enc' meant"):
+        plan_stage(tiny_config(3, ["data.datasets=[cc3m_en]"]), 3, 1)
     missing = [f"language_model.path={tmp_path / 'gone'}", "name=mine"]
     with pytest.raises(NotThereError, match="prepare_checkpoints"):
         plan_stage(tiny_config(3, missing), 3, 1)
@@ -179,4 +229,4 @@ def test_the_shipped_hardware_configurations_fit_what_they_are_for(
     plan = plan_stage(load_config(name, 3), 3, processes)
     assert f"a GPU of {card} GB ({card} GB): fits" in format_plan(plan)
     assert f"{processes} processes, each 1 x 8 of {8 * processes} conversations" in plan.facts
-    assert not plan.in_memory
+    assert not any("optimizer" in use or "weights" in use for use in plan.in_memory)

@@ -55,6 +55,14 @@ def _filled_model(lora: bool) -> NextGPT:
     return model
 
 
+@torch.no_grad()
+def randomise_adapters(model: NextGPT) -> None:
+    """Let the adapters, which begin by adding nothing, add a great deal."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.normal_()
+
+
 def ask(
     question: str, answer: str, shown: Media | None = None, made: Media | None = None
 ) -> tuple[Turn, Turn]:

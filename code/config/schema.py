@@ -129,6 +129,9 @@ class TrainingConfig(Section):
     # Where output projections alone train, the language model always says the same of a caption:
     # it reads each caption once, and passes after the first cost it nothing.
     keep_states: bool
+    # GB (1e9 bytes) of the machine's memory that states may take in every process. What has no room
+    # is computed again; with one epoch nothing is read again, and nothing kept.
+    hidden_state_cache_gb: AboveZero
     save_every: Positive  # steps between resumable checkpoints
     keep_checkpoints: Positive
     seed: Annotated[int, Field(ge=0, lt=2**32)]

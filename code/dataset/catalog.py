@@ -74,18 +74,27 @@ CATALOG: dict[str, DatasetEntry] = {
 }
 
 
-def resolve_entry(name: str, data_root: Path, embed_root: Path) -> DatasetSource:
-    """Where the data set `name` lies: caption pairs without their file may be shards beside it.
+def find_entry(name: str) -> DatasetEntry:
+    """The data set `name`, whether its files are there or not.
 
     Raises:
-        InputError: an unknown name (says the nearest right one), or its annotations are missing.
+        InputError: an unknown name; says the nearest right one.
     """
     if name not in CATALOG:
         nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0)[0]
         raise InputError(
             f"data set {name!r} is unknown: is {nearest!r} meant? Known: {', '.join(CATALOG)}"
         )
-    entry = CATALOG[name]
+    return CATALOG[name]
+
+
+def resolve_entry(name: str, data_root: Path, embed_root: Path) -> DatasetSource:
+    """Where the data set `name` lies: caption pairs without their file may be shards beside it.
+
+    Raises:
+        InputError: an unknown name (says the nearest right one), or its annotations are missing.
+    """
+    entry = find_entry(name)
     annotation = data_root.resolve() / entry.annotation
     media = data_root.resolve() / entry.media
     if not annotation.is_file() and entry.kind in _PAIRS and shards_of(annotation.parent):

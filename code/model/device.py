@@ -21,25 +21,38 @@ def choose_device() -> torch.device:
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of frozen weights and matrix products.
 
-    `auto` is bf16 where the hardware computes it, else fp16 on a GPU and fp32 on a CPU. fp16 on a
-    CPU works, slowly.
+    `auto` is bf16 where the hardware computes it, else fp16 (with loss scaling) on a GPU and fp32
+    on a CPU. bf16 and fp16 on a CPU work, slowly.
 
     Raises:
         InputError: bf16 on a GPU that lacks it.
     """
     on_gpu = device.type == "cuda"
-    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else cpu_has_fast_bf16()
+    has_bf16 = has_fast_bf16(device)
     if precision == "auto":
         return torch.bfloat16 if has_bf16 else torch.float16 if on_gpu else torch.float32
     if precision == "bf16" and on_gpu and not has_bf16:
-        raise InputError("this GPU has no bf16: set training.precision to auto or fp16")
+        raise InputError(
+            "training.precision bf16: this GPU only emulates it (compute capability below 8.0): "
+            "set it to auto or fp16"
+        )
     return _DTYPES[precision]
 
 
-def cpu_has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 itself (AMX or AVX-512): about twice as fast as fp32.
+def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Matrix products in `dtype` on `device` inside; as they are where it is float32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
-    Elsewhere bf16 is emulated, and fp32 is 1.5 times as fast.
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether the hardware of `device` multiplies bf16 itself; every choice of bf16 asks here.
+
+    GPUs before compute capability 8.0 (V100, T4, RTX 20) emulate it slowly, and torch by default
+    counts that. Of AMD's GPUs torch says that all have it. It asks for the process's current
+    GPU, before a run chooses its own the first one: the processes of a machine then agree. A CPU
+    has it with AMX or AVX-512, about twice as fast as fp32; elsewhere fp32 is 1.5 times as fast.
     """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     has = torch.cpu.get_capabilities()
     return has.get("amx_bf16", False) or has.get("avx512_bf16", False)

@@ -5,6 +5,7 @@ positions that have targets only, and the output projections of the signal runs 
 """
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from conversation.batch import Batch
 from conversation.encoding import IGNORE
 from conversation.parts import Modality
 from model.output_projection import OutputProjection, alignment_distance
+from model.parts import set_modes, trained_parts
 
 
 @dataclass
@@ -66,6 +68,18 @@ class NextGPT(nn.Module):
         self.input_projection = nn.Linear(feature_width, media_tokens * hidden_size)
         self.output_projections = nn.ModuleDict(output_projections)
         self.signal_counts = signal_counts
+
+    def train(self, mode: bool = True) -> Self:
+        """Put what trains into training mode and the rest, or without `mode` all, into evaluation.
+
+        Whoever calls it, DeepSpeed at each step or an evaluation that is over, what is frozen stays
+        in evaluation mode.
+        """
+        if not mode:
+            return super().train(False)
+        set_modes(self, trained_parts(self))
+        self.training = True
+        return self
 
     @property
     def own_vocabulary_size(self) -> int:

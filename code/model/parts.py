@@ -1,6 +1,7 @@
-"""What of the model is tuned: the one table behind freezing, the optimizer, saving and loading."""
+"""What of the model is tuned: the one table behind freezing, modes, optimizer, saving, loading."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from typing import get_args
 
 from torch import nn
@@ -51,12 +52,49 @@ def tuned_parameters(
 
 
 def set_trainable(model: nn.Module, trains: list[Part], *, own_vocabulary: bool) -> None:
-    """Freeze everything but the parts in `trains`; what trains is float32 from here on."""
+    """Freeze everything but the parts in `trains`, which become float32, and set the modes.
+
+    From here on `model` is in training mode: see `set_modes`.
+    """
     model.requires_grad_(False)
     for name, parameter in tuned_parameters(model, own_vocabulary=own_vocabulary):
         if part_of(name) in trains and not is_measured(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+    model.train()
+
+
+def trained_parts(model: nn.Module) -> set[Part | None]:
+    """The parts with a parameter that asks for a gradient; none of them: the language model."""
+    return {part_of(name) for name, one in model.named_parameters() if one.requires_grad}
+
+
+def set_modes(model: nn.Module, trained: Set[Part | None]) -> None:
+    """Put modules of the parts in `trained` into training mode, all others into evaluation mode.
+
+    Dropout is thus active in what trains only; it never is in a frozen adapter or in the language
+    model. Exempt are modules that have no dropout and read their mode as "a backward pass comes":
+    layers that recompute their activations, and quantized matrices, which without one are packed in
+    a way that gradients do not pass through.
+    """
+    for name, module in model.named_modules():
+        module.training = part_of(f"{name}.") in trained or _reads_mode_as_backward(module)
+
+
+def _reads_mode_as_backward(module: nn.Module) -> bool:
+    quantized = type(module).__module__.startswith("bitsandbytes.")
+    return quantized or getattr(module, "gradient_checkpointing", False)
+
+
+@contextmanager
+def dropout_disabled(model: nn.Module) -> Iterator[None]:
+    """Put everything into evaluation mode (see `set_modes`) and, at the end, back as it was."""
+    before = model.training
+    set_modes(model, set())
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 def parts_table(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -14,8 +14,12 @@ from torch import Tensor, nn
 
 from conversation.batch import Batch
 from conversation.parts import Modality
+from model.device import autocast_to
 from model.nextgpt import NextGPT
+from model.parts import dropout_disabled
 from training.processes import gather_over_processes
+
+_RESOLUTION = 1e-6  # of float32: a deviation below this share of the largest number is rounding
 
 
 def lack_a_centre(model: NextGPT) -> list[Modality]:
@@ -25,16 +29,20 @@ def lack_a_centre(model: NextGPT) -> list[Modality]:
 
 
 @torch.no_grad()
-def centre_projections(model: NextGPT, batches: Iterable[Batch]) -> None:
+def centre_projections(
+    model: NextGPT, batches: Iterable[Batch], dtype: torch.dtype = torch.float32
+) -> None:
     """Set the centres that lack to the mean of the signal tokens' states, and whiten what is left.
 
     Args:
         batches: every process has its own, and all begin alike; one forward pass for each that
             comes without states.
+        dtype: of the products in these passes; the measuring itself is float64.
     """
     found: dict[Modality, list[Tensor]] = {m: [] for m in lack_a_centre(model)}
     for batch in batches:
-        for modality, states_2RTH in (batch.states or _read(model, batch)).items():
+        states = _read(model, batch, dtype) if batch.states is None else batch.states
+        for modality, states_2RTH in states.items():
             if modality in found:
                 found[modality].append(states_2RTH.float().sum(dim=0).flatten(0, 1).cpu())
     gathered = gather_over_processes(found)
@@ -46,10 +54,11 @@ def centre_projections(model: NextGPT, batches: Iterable[Batch]) -> None:
             whiten(projection.fc, states_NH - projection.centre)
 
 
-def _read(model: NextGPT, batch: Batch) -> dict[Modality, Tensor]:
-    """By modality the states of the batch's signal runs, (2, R, T, H)."""
-    embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
-    hidden = model.read(embeddings, batch.attention_mask, batch.position_ids)
+def _read(model: NextGPT, batch: Batch, dtype: torch.dtype) -> dict[Modality, Tensor]:
+    """By modality the states of the batch's signal runs, (2, R, T, H); no dropout is drawn."""
+    with dropout_disabled(model), autocast_to(dtype, batch.input_ids.device):
+        embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
+        hidden = model.read(embeddings, batch.attention_mask, batch.position_ids)
     return {
         modality: model.states_of_runs(modality, runs, hidden, embeddings)
         for modality, runs in batch.runs.items()
@@ -60,13 +69,21 @@ def _read(model: NextGPT, batch: Batch) -> dict[Modality, Tensor]:
 def whiten(layer: nn.Linear, states_NH: Tensor) -> None:
     """Let `layer` begin with the W principal components of its centred inputs (N, H).
 
-    Each is divided by its deviation plus the median of those, so that noise is not blown up.
+    Each is divided by its deviation plus the median of those, so that noise is not blown up. N
+    states vary in N - 1 directions at most; the rows for which none is left begin at 0, since what
+    was not seen to vary has no scale. One state, or states all alike, leave `layer` as it is.
     """
+    states_NH = states_NH.double()
     variances_H, components_HH = torch.linalg.eigh(states_NH.T @ states_NH / len(states_NH))
     count = min(layer.out_features, layer.in_features)
     deviations_C = variances_H.flip(0)[:count].clamp(min=0).sqrt()
-    components_HC = components_HH.flip(1)[:, :count]
+    rank = int((deviations_C[: len(states_NH) - 1] > _RESOLUTION * states_NH.abs().max()).sum())
+    if rank == 0:
+        return
+    nn.init.zeros_(layer.bias)
+    deviations_C = deviations_C[:rank]
+    components_HC = components_HH.flip(1)[:, :rank]
     largest_C = components_HC.gather(0, components_HC.abs().argmax(dim=0, keepdim=True))
     scaled_HC = components_HC * largest_C.sign() / (deviations_C + deviations_C.median())
-    nn.init.zeros_(layer.bias)
-    layer.weight[:count] = scaled_HC.T
+    layer.weight[:rank] = scaled_HC.T
+    layer.weight[rank:count] = 0

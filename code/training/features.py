@@ -68,8 +68,7 @@ class BatchCompleter:
         for slot, medium, decoded in ready.views:
             # One by one: a feature's last bits depend on what is encoded beside it, and a resumed
             # run meets media in other company.
-            views = decoded.views[None].to(self.device)
-            feature = self.encoder.encode(medium.modality, views)[0].float()
+            feature = self._encode_for_cache(medium.modality, decoded.views)
             batch.features[slot] = feature
             computed.setdefault(medium.modality, []).append(
                 (decoded.content, feature.cpu().numpy())
@@ -77,8 +76,22 @@ class BatchCompleter:
         for modality, features in computed.items():
             self.caches[modality].put_many(features)
         for modality, texts in ready.texts.items():
-            batch.captions[modality] = self._caption_encoder(modality).encode(texts).float()
+            with self._full_precision():
+                batch.captions[modality] = self._caption_encoder(modality).encode(texts).float()
         return batch
+
+    def _encode_for_cache(self, modality: Modality, views: torch.Tensor) -> torch.Tensor:
+        """The feature (E,) float32 of one medium's views: what the cache keeps for good.
+
+        The same to the bit wherever a medium is first met, in a warm start's forward passes or in a
+        step.
+        """
+        with self._full_precision():
+            return self.encoder.encode(modality, views[None].to(self.device))[0].float()
+
+    def _full_precision(self) -> torch.autocast:
+        """Products in the frozen encoders' own dtype inside, whatever the caller's autocast."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def _caption_encoder(self, modality: Modality) -> CaptionEncoder:
         if modality not in self._caption_encoders:

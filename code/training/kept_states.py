@@ -1,10 +1,13 @@
-"""What a language model that does not change says of each conversation, read once and kept.
+"""A cache of hidden states, for stages in which the language model does not change.
 
 Where the output projections train alone, nothing before them changes. Their first pass over the
 conversations then costs the language model's forward pass, later ones only theirs. A process tells
 the others what it reads. Each keeps in the CPU's memory 2 x T x H numbers a signal run: 18 kB in
-the mini system, 1.6 MB for 24 tokens of a 7B model.
+the mini system, 0.8 MB for 24 tokens of a 7B model; up to `training.hidden_state_cache_gb`, beyond
+which states are computed again whenever they are needed.
 """
+
+import hashlib
 
 import torch
 from torch import Tensor
@@ -13,27 +16,44 @@ from config.errors import InputError
 from config.schema import TrainingConfig
 from conversation.batch import Batch
 from conversation.parts import Modality
+from model.device import autocast_to
 from model.language_model import fold_adapters
 from model.nextgpt import NextGPT
-from training.processes import gather_over_processes
+from model.parts import dropout_disabled
+from training.processes import gather_over_processes, most_over_processes, sum_over_processes
 
-_READ_TOGETHER = 16  # rows of like length; the shorter ones are padded
+READ_TOGETHER = 16  # rows of like length; the shorter ones are padded
+_ENTRY = 1000  # bytes that Python and torch spend on a conversation and its tensors, about
 _Run = tuple[Modality, int]  # a run of a conversation, by its first position
-_Key = tuple[bytes, bytes]  # a conversation: its ids to the end of its last run, its media
+_Key = bytes  # of a conversation: its ids to the end of its last run, its media
+_States = dict[_Run, Tensor]  # of a conversation, (2, T, H) float32 each
+
+
+def keeps_states(training: TrainingConfig) -> bool:
+    """Whether hidden states are cached: not where every row is read in one epoch only."""
+    return training.keep_states and training.epochs > 1
+
+
+def bytes_to_keep(training: TrainingConfig) -> float:
+    """What the cache may take of the machine's memory, in every process."""
+    return training.hidden_state_cache_gb * 1e9 if keeps_states(training) else 0.0
 
 
 class KeptStates:
-    """Fills in a batch's states; reads what no process has seen before.
+    """Fills in a batch's states; computes those that the cache does not hold.
 
     Args:
         model: its forward pass must not change any more; its adapters are folded into it.
         training: of the run.
+        dtype: of the products.
 
     Raises:
         InputError: something before the output projections trains.
     """
 
-    def __init__(self, model: NextGPT, training: TrainingConfig) -> None:
+    def __init__(
+        self, model: NextGPT, training: TrainingConfig, dtype: torch.dtype = torch.float32
+    ) -> None:
         if set(training.trains) != {"output_projections"}:
             raise InputError(
                 f"training.keep_states: with training.trains {training.trains} the language "
@@ -41,11 +61,19 @@ class KeptStates:
             )
         fold_adapters(model)
         self._model = model
-        self._kept: dict[_Key, dict[_Run, Tensor]] = {}
+        self._dtype = dtype
+        self._room = bytes_to_keep(training)
+        self._kept: dict[_Key, _States] = {}  # the same in every process
+        self._size = 0  # bytes of it
+        self._full = False
+        self._not_kept = 0  # times that this process computed what there was no room for
 
     @torch.no_grad()
     def fill(self, batch: Batch) -> Batch:
         """`batch` with its states, (2, R, T, H) float32 each; every process must fill one.
+
+        All processes run the same number of forward passes, whatever each of them lacks: under
+        ZeRO 3 every pass gathers the weights from all.
 
         Raises:
             InputError: it holds several conversations a row.
@@ -62,18 +90,51 @@ class KeptStates:
         ends = {row: max(self._end(run) for run in found) for row, found in runs.items()}
         keys = {row: _key(batch, row, end) for row, end in ends.items()}
         unread = sorted((row for row in runs if keys[row] not in self._kept), key=ends.__getitem__)
-        read: dict[_Key, dict[_Run, Tensor]] = {}
-        for start in range(0, len(unread), _READ_TOGETHER):
-            rows = {row: ends[row] for row in unread[start : start + _READ_TOGETHER]}
+        passes = most_over_processes(-(-len(unread) // READ_TOGETHER), batch.input_ids.device)
+        computed: dict[_Key, _States] = {}
+        for start in range(0, passes * READ_TOGETHER, READ_TOGETHER):
+            rows = {row: ends[row] for row in unread[start : start + READ_TOGETHER]}
             states = self._read(batch, rows, runs)
-            read |= {keys[row]: of_row for row, of_row in states.items()}
-        for others in gather_over_processes(read):
-            self._kept |= others
+            computed |= {keys[row]: of_row for row, of_row in states.items()}
+        if passes:
+            self._keep(computed)
+            self._not_kept += sum(keys[row] not in self._kept for row in unread)
         batch.states = {}  # of a batch without runs it stays so, and nothing is read
         for modality, places in batch.runs.items():
-            found = [self._kept[keys[row]][modality, first] for row, first in places.tolist()]
+            found = [
+                (self._kept.get(keys[row]) or computed[keys[row]])[modality, first]
+                for row, first in places.tolist()
+            ]
             batch.states[modality] = torch.stack(found, dim=1).to(batch.input_ids.device)
         return batch
+
+    def report(self) -> str:
+        """One line on what was kept and what there was no room for; all processes must call it."""
+        size = self._size / 1e9
+        device = self._model.input_projection.weight.device
+        (not_kept,) = sum_over_processes([self._not_kept], device)
+        line = f"hidden states of {len(self._kept)} conversations kept, {size:.3f} GB a process"
+        if not_kept:
+            line += (
+                f"; computed again for want of room {int(not_kept)} times: raise "
+                f"training.hidden_state_cache_gb {self._room / 1e9:g} if the machine has more"
+            )
+        return line
+
+    def _keep(self, computed: dict[_Key, _States]) -> None:
+        """Keep what all processes have computed while there is room, the same in each of them."""
+        if self._full:
+            return
+        for others in gather_over_processes(computed):
+            for key, states in others.items():
+                size = _ENTRY + sum(one.nbytes for one in states.values())
+                if key in self._kept:
+                    continue
+                if self._size + size > self._room:
+                    self._full = True
+                    return
+                self._kept[key] = states
+                self._size += size
 
     def _end(self, run: _Run) -> int:
         modality, first = run
@@ -81,10 +142,13 @@ class KeptStates:
 
     def _read(
         self, batch: Batch, ends: dict[int, int], runs: dict[int, list[_Run]]
-    ) -> dict[int, dict[_Run, Tensor]]:
-        """The states (2, T, H) of the runs of these rows, which end at these positions."""
-        rows, end = list(ends), max(ends.values())
-        places = {row: place for place, row in enumerate(rows)}
+    ) -> dict[int, _States]:
+        """The states of the runs of these rows, which end at these positions.
+
+        Without rows, a forward pass of one token, in step with the other processes.
+        """
+        rows, end = list(ends) or [0], max(ends.values(), default=1)
+        places = {row: place for place, row in enumerate(ends)}
         shown = [
             (index, places[row], first)
             for index, (row, first) in enumerate(batch.slots.tolist())
@@ -92,8 +156,9 @@ class KeptStates:
         ]
         slots = batch.slots.new_tensor([slot for _, *slot in shown]).view(-1, 2)
         features = batch.features[[index for index, *_ in shown]]
-        embeddings = self._model.embed(batch.input_ids[rows, :end], slots, features)
-        hidden = self._model.read(embeddings, batch.attention_mask[rows, :end])
+        with dropout_disabled(self._model), autocast_to(self._dtype, batch.input_ids.device):
+            embeddings = self._model.embed(batch.input_ids[rows, :end], slots, features)
+            hidden = self._model.read(embeddings, batch.attention_mask[rows, :end])
         return {
             row: {
                 (modality, first): self._model.states_of_runs(
@@ -109,4 +174,6 @@ class KeptStates:
 
 def _key(batch: Batch, row: int, end: int) -> _Key:
     features = batch.features[(batch.slots[:, 0] == row) & (batch.slots[:, 1] < end)]
-    return batch.input_ids[row, :end].cpu().numpy().tobytes(), features.cpu().numpy().tobytes()
+    digest = hashlib.blake2b(batch.input_ids[row, :end].cpu().numpy().tobytes(), digest_size=16)
+    digest.update(features.cpu().numpy().tobytes())
+    return end.to_bytes(4, "big") + digest.digest()

@@ -21,7 +21,7 @@ from dataset.conversations import caption_shapes, open_conversations
 from dataset.sampler import BatchPlan
 from model.build import build_conversation_encoder, build_model
 from model.delta import Delta, carried_over, load_delta, read_delta
-from model.device import choose_device, choose_dtype
+from model.device import autocast_to, choose_device, choose_dtype
 from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table, set_trainable
 from model.quantization import refuse_to_divide
@@ -30,7 +30,7 @@ from training.caption_check import check_caption_embeddings
 from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
 from training.fitting import fit_input_projection
-from training.kept_states import KeptStates
+from training.kept_states import KeptStates, keeps_states
 from training.processes import start_processes, sum_over_processes
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
@@ -38,7 +38,7 @@ from training.run_inputs import identify_inputs
 from training.samples import ReadyBatch, ReadySamples, load_batches, shares
 
 # What the stages before have trained, and a stage's predecessor must therefore bring.
-_TRAINED_BEFORE: dict[int, set[Part]] = {
+TRAINED_BEFORE: dict[int, set[Part]] = {
     1: set(),
     2: {"input_projection", "vocabulary"},
     3: {"input_projection", "output_projections", "vocabulary"},
@@ -113,7 +113,9 @@ class Trainer:
         vocabulary_size = model.own_vocabulary_size
         if checkpoint is None and (delta is None or not delta.holds("input_projection")):
             self.fit(model, samples, plan, steps)
-        kept = KeptStates(model, training) if training.keep_states else None
+        kept = KeptStates(model, training, self.dtype) if keeps_states(training) else None
+        if training.keep_states and kept is None:
+            self.say("training.keep_states: one epoch reads no state again, so none is kept")
         self.centre(model, samples, plan, steps, kept)
         agent = Agent(model, training, steps, self.device, self.dtype)
         torch.manual_seed(training.seed + self.rank)  # every process drops out its own
@@ -133,6 +135,8 @@ class Trainer:
         with closing(Progress(logs, self.rank, first_step, steps, counted)) as progress:
             if not self.take_steps(agent, samples, plan, folder, progress, first_step, steps, kept):
                 return False
+        if kept is not None:
+            self.say(kept.report())
         tensors = agent.tuned_tensors(own_vocabulary=own_vocabulary)
         if self.rank == 0:
             folder.finish(carried | tensors, vocabulary_size)
@@ -160,8 +164,7 @@ class Trainer:
         if lack_a_centre(model):
             model.to(self.device)
             batches = self.batches(samples, plan, min(steps, _CENTRING_BATCHES))
-            with self.autocast():
-                centre_projections(model, map(kept.fill, batches) if kept else batches)
+            centre_projections(model, map(kept.fill, batches) if kept else batches, self.dtype)
 
     def batches(self, samples: ReadySamples, plan: BatchPlan, steps: int) -> Iterator[Batch]:
         """This process's part of the run's first batches, a conversation a row."""
@@ -173,7 +176,7 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """Products in the run's precision, as in the agent's steps."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        return autocast_to(self.dtype, self.device)
 
     def take_steps(
         self,
@@ -210,8 +213,7 @@ class Trainer:
                 return False
             whole = [completer.complete(one) for one in ready]
             if kept is not None:
-                with self.autocast():
-                    whole = [kept.fill(batch) for batch in whole]
+                whole = [kept.fill(batch) for batch in whole]
                 counts = replace(counts, tokens=0)
             result = agent.step(whole, counts)
             progress.report(step, result, counts)
@@ -283,7 +285,7 @@ class Trainer:
         )
         if delta is not None:
             self.say(f"starting from {delta.source}")
-            for line in load_delta(model, delta, _TRAINED_BEFORE[self.options.stage]):
+            for line in load_delta(model, delta, TRAINED_BEFORE[self.options.stage]):
                 self.say(f"  {line}")
         free_what_trains(model, self.config)
         self.say(format_parts_table(parts_table(model)))
@@ -299,8 +301,13 @@ class Trainer:
 
 
 def free_what_trains(model: NextGPT, config: Config) -> None:
-    """Set `requires_grad` on what the stage trains, and how activations are kept, in place."""
-    whole = config.language_model.train_vocabulary == "all"
-    set_trainable(model, config.training.trains, own_vocabulary=whole)
-    if config.training.activation_checkpointing:
+    """Set what trains, modules' modes, and how activations are kept, in place.
+
+    Where output projections alone train, no gradient passes through the language model: it keeps no
+    activations, and is not to be asked to compute them again for a gradient of its inputs.
+    """
+    trains = config.training.trains
+    if config.training.activation_checkpointing and set(trains) != {"output_projections"}:
         model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    whole = config.language_model.train_vocabulary == "all"
+    set_trainable(model, trains, own_vocabulary=whole)

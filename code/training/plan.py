@@ -4,13 +4,13 @@ The model is laid out on the meta device, and one micro batch, as full as it may
 it with fake tensors, which have shapes and no contents: what is alive at the worst moment is
 counted. The rest is arithmetic on what DeepSpeed keeps (its ZeRO stages, arXiv 1910.02054). It
 takes seconds, and next to no memory, for the 7B system too. CUDA itself, and the gaps between its
-blocks, come on top.
+blocks, come on top; in the machine's memory Python and its libraries, half a GB a process and
+more with CUDA.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -23,23 +23,25 @@ from config.loader import project_path
 from config.schema import Config, Quantization
 from conversation.batch import Batch
 from conversation.parts import Modality
+from dataset.catalog import find_entry
 from model.build import build_on_meta, find_folder
+from model.device import autocast_to, choose_dtype
 from model.imagebind import ImageBind, encoder_figures
 from model.nextgpt import NextGPT
-from model.parts import format_parts_table, parts_table
+from model.parts import is_own_vocabulary, part_of, parts_table
 from model.quantization import quantizable_matrices, refuse_to_divide, saved_bytes
 from model.weight_files import map_folder
 from training.agent import micro_batch_size, read_settings
-from training.loop import free_what_trains
+from training.kept_states import READ_TOGETHER, bytes_to_keep, keeps_states
+from training.loop import TRAINED_BEFORE, free_what_trains
 from training.memory_meter import MemoryMeter
 
 _FLOAT = 4  # bytes: of what trains, its gradients and Adam's moments
-_CARDS = (24, 48, 80)  # GB
-_HEADROOM = 0.9  # of a card: the rest is left for CUDA and for gaps
 # DeepSpeed's own defaults of what its JSON leaves out.
 _BUCKET = 500_000_000  # numbers
 _MOST_GATHERED = 1_000_000_000  # numbers, by ZeRO 3
-_DTYPES = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp16": torch.float16}
+_VIDEO_VIEWS = 18_063_360  # bytes: 15 of two frames, 3 x 224 x 224 float32; the largest medium
+_AHEAD = 2  # batches that each loader process has ready, by default
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,28 @@ class Plan:
     """What one of the processes needs.
 
     Attributes:
+        processes: how many they are.
         facts: the run's figures, in words.
         parts: by part its parameters and how many of them train.
         on_device, in_memory: bytes on the GPU, and beside it in the machine's memory, by use.
+        loading: bytes of the weights in the machine's memory at the start; over before a step.
         peak: bytes on the GPU at the worst moment; uses that do not meet count once.
         serving: bytes of each part of the served system.
     """
 
+    processes: int
     facts: str
     parts: dict[str, tuple[int, int]]
     on_device: dict[str, float]
     in_memory: dict[str, float]
+    loading: float
     peak: float
     serving: dict[str, float]
+
+    @property
+    def memory_peak(self) -> float:
+        """Bytes in the machine's memory at the worst moment: at the start, or in the steps."""
+        return max(self.loading, sum(self.in_memory.values()))
 
 
 def plan_stage(config: Config, stage: int, processes: int) -> Plan:
@@ -77,9 +88,9 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
     zero_stage = zero.get("stage", 0)
     quantization = config.language_model.quantization
     refuse_to_divide(training.deepspeed, settings, quantization)
-    dtype = _DTYPES.get(training.precision, torch.float32)
+    dtype = _planned_dtype(config)
     known = _figures(config)
-    model = _lay_out(config, known, dtype)
+    model = _lay_out(config, stage, known, dtype)
     micro = micro_batch_size(training, processes)
     passes = training.global_batch_size // processes // micro
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -93,6 +104,7 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
         "weights that stay frozen": weights_kept * stored,
         "weights that train": weights_kept * trained * _FLOAT,
     }
+    loading = sum(weights.values()) / weights_kept if quantization == "none" else 0.0
     beside = zero_stage == 3 and _offloads(zero, "offload_param")
     on_device, in_memory = ({}, weights) if beside else (weights, {})
     on_device |= _reducing(zero, zero_stage, trained, sum(p.numel() for p in frozen), dtype)
@@ -102,6 +114,7 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
         in_memory = in_memory | updating | copied
     else:
         on_device |= updating
+    in_memory = in_memory | _keeping(config, processes)
     on_device |= _reading(config) | _unpacking(model.language_model, quantization)
     peak = sum(on_device.values()) + meter.peak
     on_device["gradients"] = trained * _FLOAT * gradients_kept
@@ -112,39 +125,15 @@ def plan_stage(config: Config, stage: int, processes: int) -> Plan:
         f"each, {str(dtype).removeprefix('torch.')}, ZeRO {zero_stage}"
     )
     return Plan(
-        facts, parts_table(model), on_device, in_memory, peak, _serving(config, known, dtype)
+        processes,
+        facts,
+        parts_table(model),
+        on_device,
+        in_memory,
+        loading,
+        peak,
+        _serving(config, known, dtype),
     )
-
-
-def format_plan(plan: Plan) -> str:
-    """The plan as text."""
-    lines = [plan.facts, format_parts_table(plan.parts), "", "on each GPU, GB"]
-    lines += [_row(use, size) for use, size in plan.on_device.items()]
-    lines.append(_row("at most at once", plan.peak))
-    if plan.in_memory:
-        lines += ["", "in the machine's memory, for each process, GB"]
-        lines += [_row(use, size) for use, size in plan.in_memory.items()]
-    lines += ["", "serving, GB"]
-    lines += [_row(part, size) for part, size in plan.serving.items()]
-    lines.append(_row("together", sum(plan.serving.values())))
-    lines += ["", *_fitting(plan.peak)]
-    return "\n".join(lines)
-
-
-def _row(name: str, size: float) -> str:
-    return f"  {name:<44}{size / 1e9:>9.2f}"
-
-
-def _fitting(peak: float) -> list[str]:
-    """Whether it fits the devices at hand, and common ones; a tenth of each is left free."""
-    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    at_hand = {f"{i}: {one.name}": one.total_memory for i, one in enumerate(devices)}
-    at_hand = at_hand or {"no GPU here; this machine's memory": psutil.virtual_memory().total}
-    at_hand |= {f"a GPU of {size} GB": size * 1e9 for size in _CARDS}
-    return [
-        f"{name} ({size / 1e9:.0f} GB): {'fits' if peak < _HEADROOM * size else 'does not fit'}"
-        for name, size in at_hand.items()
-    ]
 
 
 def _offloads(zero: dict[str, Any], what: str) -> bool:
@@ -162,19 +151,34 @@ def _figures(config: Config) -> tuple[PreTrainedConfig, int]:
     return known
 
 
-def _lay_out(config: Config, known: tuple[PreTrainedConfig, int], dtype: torch.dtype) -> NextGPT:
-    """The model on the meta device: what trains in float32, the rest in `dtype`."""
+def _lay_out(
+    config: Config, stage: int, known: tuple[PreTrainedConfig, int], dtype: torch.dtype
+) -> NextGPT:
+    """The model of a run on the meta device: the language model in `dtype`, the rest in float32.
+
+    With what the stage trains, and the adapters that its predecessor brings.
+    """
     trains = config.training.trains
     model = build_on_meta(
         config,
         *known,
-        lora="lora" in trains,
+        lora="lora" in trains or "lora" in TRAINED_BEFORE[stage],
         output_projections="output_projections" in trains,
     )
     model.language_model.set_attn_implementation(config.language_model.attention)
-    model.to(dtype)
+    for name, parameter in model.named_parameters():
+        if part_of(name) is None or is_own_vocabulary(name):
+            parameter.data = parameter.data.to(dtype)
     free_what_trains(model, config)
-    return model.train()
+    return model
+
+
+def _planned_dtype(config: Config) -> torch.dtype:
+    """The run's precision on the GPUs at hand; without any `auto` is bf16, as on those of today."""
+    if torch.cuda.is_available():
+        return choose_dtype(config.training.precision, torch.device("cuda"))
+    known = {"fp32": torch.float32, "fp16": torch.float16}
+    return known.get(config.training.precision, torch.bfloat16)
 
 
 def _take_through(
@@ -185,13 +189,19 @@ def _take_through(
     passes: int,
     gradients_kept: float,
 ) -> MemoryMeter:
-    """What `passes` micro batches, one after the other, hold on to."""
+    """What `passes` micro batches, one after the other, hold on to, and before that a reading."""
     with FakeTensorMode():
         _replace_by_fakes(model)
         batch = full_batch(config, model, micro)
+        products = autocast_to(dtype, torch.device("cpu"))
         with MemoryMeter(model, gradients_kept) as meter:
+            if batch.states is not None:
+                with torch.no_grad(), products:
+                    rows = slice(min(micro, READ_TOGETHER))
+                    ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
+                    model.read(model.embed(ids, batch.slots[rows], batch.features[rows]), mask)
             for _ in range(passes):
-                with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                with products:
                     losses = model(batch)
                 (losses.text + sum(losses.alignment.values()) + losses.unused).backward()
                 del losses
@@ -233,7 +243,7 @@ def full_batch(config: Config, model: NextGPT, micro: int) -> Batch:
         features=torch.empty(micro, config.encoder.width),
         runs=dict.fromkeys(made, places),
         captions={m: torch.empty(micro, *config.decoders[m].caption_shape) for m in made},
-        states=states if config.training.keep_states else None,
+        states=states if keeps_states(config.training) else None,
         position_ids=torch.zeros_like(ids) if packed else None,
     )
 
@@ -264,7 +274,7 @@ def _reducing(
 def _reading(config: Config) -> dict[str, float]:
     """What makes batches ready: until all features are kept the encoder, and text encoders."""
     needs: dict[str, float] = {}
-    if not config.training.keep_states and "input_projection" in config.training.trains:
+    if _may_show_media(config):
         needs["encoder, until all features are kept"] = _encoder_size(config)
     aligned = "output_projections" in config.training.trains
     if aligned and config.data.caption_embeddings == "online":
@@ -272,6 +282,23 @@ def _reading(config: Config) -> dict[str, float]:
             folder = find_folder(decoder.path, "model_index.json")
             numbers = sum(t.numel() for t in map_folder(folder / "text_encoder").values())
             needs[f"text encoder, {modality}"] = numbers * 2  # half precision on a GPU
+    return needs
+
+
+def _may_show_media(config: Config) -> bool:
+    """Whether a conversation of the data sets may show a medium: all kinds but captions alone."""
+    return any(find_entry(name).kind != "caption_out" for name in config.data.datasets)
+
+
+def _keeping(config: Config, processes: int) -> dict[str, float]:
+    """What grows or waits in the machine's memory while the steps are taken."""
+    needs: dict[str, float] = {}
+    if most := bytes_to_keep(config.training):
+        needs["hidden states, kept (hidden_state_cache_gb)"] = most
+    if _may_show_media(config):
+        share = config.training.global_batch_size // processes
+        ready = max(1, _AHEAD * config.data.workers)
+        needs["media, decoded for the encoder"] = float(ready * share * _VIDEO_VIEWS)
     return needs
 
 

@@ -39,6 +39,22 @@ def sum_over_processes(values: Sequence[float], device: torch.device) -> list[fl
     return total.tolist()
 
 
+def most_over_processes(value: int, device: torch.device) -> int:
+    """The largest `value` of any process (an all-reduce); all must call it."""
+    if not dist.is_initialized():
+        return value
+    most = torch.tensor(value, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
+
+
+def add_over_processes(tensors: Sequence[torch.Tensor]) -> None:
+    """Sum each tensor over all processes in place (an all-reduce); all must call it."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
 def gather_over_processes(thing: _T) -> list[_T]:
     """Every process's `thing`, by rank; tensors in it must be on the CPU. All must call it."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

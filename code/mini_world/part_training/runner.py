@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from config.atomic import written_aside
-from model.device import cpu_has_fast_bf16
+from model.device import has_fast_bf16
 
 CPU = torch.device("cpu")
 Losses = dict[str, Tensor]  # scalars with their weights; the sum is minimised
@@ -43,10 +43,11 @@ class Plan:
 
 def cheap_products(device: torch.device = CPU) -> torch.autocast:
     """Products in bfloat16 where that is faster."""
-    faster = device.type == "cuda" or cpu_has_fast_bf16()
     # A CUDA graph, which products may be part of, allows no cache of weights in bfloat16.
     cached = device.type != "cuda"
-    return torch.autocast(device.type, torch.bfloat16, enabled=faster, cache_enabled=cached)
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=has_fast_bf16(device), cache_enabled=cached
+    )
 
 
 def train(

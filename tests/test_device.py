@@ -1,0 +1,73 @@
+"""The precision that a run chooses: bf16 only where the hardware has it."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from config.errors import InputError
+from mini_world.part_training.runner import cheap_products
+from model.device import choose_dtype
+from tiny_system import tiny_config
+from training.plan import plan_stage
+
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+@pytest.fixture
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of that compute capability, on which torch emulates bf16 if it lacks it."""
+    major, minor = request.param
+    properties = SimpleNamespace(major=major, minor=minor, name="a GPU", total_memory=24e9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+
+
+def on(*capabilities: tuple[int, int]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("capability", capabilities, indirect=True)
+
+
+@on((7, 0), (7, 5))
+@pytest.mark.usefixtures("capability")
+def test_a_gpu_that_emulates_bf16_computes_in_fp16_and_refuses_bf16() -> None:
+    assert choose_dtype("auto", GPU) == choose_dtype("fp16", GPU) == torch.float16
+    assert choose_dtype("fp32", GPU) == torch.float32
+    with pytest.raises(InputError, match=r"training.precision bf16: .* set it to auto or fp16"):
+        choose_dtype("bf16", GPU)
+    assert ", float16," in plan_stage(tiny_config(1), 1, 1).facts
+
+
+@on((8, 0), (8, 9), (9, 0))
+@pytest.mark.usefixtures("capability")
+def test_a_gpu_that_has_bf16_computes_in_it() -> None:
+    assert choose_dtype("auto", GPU) == choose_dtype("bf16", GPU) == torch.bfloat16
+    assert ", bfloat16," in plan_stage(tiny_config(1), 1, 1).facts
+
+
+@on((7, 5))
+@pytest.mark.usefixtures("capability")
+def test_amds_gpus_have_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert choose_dtype("auto", GPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_a_cpu_computes_in_bf16_where_it_is_fast_and_where_it_is_asked_to(
+    flags: dict[str, bool], chosen: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
+    assert choose_dtype("auto", CPU) == chosen
+    assert choose_dtype("bf16", CPU) == torch.bfloat16
+    with cheap_products(CPU):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == chosen

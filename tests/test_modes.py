@@ -1,0 +1,137 @@
+"""What does not train is in evaluation mode, whoever calls `train`; what trains drops out."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes
+import pytest
+import torch
+from torch import nn
+
+from config.loader import STAGES
+from conversation.batch import Batch
+from model.build import build_model
+from model.nextgpt import NextGPT
+from model.parts import dropout_disabled, part_of
+from tiny_run import TinyRun, trained
+from tiny_system import randomise_adapters, recorded_batch, tiny_config
+from training.centring import centre_projections
+from training.loop import free_what_trains
+
+DROPOUT = "language_model.lora_dropout=0.1"
+
+
+def model_of(stage: int, *sets: str) -> NextGPT:
+    """A stage's model with adapters that say something and a language model that would drop out."""
+    config = tiny_config(stage, [DROPOUT, *sets])
+    torch.manual_seed(0)
+    model = build_model(config, torch.float32, lora=True, output_projections=True)
+    randomise_adapters(model)
+    for module in model.language_model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.5
+    free_what_trains(model, config)
+    return model
+
+
+def batch() -> Batch:
+    return recorded_batch("stage3.image")
+
+
+def differs(model: NextGPT) -> bool:
+    """Whether two forward passes over the same batch give other losses."""
+    with torch.no_grad():
+        return model(batch()).text.item() != model(batch()).text.item()
+
+
+def saved_tensors(model: NextGPT) -> int:
+    """How many tensors a forward pass saves for the backward pass."""
+    saved: list[torch.Tensor] = []
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    model.output_projections.clear()  # which save most, and are not recomputed
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        model(batch())
+    return len(saved)
+
+
+def quantized(model: NextGPT) -> list[nn.Module]:
+    """The layers whose matrices bitsandbytes holds."""
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def after_evaluation(model: NextGPT) -> None:
+    model.eval()
+    assert not any(module.training for module in model.modules())
+    model.train()
+
+
+def after_a_warm_start(model: NextGPT) -> None:
+    with dropout_disabled(model):
+        assert not differs(model)
+
+
+@pytest.mark.parametrize("between", [NextGPT.train, after_evaluation, after_a_warm_start])
+@pytest.mark.parametrize("stage", STAGES)
+def test_dropout_is_active_in_what_trains_and_nowhere_else(
+    stage: int, between: Callable[[NextGPT], object]
+) -> None:
+    model = model_of(stage)
+    for _ in range(2):
+        trains = tiny_config(stage).training.trains
+        for name, module in model.named_modules():
+            if name and not isinstance(module, nn.Embedding):
+                assert module.training == (part_of(f"{name}.") in trains), name
+        assert differs(model) == ("lora" in trains)
+        between(model)
+
+
+def test_layers_that_recompute_activations_keep_doing_so_without_dropout() -> None:
+    model = model_of(1, "training.activation_checkpointing=true")
+    layers = model.language_model.model.layers
+    assert all(layer.training and layer.gradient_checkpointing for layer in layers)
+    assert not any(layer.self_attn.training for layer in layers) and not differs(model)
+    assert saved_tensors(model) < saved_tensors(model_of(1)) / 2
+
+
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
+@pytest.mark.parametrize("kind", ["8bit", "4bit"])
+def test_quantized_matrices_let_gradients_through_after_a_pass_without_dropout(kind: str) -> None:
+    gradients = []
+    for warm_start in (False, True):
+        model = model_of(1, f"language_model.quantization={kind}")
+        shown = recorded_batch("stage1.image")
+        if warm_start:
+            with dropout_disabled(model), torch.no_grad():
+                model(shown)
+        model(shown).text.backward()
+        gradients.append(model.input_projection.weight.grad)
+        states = [getattr(m.weight, "quant_state", None) for m in quantized(model)]
+        assert states and not any(getattr(s, "packing_format_for_cpu", False) for s in states)
+    assert gradients[0].any() and torch.equal(*gradients)
+
+
+def test_measuring_a_centre_draws_no_dropout() -> None:
+    centres = []
+    for seed in (1, 2):
+        model = model_of(3, "output_projection.centred=true")
+        torch.manual_seed(seed)
+        centre_projections(model, [batch()])
+        centres.append(model.output_projections["image"].centre.clone())
+        assert differs(model)  # it trains again as before
+    assert centres[0].any() and torch.equal(*centres)
+
+
+def test_stage_4_reads_frozen_adapters_without_dropout_resumed_or_not(tmp_path: Path) -> None:
+    start = ["--init-from", str(trained(3).folder)]
+    sets = ["training.save_every=1", "training.epochs=9", "training.max_steps=6"]
+    sets.append("training.keep_states=false")
+    plain = TinyRun(tmp_path / "plain", 4, sets, start).finish()
+    killed = TinyRun(tmp_path / "killed", 4, [*sets, DROPOUT], start)
+    killed.kill_when(lambda: len(killed.metrics) >= 3)
+    again = TinyRun(killed.save_path, 4, [*sets, DROPOUT], ["--resume"]).finish()
+    assert "resumed after step" in again.output and again.losses == plain.losses
