@@ -17,6 +17,7 @@ from torch import Tensor
 
 from config.atomic import written_aside
 from config.errors import InputError, MediaError
+from config.json_text import to_json
 from conversation.parts import Modality
 
 
@@ -88,7 +89,7 @@ class EmbeddingStore:
                 )
         else:
             with written_aside(about_file) as aside:
-                aside.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                aside.write_text(to_json(about, indent=2) + "\n", encoding="utf-8")
         _cut_torn_line(self._list)
         self._captions: dict[str, str] = {}
         for file in sorted(folder.glob(f"captions.{modality}.rank*.jsonl")):
@@ -128,7 +129,7 @@ class EmbeddingStore:
         entries = zip(names, captions, strict=True)
         try:
             with self._list.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"name": n, "caption": c}) + "\n" for n, c in entries)
+                file.writelines(to_json({"name": n, "caption": c}) + "\n" for n, c in entries)
         except OSError as error:
             fault = f"could not write {self._list} (is the disk full?): {error.strerror}"
             raise InputError(fault) from error

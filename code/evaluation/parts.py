@@ -5,7 +5,6 @@ Decoders: own text encoder, true caption, and the judge looks at what comes out.
 pairs in held-out wordings.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from chat.options import ChatOptions
 from config.atomic import written_aside
+from config.json_text import to_json
 from config.loader import project_path
 from config.schema import Config
 from conversation.parts import MODALITIES, Modality
@@ -61,7 +61,7 @@ def score_parts(config: Config, parts: Sequence[str], samples: int, seed: int, o
         for modality, found in figures["encoder"].items():
             print(f"encoder, {modality} among {CANDIDATES} captions: {found['right']:.1%}")
     with written_aside(out / "parts.json") as aside:
-        aside.write_text(json.dumps({"samples": samples, "seed": seed, **figures}, indent=1) + "\n")
+        aside.write_text(to_json({"samples": samples, "seed": seed, **figures}, indent=1) + "\n")
 
 
 def held_out(count: int, modality: Modality, seed: int) -> list[tuple[Thing, str]]:
