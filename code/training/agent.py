@@ -168,7 +168,8 @@ class Agent:
             self.loss_scale.update(overflowed)
         elif overflowed:
             raise InputError(_BAD_GRADIENT)
-        return self._result(totals, counts, rate, scale, overflowed)
+        norm = None if overflowed else self.engine.get_global_grad_norm()
+        return self._result(totals, counts, rate, norm, scale)
 
     def save(self, folder: Path) -> None:
         """Write this process's part of the exact state into `folder`; all processes take part."""
@@ -251,8 +252,8 @@ class Agent:
         totals: list[float],
         counts: StepCounts,
         rate: float,
+        norm: float | None,
         scale: float | None,
-        overflowed: bool,
     ) -> StepResult:
         text_loss = totals[0] / max(counts.tokens, 1)
         alignment = {
@@ -262,7 +263,6 @@ class Agent:
         }
         weights = self.training.alignment_weights
         loss = text_loss + sum(weights[m] * value for m, value in alignment.items())
-        norm = None if overflowed else self.engine.get_global_grad_norm()
         read = text_loss if counts.tokens else None
         return StepResult(loss, read, alignment, rate, None if norm is None else float(norm), scale)
 
