@@ -53,9 +53,12 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     plan = BatchPlan(sizes, training.global_batch_size, data.batching, training.seed)
     order = shares(plan, 0, count, samples.conversations.length)
     width = trainer.config.encoder.width
-    ready = load_batches(samples, order, training.micro_batch_size, width, 0, data.row_length)
     completer = BatchCompleter(trainer.config, samples.caches, trainer.device)
-    return [[completer.complete(one) for one in step] for step in itertools.islice(ready, count)]
+    size = training.micro_batch_size
+    with load_batches(samples, order, size, width, 0, data.row_length) as ready:
+        return [
+            [completer.complete(one) for one in step] for step in itertools.islice(ready, count)
+        ]
 
 
 def counts_of(batches: list[Batch]) -> StepCounts:

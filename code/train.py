@@ -7,6 +7,7 @@ from pathlib import Path
 from config.entry import run_entry
 from config.loader import STAGES, load_config
 from training.loop import STOPPED_BY_SIGNAL, RunOptions, Trainer
+from training.watchdog import ending_together
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,7 +55,10 @@ def main() -> None:
         arguments.restart,
         arguments.log_path and arguments.log_path.resolve(),
     )
-    if not Trainer(config, options).train():
+    trainer = Trainer(config, options)
+    with ending_together():
+        finished = trainer.train()
+    if not finished:
         sys.exit(STOPPED_BY_SIGNAL)
 
 

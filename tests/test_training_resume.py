@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parity_tools import PARITY
@@ -49,6 +50,19 @@ def test_killed_between_saves_it_resumes_bit_for_bit(tmp_path: Path, undisturbed
     assert "resumed after step" in resumed.output
     assert_same(resumed, undisturbed)
     assert not resumed.checkpoints
+
+
+def test_tensorboard_shows_every_step_once_when_a_run_is_resumed(tmp_path: Path) -> None:
+    """The step of the checkpoint too, which no later run takes again."""
+    run = dropout_run(tmp_path)
+    run.kill_when(lambda: "step_000004" in run.checkpoints)
+    dropout_run(tmp_path, "--resume").finish()
+    board = EventAccumulator(str(run.folder / "log"), size_guidance={"scalars": 0}).Reload()
+    for name in ("loss", "text_loss", "gradient_norm"):
+        shown = [(event.step, event.value) for event in board.Scalars(name)]
+        logged = [(row["step"], row[name]) for row in run.metrics]
+        assert shown == [(step, pytest.approx(value, rel=1e-6)) for step, value in logged]
+        assert len(shown) == 12
 
 
 def test_killed_in_the_middle_of_a_save_it_resumes_from_the_one_before(

@@ -8,7 +8,6 @@
 A path is absolute or relative to the file's folder. A text is words and never read as a path.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Literal
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from chat.json_files import read_typed_json
 from config.atomic import written_aside
 from config.errors import InputError
+from config.json_text import to_json
 from conversation.parts import Media, Modality, Part, Text, Turn
 
 
@@ -67,7 +67,7 @@ def write_history(turns: tuple[Turn, ...], path: Path) -> None:
         for turn in turns
     ]
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(to_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _part(part: _TextPart | _MediaPart, folder: Path) -> Part:

@@ -5,7 +5,6 @@ weights, 2 GB, as much of LLaMA and of the delta is in memory: below 10 GB for 7
 files they come in. Sums are made in float16, as the delta's makers subtracted.
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from checkpoints.recognition import (
 )
 from config.atomic import written_aside
 from config.errors import InputError
+from config.json_text import to_json
 from model.language_model import load_tokenizer
 from model.parts import is_own_vocabulary
 from model.pretrained_folder import load_whole, loading
@@ -69,7 +69,7 @@ def merge_vicuna(base: Path, delta: Path, out: Path, shard_bytes: int = SHARD_BY
             _save(dict(_sums(base, delta, names)), aside / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (aside / f"model.safetensors{INDEX_SUFFIX}").write_text(json.dumps(index, indent=1) + "\n")
+        (aside / f"model.safetensors{INDEX_SUFFIX}").write_text(to_json(index, indent=1) + "\n")
         figures.vocab_size = len(tokenizer) + 1
         figures.dtype = DTYPE
         figures.save_pretrained(aside)

@@ -8,6 +8,13 @@ from config.errors import InputError
 INTERRUPTED = 130
 
 
+def exit_code(error: BaseException) -> int:
+    """The exit code of a command that `error` ends, under `run_entry`; never 0."""
+    if isinstance(error, InputError | OSError):
+        return 2
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
 def run_entry(main: Callable[[], None]) -> None:
     """Run `main`; what the user can mend ends with a message on stderr and exit code 2.
 

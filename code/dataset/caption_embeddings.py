@@ -21,6 +21,7 @@ from torch import Tensor
 
 from config.atomic import written_aside
 from config.errors import InputError, MediaError
+from config.json_text import to_json
 from conversation.parts import Modality
 
 
@@ -191,7 +192,7 @@ class EmbeddingStore:
             found = read_maker(self.folder, modality)
             if found is None:
                 with written_aside(file) as aside:
-                    aside.write_text(json.dumps(maker._asdict(), indent=2) + "\n", "utf-8")
+                    aside.write_text(to_json(maker._asdict(), indent=2) + "\n", "utf-8")
             elif found.differs_from(maker):
                 raise InputError(
                     f"{file}: the embeddings here are {found.model}'s, of shape "
@@ -240,7 +241,7 @@ class EmbeddingStore:
         records = [CaptionRecord(name, caption, now) for name, caption in entries]
         try:
             with self._list.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record._asdict()) + "\n" for record in records)
+                file.writelines(to_json(record._asdict()) + "\n" for record in records)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -10,7 +10,6 @@ What cannot be used is left out, counted by reason, and listed with row and reas
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,7 @@ if __package__ in (None, ""):  # run as a script: this folder is on the path ins
 from config.atomic import written_aside
 from config.entry import run_entry
 from config.errors import InputError
+from config.json_text import to_json
 from dataset.json_rows import iter_rows
 from dataset.readers import Record, read_record
 
@@ -56,10 +56,10 @@ def preprocess(kind: str, raw: Path, output: Path) -> tuple[int, Counter[str]]:
             except _Dropped as why:
                 dropped[str(why)] += 1
                 line = {"row": row, "reason": str(why), "record": record}
-                dropped_out.write(json.dumps(line) + "\n")
+                dropped_out.write(to_json(line) + "\n")
                 continue
             read_record(converted, "instruction", raw, row)
-            rows_out.write((",\n" if written else "[\n") + json.dumps(converted))
+            rows_out.write((",\n" if written else "[\n") + to_json(converted))
             written += 1
         rows_out.write("\n]\n")
         if not written:

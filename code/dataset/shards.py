@@ -17,6 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from config.errors import InputError
 from config.file_digests import FileState
+from config.json_text import to_json
 from conversation.parts import Modality
 from dataset.json_rows import iter_rows
 
@@ -97,7 +98,7 @@ def annotation_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         for files in _samples(shard):
             pair = _caption_pair(shard, files)
             if pair:
-                yield pair, json.dumps(pair, ensure_ascii=False)
+                yield pair, to_json(pair, ensure_ascii=False)
             left_out += pair is None
     if left_out:
         print(f"{path}: {left_out} samples without a medium or a caption are left out")

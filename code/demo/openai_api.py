@@ -10,7 +10,6 @@ fields of the request (`extra_body` in OpenAI's package).
 
 import asyncio
 import base64
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -24,6 +23,7 @@ from pydantic import ValidationError
 
 from chat.options import ChatOptions
 from config.errors import InputError
+from config.json_text import to_json
 from conversation.parts import Media, Modality, Text
 from demo.desk import InnerFault, Overloaded, Ready, Words
 from demo.handlers import Handlers
@@ -183,7 +183,7 @@ class _Served:
             if self.tell_usage:
                 yield self._event({"choices": [], "usage": self._usage()})
         except InputError as error:
-            yield f"data: {json.dumps(_error(error))}\n\n"
+            yield f"data: {to_json(_error(error))}\n\n"
         yield "data: [DONE]\n\n"
 
     def _check(self) -> None:
@@ -201,7 +201,7 @@ class _Served:
 
     def _event(self, content: dict[str, Any]) -> str:
         chunk = self.head | {"object": "chat.completion.chunk"} | content
-        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        return f"data: {to_json(chunk, ensure_ascii=False)}\n\n"
 
     def _reason(self) -> str:
         written = len(self.reply.token_names)

@@ -5,7 +5,6 @@ Decoders: own text encoder, true caption, and the judge looks at what comes out.
 training pairs, all in the split's wordings.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from chat.options import ChatOptions
 from config.atomic import written_aside
+from config.json_text import to_json
 from config.loader import project_path
 from config.schema import Config
 from conversation.parts import MODALITIES, Modality
@@ -63,10 +63,8 @@ def score_parts(
         for modality, found in figures["encoder"].items():
             print(f"encoder, {modality} among {CANDIDATES} captions: {found['right']:.1%}")
     with written_aside(out / "parts.json") as aside:
-        aside.write_text(
-            json.dumps({"split": split, "samples": samples, "seed": seed, **figures}, indent=1)
-            + "\n"
-        )
+        record = {"split": split, "samples": samples, "seed": seed, **figures}
+        aside.write_text(to_json(record, indent=1) + "\n")
 
 
 def captioned_things(

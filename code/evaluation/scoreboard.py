@@ -4,7 +4,6 @@ What the time went to is printed at the end.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +18,7 @@ from chat.assistant import Assistant
 from chat.options import ChatOptions
 from config.atomic import written_aside
 from config.errors import InputError
+from config.json_text import to_json
 from config.loader import PROJECT_ROOT
 from config.schema import Config
 from conversation.parts import Text
@@ -179,7 +179,7 @@ def _write(board: Board, head: dict[str, Any], path: Path) -> None:
         "items": [_row(result) for result in board.results],
     }
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(to_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def _row(result: Result) -> dict[str, Any]:

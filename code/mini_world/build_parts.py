@@ -31,6 +31,7 @@ from transformers import (
 
 from config.atomic import rename_durably
 from config.entry import run_entry
+from config.json_text import to_json
 from config.loader import project_path
 from conversation.parts import Modality
 from mini_world.language_model import convert_language_model
@@ -183,7 +184,7 @@ class Builder:
             trained = {} if self.untrained else self._trained(part)
             build_mini_decoder(part, folder, self.seed, sample_captions(), trained=trained)
         _forget_origins(folder)
-        (folder / RECORD).write_text(json.dumps(self._record(part), indent=1) + "\n")
+        (folder / RECORD).write_text(to_json(self._record(part), indent=1) + "\n")
 
     def is_complete(self, part: Part) -> bool:
         """Whether the folder is there, with all of it trained unless that is not asked for."""
@@ -248,7 +249,7 @@ def _forget_origins(folder: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and _ORIGINS & content.keys():
             kept = {key: value for key, value in content.items() if key not in _ORIGINS}
-            path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+            path.write_text(to_json(kept, indent=2) + "\n", encoding="utf-8")
 
 
 def _components(part: Part) -> list[str]:

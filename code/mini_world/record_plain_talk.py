@@ -6,7 +6,6 @@ left out. The questions lie beside them.
     cd code; python -m mini_world.record_plain_talk
 """
 
-import json
 import re
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from chat.generation import greedy_answers, words
 from config.atomic import written_aside
 from config.entry import run_entry
+from config.json_text import to_json
 from config.loader import load_config
 from conversation.parts import Conversation, Text, Turn
 from mini_world.plain_talk import ANSWERS
@@ -62,7 +62,7 @@ def main() -> None:
     """Record and write."""
     pairs = record_answers()
     with written_aside(ANSWERS) as aside:
-        rows = ",\n".join(json.dumps(pair, ensure_ascii=False) for pair in pairs)
+        rows = ",\n".join(to_json(pair, ensure_ascii=False) for pair in pairs)
         aside.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
     print(f"{len(pairs)} answers in {ANSWERS}")
 

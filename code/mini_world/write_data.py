@@ -21,6 +21,7 @@ from tqdm import tqdm
 from config.atomic import written_aside
 from config.entry import run_entry
 from config.errors import InputError
+from config.json_text import to_json
 from conversation.parts import MODALITIES, Modality
 from mini_world.album import Album, generator, write_medium
 from mini_world.captions import caption, plain_caption
@@ -268,7 +269,7 @@ def write_examples(folder: Path, seed: int) -> None:
 
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.write_text(to_json(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """The DeepSpeed agent: one optimizer step over all processes, exact saves and loads.
 
 DeepSpeed's JSON says how the optimizer is spread (ZeRO stage, offload). Batch size, precision,
-clipping, optimizer and schedule come from the run. What trains is float32; the frozen language
-model and the matrix products are in the run's precision (autocast).
+clipping, optimizer and schedule come from the run. What trains is float32, and so are its gradients
+and their sums over micro batches and processes; the frozen language model and the matrix products
+are in the run's precision (autocast).
 """
 
 import json
@@ -30,7 +31,9 @@ from training.loss_scale import LossScale
 _FILLED_IN = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
+    "communication_data_type", "data_types",
 )  # fmt: skip
+_BAD_GRADIENT = "a gradient is not finite: lower the learning rate, or use fp32"
 _STATE = "state"  # DeepSpeed's tag: the folder with its files inside a checkpoint
 
 
@@ -50,7 +53,8 @@ class StepResult:
     text_loss: float | None  # none where the language model was left out
     alignment: dict[Modality, float]
     learning_rate: float
-    gradient_norm: float | None
+    gradient_norm: float | None  # none of a step left out by an overflow, and without ZeRO
+    loss_scale: float | None  # that this step's losses were multiplied with; none but in fp16
 
 
 def micro_batch_size(training: TrainingConfig, world: int) -> int:
@@ -83,6 +87,11 @@ def read_settings(training: TrainingConfig) -> dict[str, Any]:
         raise InputError(f"training.deepspeed: {path} holds no JSON object")
     if written := [key for key in _FILLED_IN if key in settings]:
         raise InputError(f"{path}: {', '.join(written)} come from the run, remove them here")
+    if settings.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
+        raise InputError(
+            f"{path}: zero_optimization.compute_grad_norm must be on, by the gradients' norm a run "
+            "tells those that overflow: remove it here"
+        )
     return settings
 
 
@@ -109,10 +118,6 @@ class Agent:
         self.world = dist.get_world_size()
         self.micro_batch_size = micro_batch_size(training, self.world)
         self.accumulation = training.global_batch_size // self.world // self.micro_batch_size
-        self._bad_gradients = torch.zeros((), device=device)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(self._note_bad_gradient)
         settings = self._settings(dtype)
         self._factor = learning_rate_schedule(steps, training.warmup, training.warmup_type)
         optimizer = _optimizer(model, training, offloaded=_offloads(settings))
@@ -139,12 +144,13 @@ class Agent:
     def step(self, batches: list[Batch], counts: StepCounts) -> StepResult:
         """One optimizer step over this process's `batches`; `counts` are those of all processes.
 
+        In fp16 a step whose gradients overflow is left out, and the loss scale is halved.
+
         Raises:
             InputError: a loss or gradient is not finite; nothing was updated.
         """
         self.engine.train()
         rate = self.training.learning_rate * self._factor(self.schedule.last_epoch)
-        self._bad_gradients.zero_()
         sums = torch.zeros(1 + len(MODALITIES), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             losses: Losses = self.engine(batch)
@@ -153,11 +159,17 @@ class Agent:
             parts = [losses.text, *(losses.alignment.get(m, nothing) for m in MODALITIES)]
             sums += torch.stack(parts).detach()
             if index + 1 == len(batches):
-                totals, overflowed = self._checked_totals(sums)
+                totals = self._checked_totals(sums)
+                self._check_unsharded_gradients()
             self.engine.step()
+        scale = self.loss_scale and self.loss_scale.scale
+        overflowed = self._overflowed()
         if self.loss_scale:
             self.loss_scale.update(overflowed)
-        return self._result(totals, counts, rate)
+        elif overflowed:
+            raise InputError(_BAD_GRADIENT)
+        norm = None if overflowed else self.engine.get_global_grad_norm()
+        return self._result(totals, counts, rate, norm, scale)
 
     def save(self, folder: Path) -> None:
         """Write this process's part of the exact state into `folder`; all processes take part."""
@@ -206,24 +218,43 @@ class Agent:
             loss = loss + weight * distance / counts.runs[modality]
         return loss * self.world * self.accumulation + losses.unused
 
-    def _checked_totals(self, sums: torch.Tensor) -> tuple[list[float], bool]:
-        """`sums` over all processes, before the update that they could spoil.
-
-        And whether a scaled gradient overflowed: DeepSpeed skips such an update.
-        """
-        everything = torch.cat([sums, self._bad_gradients.view(1).double()])
-        dist.all_reduce(everything)
-        *totals, bad = everything.tolist()
+    def _checked_totals(self, sums: torch.Tensor) -> list[float]:
+        """`sums` over all processes, before the update that they could spoil."""
+        dist.all_reduce(sums)
+        totals = sums.tolist()
         if not all(math.isfinite(total) for total in totals):
             raise InputError("the loss is not finite: lower the learning rate or look at the data")
-        if bad and not self.loss_scale:
-            raise InputError("a gradient is not finite: lower the learning rate, or use fp32")
-        return totals, bool(bad)
+        return totals
 
-    def _note_bad_gradient(self, gradient: torch.Tensor) -> None:
-        self._bad_gradients += (~torch.isfinite(gradient.sum())).float()
+    def _check_unsharded_gradients(self) -> None:
+        """Refuse a step that nobody else would: without ZeRO, DeepSpeed takes each.
 
-    def _result(self, totals: list[float], counts: StepCounts, rate: float) -> StepResult:
+        The gradients are those of the step, accumulated and averaged: alike in all processes.
+        """
+        if self.engine.zero_optimization():
+            return
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self.model.parameters() if p.grad is not None]
+        )
+        if not torch.isfinite(norm):
+            raise InputError(_BAD_GRADIENT)
+
+    def _overflowed(self) -> bool:
+        """Whether DeepSpeed left this step out, which it does in all processes or in none.
+
+        ZeRO looks at what it would step with: the gradients' norm after accumulation and reduction,
+        which is not finite where a single gradient, a sum of them, or the norm itself is not.
+        """
+        return self.engine.zero_optimization() and self.engine.optimizer.overflow
+
+    def _result(
+        self,
+        totals: list[float],
+        counts: StepCounts,
+        rate: float,
+        norm: float | None,
+        scale: float | None,
+    ) -> StepResult:
         text_loss = totals[0] / max(counts.tokens, 1)
         alignment = {
             modality: total / counts.runs[modality]
@@ -232,9 +263,8 @@ class Agent:
         }
         weights = self.training.alignment_weights
         loss = text_loss + sum(weights[m] * value for m, value in alignment.items())
-        norm = self.engine.get_global_grad_norm()
         read = text_loss if counts.tokens else None
-        return StepResult(loss, read, alignment, rate, None if norm is None else float(norm))
+        return StepResult(loss, read, alignment, rate, None if norm is None else float(norm), scale)
 
     def _settings(self, dtype: torch.dtype) -> dict:
         """DeepSpeed's JSON with the run's figures filled in."""
@@ -251,6 +281,9 @@ class Agent:
             "torch_autocast": {
                 "enabled": dtype != torch.float32,
                 "dtype": str(dtype).removeprefix("torch."),
+                # Of linear layers DeepSpeed would sum gradients in `dtype`, where small ones are
+                # lost and large ones overflow. In float32, 4 bytes instead of 2 of each are sent.
+                "lower_precision_safe_modules": [],
             },
         }
 

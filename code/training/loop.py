@@ -171,8 +171,9 @@ class Trainer:
         order = shares(plan, 0, steps, samples.conversations.length, self.rank, self.world)
         size, width = self.config.training.micro_batch_size, self.config.encoder.width
         completer = BatchCompleter(self.config, samples.caches, self.device)
-        for ready in load_batches(samples, order, size, width, workers=0):
-            yield from (completer.complete(one) for one in ready)
+        with load_batches(samples, order, size, width, workers=0) as batches:
+            for ready in batches:
+                yield from (completer.complete(one) for one in ready)
 
     def autocast(self) -> torch.autocast:
         """Products in the run's precision, as in the agent's steps."""
@@ -194,7 +195,7 @@ class Trainer:
         signal.signal(signal.SIGINT, self._on_signal)
         length = samples.conversations.length
         order = shares(plan, first_step, steps, length, self.rank, self.world)
-        batches = load_batches(
+        loaded = load_batches(
             samples,
             order,
             agent.micro_batch_size,
@@ -203,22 +204,23 @@ class Trainer:
             self.config.data.row_length,
         )
         completer = BatchCompleter(self.config, samples.caches, self.device)
-        for step in range(first_step + 1, steps + 1):
-            ready = next(batches)
-            counts, stopped = self.count(step, ready, progress)
-            if stopped:
-                folder.save(agent, step - 1, progress.counted)
-                progress.close()
-                self.say(f"stopped after step {step - 1}; go on with --resume")
-                return False
-            whole = [completer.complete(one) for one in ready]
-            if kept is not None:
-                whole = [kept.fill(batch) for batch in whole]
-                counts = replace(counts, tokens=0)
-            result = agent.step(whole, counts)
-            progress.report(step, result, counts)
-            if step % self.config.training.save_every == 0 and step < steps:
-                folder.save(agent, step, progress.counted)
+        with loaded as batches:
+            for step in range(first_step + 1, steps + 1):
+                ready = next(batches)
+                counts, stopped = self.count(step, ready, progress)
+                if stopped:
+                    folder.save(agent, step - 1, progress.counted)
+                    progress.close()
+                    self.say(f"stopped after step {step - 1}; go on with --resume")
+                    return False
+                whole = [completer.complete(one) for one in ready]
+                if kept is not None:
+                    whole = [kept.fill(batch) for batch in whole]
+                    counts = replace(counts, tokens=0)
+                result = agent.step(whole, counts)
+                progress.report(step, result, counts)
+                if step % self.config.training.save_every == 0 and step < steps:
+                    folder.save(agent, step, progress.counted)
         return True
 
     def count(

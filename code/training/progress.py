@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from config.atomic import written_aside
 from config.errors import InputError
+from config.json_text import to_json
 from training.agent import StepCounts, StepResult
 from training.samples import Skipped
 
@@ -43,7 +44,8 @@ class Progress:
         self._metrics_file = folder / "metrics.jsonl"
         for file in (self._metrics_file, self._skipped_file):
             _keep_before(file, first_step)
-        self._board = SummaryWriter(str(folder), purge_step=first_step)
+        # TensorBoard drops what earlier runs wrote of `purge_step` and all later steps.
+        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
         self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def list_skipped(self, step: int, skipped: list[Skipped]) -> None:
@@ -51,7 +53,7 @@ class Progress:
         if skipped:
             with self._skipped_file.open("a") as file:
                 lines = ({"step": step, **asdict(one)} for one in skipped)
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(to_json(line) + "\n" for line in lines)
 
     def count(self, samples: int, skipped: int, cut_tokens: int) -> None:
         """Add one step's samples of all processes.
@@ -82,16 +84,18 @@ class Progress:
             **{f"alignment_{m}": value for m, value in result.alignment.items()},
             "learning_rate": result.learning_rate,
             "gradient_norm": result.gradient_norm,
+            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
             "tokens": counts.tokens,
             "seconds": round(seconds, 4),
             "tokens_per_second": round(counts.tokens / seconds, 1),
             **self.counted,
         }
         with self._metrics_file.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
         for name, value in line.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, step)
+        self._board.flush()  # a run that is killed leaves the steps it resumes after
         shown = {"loss": f"{result.loss:.3f}"}
         if result.text_loss is not None:
             shown["text"] = f"{result.text_loss:.3f}"

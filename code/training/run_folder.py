@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 from config.atomic import rename_durably, written_aside
 from config.errors import InputError
+from config.json_text import to_json
 from config.schema import Config, DecoderConfig
 from model.delta import DELTA_FILE, Tensors, write_delta
 from training.agent import Agent
@@ -159,7 +160,7 @@ class RunFolder:
                 run = {"step": step, "world": dist.get_world_size(), "counted": counted}
                 run["config"] = self.config.model_dump(mode="json")
                 run["init_from"] = self.init_from and str(self.init_from)
-                (aside / "run.json").write_text(json.dumps(run, indent=1))
+                (aside / "run.json").write_text(to_json(run, indent=1))
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             raise InputError(f"could not save {final} (is the disk full?): {error}") from error

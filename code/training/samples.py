@@ -5,8 +5,11 @@ so that batches stay full and the order stays a function of seed and epoch; what
 travels with the batch to be counted and listed.
 """
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,6 +18,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from config.child_process import die_with_parent
 from config.errors import InputError, MediaError
 from conversation.batch import Batch, locate_runs, pack_conversations, pad_conversations
 from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
@@ -214,6 +218,7 @@ def shares(
                 return
 
 
+@contextmanager
 def load_batches(
     samples: ReadySamples,
     order: Iterator[list[Sample]],
@@ -221,8 +226,11 @@ def load_batches(
     feature_width: int,
     workers: int,
     row_length: int | None = None,
-) -> Iterator[list[ReadyBatch]]:
+) -> Iterator[Iterator[list[ReadyBatch]]]:
     """The micro batches of each share in `order`, made ready by `workers` processes ahead of use.
+
+    When the block ends, however it does, those processes are killed: they ignore the signals by
+    which Python and the data loader would end them, and would be waited for in vain.
 
     The loader draws its seeds from a generator of its own: the global random state, on which exact
     resume rests, does not depend on when the loader started.
@@ -234,19 +242,34 @@ def load_batches(
         feature_width=feature_width,
         row_length=row_length,
     )
-    return iter(
-        DataLoader(
-            samples,
-            batch_sampler=order,
-            num_workers=workers,
-            collate_fn=split,
-            generator=torch.Generator(),
-            worker_init_fn=_ignore_signals,
-        )
+    loader = DataLoader(
+        samples,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=split,
+        generator=torch.Generator(),
+        worker_init_fn=partial(_start_worker, os.getpid()),
     )
+    try:
+        yield iter(loader)
+    finally:
+        if workers:
+            _kill_workers()
 
 
-def _ignore_signals(_: int) -> None:
-    """A signal to all processes must not end the loader's before the run is saved."""
+def _start_worker(parent: int, _: int) -> None:
+    """In a loader's process: a signal to all must not end it before the run is saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent(parent)
+
+
+def _kill_workers() -> None:
+    """End this process's child processes, which are the loader's."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise at their end
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)

@@ -21,6 +21,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from config.atomic import written_aside
+from config.json_text import to_json
 from model.device import has_fast_bf16
 
 CPU = torch.device("cpu")
@@ -138,4 +139,4 @@ def _save(checkpoint: Path, state: dict, step: int, seconds: float) -> None:
 
 def _log(path: Path, line: dict[str, float]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(to_json(line) + "\n")

@@ -17,6 +17,7 @@ from torch import Tensor
 from config.atomic import written_aside
 from config.errors import InputError, NotThereError
 from config.file_digests import DigestCache
+from config.json_text import to_json
 from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
 from model.imagebind.encoder import ImageBind
 from model.weight_files import map_tensors
@@ -71,7 +72,7 @@ def save_imagebind(model: ImageBind, folder: Path | str, dtype: torch.dtype) -> 
     with written_aside(folder / "model.safetensors") as aside:
         save_file(tensors, aside)
     with written_aside(folder / "config.json") as aside:
-        aside.write_text(json.dumps(asdict(model.config), indent=2) + "\n", encoding="utf-8")
+        aside.write_text(to_json(asdict(model.config), indent=2) + "\n", encoding="utf-8")
 
 
 def fingerprint(path: Path | str, digests: DigestCache) -> str:

@@ -1,0 +1,185 @@
+"""A run that fails ends: all its processes within seconds, the cause said once, a bad exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tiny_run import TinyRun, trained
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 20  # in which everything is gone
+CAUSE = "a fault of this very test"
+LONG = ["training.epochs=1000", "training.max_steps=20000", "data.workers=2"]
+
+
+def _train_failing(*given: Any) -> None:
+    """A process whose third step raises what `fault.json` names, in the ranks it names."""
+    import torch
+    import torch.distributed as dist
+
+    import tiny_run
+    from config.errors import InputError
+    from training.agent import Agent, StepResult
+
+    fault = json.loads(given[2].with_name("fault.json").read_text())
+    errors = {
+        "RuntimeError": RuntimeError(CAUSE),
+        "OutOfMemoryError": torch.OutOfMemoryError(CAUSE),
+        "InputError": InputError(CAUSE),
+        "OSError": OSError(28, CAUSE),
+        "SystemExit": SystemExit(0),
+        "KeyboardInterrupt": KeyboardInterrupt(),
+    }
+    own_step, steps = Agent.step, iter(range(1, 10**6))
+
+    def step(agent: Agent, *arguments: Any) -> StepResult:
+        if next(steps) == 3 and dist.get_rank() in fault["ranks"]:
+            while not given[2].with_name("now").exists():
+                time.sleep(0.02)
+            raise errors[fault["error"]]
+        return own_step(agent, *arguments)
+
+    Agent.step = step
+    tiny_run._train(*given)
+
+
+def failing_run(folder: Path, error: str, ranks: list[int], world: int, *sets: str) -> TinyRun:
+    """Started, to fail."""
+    folder.mkdir(exist_ok=True)
+    (folder / "fault.json").write_text(json.dumps({"error": error, "ranks": ranks}))
+    init = ["--init-from", str(trained(2).folder)]
+    return TinyRun(folder, 3, [*LONG, *sets], init, world=world).start(target=_train_failing)
+
+
+def family(run: TinyRun) -> list[psutil.Process]:
+    """The processes of a run after two steps, the ranks first: each has two loader processes."""
+    until(lambda: len(run.metrics) >= 2)
+    ranks = [psutil.Process(process.pid) for process in run.processes]
+    loaders = [child for rank in ranks for child in rank.children(recursive=True)]
+    assert len(loaders) == 2 * run.world
+    return [*ranks, *loaders]
+
+
+def assert_gone(processes: list[psutil.Process], seconds: float = SECONDS) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def outputs(run: TinyRun) -> str:
+    """What all processes said."""
+    return "\n".join(run._output(rank).read_text() for rank in range(run.world))
+
+
+def until(reached: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code", "ranks", "world"),
+    [
+        ("RuntimeError", CAUSE, 1, [1], 2),
+        *(
+            pytest.param(*case, marks=SLOW)
+            for case in (
+                ("RuntimeError", CAUSE, 1, [0], 1),
+                ("RuntimeError", CAUSE, 1, [0], 2),
+                ("RuntimeError", CAUSE, 1, [0, 1], 2),
+                ("OutOfMemoryError", CAUSE, 1, [0], 1),
+                ("OutOfMemoryError", CAUSE, 1, [1], 2),
+                ("InputError", CAUSE, 2, [1], 2),
+                ("InputError", CAUSE, 2, [0, 1], 2),
+                ("OSError", CAUSE, 2, [0], 2),
+                ("SystemExit", "RuntimeError: sys.exit was called", 1, [0], 1),
+                ("SystemExit", "RuntimeError: sys.exit was called", 1, [1], 2),
+                ("KeyboardInterrupt", "stopped", 130, [0], 1),
+                ("KeyboardInterrupt", "stopped", 130, [1], 2),
+            )
+        ),
+    ],
+)
+def test_an_exception_in_a_step_ends_all_processes_and_is_said_once(
+    tmp_path: Path, error: str, said: str, code: int, ranks: list[int], world: int
+) -> None:
+    run = failing_run(tmp_path, error, ranks, world)
+    processes = family(run)
+    (tmp_path / "now").touch()
+    assert_gone(processes)
+    assert run.wait() == code
+    assert {process.exitcode for process in run.processes} == {code}
+    assert outputs(run).count(said) == 1
+    assert outputs(run).count("Traceback") <= (2 if error == "SystemExit" else 1)
+
+
+@pytest.mark.parametrize(("world", "killed"), [(2, 1), pytest.param(2, 0, marks=SLOW)])
+def test_the_others_end_when_a_process_is_killed_and_say_which(
+    tmp_path: Path, world: int, killed: int
+) -> None:
+    run = failing_run(tmp_path, "RuntimeError", [], world)
+    processes = family(run)
+    processes[killed].kill()
+    assert_gone(processes)
+    assert [process.exitcode for process in run.processes] == [
+        -signal.SIGKILL if rank == killed else 1 for rank in range(world)
+    ]
+    assert outputs(run).count(f"error: process {killed} of {world} ended without a word") == 1
+    assert "Traceback" not in outputs(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_loader_process_ends_the_run(tmp_path: Path, world: int) -> None:
+    run = failing_run(tmp_path, "RuntimeError", [], world)
+    processes = family(run)
+    processes[-1].kill()
+    assert_gone(processes)
+    assert run.wait() == 1
+    assert outputs(run).count("is killed by signal: Killed") == 1
+
+
+@pytest.mark.slow
+def test_loader_processes_die_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    run = failing_run(tmp_path, "RuntimeError", [], 1)
+    processes = family(run)
+    processes[0].kill()
+    assert_gone(processes, seconds=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["process", "loader"])
+def test_the_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
+    flags = ["--init-from", str(trained(2).folder), "--include", "localhost:0,1"]
+    run = TinyRun(tmp_path, 3, LONG, flags)
+    environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
+    command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
+    with (tmp_path / "output").open("w+") as output:
+        script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
+        started = psutil.Process(script.pid).children(recursive=True)
+        trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
+        ranks = [one for one in trainers if "deepspeed" not in " ".join(one.cmdline())]
+        loaders = [one for one in ranks if one.parent() in ranks]
+        ranks = [one for one in ranks if one not in loaders]
+        assert (len(ranks), len(loaders)) == (2, 4)
+        (loaders if kind == "loader" else ranks)[1].kill()
+        assert_gone(started)
+        code = script.wait(5)
+    said = (tmp_path / "output").read_text()
+    assert code != 0, said
+    cause = "is killed by signal: Killed" if kind == "loader" else "ended without a word"
+    assert said.count(cause) == 1, said

@@ -1,0 +1,37 @@
+"""What is written as JSON can be read by every reader of JSON."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+from config.json_text import to_json
+
+CODE = Path(__file__).parent.parent / "code"
+
+
+def test_numbers_that_json_has_not_become_null() -> None:
+    value = {"a": [1.5, float("nan")], "b": {"c": (float("inf"), -float("inf"), 2)}}
+    written = to_json(value, indent=1)
+    assert json.loads(written) == {"a": [1.5, None], "b": {"c": [None, None, 2]}}
+    assert to_json("ä", ensure_ascii=False) == '"ä"'
+
+
+def test_what_json_has_not_is_refused() -> None:
+    with pytest.raises(TypeError):
+        to_json({"path": Path("x")})
+
+
+def test_json_is_written_by_one_function_alone() -> None:
+    """Another `json.dump` could write `NaN` again, which browsers and most languages refuse."""
+    writers = {
+        file.relative_to(CODE).as_posix()
+        for file in CODE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "json"
+        and node.attr in ("dump", "dumps")
+    }
+    assert writers == {"config/json_text.py"}
