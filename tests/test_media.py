@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from config.errors import MediaError
-from dataset.decoding import read_audio, read_image, read_video_frames
-from dataset.media import load_views, video_frame_indices
+from dataset.decoding import read_image, read_video_frames
+from dataset.media import load_views, read_audio, video_frame_indices
 from model.imagebind.encoder import ImageBind
 from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
 from test_imagebind import TINY
