@@ -22,7 +22,7 @@ from demo.desk import Finished, Ready, Step, Waiting, Words, Written
 from demo.examples import read_examples
 from demo.explanation import explanation_html
 from demo.knobs import check_seed, knobs_of, turn_knobs
-from demo.limits import MAX_BYTES, check_medium
+from demo.limits import MAX_BYTES, check_medium, find_modality
 from demo.nearest import CaptionBank, bank_captions
 from demo.rendering import as_said, chat_messages
 from demo.replies import Reply
@@ -138,19 +138,19 @@ def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("demo.limits.MAX_VIDEO_PIXELS", limit // 4)
         with pytest.raises(MediaError, match="too many frames"):
-            check_medium(tmp_path / "a.mp4", "bomb")
+            find_modality(tmp_path / "a.mp4", "bomb")
         patch.setattr("demo.limits.MAX_FRAME_PIXELS", 1000)
         with pytest.raises(MediaError, match="too many"):
-            check_medium(tmp_path / "a.mp4", "bomb")
+            find_modality(tmp_path / "a.mp4", "bomb")
 
 
 def test_a_video_of_too_many_small_frames_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("demo.limits.MAX_FRAMES", 20)
-    assert check_medium(video_of_length(tmp_path / "a.mp4", 20), "it") == "video"
+    assert find_modality(video_of_length(tmp_path / "a.mp4", 20), "it") == "video"
     with pytest.raises(MediaError, match="too many frames"):
-        check_medium(video_of_length(tmp_path / "a.mp4", 21), "it")
+        find_modality(video_of_length(tmp_path / "a.mp4", 21), "it")
 
 
 def test_kinds_are_told_by_content_not_by_name(tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> 
     assert sessions.media_file("", f"{token}/{inner}", "bob") is None
     with pytest.raises(InputError, match="another visitor"):
         sessions.of("tab", "bob")
-    sessions.close("tab")
+    sessions.close("tab", "ada")
     assert not session.folder.exists() and len(sessions) == 0
     assert sessions.media_file(token, inner, "ada") is None
 
@@ -237,7 +237,7 @@ def test_silent_sessions_and_old_uploads_are_swept(tmp_path: Path) -> None:
 def test_a_sweep_takes_what_a_closed_sessions_answer_still_wrote(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
     left, kept = sessions.of("left", "ada"), sessions.of("kept", "ada")
-    sessions.close("left")
+    sessions.close("left", "ada")
     for session in (left, kept):
         written(session.new_folder() / "late.png", b"x")
     sessions.sweep(idle=1000)

@@ -228,7 +228,7 @@ def test_files_go_out_to_the_visitor_whose_they_are_and_to_nobody_else(demo: Run
         assert reply.status_code == 206 and reply.content == PHOTO.read_bytes()[:10]
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert bob.get(address).status_code == 404
-        demo.sessions.close("ada's tab")
+        demo.sessions.close("ada's tab", ada.cookies[COOKIE])
         assert ada.get(address).status_code == 404
 
 

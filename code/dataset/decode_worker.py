@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from threading import BoundedSemaphore, Lock, Thread
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,7 @@ _CODE = Path(__file__).resolve().parent.parent
 def decode(
     function: Callable[..., Any],
     *arguments: Any,
+    label: str | None = None,
     seconds: int = CPU_SECONDS,
     check: Callable[[], None] | None = None,
 ) -> Any:
@@ -50,7 +51,8 @@ def decode(
 
     Args:
         function: of a module, found there by its name.
-        arguments: what JSON can hold; the first one names the medium in messages.
+        arguments: what JSON can hold.
+        label: what messages call the medium; none: the first argument, its path.
         seconds: of processor time that the call may take; by the clock it is five times as much.
         check: called ten times a second meanwhile; what it raises ends the worker and comes out.
 
@@ -63,10 +65,23 @@ def decode(
             be started.
     """
     with _borrowed_worker(check) as worker:
-        error, result = worker.call(function, arguments, seconds, check)
+        call = _Call(function, arguments, label or str(arguments[0]), seconds)
+        error, result = worker.call(call, check)
     if error:
         raise MediaError(error)
     return result
+
+
+class _Call(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    label: str
+    seconds: int
+
+    def as_json(self) -> bytes:
+        """The request, one line."""
+        name = [self.function.__module__, self.function.__qualname__]
+        return json.dumps([name, self.arguments, self.label, self.seconds]).encode() + b"\n"
 
 
 class _Worker:
@@ -111,17 +126,9 @@ class _Worker:
             self.process.kill()
             self.process.wait()
 
-    def call(
-        self,
-        function: Callable[..., Any],
-        arguments: tuple[Any, ...],
-        seconds: int,
-        check: Callable[[], None] | None,
-    ) -> tuple[str, Any]:
+    def call(self, call: _Call, check: Callable[[], None] | None) -> tuple[str, Any]:
         """The text of a `MediaError`, or the result; MediaError if the worker died."""
-        name = [function.__module__, function.__qualname__]
-        request = {"function": name, "arguments": arguments, "seconds": seconds}
-        self.requests.write(json.dumps(request).encode() + b"\n")
+        self.requests.write(call.as_json())
         self.requests.flush()
         ready = select.poll()
         ready.register(self.answers, select.POLLIN)
@@ -133,12 +140,10 @@ class _Worker:
             return answer["error"], _unpack(answer["result"], self.answers)
         except (EOFError, ValueError) as error:  # it died, perhaps amid its answer
             self._await_end()
-            died = _last_words(self.process, seconds)
+            died = _last_words(self.process, call.seconds)
             if self.process.returncode > 0:
-                raise RuntimeError(
-                    f"{function.__qualname__}: {died}, its error is above"
-                ) from error
-            raise MediaError(f"{arguments[0]}: cannot be decoded: {died}") from error
+                raise RuntimeError(f"{call.label}: {died}, its error is above") from error
+            raise MediaError(f"{call.label}: cannot be decoded: {died}") from error
 
 
 def _last_words(process: subprocess.Popen, seconds: int = CPU_SECONDS) -> str:
@@ -250,10 +255,10 @@ def main() -> None:
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
-        request = json.loads(line)
-        _allow(request["seconds"])
+        (module, name), arguments, label, seconds = json.loads(line)
+        _allow(seconds)
         arrays: list[np.ndarray] = []
-        error, result = _answer(request)
+        error, result = _answer(getattr(import_module(module), name), arguments, label)
         answer = {"error": error, "result": _pack(result, arrays)}
         answers.write(json.dumps(answer).encode() + b"\n")
         for array in arrays:
@@ -262,16 +267,14 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(request: dict[str, Any]) -> tuple[str, Any]:
+def _answer(function: Callable[..., Any], arguments: list[Any], label: str) -> tuple[str, Any]:
     """The text of a `MediaError`, or the result. Any other error ends the process."""
-    module, name = request["function"]
     try:
-        return "", getattr(import_module(module), name)(*request["arguments"])
+        return "", function(*arguments)
     except MediaError as error:
         return str(error), None
     except MemoryError:
-        limit = f"it takes more than {MEMORY >> 30} GB of memory"
-        return f"{request['arguments'][0]}: cannot be decoded: {limit}", None
+        return f"{label}: cannot be decoded: it takes more than {MEMORY >> 30} GB of memory", None
 
 
 def _allow(seconds: int) -> None:

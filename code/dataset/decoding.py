@@ -29,9 +29,9 @@ from dataset.shards import in_shard, medium_exists, medium_state, open_medium
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_SOUND_SECONDS = 3 * 3600  # 0.7 GB at 16 kHz
+MAX_CHANNELS = 64  # FFmpeg's resampler takes no more
 _STILLS = ("mjpeg", "png", "bmp", "tiff", "webp")  # codecs of covers
 _MAX_ASPECT = 50  # beyond it, one side scaled to the encoder's size makes the other one huge
-_MAX_CHANNELS = 64  # FFmpeg's resampler takes no more
 
 
 @contextmanager
@@ -131,8 +131,8 @@ def _mono_blocks(
     interleaved = av.AudioResampler(format="flt")
     for frame in chain(container.decode(stream), [None]):
         channels = frame.layout.nb_channels if frame else 1
-        if not 1 <= channels <= _MAX_CHANNELS:
-            raise MediaError(f"{path}: {channels} channels, more than {_MAX_CHANNELS}: mix it down")
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise MediaError(f"{path}: {channels} channels, more than {MAX_CHANNELS}: mix it down")
         for block in interleaved.resample(frame):
             samples_SC = block.to_ndarray().reshape(-1, block.layout.nb_channels)
             # FFmpeg's own mixing would be 3 dB louder.

@@ -6,6 +6,7 @@ it is, and only the addresses that the page and Gradio's client need are there.
 """
 
 import json
+import re
 import secrets
 from contextlib import suppress
 from http.cookies import SimpleCookie
@@ -17,6 +18,7 @@ from starlette.responses import Response
 from demo.sessions import Sessions
 
 COOKIE = "nextgpt_visitor"
+_ISSUED = re.compile(r"[\w-]{32}", re.ASCII)  # what a cookie of this server looks like
 _GRADIO = "/gradio_api"
 _FILE = f"{_GRADIO}/file="
 _UPLOAD = f"{_GRADIO}/upload"
@@ -46,11 +48,12 @@ class Visitors:
             await self.app(scope, receive, send)
             return
         visitor = Request(scope).cookies.get(COOKIE, "")
-        fresh = not visitor
+        fresh = not _ISSUED.fullmatch(visitor)
         if fresh:
             visitor = secrets.token_urlsafe(24)
             cookie = f"{COOKIE}={visitor}".encode()
-            scope = {**scope, "headers": [*scope["headers"], (b"cookie", cookie)]}
+            others = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
+            scope = {**scope, "headers": [*others, (b"cookie", cookie)]}
         if not self._may_ask(scope["path"], visitor):
             await Response("not found", 404)(scope, receive, send)
             return
