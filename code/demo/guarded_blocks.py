@@ -6,6 +6,7 @@ mounted into another application, and the components of a session, which an upda
 be relied on. Here every call of every function comes through one place, before any file is touched.
 """
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ import gradio as gr
 from config.errors import InputError
 from demo.sessions import Sessions
 from demo.visitors import COOKIE
+
+_log = logging.getLogger("demo")
 
 
 class GuardedBlocks(gr.Blocks):
@@ -40,17 +43,24 @@ class GuardedBlocks(gr.Blocks):
         """Call a function, unless its inputs name a file that is not the visitor's.
 
         Raises:
-            gradio.Error: they do.
+            gradio.Error: they do, or the function failed. What fails unforeseen is told by its kind
+                alone: its text may name what lies where.
         """
-        if iterator is None:  # later the files are used up
-            for path in file_paths(inputs):
-                try:
+        try:
+            if iterator is None:  # later the files are used up
+                for path in file_paths(inputs):
                     self._sessions.check_file(path, request.cookies.get(COOKIE, ""))
-                except InputError as error:
-                    raise gr.Error(str(error), print_exception=False) from error
-        return await super().process_api(
-            block_fn, inputs, state=state, request=request, iterator=iterator, **others
-        )
+            return await super().process_api(
+                block_fn, inputs, state=state, request=request, iterator=iterator, **others
+            )
+        except gr.Error:
+            raise
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        except Exception as error:
+            _log.warning("a call of the page failed", exc_info=error)
+            told = f"this call failed ({type(error).__name__}): reload, and try again"
+            raise gr.Error(told, print_exception=False) from error
 
 
 def file_paths(value: Any) -> Iterator[str]:

@@ -142,6 +142,8 @@ class Handlers:
         """One round for Gradio's client: what the answer holds so far, the media as files."""
         session = self.session(request)
         try:
+            if not isinstance(text, str) or not isinstance(knobs or {}, dict):
+                raise InputError("give a text, a list of files and an object of knobs")
             options, seed = self.settings(knobs or {})
             shown = [_shown(file) for file in files or []]
             human = await self.take(session, text, shown)
