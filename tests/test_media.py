@@ -1,6 +1,10 @@
 """Media decoding and preprocessing against the recorded tensors, and bad files."""
 
+import os
 import struct
+import subprocess
+import sys
+import time
 import wave
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import torch
 from PIL import Image
 
 from config.errors import MediaError
-from dataset.decoding import read_image, read_video_frames
+from dataset.decoding import read_image, read_samples, read_video_frames
 from dataset.media import load_views, read_audio, video_frame_indices
 from model.imagebind.encoder import ImageBind
 from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
@@ -27,6 +31,7 @@ RECORDED = [
     ("video", "move_tall.mp4", 2e-2, 1e-2),
     ("video", "move_wide.mp4", 2e-2, 1e-2),
 ]
+CODE = Path(__file__).parent.parent / "code"
 SHAPES = {"image": (3, 224, 224), "video": (15, 3, 2, 224, 224), "audio": (3, 1, 128, 204)}
 
 
@@ -214,6 +219,87 @@ def test_the_sound_track_of_a_video_is_heard(tmp_path: Path) -> None:
             container.mux(stream.encode(None))
     assert read_audio(path).shape == (16000,)
     assert load_views("video", path).shape == SHAPES["video"]
+
+
+ALONE = """
+import sys
+from demo.limits import find_modality
+from dataset.decoding import read_samples
+for read in (lambda file: find_modality(file, "it"), lambda file: read_samples(file)):
+    try:
+        print(read(sys.argv[1]))
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def read_alone(path: Path) -> str:
+    """What a process of its own says of a sound that it checks and decodes itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, str(path)],
+        env=os.environ | {"PYTHONPATH": str(CODE)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, (path.name, done.returncode, done.stderr)
+    return done.stdout
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 63, 64])
+@pytest.mark.parametrize("samples", [1, 3000])
+def test_a_sound_of_many_channels_is_their_mean(
+    channels: int, samples: int, tmp_path: Path
+) -> None:
+    """In a process of its own: PyAV may end it from 8 channels on."""
+    heard = np.random.default_rng(channels).integers(-9000, 9000, (samples, channels))
+    path = write_wav(tmp_path / "many.wav", heard)
+    assert read_alone(path).startswith("audio\n")
+    expected = torch.from_numpy(heard.mean(axis=1) / 32768).float()
+    torch.testing.assert_close(read_audio(path), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("channels", [65, 128, 255, 256, 32767])
+def test_a_sound_of_too_many_channels_is_refused(channels: int, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "many.wav", np.zeros((3, channels)))
+    told = read_alone(path)
+    assert told.count("MediaError") == 2, told
+    with pytest.raises(MediaError, match=r"many\.wav: (\d+ channels, more than 64|not readable)"):
+        load_views("audio", path)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("s.flac", "flac"), ("s.m4a", "aac")])
+def test_surround_sound_of_eight_channels_is_heard(name: str, codec: str, tmp_path: Path) -> None:
+    """Decoders give it in planes, of which PyAV counts one too many."""
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=48000, layout="7.1")
+        tone = np.repeat(sine(1, 48000) / 32768, 8).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(tone[None], "flt", "7.1")
+        frame.sample_rate = 48000
+        for one in (frame, None):
+            container.mux(stream.encode(one))
+    assert read_alone(tmp_path / name).startswith("audio\n")
+    mono = torch.from_numpy(sine(1, 16000) / 32768).float()
+    heard = read_audio(tmp_path / name)[: len(mono)]
+    if codec == "flac":
+        torch.testing.assert_close(heard[500:-500], mono[500:-500], atol=2e-3, rtol=0)
+    assert load_views("audio", tmp_path / name).isfinite().all()
+
+
+@pytest.mark.parametrize("rate", [0, 1, 15999, 2**31 - 1, 2**32 - 25])
+def test_a_sampling_rate_out_of_this_world_is_refused_at_once(rate: int, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "odd.wav", np.zeros(16000))
+    content = bytearray(path.read_bytes())
+    content[24:28] = struct.pack("<I", rate)
+    path.write_bytes(content)
+    start = time.monotonic()
+    with pytest.raises(MediaError, match=r"odd\.wav"):
+        load_views("audio", path)
+    assert time.monotonic() - start < 10
+
+
+def test_a_sound_of_many_hours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_wav(tmp_path / "long.wav", np.zeros(8000 * 3601), 8000)
+    monkeypatch.setattr("dataset.decoding.MAX_SOUND_SECONDS", 3600)
+    with pytest.raises(MediaError, match=r"long\.wav: longer than 1 hours"):
+        read_samples(path)
 
 
 # --- files that are not what they should be

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from threading import BoundedSemaphore, Lock, Thread
@@ -81,22 +81,22 @@ class _Call(NamedTuple):
     def as_json(self) -> bytes:
         """The request, one line."""
         name = [self.function.__module__, self.function.__qualname__]
-        return json.dumps([name, self.arguments, self.label, self.seconds]).encode() + b"\n"
+        limits = [self.seconds, self.seconds * _PATIENCE]
+        return json.dumps([name, self.arguments, self.label, limits]).encode() + b"\n"
 
 
 class _Worker:
     """The side of a worker process that asks."""
 
     def __init__(self) -> None:
+        known = os.environ.get("PYTHONPATH")
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(_CODE), os.environ.get("PYTHONPATH", "")])
-            ),
+            "PYTHONPATH": f"{_CODE}{os.pathsep}{known}" if known else str(_CODE),
             "OPENBLAS_NUM_THREADS": "1",  # each thread of it reserves address space
             "MALLOC_ARENA_MAX": "2",
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dataset.decode_worker", str(os.getpid())],
+            [sys.executable, "-P", "-m", "dataset.decode_worker", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
@@ -115,8 +115,9 @@ class _Worker:
         """Kill it."""
         self.process.kill()
         self.process.wait()
-        self.requests.close()
         self.answers.close()
+        with suppress(BrokenPipeError):  # of a request that it did not read
+            self.requests.close()
 
     def _await_end(self) -> None:
         """Let it end by itself, for its exit code; kill it if it does not."""
@@ -128,17 +129,17 @@ class _Worker:
 
     def call(self, call: _Call, check: Callable[[], None] | None) -> tuple[str, Any]:
         """The text of a `MediaError`, or the result; MediaError if the worker died."""
-        self.requests.write(call.as_json())
-        self.requests.flush()
-        ready = select.poll()
-        ready.register(self.answers, select.POLLIN)
-        while not ready.poll(_LOOK * 1000):
-            if check:
-                check()
         try:
+            self.requests.write(call.as_json())
+            self.requests.flush()
+            ready = select.poll()
+            ready.register(self.answers, select.POLLIN)
+            while not ready.poll(_LOOK * 1000):
+                if check:
+                    check()
             answer = json.loads(self.answers.readline())
             return answer["error"], _unpack(answer["result"], self.answers)
-        except (EOFError, ValueError) as error:  # it died, perhaps amid its answer
+        except (BrokenPipeError, EOFError, ValueError) as error:  # it died, perhaps amid its answer
             self._await_end()
             died = _last_words(self.process, call.seconds)
             if self.process.returncode > 0:
@@ -235,9 +236,14 @@ def _unpack(value: Any, stream: BinaryIO) -> Any:
     array = np.empty(value["shape"], np.dtype(value["dtype"]))
     if array.dtype.hasobject or array.nbytes > MEMORY:
         raise ValueError(f"no array of a medium: {value}")
-    if stream.readinto(memoryview(array).cast("B")) < array.nbytes:
+    if stream.readinto(_bytes(array)) < array.nbytes:
         raise EOFError
     return array
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """What a contiguous array holds, to be read and written."""
+    return array.reshape(-1).view(np.uint8)
 
 
 # --- the worker process
@@ -250,19 +256,19 @@ def main() -> None:
     for ignored in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)
     Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_AS, MEMORY)
     answers.write(b"ready\n")
     answers.flush()
     for line in sys.stdin.buffer:
-        (module, name), arguments, label, seconds = json.loads(line)
-        _allow(seconds)
+        (module, name), arguments, label, limits = json.loads(line)
+        _allow(*limits)
         arrays: list[np.ndarray] = []
         error, result = _answer(getattr(import_module(module), name), arguments, label)
         answer = {"error": error, "result": _pack(result, arrays)}
         answers.write(json.dumps(answer).encode() + b"\n")
         for array in arrays:
-            answers.write(memoryview(array).cast("B"))
+            answers.write(_bytes(array))
         answers.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
 
@@ -277,12 +283,18 @@ def _answer(function: Callable[..., Any], arguments: list[Any], label: str) -> t
         return f"{label}: cannot be decoded: it takes more than {MEMORY >> 30} GB of memory", None
 
 
-def _allow(seconds: int) -> None:
+def _allow(cpu_seconds: int, clock_seconds: int) -> None:
     """Let the next call take this long; then the system ends the process, whatever it is doing."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime) + 1 + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.RLIM_INFINITY))
-    signal.setitimer(signal.ITIMER_REAL, seconds * _PATIENCE)
+    soft = int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds
+    _limit(resource.RLIMIT_CPU, soft)
+    signal.setitimer(signal.ITIMER_REAL, clock_seconds)
+
+
+def _limit(kind: int, value: int) -> None:
+    """Set a limit, or leave it where the one who started the program allows less."""
+    most = resource.getrlimit(kind)[1]
+    resource.setrlimit(kind, (value if most == resource.RLIM_INFINITY else min(value, most), most))
 
 
 def _end_with(parent: int) -> None:

@@ -54,12 +54,13 @@ def load_views(
         MediaError: the file is missing, broken, too short or not of this modality, or decoding it
             crashed or passed a limit.
     """
+    file = str(Path(path).absolute())
     if modality == "image":
-        return image_views(Image.fromarray(decode(read_pixels, str(path), check=check)))
+        return image_views(Image.fromarray(decode(read_pixels, file, check=check)))
     if modality == "video":
-        frames, rate = decode(measure_video, str(path), check=check)
+        frames, rate = decode(measure_video, file, check=check)
         indices = video_frame_indices(frames, rate)
-        return video_views(decode(pick_frames, str(path), indices, check=check))
+        return video_views(decode(pick_frames, file, indices, check=check))
     samples_S = read_audio(path, RATE, check)
     if len(samples_S) < _WINDOW:
         raise MediaError(f"{path}: {len(samples_S)} samples at {RATE} Hz, shorter than 25 ms")
@@ -77,7 +78,7 @@ def read_audio(
     Raises:
         MediaError: as in `load_views`, or sampled in no simple ratio to `rate`.
     """
-    samples, found_rate = decode(read_samples, str(path), check=check)
+    samples, found_rate = decode(read_samples, str(Path(path).absolute()), check=check)
     if found_rate < 1 or kernel_size(found_rate, rate) > MAX_KERNEL:
         raise MediaError(f"{path}: unusual sampling rate {found_rate} Hz, convert it to {rate} Hz")
     return resample(torch.from_numpy(samples), found_rate, rate)
