@@ -27,6 +27,7 @@ from demo.nearest import CaptionBank, bank_captions
 from demo.rendering import as_said, chat_messages
 from demo.replies import Reply
 from demo.sessions import Round, Session, Sessions, safe_name
+from demo.temporary_folder import temporary_folder
 from mini_world.captions import read_caption
 from model.caption_encoders import CaptionEncoder
 from model.media_files import Frames, Sound, save_medium
@@ -367,3 +368,23 @@ def test_sounds_of_the_model_pass_the_limits(tmp_path: Path) -> None:
     assert check_medium(tmp_path / "a.wav", "it") == "audio"
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert check_medium(tmp_path / "a.png", "it") == "image"
+
+
+def test_folders_of_processes_that_are_gone_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    abandoned, elsewhere = tmp_path / "nextgpt_demo_gone", tmp_path / "elsewhere"
+    for folder in (abandoned, elsewhere, tmp_path / "other"):
+        folder.mkdir()
+        written(folder / "visitors.png", b"x")
+    (tmp_path / "nextgpt_demo_link").symlink_to(elsewhere)
+    written(tmp_path / "nextgpt_demo_file", b"x")
+    with temporary_folder() as first:
+        assert not abandoned.exists()
+        written(first / "a.png", b"x")
+        with temporary_folder() as second:
+            assert first != second and (first / "a.png").exists()
+        assert not second.exists() and (first / "a.png").exists()
+    assert not first.exists()
+    assert (elsewhere / "visitors.png").exists() and (tmp_path / "other" / "visitors.png").exists()
