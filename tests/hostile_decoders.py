@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -80,6 +81,6 @@ def modules(_: str) -> list[str]:
 
 def pixels_or_crash(path: str) -> np.ndarray:
     """A picture; one that is called so ends the process."""
-    if "crash" in path:
+    if Path(path).name == "crash.png":
         crash(path)
     return read_pixels(path)

@@ -1,6 +1,7 @@
 """The decode worker: what a hostile file costs, and who ends when."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -17,11 +19,13 @@ import torch
 from torch.utils.data import DataLoader
 
 import hostile_decoders as hostile
+import tiny_run
 from config.errors import MediaError
 from dataset import decode_worker, media
 from dataset.decode_worker import decode
 from dataset.media import load_views
 from parity_tools import MEDIA
+from tiny_run import TinyRun, tiny_world
 
 TESTS = Path(__file__).parent
 CODE = TESTS.parent / "code"
@@ -167,6 +171,7 @@ PARENT = """
     import os, sys, threading
     from dataset.decode_worker import decode
     import hostile_decoders as hostile
+import tiny_run
     if __name__ == "__main__":
         print(decode(hostile.own_id, "a file"), flush=True)
         how = sys.argv[1]
@@ -243,3 +248,29 @@ def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
 def test_an_answer_that_is_no_array_of_numbers_is_not_read() -> None:
     with pytest.raises(ValueError, match="no array of a medium"):
         decode_worker._unpack({"dtype": "|O", "shape": [2]}, None)
+
+
+def _train_with_crashes(*given: Any) -> None:
+    """The training entry, where pictures of one name crash the decoder."""
+    media.read_pixels = hostile.pixels_or_crash
+    tiny_run._train(*given)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crash_while_training_costs_one_sample_and_not_the_run(
+    workers: int, tmp_path: Path
+) -> None:
+    data = shutil.copytree(tiny_world() / "data", tmp_path / "data")
+    pictures = data / "mini_world" / "T-X_pair_data" / "image"
+    first = sorted((pictures / "images").iterdir())[0]
+    first.rename(first.with_name("crash.png"))
+    annotation = pictures / "image.json"
+    annotation.write_text(annotation.read_text().replace(first.name, "crash.png"))
+    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+    sets += ["data.datasets=[mini_image_enc]", "training.epochs=9", f"data.workers={workers}"]
+    run = TinyRun(tmp_path, 1, sets)
+    assert run.start(target=_train_with_crashes).wait() == 0, run.output
+    reasons = {line["reason"] for line in run.skipped}
+    (reason,) = reasons
+    assert "crash.png: cannot be decoded: it ended the decoder (SIGSEGV)" in reason
+    assert run.metrics[-1]["skipped"] == len(run.skipped) >= 1

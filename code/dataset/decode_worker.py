@@ -2,9 +2,10 @@
 
 `decode(function, ...)` runs a function of `dataset.decoding`, or another one that needs no torch,
 in a worker process with limits on memory and time, and returns its result. A worker is started when
-the first is needed (0.6 s on a slow core, 60 MB), serves one call after the other, and is replaced
+the first is needed (0.2 s, 70 MB of memory), serves one call after the other, and is replaced
 when it dies; threads that decode at the same time get a worker each, up to 4 in a process. A call
-costs 0.2 ms, and 0.5 ms for every MB that comes back through a pipe.
+costs 0.03 ms, and 0.3 ms for every MB that comes back through a pipe: views of a picture of 640x480
+take 5.5 ms where they took 4.2 in the same process.
 
 A worker ends with the process that started it, however that ends: its requests end, or it finds
 itself adopted. It is started with `subprocess`, since a DataLoader's processes may have no children
