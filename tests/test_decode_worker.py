@@ -168,10 +168,9 @@ def test_signals_to_all_processes_of_a_run_do_not_end_a_worker() -> None:
 
 
 PARENT = """
-    import os, sys, threading
+    import os, sys
     from dataset.decode_worker import decode
     import hostile_decoders as hostile
-import tiny_run
     if __name__ == "__main__":
         print(decode(hostile.own_id, "a file"), flush=True)
         how = sys.argv[1]
