@@ -1,6 +1,7 @@
 """The demo's server from outside: OpenAI's package, Gradio's client, crowds and attackers."""
 
 import base64
+import http.client
 import json
 import struct
 from collections.abc import Iterator
@@ -329,6 +330,19 @@ def test_an_upload_that_is_too_large_is_refused_on_its_way(demo: Running) -> Non
     with httpx.Client(base_url=demo.address) as ada:
         files = {"files": ("a.bin", b"\0" * 51_000_000)}
         reply = ada.post("/gradio_api/upload", files=files, timeout=60)
+    assert reply.status_code == 413
+
+
+def test_an_upload_of_more_than_a_message_may_hold_is_refused_before_it_is_read(
+    demo: Running,
+) -> None:
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    connection = http.client.HTTPConnection(demo.address.removeprefix("http://"), timeout=5)
+    connection.request("POST", "/gradio_api/upload", headers=kind | {"Content-Length": 900_000_000})
+    assert connection.getresponse().status == 413
+    connection.close()
+    in_chunks = iter([b"--b--"])  # of a length that is not told
+    reply = httpx.post(f"{demo.address}/gradio_api/upload", headers=kind, content=in_chunks)
     assert reply.status_code == 413
 
 

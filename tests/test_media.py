@@ -295,6 +295,19 @@ def test_a_sampling_rate_out_of_this_world_is_refused_at_once(rate: int, tmp_pat
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_sound_of_no_numbers_is_refused(value: float, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "nan.wav", np.zeros(32000))  # as 16000 samples of floats
+    content = bytearray(path.read_bytes())
+    content[20:22] = struct.pack("<H", 3)
+    content[28:36] = struct.pack("<IHH", 64000, 4, 32)
+    content[44:] = np.full(16000, value, "<f4").tobytes()
+    path.write_bytes(content)
+    assert len(read_samples(path)[0]) == 16000
+    with pytest.raises(MediaError, match=r"nan\.wav: its samples"):
+        load_views("audio", path)
+
+
 def test_a_sound_of_many_hours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_wav(tmp_path / "long.wav", np.zeros(8000 * 3601), 8000)
     monkeypatch.setattr("dataset.decoding.MAX_SOUND_SECONDS", 3600)

@@ -229,7 +229,7 @@ class Assistant:
         self,
         encoded: list[EncodedConversation],
         seconds: dict[str, float],
-        check: Callable[[], None] | None,
+        check: Callable[[], None] | None = None,
     ) -> list[torch.Tensor]:
         """Input embeddings (L, H) of every prompt, the human's media in their slots."""
         media = [medium for one in encoded for _, medium in one.slots]

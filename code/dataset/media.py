@@ -64,7 +64,10 @@ def load_views(
     samples_S = read_audio(path, RATE, check)
     if len(samples_S) < _WINDOW:
         raise MediaError(f"{path}: {len(samples_S)} samples at {RATE} Hz, shorter than 25 ms")
-    return audio_views(samples_S)
+    views = audio_views(samples_S)
+    if not views.isfinite().all():  # a file of floats may hold any
+        raise MediaError(f"{path}: its samples are no finite numbers")
+    return views
 
 
 def read_audio(

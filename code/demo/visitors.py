@@ -15,6 +15,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from demo.limits import MAX_BYTES, MAX_FILES
 from demo.sessions import Sessions
 
 COOKIE = "nextgpt_visitor"
@@ -59,6 +60,9 @@ class Visitors:
             return
         send = _with_cookie(send, visitor) if fresh else send
         if scope["path"] == _UPLOAD:
+            if not _bounded(scope):
+                await Response("too much at once", 413)(scope, receive, send)
+                return
             if self.sessions.full():
                 await Response("too much is uploaded, try again later", 507)(scope, receive, send)
                 return
@@ -83,6 +87,12 @@ class Visitors:
             await send(message)
 
         return remember
+
+
+def _bounded(scope: dict) -> bool:
+    """Whether a request tells beforehand that it is no longer than its files may be together."""
+    length = Request(scope).headers.get("content-length", "")
+    return length.isdecimal() and int(length) <= MAX_FILES * (MAX_BYTES + 10_000)
 
 
 def _with_cookie(send: Any, visitor: str) -> Any:
