@@ -42,6 +42,12 @@ def swell(*_: str) -> None:
         taken.append(np.empty(1 << 27))
 
 
+def gorge(*_: str) -> int:
+    """Hold more than a GB for a moment; the worker's process id."""
+    np.ones(9 << 25, np.float32).fill(2)  # 1.2 GB
+    return os.getpid()
+
+
 def garble(*_: str) -> None:
     """Print into what should be an answer."""
     print("not an answer", flush=True)

@@ -127,6 +127,15 @@ def test_a_worker_serves_call_after_call_without_torch() -> None:
     assert "dataset.decoding" in imported and "torch" not in imported
 
 
+def test_a_worker_that_has_held_much_is_replaced() -> None:
+    """What it kept in fragments would make the next file's fate depend on those before it."""
+    worker = decode(hostile.gorge, "a file")
+    wait_until(lambda: gone(worker), seconds=5)
+    own = np.ones(9 << 25, np.float32)  # 1.2 GB of this process do not count
+    assert decode(hostile.own_id, "a file") == decode(hostile.own_id, "a file")
+    assert own.all()
+
+
 def test_who_stops_waiting_ends_the_worker() -> None:
     stopped = time.monotonic() + 0.3
 
@@ -244,9 +253,13 @@ def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
     assert decode(hostile.same, "alive") == "alive"
 
 
-def test_an_answer_that_is_no_array_of_numbers_is_not_read() -> None:
+@pytest.mark.parametrize("answer", [
+    {"dtype": "|O", "shape": [2]}, {"dtype": "<f4", "shape": [1 << 40]},
+    {"dtype": "<f4", "shape": [1 << 20, 1 << 20]},
+])  # fmt: skip
+def test_an_answer_that_is_no_array_of_numbers_is_not_read(answer: dict) -> None:
     with pytest.raises(ValueError, match="no array of a medium"):
-        decode_worker._unpack({"dtype": "|O", "shape": [2]}, None)
+        decode_worker._unpack(answer, None)
 
 
 def _train_with_crashes(*given: Any) -> None:

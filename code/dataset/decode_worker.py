@@ -2,10 +2,10 @@
 
 `decode(function, ...)` runs a function of `dataset.decoding`, or another one that needs no torch,
 in a worker process with limits on memory and time, and returns its result. A worker is started when
-the first is needed (0.2 s, 70 MB of memory), serves one call after the other, and is replaced
-when it dies; threads that decode at the same time get a worker each, up to 4 in a process. A call
-costs 0.03 ms, and 0.3 ms for every MB that comes back through a pipe: views of a picture of 640x480
-take 5.5 ms where they took 4.2 in the same process.
+the first is needed (0.2 s, 70 MB of memory), serves one call after the other, and is replaced when
+it dies or has held a GB; threads that decode at the same time get a worker each, up to 4 in a
+process. A call costs 0.06 ms, and 0.3 ms for every MB that comes back through a pipe: views of a
+picture of 640x480 take 5.5 ms where they took 4.2 in the same process.
 
 A worker ends with the process that started it, however that ends: its requests end, or it finds
 itself adopted. It is started with `subprocess`, since a DataLoader's processes may have no children
@@ -15,6 +15,7 @@ to save a run. What it sends back is JSON and raw arrays: bytes of strangers mak
 
 import atexit
 import json
+import math
 import os
 import resource
 import select
@@ -35,6 +36,8 @@ from config.errors import MediaError
 
 MEMORY = 4 << 30  # bytes of address space of a worker
 CPU_SECONDS = 120  # of a call, all threads together
+_WORN = 1 << 30  # bytes that a worker has held, after which it is replaced
+_LONGEST_ANSWER = 1 << 20  # bytes of an answer without its arrays
 _PATIENCE = 5  # a call may take so many times its CPU seconds by the clock, where the disk is slow
 _MOST = 4  # workers of a process
 _LOOK = 0.1  # seconds between two calls of `check`
@@ -104,6 +107,7 @@ class _Worker:
         )
         assert self.process.stdin and self.process.stdout
         self.requests, self.answers = self.process.stdin, self.process.stdout
+        self.worn = False  # it has held much, of which fragments may remain: no more calls
         if self.answers.readline() != b"ready\n":
             self.end()
             raise RuntimeError(f"the decoding process cannot start: {_last_words(self.process)}")
@@ -120,28 +124,32 @@ class _Worker:
         with suppress(BrokenPipeError):  # of a request that it did not read
             self.requests.close()
 
-    def _await_end(self) -> None:
-        """Let it end by itself, for its exit code; kill it if it does not."""
-        try:
-            self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
     def call(self, call: _Call, check: Callable[[], None] | None) -> tuple[str, Any]:
         """The text of a `MediaError`, or the result; MediaError if the worker died."""
-        try:
+        with self._explained(call):
             self.requests.write(call.as_json())
             self.requests.flush()
-            ready = select.poll()
-            ready.register(self.answers, select.POLLIN)
-            while not ready.poll(_LOOK * 1000):
-                if check:
-                    check()
-            answer = json.loads(self.answers.readline())
+        ready = select.poll()
+        ready.register(self.answers, select.POLLIN)
+        while not ready.poll(_LOOK * 1000):
+            if check:
+                check()
+        with self._explained(call):
+            answer = json.loads(self.answers.readline(_LONGEST_ANSWER))
+            self.worn = answer["peak"] > _WORN
             return answer["error"], _unpack(answer["result"], self.answers)
-        except (BrokenPipeError, EOFError, ValueError) as error:  # it died, perhaps amid its answer
-            self._await_end()
+
+    @contextmanager
+    def _explained(self, call: _Call) -> Iterator[None]:
+        """Say how the worker died, if it did amid what is written or read here."""
+        try:
+            yield
+        except (BrokenPipeError, EOFError, ValueError, LookupError, TypeError) as error:
+            try:
+                self.process.wait(5)  # for its exit code
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
             died = _last_words(self.process, call.seconds)
             if self.process.returncode > 0:
                 raise RuntimeError(f"{call.label}: {died}, its error is above") from error
@@ -214,8 +222,11 @@ def _borrowed_worker(check: Callable[[], None] | None) -> Iterator[_Worker]:
         except BaseException:
             worker.end()
             raise
-        with pool.lock:
-            pool.idle.append(worker)
+        if worker.worn:
+            worker.end()
+        else:
+            with pool.lock:
+                pool.idle.append(worker)
     finally:
         pool.places.release()
 
@@ -234,9 +245,10 @@ def _unpack(value: Any, stream: BinaryIO) -> Any:
         return [_unpack(one, stream) for one in value]
     if not isinstance(value, dict):
         return value
-    array = np.empty(value["shape"], np.dtype(value["dtype"]))
-    if array.dtype.hasobject or array.nbytes > MEMORY:
+    shape, dtype = value["shape"], np.dtype(value["dtype"])
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize > MEMORY:
         raise ValueError(f"no array of a medium: {value}")
+    array = np.empty(shape, dtype)
     if stream.readinto(_bytes(array)) < array.nbytes:
         raise EOFError
     return array
@@ -266,7 +278,7 @@ def main() -> None:
         _allow(*limits)
         arrays: list[np.ndarray] = []
         error, result = _answer(getattr(import_module(module), name), arguments, label)
-        answer = {"error": error, "result": _pack(result, arrays)}
+        answer = {"error": error, "result": _pack(result, arrays), "peak": _peak()}
         answers.write(json.dumps(answer).encode() + b"\n")
         for array in arrays:
             answers.write(_bytes(array))
@@ -282,6 +294,12 @@ def _answer(function: Callable[..., Any], arguments: list[Any], label: str) -> t
         return str(error), None
     except MemoryError:
         return f"{label}: cannot be decoded: it takes more than {MEMORY >> 30} GB of memory", None
+
+
+def _peak() -> int:
+    """The most bytes that this process has held; `getrusage` counts its parent's as well."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _allow(cpu_seconds: int, clock_seconds: int) -> None:
