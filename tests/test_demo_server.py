@@ -5,6 +5,7 @@ import http.client
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -280,8 +281,11 @@ def hostile_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def workers() -> list[psutil.Process]:
     """The decode workers of this process that are alive."""
-    children = psutil.Process().children()
-    return [one for one in children if "dataset.decode_worker" in one.cmdline()]
+    alive = []
+    for one in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # gone, or as good as
+            alive += [one] if "dataset.decode_worker" in one.cmdline() else []
+    return alive
 
 
 @pytest.mark.parametrize("where", ["demo.limits.find_modality", "dataset.media.read_pixels"])
