@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import gradio as gr
 import uvicorn
 from gradio_client import Client
 from openai import OpenAI
@@ -65,6 +66,7 @@ class Running:
     desk: Desk
     sessions: Sessions
     folder: Path
+    page: gr.Blocks
 
 
 def free_port() -> int:
@@ -78,21 +80,24 @@ def running_demo(assistant: Assistant) -> Iterator[Running]:
     """Serve `assistant` until the block ends."""
     port = free_port()
     before = os.environ.get("GRADIO_TEMP_DIR")
-    with TemporaryDirectory(prefix="demo_test_") as folder:
+    with TemporaryDirectory(prefix="demo_test_") as name:
+        folder = Path(name).resolve()
         desk = Desk(assistant)
-        app = build_app(desk, Path(folder))
+        app = build_app(desk, folder)
         server = uvicorn.Server(
             uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1)
         )
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield Running(f"http://127.0.0.1:{port}", desk, app.state.sessions, Path(folder))
+            page = app.state.page.get_blocks()
+            yield Running(f"http://127.0.0.1:{port}", desk, app.state.sessions, folder, page)
         finally:
             server.should_exit = True
             desk.close()
-            thread.join()
+            thread.join(30)
+            assert not thread.is_alive(), "the server is stuck"
             if before is None:
                 del os.environ["GRADIO_TEMP_DIR"]
             else:

@@ -22,11 +22,12 @@ from demo.desk import Finished, Ready, Step, Waiting, Words, Written
 from demo.examples import read_examples
 from demo.explanation import explanation_html
 from demo.knobs import check_seed, knobs_of, turn_knobs
-from demo.limits import MAX_BYTES, check_medium
+from demo.limits import MAX_BYTES, check_medium, find_modality
 from demo.nearest import CaptionBank, bank_captions
 from demo.rendering import as_said, chat_messages
 from demo.replies import Reply
 from demo.sessions import Round, Session, Sessions, safe_name
+from demo.temporary_folder import temporary_folder
 from mini_world.captions import read_caption
 from model.caption_encoders import CaptionEncoder
 from model.media_files import Frames, Sound, save_medium
@@ -138,19 +139,19 @@ def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("demo.limits.MAX_VIDEO_PIXELS", limit // 4)
         with pytest.raises(MediaError, match="too many frames"):
-            check_medium(tmp_path / "a.mp4", "bomb")
+            find_modality(tmp_path / "a.mp4", "bomb")
         patch.setattr("demo.limits.MAX_FRAME_PIXELS", 1000)
         with pytest.raises(MediaError, match="too many"):
-            check_medium(tmp_path / "a.mp4", "bomb")
+            find_modality(tmp_path / "a.mp4", "bomb")
 
 
 def test_a_video_of_too_many_small_frames_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("demo.limits.MAX_FRAMES", 20)
-    assert check_medium(video_of_length(tmp_path / "a.mp4", 20), "it") == "video"
+    assert find_modality(video_of_length(tmp_path / "a.mp4", 20), "it") == "video"
     with pytest.raises(MediaError, match="too many frames"):
-        check_medium(video_of_length(tmp_path / "a.mp4", 21), "it")
+        find_modality(video_of_length(tmp_path / "a.mp4", 21), "it")
 
 
 def test_kinds_are_told_by_content_not_by_name(tmp_path: Path) -> None:
@@ -199,7 +200,7 @@ def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> 
     assert sessions.media_file("", f"{token}/{inner}", "bob") is None
     with pytest.raises(InputError, match="another visitor"):
         sessions.of("tab", "bob")
-    sessions.close("tab")
+    sessions.close("tab", "ada")
     assert not session.folder.exists() and len(sessions) == 0
     assert sessions.media_file(token, inner, "ada") is None
 
@@ -237,7 +238,7 @@ def test_silent_sessions_and_old_uploads_are_swept(tmp_path: Path) -> None:
 def test_a_sweep_takes_what_a_closed_sessions_answer_still_wrote(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
     left, kept = sessions.of("left", "ada"), sessions.of("kept", "ada")
-    sessions.close("left")
+    sessions.close("left", "ada")
     for session in (left, kept):
         written(session.new_folder() / "late.png", b"x")
     sessions.sweep(idle=1000)
@@ -367,3 +368,23 @@ def test_sounds_of_the_model_pass_the_limits(tmp_path: Path) -> None:
     assert check_medium(tmp_path / "a.wav", "it") == "audio"
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert check_medium(tmp_path / "a.png", "it") == "image"
+
+
+def test_folders_of_processes_that_are_gone_are_removed_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    abandoned, elsewhere = tmp_path / "nextgpt_demo_gone", tmp_path / "elsewhere"
+    for folder in (abandoned, elsewhere, tmp_path / "other"):
+        folder.mkdir()
+        written(folder / "visitors.png", b"x")
+    (tmp_path / "nextgpt_demo_link").symlink_to(elsewhere)
+    written(tmp_path / "nextgpt_demo_file", b"x")
+    with temporary_folder() as first:
+        assert not abandoned.exists()
+        written(first / "a.png", b"x")
+        with temporary_folder() as second:
+            assert first != second and (first / "a.png").exists()
+        assert not second.exists() and (first / "a.png").exists()
+    assert not first.exists()
+    assert (elsewhere / "visitors.png").exists() and (tmp_path / "other" / "visitors.png").exists()

@@ -142,7 +142,7 @@ def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> Non
     options = ChatOptions.from_config(demo.desk.assistant.config)
     handlers = Handlers(demo.desk, demo.sessions, options)
     session = demo.sessions.of("tab", "ada")
-    demo.sessions.close("tab")
+    demo.sessions.close("tab", "ada")
     with pytest.raises(InputError, match="conversation is closed"):
         asyncio.run(handlers.take(session, "a", []))
 

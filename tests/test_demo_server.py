@@ -1,18 +1,24 @@
 """The demo's server from outside: OpenAI's package, Gradio's client, crowds and attackers."""
 
 import base64
+import http.client
 import json
+import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from gradio_client import Client, handle_file
 from openai import BadRequestError, InternalServerError
 
+import hostile_decoders
 from chat.assistant import Assistant
 from chat.options import ChatOptions
 from conversation.parts import Media
+from dataset import decode_worker
 from demo.knobs import knobs_of
 from demo.visitors import COOKIE
 from demo_server import (
@@ -228,14 +234,17 @@ def test_files_go_out_to_the_visitor_whose_they_are_and_to_nobody_else(demo: Run
         assert reply.status_code == 206 and reply.content == PHOTO.read_bytes()[:10]
         assert reply.headers["x-content-type-options"] == "nosniff"
         assert bob.get(address).status_code == 404
-        demo.sessions.close("ada's tab")
+        demo.sessions.close("ada's tab", ada.cookies[COOKIE])
         assert ada.get(address).status_code == 404
 
 
 @pytest.mark.parametrize("path", [
     "/monitoring", "/gradio_api/vibe-code", "/gradio_api/deep_link", "/gradio_api/openapi.json",
     "/gradio_api/proxy=https://huggingface.co/", "/gradio_api/file=https://huggingface.co/",
-    "/gradio_api/runs", "/gradio_api/dev/reload", "/docs", "/openapi.json",
+    "/gradio_api/runs", "/gradio_api/dev/reload", "/docs", "/openapi.json", "/login", "/logout",
+    "/gradio_api/stream/a/b/1/playlist.m3u8", "/gradio_api/custom_component/1/client/a/b.js",
+    "/gradio_api/file/etc/passwd", "/gradio_api/file=/etc/passwd", "/gradio_api/file=../etc/passwd",
+    "//gradio_api/file=/etc/passwd", "/static/../gradio_api/proxy=https://huggingface.co/",
 ])  # fmt: skip
 def test_what_gradio_brings_and_the_demo_does_not_use_is_not_there(
     demo: Running, path: str
@@ -243,10 +252,101 @@ def test_what_gradio_brings_and_the_demo_does_not_use_is_not_there(
     assert httpx.get(demo.address + path).status_code == 404
 
 
+@pytest.mark.parametrize("path", [
+    "stream/1", "stream/1/close", "component_server", "process_recording", "vibe-edit", "api/chat",
+    "profiling/clear", "run-history/connect",
+])  # fmt: skip
+def test_what_gradio_takes_and_the_demo_does_not_use_is_not_there(demo: Running, path: str) -> None:
+    assert httpx.post(f"{demo.address}/gradio_api/{path}", json={}).status_code == 404
+
+
+@pytest.mark.parametrize("path", [
+    "/static/../../../../../../etc/passwd", "/assets/..%2f..%2f..%2f..%2fetc%2fpasswd",
+    "/svelte/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/static//etc/passwd", "/assets/%2fetc%2fpasswd",
+    "/media/..%2f..%2fetc/passwd", "/media/x/%2fetc%2fpasswd",
+])  # fmt: skip
+def test_no_folder_of_the_server_leads_out_of_itself(demo: Running, path: str) -> None:
+    reply = httpx.get(httpx.URL(demo.address, raw_path=path.encode()))
+    assert "root:" not in reply.text and reply.status_code in (403, 404)
+
+
+@pytest.fixture
+def hostile_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Workers that find `hostile_decoders`."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    decode_worker._pool.close()
+    yield
+    decode_worker._pool.close()
+
+
+def workers() -> list[psutil.Process]:
+    """The decode workers of this process that are alive."""
+    alive = []
+    for one in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # gone, or as good as
+            alive += [one] if "dataset.decode_worker" in one.cmdline() else []
+    return alive
+
+
+@pytest.mark.parametrize("where", ["demo.limits.find_modality", "dataset.media.read_pixels"])
+def test_a_medium_that_crashes_the_decoder_costs_that_request_alone(
+    where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
+) -> None:
+    asked = {"model": "any", "messages": [user("what is it?", picture(MEDIA / "gray.png"))]}
+    demo.desk.assistant._features.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, hostile_decoders.crash)
+        with pytest.raises(BadRequestError, match="ended the decoder") as refused:
+            openai(demo).chat.completions.create(**asked)
+    assert str(demo.folder) not in str(refused.value)
+    assert openai(demo).chat.completions.create(**asked).choices[0].message.content
+
+
+@pytest.mark.parametrize("where", ["demo.limits.find_modality", "dataset.media.read_pixels"])
+def test_who_goes_away_ends_the_decoder_of_what_hangs(
+    where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
+) -> None:
+    monkeypatch.setattr(where, hostile_decoders.hang)
+    demo.desk.assistant._features.clear()
+    asked = {"messages": [user("what is it?", picture())]}
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=2)
+    wait_until(lambda: not demo.desk.line, seconds=5)
+    wait_until(lambda: not any(k.startswith("v1") for k in demo.sessions._open), seconds=5)
+    wait_until(lambda: not workers(), seconds=5)
+
+
+@pytest.mark.parametrize("channels", [8, 9])
+def test_a_sound_of_eight_channels_is_heard_and_the_server_lives(
+    demo: Running, channels: int
+) -> None:
+    head = struct.pack("<HHIIHH", 1, channels, 16000, 16000 * 2 * channels, 2 * channels, 16)
+    data = bytes(2 * channels * 500)
+    wav = b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + struct.pack("<I", 16) + head
+    wav += b"data" + struct.pack("<I", len(data)) + data
+    shown = {"data": base64.b64encode(wav).decode(), "format": "wav"}
+    said = user("listen", {"type": "input_audio", "input_audio": shown})
+    reply = openai(demo).chat.completions.create(model="any", messages=[said])
+    assert reply.choices[0].message.content == "\n".join(WORDS)
+
+
 def test_an_upload_that_is_too_large_is_refused_on_its_way(demo: Running) -> None:
     with httpx.Client(base_url=demo.address) as ada:
         files = {"files": ("a.bin", b"\0" * 51_000_000)}
         reply = ada.post("/gradio_api/upload", files=files, timeout=60)
+    assert reply.status_code == 413
+
+
+def test_an_upload_of_more_than_a_message_may_hold_is_refused_before_it_is_read(
+    demo: Running,
+) -> None:
+    kind = {"Content-Type": "multipart/form-data; boundary=b"}
+    connection = http.client.HTTPConnection(demo.address.removeprefix("http://"), timeout=5)
+    connection.request("POST", "/gradio_api/upload", headers=kind | {"Content-Length": 900_000_000})
+    assert connection.getresponse().status == 413
+    connection.close()
+    in_chunks = iter([b"--b--"])  # of a length that is not told
+    reply = httpx.post(f"{demo.address}/gradio_api/upload", headers=kind, content=in_chunks)
     assert reply.status_code == 413
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -94,3 +94,101 @@ def test_the_courses_command_serves_the_shipped_system_and_leaves_nothing_behind
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) == 0
     assert not list(tmp_path.glob("nextgpt_demo_*"))
+
+
+# What `serve` is in a process of its own, with tiny parts and an address that gets it stuck.
+SCENE = """
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from fastapi.routing import APIRoute
+
+import demo.server
+from config.loader import load_config
+from demo_server import scripted_assistant
+
+how, folder, port = sys.argv[1:]
+build_app = demo.server.build_app
+
+
+class Loader:
+    load = staticmethod(lambda *_: scripted_assistant(Path(folder), ("Sure",)))
+
+
+def build_stuck(desk, *given):
+    async def stuck():
+        if how == "loop":
+            while True:
+                time.sleep(0.01)
+        desk._worker.submit(time.sleep, 1000)
+
+    app = build_app(desk, *given)
+    app.router.routes.insert(0, APIRoute("/v1/stuck", stuck))
+    return app
+
+
+demo.server.Assistant = Loader
+demo.server.build_app = build_stuck
+demo.server._END_SECONDS = 4.0
+demo.server.serve(load_config("mini"), Path("none"), "127.0.0.1", int(port))
+"""
+
+
+@pytest.fixture
+def scene(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, psutil.Popen]]]:
+    """Starts servers, and ends them."""
+    processes = []
+
+    def start(how: str) -> tuple[str, psutil.Popen]:
+        port, parts = free_port(), tmp_path / f"parts {len(processes)}"
+        folders = os.pathsep.join(map(str, (ROOT / "code", ROOT / "tests")))
+        environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": folders}
+        command = [sys.executable, "-c", SCENE, how, str(parts), str(port)]
+        processes.append(psutil.Popen(command, env=environment))
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: answers(address), seconds=120)
+        return address, processes[-1]
+
+    yield start
+    for process in processes:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["loop", "desk", "not"])
+def test_a_server_that_is_stuck_still_ends_when_it_is_told(
+    how: str, scene: Callable[[str], tuple[str, psutil.Popen]], tmp_path: Path
+) -> None:
+    address, process = scene(how)
+    assert list(tmp_path.glob("nextgpt_demo_*"))
+    if how == "loop":
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(f"{address}/v1/stuck", timeout=1)
+    elif how == "desk":
+        httpx.get(f"{address}/v1/stuck")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == (0 if how == "not" else 1)
+    assert not list(tmp_path.glob("nextgpt_demo_*"))
+
+
+@pytest.mark.slow
+def test_what_a_killed_server_left_is_removed_by_the_next_and_what_is_used_is_not(
+    scene: Callable[[str], tuple[str, psutil.Popen]], tmp_path: Path
+) -> None:
+    killed, running = scene("not"), scene("not")
+    first, second = sorted(
+        tmp_path.glob("nextgpt_demo_*"), key=lambda folder: folder.stat().st_ctime
+    )
+    with httpx.Client(base_url=killed[0]) as visitor:
+        visitor.post("/gradio_api/upload", files={"files": ("a.png", b"a")})
+    assert list(first.glob("*/a.png"))
+    killed[1].kill()
+    killed[1].wait()
+    scene("not")
+    left = {*tmp_path.glob("nextgpt_demo_*")}
+    assert first not in left and second in left and len(left) == 2
+    assert answers(running[0])

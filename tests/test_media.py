@@ -1,7 +1,11 @@
 """Media decoding and preprocessing against the recorded tensors, and bad files."""
 
 import json
+import os
 import struct
+import subprocess
+import sys
+import time
 import wave
 from pathlib import Path
 
@@ -12,8 +16,8 @@ import torch
 from PIL import Image
 
 from config.errors import MediaError
-from dataset.decoding import read_audio, read_image, read_video_frames
-from dataset.media import load_views, video_frame_indices
+from dataset.decoding import read_image, read_samples, read_video_frames
+from dataset.media import load_views, read_audio, video_frame_indices
 from golden_preprocessing import GOLDEN, measure
 from model.imagebind.encoder import ImageBind
 from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
@@ -29,6 +33,7 @@ RECORDED = [
     ("video", "move_tall.mp4", 2e-2, 1e-2),
     ("video", "move_wide.mp4", 2e-2, 1e-2),
 ]
+CODE = Path(__file__).parent.parent / "code"
 SHAPES = {"image": (3, 224, 224), "video": (15, 3, 2, 224, 224), "audio": (3, 1, 128, 204)}
 
 
@@ -218,6 +223,100 @@ def test_the_sound_track_of_a_video_is_heard(tmp_path: Path) -> None:
             container.mux(stream.encode(None))
     assert read_audio(path).shape == (16000,)
     assert load_views("video", path).shape == SHAPES["video"]
+
+
+ALONE = """
+import sys
+from config.errors import MediaError
+from demo.limits import find_modality
+from dataset.decoding import read_samples
+for file in sys.argv[1:]:
+    for read in (lambda file: find_modality(file, "it"), lambda file: len(read_samples(file)[0])):
+        try:
+            print(read(file))
+        except MediaError as error:
+            print("refused:", error)
+"""
+
+
+def read_alone(*paths: Path) -> list[str]:
+    """What a process of its own says of sounds: their kind and their length, or why it has none."""
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, *map(str, paths)],
+        env=os.environ | {"PYTHONPATH": str(CODE)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 63, 64])
+def test_a_sound_of_many_channels_is_its_first_channel(channels: int, tmp_path: Path) -> None:
+    """In a process of its own: PyAV may end it from 8 channels on."""
+    heard = np.random.default_rng(channels).integers(-9000, 9000, (3000, channels))
+    short = write_wav(tmp_path / "short.wav", heard[:1])
+    path = write_wav(tmp_path / "many.wav", heard)
+    assert read_alone(short, path) == ["audio", "1", "audio", "3000"]
+    expected = torch.from_numpy(heard[:, 0] / 32768).float()
+    torch.testing.assert_close(read_audio(path), expected, atol=1e-5, rtol=0)
+
+
+def test_a_sound_of_too_many_channels_is_refused(tmp_path: Path) -> None:
+    for channels in (65, 128, 255, 256, 32767):
+        path = write_wav(tmp_path / f"{channels}.wav", np.zeros((3, channels)))
+        with pytest.raises(MediaError, match=r"\d\.wav: (\d+ channels, more than 64|not readable)"):
+            load_views("audio", path)
+    told = read_alone(*tmp_path.iterdir())
+    assert len(told) == 10 and all(line.startswith("refused: ") for line in told), told
+
+
+@pytest.mark.parametrize(("name", "codec"), [("s.flac", "flac"), ("s.m4a", "aac")])
+def test_surround_sound_of_eight_channels_is_heard(name: str, codec: str, tmp_path: Path) -> None:
+    """Decoders give it in planes, of which PyAV counts one too many."""
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=48000, layout="7.1")
+        tone = np.repeat(sine(1, 48000) / 32768, 8).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(tone[None], "flt", "7.1")
+        frame.sample_rate = 48000
+        for one in (frame, None):
+            container.mux(stream.encode(one))
+    assert read_alone(tmp_path / name)[0] == "audio"
+    mono = torch.from_numpy(sine(1, 16000) / 32768).float()
+    heard = read_audio(tmp_path / name)[: len(mono)]
+    if codec == "flac":
+        torch.testing.assert_close(heard[500:-500], mono[500:-500], atol=2e-3, rtol=0)
+    assert load_views("audio", tmp_path / name).isfinite().all()
+
+
+@pytest.mark.parametrize("rate", [0, 1, 15999, 2**31 - 1, 2**32 - 25])
+def test_a_sampling_rate_out_of_this_world_is_refused_at_once(rate: int, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "odd.wav", np.zeros(16000))
+    content = bytearray(path.read_bytes())
+    content[24:28] = struct.pack("<I", rate)
+    path.write_bytes(content)
+    start = time.monotonic()
+    with pytest.raises(MediaError, match=r"odd\.wav"):
+        load_views("audio", path)
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_sound_of_no_numbers_is_refused(value: float, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "nan.wav", np.zeros(32000))  # as 16000 samples of floats
+    content = bytearray(path.read_bytes())
+    content[20:22] = struct.pack("<H", 3)
+    content[28:36] = struct.pack("<IHH", 64000, 4, 32)
+    content[44:] = np.full(16000, value, "<f4").tobytes()
+    path.write_bytes(content)
+    assert len(read_samples(path)[0]) == 16000
+    with pytest.raises(MediaError, match=r"nan\.wav: its samples"):
+        load_views("audio", path)
+
+
+def test_a_sound_of_many_hours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_wav(tmp_path / "long.wav", np.zeros(8000 * 3601), 8000)
+    monkeypatch.setattr("dataset.decoding.MAX_SOUND_SECONDS", 3600)
+    with pytest.raises(MediaError, match=r"long\.wav: longer than 1 hours"):
+        read_samples(path)
 
 
 # --- files that are not what they should be

@@ -111,6 +111,7 @@ class Assistant:
         on_turn: Callable[[Turn, list[str]], None] | None = None,
         on_progress: Progress | None = None,
         on_medium: Callable[[int, Output], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> Answer:
         """The assistant's answer to `conversation`: `answer` with one alone, its media one by one.
 
@@ -122,6 +123,7 @@ class Assistant:
                 medium is made.
             on_progress: called after every diffusion step.
             on_medium: gets each medium when it is made, with its number among the answer's media.
+            check: called ten times a second while the human's media are decoded.
         """
 
         def tell_turns(turns: list[Turn], names: list[list[str]]) -> None:
@@ -140,6 +142,7 @@ class Assistant:
             on_turns=tell_turns,
             on_progress=on_progress,
             on_medium=tell_medium,
+            check=check,
         )[0]
 
     @torch.no_grad()
@@ -154,6 +157,7 @@ class Assistant:
         on_turns: Callable[[list[Turn], list[list[str]]], None] | None = None,
         on_progress: Progress | None = None,
         on_medium: Callable[[int, int, Output], None] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> list[Answer]:
         """The assistant's answers to `conversations`, each of which ends with a human turn.
 
@@ -166,6 +170,8 @@ class Assistant:
             on_turns: gets the turns, and their tokens' names, when they are written.
             on_progress: called after every diffusion step; what it raises ends the answers.
             on_medium: gets (answer, number among its media, medium) when it is made.
+            check: called ten times a second while the human's media are decoded; what it raises
+                ends the answers.
 
         Raises:
             InputError: a part cannot be loaded.
@@ -175,7 +181,7 @@ class Assistant:
         seconds: dict[str, float] = {}
         encoded = [self.encoder.encode(conversation) for conversation in conversations]
         self._check_length(max(len(one.input_ids) for one in encoded), options.max_new_tokens)
-        prompts = self._read(encoded, seconds)
+        prompts = self._read(encoded, seconds, check)
         with self._timed(seconds, "language_model"):
             ids = generate_answers(
                 self.model.language_model, self.encoder, prompts, options, seeds, on_text
@@ -220,7 +226,10 @@ class Assistant:
             )
 
     def _read(
-        self, encoded: list[EncodedConversation], seconds: dict[str, float]
+        self,
+        encoded: list[EncodedConversation],
+        seconds: dict[str, float],
+        check: Callable[[], None] | None = None,
     ) -> list[torch.Tensor]:
         """Input embeddings (L, H) of every prompt, the human's media in their slots."""
         media = [medium for one in encoded for _, medium in one.slots]
@@ -229,20 +238,20 @@ class Assistant:
                 self.load_encoder()
         batch = pad_conversations(encoded, pad_id=0).to(self.device)
         with self._timed(seconds, "encode"):
-            features = [self._feature(medium) for medium in media]
+            features = [self._feature(medium, check) for medium in media]
         if features:
             batch.features = torch.stack(features)
         embeddings = self.model.embed(batch.input_ids, batch.slots, batch.features)
         return [row[: len(one.input_ids)] for row, one in zip(embeddings, encoded, strict=True)]
 
-    def _feature(self, medium: Media) -> torch.Tensor:
+    def _feature(self, medium: Media, check: Callable[[], None] | None) -> torch.Tensor:
         """The encoder's vector (E,) of a human's medium, kept while the file stays as it is."""
         path = Path(medium.path or "")
         if not path.is_file():
             raise MediaError(f"{path}: no such file: put it back, or leave out what shows it")
         key = (medium.modality, str(path), path.stat().st_mtime_ns)
         if key not in self._features:
-            views = load_views(medium.modality, path).to(self.device)
+            views = load_views(medium.modality, path, check).to(self.device)
             self._features[key] = self.load_encoder().encode(medium.modality, views[None])[0]
             if len(self._features) > _FEATURES_KEPT:
                 del self._features[next(iter(self._features))]

@@ -1,28 +1,26 @@
 """Pictures, videos and sounds out of files, and out of shards.
 
-Decoding only: `dataset.media` makes encoder inputs of it. A picture and a sound cost their whole
-decoding (a minute of sound holds 4 MB at 16 kHz). Of a video every packet is read once, undecoded,
-to count the frames, and then every frame up to the last asked for is decoded: by counting, they are
-the right ones in every format. That costs a second for a minute in 480p; memory holds those asked
-for.
+Decoding only: `dataset.media` makes encoder inputs of it, and has it done by
+`dataset.decode_worker` in a process of its own, for which nothing here imports torch. A picture and
+a sound cost their whole decoding (a minute of sound holds 4 MB at 16 kHz). Of a video every packet
+is read once, undecoded, to count the frames, and then every frame up to the last asked for is
+decoded: by counting, they are the right ones in every format. That costs a second for a minute in
+480p; memory holds those asked for.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import BinaryIO
 
 import av
 import numpy as np
-import torch
+from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
-from torch import Tensor
-from torch.nn.functional import conv1d, pad
 
 from config.errors import MediaError
 from dataset.shards import in_shard, medium_exists, medium_state, open_medium
@@ -30,22 +28,30 @@ from dataset.shards import in_shard, medium_exists, medium_state, open_medium
 # Named, because FFmpeg and Pillow also read playlists, scripts and text, which may lead elsewhere.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-_DECODING_ERRORS = (OSError, ValueError, EOFError, SyntaxError, av.FFmpegError)
+MAX_SOUND_SECONDS = 3 * 3600  # 0.7 GB at 16 kHz
+MAX_CHANNELS = 64  # FFmpeg's resampler takes no more
 _STILLS = ("mjpeg", "png", "bmp", "tiff", "webp")  # codecs of covers
 _MAX_ASPECT = 50  # beyond it, one side scaled to the encoder's size makes the other one huge
 
 
 @contextmanager
 def _naming(path: Path, kind: str) -> Iterator[None]:
-    """Turn what decoders raise into a `MediaError` that names the file."""
+    """Turn what decoders raise into a `MediaError` that names the file.
+
+    Whatever they raise: on broken bytes Pillow and PyAV raise far more kinds of errors than they
+    document, and each of them means that this file is of no use.
+    """
     if not medium_exists(path):
         raise MediaError(f"{path}: no such file")
     if medium_state(path).size == 0:
         raise MediaError(f"{path}: empty file")
     try:
         yield
-    except (*_DECODING_ERRORS, Image.DecompressionBombError) as error:
-        raise MediaError(f"{path}: not readable as {kind}: {error}") from error
+    except (MediaError, MemoryError):
+        raise
+    except Exception as error:
+        fault = str(error) or type(error).__name__
+        raise MediaError(f"{path}: not readable as {kind}: {fault}") from error
 
 
 def _source(path: Path) -> BinaryIO | str:
@@ -57,7 +63,9 @@ def _open_container(path: Path) -> InputContainer:
     return av.open(_source(path), options={"format_whitelist": CONTAINERS})
 
 
-def _check_aspect(path: Path, width: int, height: int) -> None:
+def _check_size(path: Path, width: int, height: int) -> None:
+    if min(width, height) < 1:
+        raise MediaError(f"{path}: {width}x{height}, a picture without pixels")
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise MediaError(f"{path}: {width}x{height} is too long and thin, crop it")
 
@@ -70,7 +78,7 @@ def read_image(path: Path | str) -> Image.Image:
     """
     path = Path(path)
     with _naming(path, "a picture"), Image.open(_source(path), formats=PICTURES) as image:
-        _check_aspect(path, *image.size)
+        _check_size(path, *image.size)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits; converting would clip at 255
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
@@ -81,50 +89,54 @@ def read_image(path: Path | str) -> Image.Image:
         return upright.convert("RGB")
 
 
-def read_audio(path: Path | str, rate: int = 16000) -> Tensor:
-    """First channel of a sound, or of a video's sound track, whole: (S,) float32 at `rate` Hz.
+def read_pixels(path: Path | str) -> np.ndarray:
+    """The picture of `read_image`, (H, W, 3) uint8 RGB; it raises the same."""
+    return np.asarray(read_image(path))
+
+
+def read_samples(path: Path | str) -> tuple[np.ndarray, int]:
+    """First of up to 64 channels of a sound, or of a video's sound track, and its rate in Hz.
+
+    Returns:
+        All samples, (S,) float32, and how many there are a second.
 
     Raises:
-        MediaError: missing, broken, without a sound track, or sampled in no simple ratio to `rate`.
+        MediaError: missing, broken, without a sound track, or longer than 3 hours.
     """
     path = Path(path)
+    blocks: list[np.ndarray] = []
+    length = 0
     with _naming(path, "a sound"), _open_container(path) as container:
         if not container.streams.audio:
             raise MediaError(f"{path}: no sound in it")
         stream = container.streams.audio[0]
-        planar = av.AudioResampler(format="fltp")
-        blocks = [
-            block.to_ndarray()[0]  # the first channel, as the published filter bank takes it
-            for frame in (*container.decode(stream), None)
-            for block in planar.resample(frame)
-        ]
-        found_rate = stream.codec_context.sample_rate
-    if not blocks or not sum(len(block) for block in blocks):
+        for block in _first_channel_blocks(path, container, stream):
+            blocks.append(block)
+            length += len(block)
+            if length > MAX_SOUND_SECONDS * max(stream.codec_context.sample_rate, 1):
+                raise MediaError(f"{path}: longer than {MAX_SOUND_SECONDS // 3600} hours, cut it")
+        rate = stream.codec_context.sample_rate
+    if not length:
         raise MediaError(f"{path}: a sound without samples")
-    if math.gcd(found_rate, rate) < 25:  # the resampling kernel would grow to gigabytes
-        raise MediaError(f"{path}: unusual sampling rate {found_rate} Hz, convert it to {rate} Hz")
-    return resample(torch.from_numpy(np.concatenate(blocks)), found_rate, rate)
+    return np.concatenate(blocks), rate
 
 
-def resample(samples_S: Tensor, rate: int, new_rate: int) -> Tensor:
-    """Band-limited resampling by a Hann-windowed sinc, torchaudio's default figures.
+def _first_channel_blocks(
+    path: Path, container: InputContainer, stream: AudioStream
+) -> Iterator[np.ndarray]:
+    """Samples of the first channel, block by block: (S,) float32.
 
-    After Smith (https://ccrma.stanford.edu/~jos/resample/): 6 zero crossings, roll-off 0.99.
+    Interleaved ("flt"), which is one plane whatever the number of channels: of planes PyAV counts
+    the pointers up to a null, and with 8 channels or more there is none behind the last.
     """
-    if rate == new_rate:
-        return samples_S
-    divisor = math.gcd(rate, new_rate)
-    old, new = rate // divisor, new_rate // divisor
-    crossings, cutoff = 6, 0.99 * min(old, new)
-    width = math.ceil(crossings * old / cutoff)
-    offsets = torch.arange(-width, width + old, dtype=torch.float64) / old
-    phases = torch.arange(new, dtype=torch.float64) / new
-    t = ((offsets[None] - phases[:, None]) * cutoff).clamp(-crossings, crossings)
-    window = torch.cos(t * math.pi / crossings / 2) ** 2
-    kernel = (torch.sinc(t) * window * cutoff / old).float()  # (new, 2 width + old)
-    padded = pad(samples_S, (width, width + old))
-    resampled = conv1d(padded[None, None], kernel[:, None], stride=old)[0].T.flatten()
-    return resampled[: math.ceil(new * len(samples_S) / old)]
+    interleaved = av.AudioResampler(format="flt")
+    for frame in chain(container.decode(stream), [None]):
+        channels = frame.layout.nb_channels if frame else 1
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise MediaError(f"{path}: {channels} channels, more than {MAX_CHANNELS}: mix it down")
+        for block in interleaved.resample(frame):
+            # The first channel, as the published filter bank takes it.
+            yield block.to_ndarray().reshape(-1, block.layout.nb_channels)[:, 0]
 
 
 def read_video_frames(
@@ -140,21 +152,39 @@ def read_video_frames(
     Raises:
         MediaError: missing, broken or without moving pictures.
     """
+    frames, rate = measure_video(path)
+    return pick_frames(path, choose(frames, rate))
+
+
+def measure_video(path: Path | str) -> tuple[int, float]:
+    """How many frames a video has, and how many a second, by reading its packets.
+
+    Raises:
+        MediaError: missing, broken or without moving pictures.
+    """
     path = Path(path)
-    with _naming(path, "a video"):
-        with _open_container(path) as container:
-            stream = _moving_pictures(path, container)
-            packets = [p for p in container.demux(stream) if p.size > 0 and not p.is_discard]
-            if not packets:
-                raise MediaError(f"{path}: a video without frames")
-            indices = choose(len(packets), float(stream.average_rate or _rate_of(packets)))
-        with _open_container(path) as container:
-            frames = container.decode(_moving_pictures(path, container))
-            pictures = {
-                index: _upright(frame)
-                for index, frame in enumerate(islice(frames, max(indices) + 1))
-                if index in indices
-            }
+    with _naming(path, "a video"), _open_container(path) as container:
+        stream = _moving_pictures(path, container)
+        packets = [p for p in container.demux(stream) if p.size > 0 and not p.is_discard]
+        if not packets:
+            raise MediaError(f"{path}: a video without frames")
+        return len(packets), float(stream.average_rate or _rate_of(packets))
+
+
+def pick_frames(path: Path | str, indices: Sequence[int]) -> list[np.ndarray]:
+    """The frames with these numbers, as `read_video_frames` gives them.
+
+    Raises:
+        MediaError: missing, broken or without moving pictures.
+    """
+    path = Path(path)
+    with _naming(path, "a video"), _open_container(path) as container:
+        frames = container.decode(_moving_pictures(path, container))
+        pictures = {
+            index: _upright(path, frame)
+            for index, frame in enumerate(islice(frames, max(indices) + 1))
+            if index in indices
+        }
     if not pictures:
         raise MediaError(f"{path}: a video without readable frames")
     last = pictures[max(pictures)]  # stands for those that a cut file lacks
@@ -177,7 +207,7 @@ def _moving_pictures(path: Path, container: InputContainer) -> VideoStream:
     stream = moving_pictures(container)
     if stream is None:
         raise MediaError(f"{path}: no moving pictures in it")
-    _check_aspect(path, stream.width, stream.height)
+    _check_size(path, stream.width, stream.height)
     stream.thread_type = "AUTO"
     return stream
 
@@ -189,6 +219,7 @@ def _rate_of(packets: list[av.Packet]) -> float:
     return (len(packets) - 1) / length if length > 0 else 1.0
 
 
-def _upright(frame: av.VideoFrame) -> np.ndarray:
+def _upright(path: Path, frame: av.VideoFrame) -> np.ndarray:
     """(H, W, 3) uint8, turned as the file asks for (telephones film on their side)."""
+    _check_size(path, frame.width, frame.height)  # the header may have told of another size
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)

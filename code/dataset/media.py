@@ -1,5 +1,8 @@
 """Encoder inputs out of pictures, videos and sounds: resize, crop, sample, filter bank, normalise.
 
+Files are decoded by `dataset.decode_worker` in a process of its own: whatever a file does to a
+decoder costs that file, and nobody else.
+
 Conventions of the published preprocessing, which the recorded cases decide. A picture is one view,
 a video 15 (5 clips of 2 s, 2 frames each, 3 crops: 18 MB), a sound 3 (clips of 2 s). The clips
 start at 0, 1/n .. (n-1)/n of the time at which a clip may start, so the end stays unseen.
@@ -7,6 +10,7 @@ start at 0, 1/n .. (n-1)/n of the time at which a clip may start, so the end sta
 
 import math
 import warnings
+from collections.abc import Callable
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -20,7 +24,9 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from config.errors import MediaError
 from conversation.parts import Modality
-from dataset.decoding import read_audio, read_image, read_video_frames
+from dataset.decode_worker import decode
+from dataset.decoding import measure_video, pick_frames, read_pixels, read_samples
+from dataset.resampling import MAX_KERNEL, kernel_size, resample
 
 # Part of the key of a cached feature: raise it when a modality's files, decoded and preprocessed,
 # give other numbers than before (`tests/golden_preprocessing.py` holds those it gives).
@@ -36,23 +42,52 @@ _WINDOW, _SHIFT, _FFT = 400, 160, 512  # samples: 25 ms, 10 ms, and the next pow
 _MEL_MEAN, _MEL_STD = -4.268, 9.138
 
 
-def load_views(modality: Modality, path: Path | str) -> Tensor:
+def load_views(
+    modality: Modality, path: Path | str, check: Callable[[], None] | None = None
+) -> Tensor:
     """What the encoder takes in of one file, float32.
+
+    Args:
+        check: called ten times a second while the file is decoded; what it raises ends that.
 
     Returns:
         image (3, 224, 224); video (15, 3, 2, 224, 224), crops fastest; audio (3, 1, 128, 204).
 
     Raises:
-        MediaError: the file is missing, broken, too short or not of this modality.
+        MediaError: the file is missing, broken, too short or not of this modality, or decoding it
+            crashed or passed a limit.
     """
+    file = str(Path(path).absolute())
     if modality == "image":
-        return image_views(read_image(path))
+        return image_views(Image.fromarray(decode(read_pixels, file, check=check)))
     if modality == "video":
-        return video_views(read_video_frames(path, video_frame_indices))
-    samples_S = read_audio(path, RATE)
+        frames, rate = decode(measure_video, file, check=check)
+        indices = video_frame_indices(frames, rate)
+        return video_views(decode(pick_frames, file, indices, check=check))
+    samples_S = read_audio(path, RATE, check)
     if len(samples_S) < _WINDOW:
         raise MediaError(f"{path}: {len(samples_S)} samples at {RATE} Hz, shorter than 25 ms")
-    return audio_views(samples_S)
+    views = audio_views(samples_S)
+    if not views.isfinite().all():  # a file of floats may hold any
+        raise MediaError(f"{path}: its samples are no finite numbers")
+    return views
+
+
+def read_audio(
+    path: Path | str, rate: int = RATE, check: Callable[[], None] | None = None
+) -> Tensor:
+    """All samples of a sound, or of a video's sound track, as mono (S,) float32 at `rate` Hz.
+
+    Args:
+        check: as in `load_views`.
+
+    Raises:
+        MediaError: as in `load_views`, or sampled in no simple ratio to `rate`.
+    """
+    samples, found_rate = decode(read_samples, str(Path(path).absolute()), check=check)
+    if found_rate < 1 or kernel_size(found_rate, rate) > MAX_KERNEL:
+        raise MediaError(f"{path}: unusual sampling rate {found_rate} Hz, convert it to {rate} Hz")
+    return resample(torch.from_numpy(samples), found_rate, rate)
 
 
 def image_views(image: Image.Image) -> Tensor:

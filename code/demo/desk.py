@@ -234,6 +234,7 @@ class Desk:
             on_turn=teller.on_turn,
             on_progress=teller.on_progress,
             on_medium=teller.on_medium,
+            check=job.check,
         )
         nearest = self._nearest(answer)
         seconds = dict(answer.seconds) | ({"first_word": first[0]} if first else {})

@@ -18,7 +18,7 @@ from demo.knobs import SEED_LIMIT, check_seed, turn_knobs
 from demo.limits import check_words
 from demo.rendering import Message, chat_messages
 from demo.replies import Reply, make_reply, new_job
-from demo.sessions import Round, Session, Sessions
+from demo.sessions import Round, Session, Sessions, safe_name
 from demo.visitors import COOKIE
 
 _BUSY = "an answer is on its way: wait for it, or stop it"
@@ -108,15 +108,11 @@ class Handlers:
             InputError: the session is busy or closed, was cleared meanwhile, or what is shown is
                 unusable.
         """
-        for path, name in files:
-            if not self.sessions.may_use(str(path), session.visitor) or not path.is_file():
-                raise InputError(f"{name}: not a file that you uploaded here, upload it again")
+        for path, _ in files:
+            self.sessions.check_file(str(path), session.visitor)
         clearings = session.clearings
         human = await asyncio.to_thread(session.show, text, files)
-        if session.closed:
-            raise InputError("this conversation is closed: begin a new one")
-        if session.clearings > clearings:
-            raise InputError("the conversation was cleared while this was read: send it again")
+        session.check_open(clearings)
         if session.job:
             raise InputError(_BUSY)
         for path, _ in files:
@@ -134,7 +130,7 @@ class Handlers:
 
     def close(self, request: gr.Request) -> None:
         """The tab is gone: so are its work and its files."""
-        self.sessions.close(str(request.session_hash))
+        self.sessions.close(str(request.session_hash), request.cookies.get(COOKIE, ""))
 
     async def chat(
         self,
@@ -146,11 +142,10 @@ class Handlers:
         """One round for Gradio's client: what the answer holds so far, the media as files."""
         session = self.session(request)
         try:
+            if not isinstance(text, str) or not isinstance(knobs or {}, dict):
+                raise InputError("give a text, a list of files and an object of knobs")
             options, seed = self.settings(knobs or {})
-            shown = [
-                (Path(file["path"]), file.get("orig_name") or Path(file["path"]).name)
-                for file in files or []
-            ]
+            shown = [_shown(file) for file in files or []]
             human = await self.take(session, text, shown)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -160,6 +155,18 @@ class Handlers:
                 raise gr.Error(reply.fault, print_exception=False)
             if reply:
                 yield _as_data(reply)
+
+
+def _shown(file: Any) -> tuple[Path, str]:
+    """Where a file lies that Gradio's client shows, and what people call it.
+
+    Raises:
+        InputError: it is no file of Gradio's.
+    """
+    if not isinstance(file, dict) or not isinstance(file.get("path"), str):
+        raise InputError("files: give a list of uploaded files")
+    name = file.get("orig_name")
+    return Path(file["path"]), safe_name(name if isinstance(name, str) else file["path"])
 
 
 def _as_data(reply: Reply) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """What people may show: told by content, not by name, and measured before any of it is kept.
 
 A picture costs reading its header, a video reading its packets once (50 MB: below 0.1 s for most
-formats), a sound decoding it once up to the limit. Decoding for the encoder comes later and may
-still refuse a broken file.
+formats), a sound decoding it once up to the limit; all of it in `dataset.decode_worker`'s process.
+Decoding for the encoder comes later and may still refuse a broken file.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -16,7 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from config.errors import InputError, MediaError
 from conversation.parts import Modality
-from dataset.decoding import CONTAINERS, PICTURES, moving_pictures
+from dataset.decode_worker import decode
+from dataset.decoding import CONTAINERS, MAX_CHANNELS, PICTURES, moving_pictures
 
 MAX_BYTES = 50_000_000  # of a file
 MAX_PIXELS = 40_000_000  # of a picture
@@ -27,6 +29,7 @@ MAX_RATE = 192_000  # samples a second of a sound
 MAX_SECONDS: dict[Modality, float] = {"video": 120, "audio": 300}
 MAX_FILES = 8  # of a message
 MAX_CHARACTERS = 20_000  # of a message
+_CHECK_SECONDS = 30  # of processor time
 
 
 def check_words(text: str) -> None:
@@ -39,15 +42,24 @@ def check_words(text: str) -> None:
         raise InputError(f"the text has {len(text)} characters, more than {MAX_CHARACTERS}")
 
 
-def check_medium(path: Path, name: str) -> Modality:
+def check_medium(path: Path, name: str, check: Callable[[], None] | None = None) -> Modality:
     """What the file at `path` is, if it may be shown.
 
     Args:
         name: what people call the file; messages name it and never the path.
+        check: called ten times a second meanwhile; what it raises comes out.
 
     Raises:
         MediaError: it is no medium, or beyond a limit.
     """
+    return decode(
+        find_modality, str(path), name, label=name, seconds=_CHECK_SECONDS, check=check
+    )  # fmt: skip
+
+
+def find_modality(file: str, name: str) -> Modality:
+    """`check_medium` in this process, which a hostile file may end."""
+    path = Path(file)
     size = path.stat().st_size
     if size == 0:
         raise MediaError(f"{name}: an empty file (0 bytes)")
@@ -66,7 +78,7 @@ def _is_picture(path: Path, name: str) -> bool:
         return False
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: {_too_many_pixels()}") from error
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises more kinds than it documents
         raise MediaError(f"{name}: a broken picture: {error}") from error
     if width * height > MAX_PIXELS:
         raise MediaError(f"{name}: {width}x{height}: {_too_many_pixels()}")
@@ -81,7 +93,9 @@ def _check_stream(path: Path, name: str) -> Modality:
     try:
         with av.open(str(path), options={"format_whitelist": CONTAINERS}) as container:
             return _check_container(container, name)
-    except (OSError, ValueError, EOFError, av.FFmpegError) as error:
+    except MediaError:
+        raise
+    except Exception as error:
         raise MediaError(
             f"{name}: neither a picture nor a video nor a sound that can be read"
         ) from error
@@ -120,6 +134,9 @@ def _check_sound(container: InputContainer, stream: AudioStream, name: str) -> N
     rate = stream.codec_context.sample_rate
     if rate > MAX_RATE:
         raise MediaError(f"{name}: {rate} samples a second, more than {MAX_RATE}, convert it")
+    channels = stream.codec_context.channels
+    if channels > MAX_CHANNELS:
+        raise MediaError(f"{name}: {channels} channels, more than {MAX_CHANNELS}, mix it down")
     samples = 0
     for frame in container.decode(stream):  # a few bytes may be an hour, whatever times they claim
         samples += frame.samples

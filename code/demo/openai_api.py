@@ -137,7 +137,7 @@ class _Served:
         try:
             yield self.handlers.sessions.of(self.key, self.key)
         finally:
-            self.handlers.sessions.close(self.key)
+            self.handlers.sessions.close(self.key, self.key)
 
     async def whole(self) -> dict[str, Any]:
         """The completion at once.

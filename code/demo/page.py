@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from demo.examples import Example
+from demo.guarded_blocks import GuardedBlocks
 from demo.handlers import Handlers
 from demo.knobs import SEED_LIMIT, Knob, knobs_of
 from demo.rendering import as_said, chat_messages
@@ -26,7 +27,7 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
         about: a line below the title, of the system that is served.
     """
     knobs = knobs_of(handlers.options)
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with GuardedBlocks(handlers.sessions, title=TITLE, analytics_enabled=False) as page:
         with gr.Row(elem_id="head"):
             gr.Markdown(f"# {TITLE}\n{about}")
             dark = gr.Button("light / dark", size="sm", elem_id="dark", scale=0, min_width=96)
@@ -77,8 +78,9 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
             chip.click(_fill(handlers, example), None, box, api_visibility="private", **_LIMIT)
         # Not `change`: it also comes when the camera is emptied, and then may meet a box in use.
         for camera, taken in ((photo, photo.input), (film, film.stop_recording)):
+            camera.preprocess = _path  # Gradio's own would decode the file
             taken(
-                _attach(handlers),
+                _attach,
                 [box, camera],
                 [box, camera],
                 show_progress="hidden",
@@ -89,21 +91,11 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
         page.unload(handlers.close)
         gr.api(handlers.chat, api_name="chat", **_LIMIT)
         gr.api(_forget(handlers), api_name="forget", **_LIMIT)
-    for block in page.blocks.values():
-        _never_fetch(block)
     return page
 
 
-def _never_fetch(block: gr.blocks.Block) -> None:
-    """Gradio would download a file that is given as an address; here only uploads count."""
-    move = block.async_move_resource_to_block_cache
-
-    async def move_own(path: str | Path | None) -> str | None:
-        if path and "://" in str(path):
-            raise gr.Error("give the file itself, not an address", print_exception=False)
-        return await move(path)
-
-    block.async_move_resource_to_block_cache = move_own
+def _path(file: gr.FileData | None) -> str | None:
+    return file.path if file else None
 
 
 def _sliders(knobs: Sequence[Knob]) -> list[gr.components.Component]:
@@ -214,15 +206,11 @@ def _fill(handlers: Handlers, example: Example) -> Any:
     return fill
 
 
-def _attach(handlers: Handlers) -> Any:
+def _attach(said: dict | None, taken: str | None) -> tuple[dict, None]:
     """What the camera does: its file goes into the box, and it is empty again."""
-
-    def attach(said: dict | None, path: str, request: gr.Request) -> tuple[dict, None]:
-        handlers.sessions.lend(path, request.cookies.get(COOKIE, ""))
-        said = said or {}
-        return {"text": said.get("text", ""), "files": [*said.get("files", []), path]}, None
-
-    return attach
+    said = said or {}
+    files = [*said.get("files", []), *([taken] if taken else [])]
+    return {"text": said.get("text", ""), "files": files}, None
 
 
 def _forget(handlers: Handlers) -> Any:

@@ -1,19 +1,20 @@
 """One server: the page at `/`, its media at `/media`, an OpenAI-style API at `/v1`.
 
 It listens on the loopback unless told otherwise. Everything temporary lies in one folder that goes
-away with the server.
+away with the server. Told to end, it does within seconds, whatever it is doing.
 """
 
 import asyncio
 import mimetypes
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import FrameType
 
 import gradio as gr
@@ -34,10 +35,12 @@ from demo.limits import MAX_BYTES
 from demo.openai_api import openai_routes
 from demo.page import STYLE, THEME, build_page
 from demo.sessions import Sessions
+from demo.temporary_folder import temporary_folder
 from demo.visitors import COOKIE, Visitors
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SWEEP_SECONDS = 60.0
+_END_SECONDS = 10.0  # from the signal to the end, of which open requests get 2
 
 
 def serve(config: Config, delta: Path | None, host: str, port: int) -> None:
@@ -49,37 +52,54 @@ def serve(config: Config, delta: Path | None, host: str, port: int) -> None:
     start = time.perf_counter()
     # uvicorn ends in order, then hands the signal on: to this, or nothing below would be tidied up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with TemporaryDirectory(prefix="nextgpt_demo_") as folder:
+    with temporary_folder() as folder:
         assistant = Assistant.load(config, delta or find_delta(config))
         print("\n".join(assistant.report))
         desk = Desk(assistant)
-        app = build_app(desk, Path(folder), host)
+        app = build_app(desk, folder, host)
         desk.warm()
         print(f"ready after {time.perf_counter() - start:.1f} s: http://{host}:{port}", flush=True)
-        try:
-            _Server(
-                uvicorn.Config(
-                    app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2
-                )
-            ).run()
-        finally:
-            desk.close()
+        run_server(app, desk, folder, host, port)
+
+
+def run_server(app: FastAPI, desk: Desk, folder: Path, host: str, port: int) -> None:
+    """Answer until the process is told to end. In the main thread, which gets the signals."""
+    settings = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2
+    )
+    try:
+        _Server(settings, folder).run()
+    finally:
+        desk.close()
 
 
 class _Server(uvicorn.Server):
-    """Lets the open tabs go when it is to end, instead of waiting for people to close them."""
+    """Lets the open tabs go when it is to end, and ends what does not end by itself."""
+
+    def __init__(self, settings: uvicorn.Config, folder: Path) -> None:
+        super().__init__(settings)
+        self.folder = folder
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The signal to end is there."""
+        last = threading.Timer(_END_SECONDS, self._end_now)
+        last.daemon = True
+        last.start()
         self.config.app.state.page.stop_event.set()
         super().handle_exit(sig, frame)
+
+    def _end_now(self) -> None:
+        """From a thread of its own: the loop, or the desk's thread, is stuck."""
+        print(f"not ended after {_END_SECONDS:.0f} s: ending at once", file=sys.stderr, flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os._exit(1)
 
 
 def build_app(desk: Desk, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
     """The whole application.
 
     Args:
-        folder: for everything temporary.
+        folder: for everything temporary, without symbolic links in its path.
         host: where it will listen: on the loopback, no other name of this computer is answered to.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
@@ -118,6 +138,7 @@ def build_app(desk: Desk, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
         ssr_mode=False,
         pwa=False,
     )
+    page.has_launched = True  # a mounted page never is, and Gradio's check of paths would be off
     app.state.page = next(route.app for route in app.routes if isinstance(route, Mount))
     app.add_middleware(Visitors, sessions=sessions)
     if host in LOOPBACK:  # pages of other sites cannot make a name of theirs mean this server

@@ -9,10 +9,12 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from chat.requests import human_turn
@@ -72,18 +74,32 @@ class Session:
             files: where they lie, and what people call them.
 
         Raises:
-            InputError: a limit is passed, a file is none or unusable, or there is nothing.
+            InputError: a limit is passed, a file is none or unusable, there is nothing, or the
+                session was closed or cleared meanwhile.
         """
         check_words(text)
+        clearings = self.clearings
         if len(files) > MAX_FILES:
             raise InputError(f"{len(files)} files at once: give at most {MAX_FILES}")
-        found = [(check_medium(path, name), path, name) for path, name in files]
+        check = partial(self.check_open, clearings)
+        found = [(check_medium(path, name, check), path, name) for path, name in files]
         media: dict[Modality, list[Path]] = {}
         for modality, path, name in found:
             own = self.new_folder() / safe_name(name)
             shutil.copyfile(path, own)
             media.setdefault(modality, []).append(own)
         return human_turn(text, media)
+
+    def check_open(self, clearings: int) -> None:
+        """Refuse to go on where the session was closed, or cleared more than `clearings` times.
+
+        Raises:
+            InputError: it was.
+        """
+        if self.closed:
+            raise InputError("this conversation is closed: begin a new one")
+        if self.clearings > clearings:
+            raise InputError("the conversation was cleared while this was read: send it again")
 
     def new_folder(self) -> Path:
         """A new empty folder in the session's."""
@@ -126,8 +142,8 @@ class Sessions:
     """
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-        self.folder = root / "sessions"
+        self.root = root.resolve()
+        self.folder = self.root / "sessions"
         self._open: dict[str, Session] = {}
         self._uploads: dict[str, set[str]] = {}  # path to the visitors whose it is
 
@@ -149,15 +165,16 @@ class Sessions:
         session.used = time.monotonic()
         return session
 
-    def close(self, key: str) -> None:
-        """End the session called `key`, if it is open: its work, then its files."""
-        session = self._open.pop(key, None)
-        if session:
+    def close(self, key: str, visitor: str) -> None:
+        """End the visitor's session called `key`, if it is open: its work, then its files."""
+        session = self._open.get(key)
+        if session and session.visitor == visitor:
+            del self._open[key]
             session.closed = True
             session.clear()
 
     def lend(self, path: str, visitor: str) -> None:
-        """Let `visitor` use and fetch the temporary file at `path`."""
+        """Let `visitor` use and fetch the temporary file at `path`, which this server wrote."""
         self._uploads.setdefault(path, set()).add(visitor)
 
     def release(self, path: str, visitor: str) -> None:
@@ -185,18 +202,36 @@ class Sessions:
         folder.mkdir(parents=True)
         return folder / name
 
+    def check_file(self, path: str, visitor: str) -> None:
+        """Refuse a path that is not that of a file which `visitor` may use.
+
+        Raises:
+            InputError: naming the file, and not its folder.
+        """
+        if "://" in path:
+            raise InputError("give the file itself, not an address")
+        if not self.may_use(path, visitor):
+            raise InputError(
+                f"{safe_name(path)}: not a file that you uploaded here, upload it again"
+            )
+
     def may_use(self, path: str, visitor: str) -> bool:
-        """Whether the file is the visitor's: uploaded or lent, or in one of the own sessions."""
+        """Whether this is the visitor's file: uploaded or lent, or in one of the own sessions.
+
+        Only a regular file's own absolute path is: no folder, device, pipe or symbolic link.
+        """
+        if not _is_regular(path):
+            return False
         if visitor in self._uploads.get(path, ()):
             return True
         own = [one.folder for one in self._open.values() if one.visitor == visitor]
-        return any(Path(path).resolve().is_relative_to(folder) for folder in own)
+        return any(Path(path).is_relative_to(folder) for folder in own)
 
     def media_file(self, token: str, name: str, visitor: str) -> Path | None:
         """The visitor's own file at the address `token`/`name`, or none."""
         path = (self.folder / token / name).resolve()
         inside = path.is_relative_to((self.folder / token).resolve()) and path != self.folder
-        return path if inside and self.may_use(str(path), visitor) and path.is_file() else None
+        return path if inside and self.may_use(str(path), visitor) else None
 
     def sweep(self, idle: float = IDLE_SECONDS) -> None:
         """Close what has been silent for `idle` seconds, remove uploads as old, and lost folders.
@@ -206,7 +241,7 @@ class Sessions:
         now = time.monotonic()
         for key, session in list(self._open.items()):
             if now - session.used > idle and session.job is None:
-                self.close(key)
+                self.close(key, session.visitor)
         folders = list(self.folder.glob("*"))  # before the sessions, each of which is older
         own = {session.folder for session in list(self._open.values())}
         for folder in folders:
@@ -216,6 +251,14 @@ class Sessions:
         for path, status in list(_files(self.root)):
             if status.st_mtime < oldest and not path.is_relative_to(self.folder):
                 self._remove(path)
+
+
+def _is_regular(path: str) -> bool:
+    """Whether `path` is the one absolute path of a regular file, without links and detours."""
+    try:
+        return os.path.realpath(path) == path and stat.S_ISREG(os.lstat(path).st_mode)
+    except (OSError, ValueError):  # there is none, or it is no path
+        return False
 
 
 def _files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:

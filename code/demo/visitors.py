@@ -6,6 +6,7 @@ it is, and only the addresses that the page and Gradio's client need are there.
 """
 
 import json
+import re
 import secrets
 from contextlib import suppress
 from http.cookies import SimpleCookie
@@ -14,9 +15,11 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from demo.limits import MAX_BYTES, MAX_FILES
 from demo.sessions import Sessions
 
 COOKIE = "nextgpt_visitor"
+_ISSUED = re.compile(r"[\w-]{32}", re.ASCII)  # what a cookie of this server looks like
 _GRADIO = "/gradio_api"
 _FILE = f"{_GRADIO}/file="
 _UPLOAD = f"{_GRADIO}/upload"
@@ -46,16 +49,20 @@ class Visitors:
             await self.app(scope, receive, send)
             return
         visitor = Request(scope).cookies.get(COOKIE, "")
-        fresh = not visitor
+        fresh = not _ISSUED.fullmatch(visitor)
         if fresh:
             visitor = secrets.token_urlsafe(24)
             cookie = f"{COOKIE}={visitor}".encode()
-            scope = {**scope, "headers": [*scope["headers"], (b"cookie", cookie)]}
+            others = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
+            scope = {**scope, "headers": [*others, (b"cookie", cookie)]}
         if not self._may_ask(scope["path"], visitor):
             await Response("not found", 404)(scope, receive, send)
             return
         send = _with_cookie(send, visitor) if fresh else send
         if scope["path"] == _UPLOAD:
+            if not _bounded(scope):
+                await Response("too much at once", 413)(scope, receive, send)
+                return
             if self.sessions.full():
                 await Response("too much is uploaded, try again later", 507)(scope, receive, send)
                 return
@@ -80,6 +87,12 @@ class Visitors:
             await send(message)
 
         return remember
+
+
+def _bounded(scope: dict) -> bool:
+    """Whether a request tells beforehand that it is no longer than its files may be together."""
+    length = Request(scope).headers.get("content-length", "")
+    return length.isdecimal() and int(length) <= MAX_FILES * (MAX_BYTES + 10_000)
 
 
 def _with_cookie(send: Any, visitor: str) -> Any:

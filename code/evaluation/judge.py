@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 
 from conversation.parts import Modality
-from dataset.decoding import read_audio, read_image, read_video_frames
+from dataset.decoding import read_image, read_video_frames
+from dataset.media import read_audio
 from evaluation.judge_sight import judge_frames
 from evaluation.judge_sound import judge_samples
 from mini_world.render_sound import RATE

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers.audio_utils import mel_filter_bank
 
-from dataset.decoding import resample
+from dataset.resampling import resample
 from mini_world.render_sound import RATE, SOUNDING, render_sound
 from mini_world.things import COUNTS, PITCH_OF, SHAPES, SIZES, TIMBRE_OF, Thing, Value
 

@@ -1,0 +1,288 @@
+"""The decode worker: what a hostile file costs, and who ends when."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+import hostile_decoders as hostile
+import tiny_run
+from config.errors import MediaError
+from dataset import decode_worker, media
+from dataset.decode_worker import decode
+from dataset.media import load_views
+from parity_tools import MEDIA
+from tiny_run import TinyRun, tiny_world
+
+TESTS = Path(__file__).parent
+CODE = TESTS.parent / "code"
+PHOTO = str(MEDIA / "portrait.jpg")
+
+
+@pytest.fixture(autouse=True)
+def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Workers that find the tests' modules."""
+    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+    decode_worker._pool.close()
+    yield
+    decode_worker._pool.close()
+
+
+def gone(process_id: int) -> bool:
+    """Whether a process has ended, if only as a zombie."""
+    try:
+        return psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until(true: Callable[[], object], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (hostile.crash, "SIGSEGV"),
+        (hostile.abort, "SIGABRT"),
+        (hostile.swell, "more than 4 GB of memory"),
+        (hostile.refuse, "broken"),
+    ],
+)
+def test_a_decoder_that_fails_costs_its_file_and_not_the_program(
+    function: Callable, said: str
+) -> None:
+    for _ in range(2):
+        with pytest.raises(MediaError, match=said) as failed:
+            decode(function, "a file", label="my file")
+        name = "a file" if function is hostile.refuse else "my file"
+        assert str(failed.value).startswith(f"{name}: ")
+    assert decode(hostile.same, "alive") == "alive"
+
+
+@pytest.mark.parametrize(
+    ("function", "patience", "said"),
+    [(hostile.hang, 1, "more than 1 s$"), (hostile.spin, 100, "more than 1 s of processor time")],
+)
+def test_a_decoder_without_end_is_ended(
+    function: Callable, patience: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode_worker, "_PATIENCE", patience)
+    start = time.monotonic()
+    with pytest.raises(MediaError, match=said):
+        decode(function, "a file", seconds=1)
+    assert time.monotonic() - start < 20
+
+
+def test_a_fault_of_the_program_is_no_fault_of_the_file(capfd: pytest.CaptureFixture) -> None:
+    with pytest.raises(RuntimeError, match="a file: the decoder ended with code 1"):
+        decode(hostile.err, "a file")
+    assert "ZeroDivisionError: a fault of the program" in capfd.readouterr().err
+    assert decode(hostile.same, "alive") == "alive"
+
+
+def test_a_worker_that_cannot_start_is_no_fault_of_the_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(decode_worker, "_CODE", TESTS / "nowhere")
+    with pytest.raises(RuntimeError, match="cannot start"):
+        decode(hostile.same, "a file")
+
+
+def test_results_come_back_as_they_were() -> None:
+    arrays, text, number, nothing, empty = decode(hostile.many, "a file")
+    first, second = arrays
+    assert np.array_equal(first, [[0, 3], [1, 4], [2, 5]]) and first.dtype == np.uint8
+    assert np.array_equal(second, first[::-1]) and second.flags.writeable
+    assert (text, number, nothing) == ("text", 1.5, None)
+    assert empty.shape == (0, 2) and empty.dtype == np.float32
+
+
+def test_what_a_library_prints_is_no_answer() -> None:
+    assert decode(hostile.garble, "a file") is None
+    assert decode(hostile.same, [1, "ä", None]) == [1, "ä", None]
+
+
+def test_a_worker_serves_call_after_call_without_torch() -> None:
+    first = decode(hostile.own_id, "a file")
+    load_views("image", PHOTO)
+    imported = decode(hostile.modules, "a file")
+    assert decode(hostile.own_id, "a file") == first
+    assert "dataset.decoding" in imported and "torch" not in imported
+
+
+def test_a_worker_that_has_held_much_is_replaced() -> None:
+    """What it kept in fragments would make the next file's fate depend on those before it."""
+    worker = decode(hostile.gorge, "a file")
+    wait_until(lambda: gone(worker), seconds=5)
+    own = np.ones(9 << 25, np.float32)  # 1.2 GB of this process do not count
+    assert decode(hostile.own_id, "a file") == decode(hostile.own_id, "a file")
+    assert own.all()
+
+
+def test_who_stops_waiting_ends_the_worker() -> None:
+    stopped = time.monotonic() + 0.3
+
+    def check() -> None:
+        if time.monotonic() > stopped:
+            raise InterruptedError("stopped")
+
+    worker = decode(hostile.own_id, "a file")
+    start = time.monotonic()
+    with pytest.raises(InterruptedError, match="stopped"):
+        decode(hostile.hang, "a file", check=check)
+    assert time.monotonic() - start < 2
+    wait_until(lambda: gone(worker), seconds=5)
+    assert decode(hostile.same, "alive") == "alive"
+
+
+def test_threads_decode_at_the_same_time_and_never_get_each_others_answers() -> None:
+    with ThreadPoolExecutor(8) as pool:
+        given = [[number] * 1000 for number in range(200)]
+        assert list(pool.map(lambda one: decode(hostile.same, one), given)) == given
+    with ThreadPoolExecutor(1) as pool:
+        hanging = pool.submit(decode, hostile.hang, "a file", seconds=1)
+        assert decode(hostile.same, "meanwhile") == "meanwhile"
+        assert not hanging.done() and isinstance(hanging.exception(), MediaError)
+
+
+def test_an_idle_worker_that_was_killed_is_replaced() -> None:
+    os.kill(decode(hostile.own_id, "a file"), signal.SIGKILL)
+    time.sleep(0.2)
+    assert decode(hostile.same, "alive") == "alive"
+
+
+def test_signals_to_all_processes_of_a_run_do_not_end_a_worker() -> None:
+    worker = decode(hostile.own_id, "a file")
+    for one in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker, one)
+    time.sleep(0.2)
+    assert decode(hostile.own_id, "a file") == worker
+
+
+PARENT = """
+    import os, sys
+    from dataset.decode_worker import decode
+    import hostile_decoders as hostile
+    if __name__ == "__main__":
+        print(decode(hostile.own_id, "a file"), flush=True)
+        how = sys.argv[1]
+        if how == "idle":
+            sys.stdin.read()
+        if how == "end":
+            sys.exit(0)
+        if how == "fork" and os.fork() == 0:  # inherits the pipes, and survives
+            sys.stdin.read()
+        decode(getattr(hostile, how, hostile.hang), "a file")
+"""
+
+
+@pytest.mark.parametrize("how", ["idle", "hang", "fork", "end"])
+def test_a_worker_ends_with_its_parent_however_that_ends(how: str, tmp_path: Path) -> None:
+    (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
+    environment = os.environ | {"PYTHONPATH": f"{CODE}{os.pathsep}{TESTS}"}
+    parent = subprocess.Popen(
+        [sys.executable, str(tmp_path / "parent.py"), how],
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    worker = int(parent.stdout.readline())
+    if how != "end":
+        time.sleep(0.3)  # amid the second call
+        assert not gone(worker)
+        parent.kill()
+    parent.wait()
+    wait_until(lambda: gone(worker), seconds=5)
+    parent.stdin.close()
+
+
+def views_or_reason(path: str) -> torch.Tensor | str:
+    try:
+        return load_views("image", path)
+    except MediaError as error:
+        return str(error)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Views of pictures, or why there are none, and the worker that made them."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | str, int]:
+        return views_or_reason(self.paths[index]), decode(hostile.own_id, "")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "read_pixels", hostile.pixels_or_crash)
+    own = decode(hostile.own_id, "")  # of this process, whose forks must not use it
+    paths = [PHOTO, str(tmp_path / "crash.png"), PHOTO, PHOTO]
+    loader = DataLoader(Pictures(paths), batch_size=None, num_workers=workers)
+    results = list(loader)
+    for index, (views, _) in enumerate(results):
+        if index == 1:
+            assert "crash.png: cannot be decoded: it ended the decoder (SIGSEGV)" in views
+        else:
+            assert torch.equal(views, load_views("image", PHOTO))
+    if workers:
+        used = {worker for _, worker in results}
+        assert own not in used
+        del loader
+        wait_until(lambda: all(gone(worker) for worker in used), seconds=5)
+    assert decode(hostile.same, "alive") == "alive"
+
+
+@pytest.mark.parametrize("answer", [
+    {"dtype": "|O", "shape": [2]}, {"dtype": "<f4", "shape": [1 << 40]},
+    {"dtype": "<f4", "shape": [1 << 20, 1 << 20]},
+])  # fmt: skip
+def test_an_answer_that_is_no_array_of_numbers_is_not_read(answer: dict) -> None:
+    with pytest.raises(ValueError, match="no array of a medium"):
+        decode_worker._unpack(answer, None)
+
+
+def _train_with_crashes(*given: Any) -> None:
+    """The training entry, where pictures of one name crash the decoder."""
+    media.read_pixels = hostile.pixels_or_crash
+    tiny_run._train(*given)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_crash_while_training_costs_one_sample_and_not_the_run(
+    workers: int, tmp_path: Path
+) -> None:
+    data = shutil.copytree(tiny_world() / "data", tmp_path / "data")
+    pictures = data / "mini_world" / "T-X_pair_data" / "image"
+    first = sorted((pictures / "images").iterdir())[0]
+    first.rename(first.with_name("crash.png"))
+    annotation = pictures / "image.json"
+    annotation.write_text(annotation.read_text().replace(first.name, "crash.png"))
+    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+    sets += ["data.datasets=[mini_image_enc]", "training.epochs=9", f"data.workers={workers}"]
+    run = TinyRun(tmp_path, 1, sets)
+    assert run.start(target=_train_with_crashes).wait() == 0, run.output
+    reasons = {line["reason"] for line in run.skipped}
+    (reason,) = reasons
+    assert "crash.png: cannot be decoded: it ended the decoder (SIGSEGV)" in reason
+    assert run.metrics[-1]["skipped"] == len(run.skipped) >= 1

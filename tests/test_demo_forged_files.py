@@ -1,0 +1,304 @@
+"""Forged file objects: no function of the page gives a visitor a file that is not the visitor's.
+
+The functions are found in the page itself, so that those of later days are tried too.
+"""
+
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+import httpx
+import pytest
+
+from demo.guarded_blocks import file_paths
+from demo.visitors import COOKIE
+from demo_server import PHOTO, Running, running_demo, scripted_assistant
+
+SECRET = b"a secret of somebody else"  # behind a real picture, which Gradio would also convert
+META = {"_type": "gradio.FileData"}
+UPLOADED = "/gradio_api/upload"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_demo(scripted_assistant(tmp_path_factory.mktemp("scripted"), ("Sure",))) as demo:
+        yield demo
+
+
+@dataclass
+class Attacker:
+    """A visitor with a session, in which Gradio has replaced components by updates already."""
+
+    http: httpx.Client
+    demo: Running
+    tab: str = field(default_factory=secrets.token_hex)
+
+    @property
+    def visitor(self) -> str:
+        return self.http.cookies[COOKIE]
+
+    def upload(self, name: str = "own.png") -> str:
+        files = {"files": (name, PHOTO.read_bytes(), "image/png")}
+        (path,) = self.http.post(UPLOADED, files=files).json()
+        return path
+
+    def run(self, function: int, data: list) -> str:
+        """What a function answers when it is called at once, whatever its name."""
+        asked = {"data": data, "fn_index": function, "session_hash": self.tab}
+        return self.http.post("/gradio_api/run/any", json=asked).text
+
+    def queue(self, function: int, data: list) -> str:
+        """What it answers by the way that the page takes."""
+        asked = {"data": data, "fn_index": function, "session_hash": self.tab}
+        joined = self.http.post("/gradio_api/queue/join", json=asked)
+        if joined.is_error:
+            return joined.text
+        return self.http.get("/gradio_api/queue/data", params={"session_hash": self.tab}).text
+
+    def call(self, name: str, data: list) -> str:
+        """What it answers by its API name."""
+        joined = self.http.post(f"/gradio_api/call/{name}", json={"data": data})
+        if joined.is_error:
+            return joined.text
+        return self.http.get(f"/gradio_api/call/{name}/{joined.json()['event_id']}").text
+
+    def call_by_parameters(self, name: str, data: dict[str, Any]) -> str:
+        """What it answers by its API name and its parameters' names."""
+        joined = self.http.post(f"/gradio_api/call/v2/{name}", json=data)
+        if joined.is_error:
+            return joined.text
+        return self.http.get(f"/gradio_api/call/v2/{name}/{joined.json()['event_id']}").text
+
+
+@pytest.fixture
+def attacker(demo: Running) -> Iterator[Attacker]:
+    with httpx.Client(base_url=demo.address, timeout=20) as http:
+        http.get("/")
+        one = Attacker(http, demo)
+        send = next(i for i, fn in demo.page.fns.items() if fn.name == "send")
+        said = defaults(demo.page.fns[send])
+        assert "Sure" in one.queue(send, [{"text": "hello", "files": []}, *said[1:]])
+        yield one
+
+
+def defaults(function: Any) -> list:
+    """Inputs that a function accepts, as far as the page tells."""
+    values: list = []
+    for block in function.inputs:
+        if isinstance(block, gr.MultimodalTextbox):
+            values.append({"text": "", "files": []})
+        else:
+            values.append(getattr(block, "value", None))
+    return values
+
+
+def places(function: Any) -> list[int]:
+    """The inputs in which something is forged: the first of each kind, and every one of an API."""
+    kinds = [type(block).__name__ for block in function.inputs]
+    return [i for i, kind in enumerate(kinds) if kind == "Api" or kinds.index(kind) == i]
+
+
+def forms(path: str) -> list[Any]:
+    """Everything that might be taken for the file at `path`."""
+    file = {"path": path, "meta": META}
+    return [
+        file,
+        {"path": path},
+        {**file, "is_stream": True},
+        {**file, "orig_name": "../../a.png", "url": f"/gradio_api/file={path}", "size": 1},
+        [file],
+        {"text": "", "files": [file]},
+        {"text": "", "files": [path]},
+        {"path": {"path": path, "meta": META}, "meta": META},
+        {"value": {"x": [[file]]}, "__type__": "update"},
+        path,
+    ]
+
+
+def victims_upload(demo: Running) -> str:
+    with httpx.Client(base_url=demo.address) as victim:
+        content = PHOTO.read_bytes() + SECRET
+        (path,) = victim.post(UPLOADED, files={"files": ("a.png", content)}).json()
+    return path
+
+
+def victims_session_file(demo: Running) -> str:
+    path = demo.sessions.of("victim's tab", "victim").new_folder() / "a.png"
+    path.write_bytes(PHOTO.read_bytes() + SECRET)
+    return str(path)
+
+
+def secret_picture(folder: Path) -> str:
+    path = folder / "secret.png"
+    path.write_bytes(PHOTO.read_bytes() + SECRET)
+    return str(path)
+
+
+def pipe(folder: Path) -> str:
+    os.mkfifo(folder / "pipe.png")
+    return str(folder / "pipe.png")
+
+
+def link(folder: Path) -> str:
+    (folder / "link.png").symlink_to(secret_picture(folder))
+    return str(folder / "link.png")
+
+
+# By name, in the order in which they are tried: what blocks the server for good comes last.
+Forger = Callable[[Running, Path, str], str]
+FORGED: dict[str, Forger] = {
+    "absolute": lambda demo, folder, own: secret_picture(folder),
+    "passwords": lambda demo, folder, own: "/etc/passwd",
+    "environment": lambda demo, folder, own: "/proc/self/environ",
+    "relative": lambda demo, folder, own: os.path.relpath(secret_picture(folder)),
+    "detour": lambda demo, folder, own: f"{own}/../../{os.path.relpath('/etc/passwd', '/')}",
+    "own by a detour": lambda demo, folder, own: f"{Path(own).parent}/./{Path(own).name}",
+    "link": lambda demo, folder, own: link(folder),
+    "another's upload": lambda demo, folder, own: victims_upload(demo),
+    "another's session": lambda demo, folder, own: victims_session_file(demo),
+    "never uploaded": lambda demo, folder, own: str(Path(own).with_name("other.png")),
+    "folder": lambda demo, folder, own: str(Path(own).parent),
+    "address": lambda demo, folder, own: f"{demo.address}/config",
+    "file address": lambda demo, folder, own: "file:///etc/passwd",
+    "empty": lambda demo, folder, own: "",
+    "null byte": lambda demo, folder, own: f"{own}\0",
+    "pipe": lambda demo, folder, own: pipe(folder),
+    "device": lambda demo, folder, own: "/dev/zero",
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_no_function_of_the_page_takes_a_forged_file(
+    kind: str, demo: Running, attacker: Attacker, tmp_path: Path
+) -> None:
+    path = FORGED[kind](demo, tmp_path, attacker.upload())
+    fetched: set[str] = set()
+    for index, function in demo.page.fns.items():
+        ways = [partial(attacker.run, index), partial(attacker.queue, index)]
+        if function.api_name:
+            ways.append(partial(attacker.call, function.api_name))
+        inputs = defaults(function)
+        for form in forms(path):
+            for data in forged_data(function, inputs, form):
+                # The page's ways differ before the function only: one form is enough for them.
+                for way in ways if form == forms(path)[0] else ways[:1]:
+                    start = time.monotonic()
+                    told = way(data)
+                    assert time.monotonic() - start < 10, (function.name, form)
+                    refused(told, path, tmp_path, demo)
+                    fetched |= offered(told)
+    for address in {path, *fetched}:
+        reply = attacker.http.get(f"/gradio_api/file={quote(address)}")
+        assert SECRET not in reply.content and b"root:" not in reply.content, address
+        assert reply.status_code == 404 or Path(address).is_relative_to(demo.folder), address
+    lent = [p for p, borrowers in demo.sessions._uploads.items() if attacker.visitor in borrowers]
+    assert path not in lent
+    for one in lent:
+        assert SECRET not in Path(one).read_bytes() and Path(one).is_relative_to(demo.folder)
+    holders = [p for p in demo.folder.rglob("*") if p.is_file() and SECRET in p.read_bytes()]
+    assert {str(p) for p in holders} <= {path, *known_secrets(demo)}
+    assert httpx.get(f"{demo.address}/v1/models", timeout=5).is_success
+
+
+def forged_data(function: Any, inputs: list, form: Any) -> Iterator[list]:
+    """The inputs with `form` in each of them in turn; alone where the function has none."""
+    if not inputs:
+        yield [form]
+    for place in places(function):
+        yield [*inputs[:place], form, *inputs[place + 1 :]]
+
+
+def refused(told: str, path: str, folder: Path, demo: Running) -> None:
+    """A forged path comes back neither as content nor as a file, and no folder is named."""
+    assert "root:" not in told and "PATH=" not in told
+    for hidden in (folder, Path.cwd(), demo.folder):
+        for error in re.findall(r'"error": ?("(?:[^"\\]|\\.)*")', told):
+            assert str(hidden) not in error, error
+
+
+def offered(told: str) -> set[str]:
+    """The paths of all files that an answer holds."""
+    found: set[str] = set()
+    for line in told.splitlines():
+        try:
+            found |= {*file_paths(json.loads(line.removeprefix("data:")))}
+        except ValueError:
+            continue
+    return found
+
+
+def known_secrets(demo: Running) -> set[str]:
+    """Where the victims' own files are."""
+    return {path for path in demo.sessions._uploads if path.endswith("a.png")} | {
+        str(path) for path in demo.sessions.folder.rglob("a.png")
+    }
+
+
+def test_api_parameters_by_name_take_no_forged_file(demo: Running, attacker: Attacker) -> None:
+    for name, endpoint in attacker.http.get("/gradio_api/info").json()["named_endpoints"].items():
+        parameters = [one["parameter_name"] for one in endpoint["parameters"]]
+        for parameter in parameters:
+            for form in forms("/etc/passwd"):
+                data: dict[str, Any] = {"text": "", "files": [], "knobs": {}} | {parameter: form}
+                asked = {key: value for key, value in data.items() if key in parameters}
+                told = attacker.call_by_parameters(name.strip("/"), asked)
+                assert "root:" not in told
+    assert attacker.http.get("/gradio_api/file=/etc/passwd").status_code == 404
+
+
+def test_a_function_with_files_takes_the_visitors_own(demo: Running, attacker: Attacker) -> None:
+    attaching = [i for i, fn in demo.page.fns.items() if fn.name == "_attach"]
+    assert len(attaching) == 2
+    for index in attaching:
+        first, second = attacker.upload("first.png"), attacker.upload("second.png")
+        box = {"text": "see", "files": [{"path": first, "meta": META}]}
+        told = attacker.run(index, [box, {"path": second, "meta": META}])
+        assert {first, second} == offered(told)
+        for path in (first, second):
+            reply = attacker.http.get(f"/gradio_api/file={path}")
+            assert reply.content == PHOTO.read_bytes()
+        again = json.loads(attacker.run(index, [box, None]))["data"][0]
+        assert [file["path"] for file in again["files"]] == [first]
+
+
+def test_an_address_is_not_fetched_after_the_box_was_replaced(
+    demo: Running, attacker: Attacker
+) -> None:
+    """An update makes a new box for the session, without what was changed of the first."""
+    send = next(i for i, fn in demo.page.fns.items() if fn.name == "send")
+    file = {"path": f"{demo.address}/config", "meta": META}
+    inputs = [{"text": "a", "files": [file]}, *defaults(demo.page.fns[send])[1:]]
+    for way in (attacker.run, attacker.queue):
+        assert "not an address" in way(send, inputs)
+    assert not [path for path in demo.folder.rglob("config*") if path.is_file()]
+
+
+def test_messages_name_the_file_and_not_its_folder(attacker: Attacker, demo: Running) -> None:
+    for index in (i for i, fn in demo.page.fns.items() if fn.name in ("send", "_attach", "chat")):
+        inputs = defaults(demo.page.fns[index])
+        inputs[-1] = {"path": "/srv/private/photo.png", "meta": META}
+        told = attacker.run(index, inputs)
+        assert "photo.png: not a file that you uploaded here" in told and "private" not in told
+
+
+def test_a_cookie_that_this_server_did_not_issue_is_replaced(demo: Running) -> None:
+    for cookie in ("x", "v1 chatcmpl-1", "a" * 31):
+        reply = httpx.get(demo.address, headers={"Cookie": f"{COOKIE}={cookie}"})
+        assert len(reply.cookies[COOKIE]) == 32
+
+
+def test_another_visitor_cannot_close_a_conversation(demo: Running, attacker: Attacker) -> None:
+    session = demo.sessions.of("victim's conversation", "victim")
+    closing = next(i for i, fn in demo.page.fns.items() if fn.name == "close")
+    asked = {"data": [], "fn_index": closing, "session_hash": "victim's conversation"}
+    attacker.http.post("/gradio_api/run/close", json=asked)
+    assert demo.sessions.of("victim's conversation", "victim") is session and not session.closed
