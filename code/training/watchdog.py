@@ -149,7 +149,7 @@ class Watchdog:
 
 def _say_who_died(rank: int, world: int) -> None:
     print(
-        f"error: process {rank} of {world} ended without a word: was it killed, is there too "
+        f"\nerror: process {rank} of {world} ended without a word: was it killed, is there too "
         "little memory? The others end too",
         file=sys.stderr,
         flush=True,
