@@ -75,11 +75,6 @@ def assert_gone(processes: list[psutil.Process], seconds: float = SECONDS) -> No
     assert not alive
 
 
-def outputs(run: TinyRun) -> str:
-    """What all processes said."""
-    return "\n".join(run._output(rank).read_text() for rank in range(run.world))
-
-
 def until(reached: Callable[[], Any], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not reached():
@@ -122,8 +117,8 @@ def test_an_exception_in_a_step_ends_all_processes_and_is_said_once(
     assert_gone(processes)
     assert run.wait() == code
     assert {process.exitcode for process in run.processes} == {code}
-    assert outputs(run).count(said) == 1
-    assert outputs(run).count("Traceback") <= (2 if error == "SystemExit" else 1)
+    assert run.outputs.count(said) == 1
+    assert run.outputs.count("Traceback") <= (2 if error == "SystemExit" else 1)
 
 
 @pytest.mark.parametrize(("world", "killed"), [(2, 1), pytest.param(2, 0, marks=SLOW)])
@@ -137,8 +132,8 @@ def test_the_others_end_when_a_process_is_killed_and_say_which(
     assert [process.exitcode for process in run.processes] == [
         -signal.SIGKILL if rank == killed else 1 for rank in range(world)
     ]
-    assert outputs(run).count(f"error: process {killed} of {world} ended without a word") == 1
-    assert "Traceback" not in outputs(run)
+    assert run.outputs.count(f"error: process {killed} of {world} ended without a word") == 1
+    assert "Traceback" not in run.outputs
 
 
 @pytest.mark.slow
@@ -149,7 +144,7 @@ def test_a_killed_loader_process_ends_the_run(tmp_path: Path, world: int) -> Non
     processes[-1].kill()
     assert_gone(processes)
     assert run.wait() == 1
-    assert outputs(run).count("is killed by signal: Killed") == 1
+    assert run.outputs.count("is killed by signal: Killed") == 1
 
 
 @pytest.mark.slow

@@ -175,9 +175,9 @@ class TinyRun:
             time.sleep(0.001)
 
     def fail(self) -> str:
-        """Run to the end, which must be exit code 2; what was said."""
-        assert self.start().wait() == 2, self.output
-        return self.output
+        """Run to the end, which must be exit code 2; what was said, by whichever failed first."""
+        assert self.start().wait() == 2, self.outputs
+        return self.outputs
 
     def watch(self) -> dict[str, int]:
         """Run to the end; the sizes of the parameters that changed meanwhile."""
@@ -189,6 +189,11 @@ class TinyRun:
     def output(self) -> str:
         """What the first process wrote to the terminal."""
         return self._output(0).read_text()
+
+    @property
+    def outputs(self) -> str:
+        """What all processes wrote to the terminal, by rank."""
+        return "\n".join(self._output(rank).read_text() for rank in range(self.world))
 
     def _output(self, rank: int) -> Path:
         return self.save_path / f"stage_{self.stage}.{rank}.output"

@@ -59,10 +59,10 @@ class Watchdog:
         self._first: tuple[int, int] | None = None  # process 0's verdict: who, with which code
         self._lock = threading.Lock()
         self._failing = False
+        self._left = False
         self._is_first = threading.Event()
         self._peers = self._connect()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def _connect(self) -> dict[Connection, int]:
         """Process 0's connections to all others, another's to process 0, with their ranks."""
@@ -93,7 +93,8 @@ class Watchdog:
                 self._is_first.wait(_VERDICT)
 
     def close(self) -> None:
-        """Leave: from now on the end of this process is no failure."""
+        """Leave: from now on the end of this process is no failure, nor is another's for it."""
+        self._left = True
         with suppress(OSError):  # one that failed meanwhile ends by itself
             self._tell(("left", 0))
 
@@ -111,7 +112,7 @@ class Watchdog:
                     message, number = "died", _DIED
                 if message in ("left", "died"):
                     del self._peers[connection]
-                if message == "left":
+                if message == "left" or (message == "died" and self._left):
                     continue
                 if self._rank == 0:
                     self._decide(rank, number, died=message == "died")
@@ -148,7 +149,7 @@ class Watchdog:
 
 def _say_who_died(rank: int, world: int) -> None:
     print(
-        f"error: process {rank} of {world} ended without a word: was it killed, is there too "
+        f"\nerror: process {rank} of {world} ended without a word: was it killed, is there too "
         "little memory? The others end too",
         file=sys.stderr,
         flush=True,
