@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from config.atomic import written_aside
 from config.errors import InputError
+from config.json_text import to_json
 
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use
 
@@ -71,7 +72,7 @@ class DigestCache:
     def digest_named(self, files: Mapping[str, Path]) -> str:
         """One hex SHA-256 of several files' names (the keys) and bytes, in any order."""
         named = {name: self.digest(file) for name, file in files.items()}
-        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(to_json(dict(sorted(named.items()))).encode()).hexdigest()
 
     def remember(self, kind: str, files: Sequence[Path], compute: Callable[[], str]) -> str:
         """What `compute` gives for `files`, computed again only when one of them has changed.
@@ -80,7 +81,7 @@ class DigestCache:
             kind: names what is computed; another name for another computation.
         """
         paths = [str(file.absolute()) for file in files]
-        place = hashlib.sha256(json.dumps([kind, *paths]).encode()).hexdigest()[:16]
+        place = hashlib.sha256(to_json([kind, *paths]).encode()).hexdigest()[:16]
         entry = self._folder / f"{place}.json"
         self._folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{entry}.lock"):
@@ -97,7 +98,7 @@ class DigestCache:
                     )
             if settled:
                 with written_aside(entry) as aside:
-                    aside.write_text(json.dumps({"key": key, "value": value}), encoding="utf-8")
+                    aside.write_text(to_json({"key": key, "value": value}), encoding="utf-8")
         return value
 
 

@@ -33,6 +33,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from config.errors import MediaError
+from config.json_text import to_json
 
 MEMORY = 4 << 30  # bytes of address space of a worker
 CPU_SECONDS = 120  # of a call, all threads together
@@ -86,7 +87,7 @@ class _Call(NamedTuple):
         """The request, one line."""
         name = [self.function.__module__, self.function.__qualname__]
         limits = [self.seconds, self.seconds * _PATIENCE]
-        return json.dumps([name, self.arguments, self.label, limits]).encode() + b"\n"
+        return to_json([name, self.arguments, self.label, limits]).encode() + b"\n"
 
 
 class _Worker:
@@ -279,7 +280,7 @@ def main() -> None:
         arrays: list[np.ndarray] = []
         error, result = _answer(getattr(import_module(module), name), arguments, label)
         answer = {"error": error, "result": _pack(result, arrays), "peak": _peak()}
-        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.write(to_json(answer).encode() + b"\n")
         for array in arrays:
             answers.write(_bytes(array))
         answers.flush()

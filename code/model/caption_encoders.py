@@ -4,7 +4,6 @@ Only the tokenizer and the text encoder of a pipeline are loaded: 0.25 GB of Sta
 2.1 GB in half precision. What comes out equals the pipeline's own `encode_prompt`.
 """
 
-import json
 from collections.abc import Sequence
 from hashlib import sha256
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer
 
+from config.json_text import to_json
 from conversation.parts import Modality
 from model.pretrained_folder import TEXT_FILES, check_kind, load_whole, loading, resolve
 
@@ -64,7 +64,7 @@ class CaptionEncoder:
             weights.update(tensor.to("cpu", torch.float16).contiguous().numpy().tobytes())
         vocabulary = sorted(self.tokenizer.get_vocab().items())
         probe = self.tokenizer(_PROBE)["input_ids"]
-        tokenizer = json.dumps([vocabulary, self.tokenizer.model_max_length, probe])
+        tokenizer = to_json([vocabulary, self.tokenizer.model_max_length, probe])
         return weights.hexdigest(), sha256(tokenizer.encode()).hexdigest()
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from typing import Any
 from config.atomic import written_aside
 from config.errors import InputError, NotThereError
 from config.file_digests import DigestCache
+from config.json_text import to_json
 from config.loader import project_path
 from config.schema import Config
 from dataset.caption_embeddings import read_maker
@@ -64,7 +65,7 @@ def identify_inputs(
 def write_inputs(inputs: RunInputs, file: Path) -> None:
     """Write what `identify_inputs` gave."""
     with written_aside(file) as aside:
-        aside.write_text(json.dumps(inputs, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(to_json(inputs, indent=1) + "\n", encoding="utf-8")
 
 
 def read_inputs(file: Path) -> RunInputs | None:
