@@ -16,7 +16,7 @@ from mini_world.album import generator, write_medium
 from mini_world.captions import as_heard, read_caption
 from mini_world.mini_decoders import unet, vae
 from mini_world.part_training import pool, runner
-from mini_world.part_training.contrast import differ_in_both, told_apart
+from mini_world.part_training.contrast import joint_negatives, mask_joint_labels
 from mini_world.part_training.mel import log_mel
 from mini_world.part_training.pool import _rendered
 from mini_world.part_training.runner import Losses, Plan, train
@@ -113,19 +113,19 @@ def test_things_that_differ_in_shape_and_colour_are_no_negatives_whatever_the_pa
         for shape, colour in (("star", "red"), ("star", "blue"), ("ring", "blue"))
     )
     label = labels([red_star, blue_star, blue_ring], [told] * 3)
-    assert differ_in_both(label).tolist() == [
+    assert joint_negatives(label).tolist() == [
         [False, False, True],
         [False, False, False],
         [True, False, False],
     ]
     unnamed = labels([red_star, blue_ring], [set(told) - {"colour"}] * 2)
-    assert not differ_in_both(unnamed).any()
+    assert not joint_negatives(unnamed).any()
 
 
 def test_shapes_are_read_without_colours_and_colours_without_shapes() -> None:
     told = set(ATTRIBUTES["image"])
     thing = Thing("star", "red", "big", "left", None, 1)
-    label = told_apart(labels([thing] * 3, [told, told - {"colour"}, told - {"shape"}]))
+    label = mask_joint_labels(labels([thing] * 3, [told, told - {"colour"}, told - {"shape"}]))
     kept = {name: label[:, ALL_ATTRIBUTES.index(name)] != NOT_TOLD for name in told}
     assert kept["shape"].tolist() == [False, True, False]
     assert kept["colour"].tolist() == [False, False, True]

@@ -53,8 +53,8 @@ def same_things(labels_NA: Tensor) -> Tensor:
     return same_NN / same_NN.sum(dim=1, keepdim=True)
 
 
-def differ_in_both(labels_NA: Tensor) -> Tensor:
-    """Which pairs of things differ in shape and in colour: (N, N) bool.
+def joint_negatives(labels_NA: Tensor) -> Tensor:
+    """Mask the pairs of things that differ in shape and in colour: (N, N) bool.
 
     As negatives they would teach which shapes and colours come together in training, and so speak
     against every pair that is held out; pairs that differ in one of the two teach both words.
@@ -63,8 +63,8 @@ def differ_in_both(labels_NA: Tensor) -> Tensor:
     return (shape_N[:, None] != shape_N) & (colour_N[:, None] != colour_N)
 
 
-def told_apart(labels_NA: Tensor) -> Tensor:
-    """Leave out shape and colour where both are told: (N, attributes), NOT_TOLD in their places.
+def mask_joint_labels(labels_NA: Tensor) -> Tensor:
+    """Mask the labels of shape and colour where both are told: (N, attributes) with NOT_TOLD.
 
     So a shape is read where the colour has no name, and a colour where the shape has none: nothing
     is learned from which of them come together.
@@ -87,7 +87,7 @@ def contrast(
     """Scalar: of unit-length (N, D), each one is to find the others of the same thing.
 
     Args:
-        spared_NN: pairs, in both orders, that are not held against each other.
+        spared_NN: pairs, in both orders, that are no negatives.
     """
     logits_NN = SCALE * one_ND.float() @ other_ND.float().T
     if spared_NN is not None:

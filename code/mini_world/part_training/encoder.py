@@ -25,9 +25,9 @@ from mini_world.part_training.contrast import (
     SCALE,
     Probes,
     contrast,
-    differ_in_both,
+    joint_negatives,
+    mask_joint_labels,
     same_things,
-    told_apart,
 )
 from mini_world.part_training.runner import Losses, Plan, cheap_products, train
 from mini_world.part_training.samples import (
@@ -100,10 +100,10 @@ class _Binding:
                 # Each group apart: whether colour and shape have a name is not to be learned.
                 groups = [x.chunk(_groups(modality)) for x in (features_ND, texts_ND, seen_NA)]
                 contrasted = [
-                    contrast(f, t, same_things(s), differ_in_both(s))
+                    contrast(f, t, same_things(s), joint_negatives(s))
                     for f, t, s in zip(*groups, strict=True)
                 ]
-                probe = self.learner["probes"].loss(SCALE * features_ND, told_apart(seen_NA))
+                probe = self.learner["probes"].loss(SCALE * features_ND, mask_joint_labels(seen_NA))
             losses |= {
                 f"{modality}_contrast": torch.stack(contrasted).mean(),
                 f"{modality}_seen": probe,
