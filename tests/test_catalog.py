@@ -31,7 +31,7 @@ def test_the_same_pairs_are_read_both_ways_with_absolute_paths(root: Path) -> No
     question, _ = dataset["mini_image_enc", 0].turns
     assert question.parts == (Media("image", path=str(picture)), Text("generate a caption"))
     _, answer = dataset["mini_image_dec", 1].turns
-    medium = Media("image", caption="a ring", embedding=str(embed / "2.png.npy"))
+    medium = Media("image", caption="A Ring", embedding=str(embed / "2.png.npy"))
     assert answer.parts == (Text("a ring"), medium)
 
 

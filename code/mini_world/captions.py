@@ -38,7 +38,7 @@ CAPTIONS: dict[Modality, Wording] = {
         ),
         validation=(
             "{place} sits a {colour} {shape} that is {size}",
-            "an image with a {size} {shape}, coloured {colour}, {place}",
+            "an image with a {size} {shape}, {colour}, {place}",
             "it shows a {colour} and {size} {shape}, placed {place}",
         ),
         test=(
@@ -73,14 +73,14 @@ CAPTIONS: dict[Modality, Wording] = {
             "here is how a {size} {shape} in {colour} {moves} {place}",
         ),
         validation=(
-            "watch a {size} {colour} {shape} {place} as it {moves}",
-            "{place} you find a {colour} {shape}, {size}, which {moves}",
-            "a clip in which a {size} {shape}, coloured {colour}, {moves} {place}",
+            "watch a {size} {colour} {shape} {place}, it {moves}",
+            "{place} you find a {colour} {shape}, {size}, it {moves}",
+            "clip of a {size} {shape}, {colour}, it {moves} {place}",
         ),
         test=(
-            "observe the {size} {colour} {shape} {place}, it {moves}",
+            "look how the {size} {colour} {shape} {place} {moves}",
             "a {colour} {shape} of {size} size {moves} {place}",
-            "footage of a {size} {shape}, {colour}, {place}, {moving}",
+            "a film of a {size} {shape}, {colour}, {place}, {moving}",
         ),
     ),
     "audio": Wording(
