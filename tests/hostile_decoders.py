@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from config.errors import MediaError
-from dataset.decoding import read_pixels
+from dataset.decoding import read_pixels, read_samples
 
 
 def crash(*_: str) -> None:
@@ -26,6 +27,20 @@ def abort(*_: str) -> None:
 def hang(*_: str) -> None:
     """Wait for what never comes."""
     time.sleep(1000)
+
+
+def tell_and_hang(path: str) -> None:
+    """Write an empty file at `path`, then hang."""
+    Path(path).touch()
+    hang()
+
+
+def read_samples_within(path: str, spare: int) -> tuple[np.ndarray, int]:
+    """`read_samples` with `spare` bytes of address space more than the process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    most = pages * resource.getpagesize() + spare
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    return read_samples(path)
 
 
 def spin(*_: str) -> None:

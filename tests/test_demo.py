@@ -1,12 +1,16 @@
 """The demo's rooms one by one: limits, knobs, sessions, what is drawn, the bank of captions."""
 
+import asyncio
 import struct
+import threading
 import wave
 import zlib
 from dataclasses import replace
 from fractions import Fraction
 from html import unescape
 from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
 
 import av
 import numpy as np
@@ -18,11 +22,12 @@ from chat.options import ChatOptions
 from config.errors import InputError, MediaError
 from config.loader import load_config
 from conversation.parts import Conversation, Media, Text, Turn
+from dataset.decode_worker import MAX_WORKERS
 from demo.desk import Finished, Ready, Step, Waiting, Words, Written
 from demo.examples import read_examples
 from demo.explanation import explanation_html
 from demo.knobs import check_seed, knobs_of, turn_knobs
-from demo.limits import MAX_BYTES, check_medium, find_modality
+from demo.limits import MAX_BYTES, MAX_CHECKS, check_medium, find_modality
 from demo.nearest import CaptionBank, bank_captions
 from demo.rendering import as_said, chat_messages
 from demo.replies import Reply
@@ -98,6 +103,7 @@ def sparse(path: Path, size: int) -> Path:
 
 
 REFUSED = {
+    "a file that is gone": (lambda p: p / "a.png", "cannot be read"),
     "an empty file": (lambda p: written(p / "a.png", b""), "0 bytes"),
     "a large file": (lambda p: sparse(p / "a.bin", MAX_BYTES + 1), "more than 50 MB"),
     "text named .mp4": (lambda p: written(p / "a.mp4", b"hello " * 99), "neither a picture"),
@@ -124,6 +130,85 @@ def test_what_is_beyond_a_limit_is_refused_by_its_name_and_never_its_path(
         check_medium(make(tmp_path), "my file")
     assert str(refused.value).startswith("my file")
     assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("reader", "file"), [(Image, "portrait.jpg"), (av, "tone_16k.wav"), (av, "move_wide.mp4")]
+)
+def test_a_file_that_vanishes_amid_the_check_is_refused_by_its_name(
+    reader: Any, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "a", (MEDIA / file).read_bytes())
+    real_open = reader.open
+
+    def vanish_and_open(*given: Any, **options: Any) -> Any:
+        path.unlink()
+        return real_open(*given, **options)
+
+    monkeypatch.setattr(reader, "open", vanish_and_open)
+    with pytest.raises(MediaError, match=r"^my file: cannot be read \(.*\): upload") as refused:
+        find_modality(str(path), "my file")
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_a_file_that_vanishes_after_its_check_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Sessions(tmp_path).of("tab", "ada")
+    monkeypatch.setattr("demo.sessions.check_medium", lambda *_: "image")
+    with pytest.raises(MediaError, match=r"^a\.png: .*upload it again") as refused:
+        session.show("", [(tmp_path / "gone.png", "a.png")])
+    assert str(tmp_path) not in str(refused.value)
+
+
+def test_checks_run_one_at_a_time_for_a_visitor_and_leave_a_worker_to_the_desk(
+    tmp_path: Path,
+) -> None:
+    sessions = Sessions(tmp_path)
+    running: list[str] = []
+    go = threading.Event()
+
+    def check(name: str) -> str:
+        running.append(name)
+        assert go.wait(60)
+        return name
+
+    async def scene() -> None:
+        names = [str(number) for number in range(MAX_WORKERS + 2)]
+        tasks = [asyncio.create_task(sessions.check_media(name, check, name)) for name in names]
+        while len(running) < MAX_CHECKS:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        assert len(running) == MAX_CHECKS == MAX_WORKERS - 1
+        for name in names:
+            with pytest.raises(InputError, match="being checked already"):
+                await sessions.check_media(name, check, name)
+        tasks.pop().cancel()  # who leaves the line
+        await asyncio.sleep(0.1)
+        go.set()
+        assert await asyncio.gather(*tasks) == names[:-1]
+        assert await sessions.check_media(names[0], check, "again") == "again"
+        assert await sessions.check_media(names[-1], check, names[-1]) == names[-1]
+
+    asyncio.run(scene())
+    assert not sessions._checking and len(running) == MAX_WORKERS + 3
+    sessions.end_checks()
+
+
+def test_sessions_may_be_opened_while_files_are_looked_up(tmp_path: Path) -> None:
+    sessions = Sessions(tmp_path)
+
+    class Opening(str):  # another thread's work at the worst moment
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            sessions.of(f"tab {len(sessions)}", "another")
+            return str.__eq__(self, other)
+
+    sessions.of("tab", "ada")
+    path = written(sessions.root / "a.png", b"x")
+    assert not sessions.may_use(str(path), Opening("ada"))
+    assert len(sessions) == 2
 
 
 def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
@@ -388,3 +473,20 @@ def test_folders_of_processes_that_are_gone_are_removed_and_no_others(
         assert not second.exists() and (first / "a.png").exists()
     assert not first.exists()
     assert (elsewhere / "visitors.png").exists() and (tmp_path / "other" / "visitors.png").exists()
+
+
+def test_a_folder_that_another_start_removes_before_it_is_locked_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    made: list[Path] = []
+
+    def make(prefix: str) -> str:
+        made.append(Path(mkdtemp(prefix=prefix)))
+        if len(made) == 1:
+            made[0].rmdir()
+        return str(made[-1])
+
+    monkeypatch.setattr("demo.temporary_folder.mkdtemp", make)
+    with temporary_folder() as folder:
+        assert folder == made[1].resolve() and folder.is_dir()

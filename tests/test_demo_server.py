@@ -1,10 +1,12 @@
 """The demo's server from outside: OpenAI's package, Gradio's client, crowds and attackers."""
 
+import asyncio
 import base64
 import http.client
 import json
 import struct
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from openai import BadRequestError, InternalServerError
 import hostile_decoders
 from chat.assistant import Assistant
 from chat.options import ChatOptions
-from conversation.parts import Media
+from conversation.parts import Conversation, Media, Text, Turn
 from dataset import decode_worker
+from dataset.decode_worker import TimeLimits
+from demo.desk import Event, Finished, Job
 from demo.knobs import knobs_of
-from demo.visitors import COOKIE
+from demo.visitors import COOKIE, MAX_JSON
 from demo_server import (
     PHOTO,
     WORDS,
@@ -348,6 +352,79 @@ def test_an_upload_of_more_than_a_message_may_hold_is_refused_before_it_is_read(
     in_chunks = iter([b"--b--"])  # of a length that is not told
     reply = httpx.post(f"{demo.address}/gradio_api/upload", headers=kind, content=in_chunks)
     assert reply.status_code == 413
+
+
+@pytest.mark.parametrize("path", [
+    "run/chat", "run/send", "call/chat", "call/v2/chat", "queue/join", "cancel", "reset",
+])  # fmt: skip
+def test_what_is_no_upload_may_be_a_megabyte_long(demo: Running, path: str) -> None:
+    kind = {"Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(demo.address.removeprefix("http://"), timeout=5)
+    address = f"/gradio_api/{path}"
+    connection.request("POST", address, headers=kind | {"Content-Length": str(MAX_JSON + 1)})
+    assert connection.getresponse().status == 413
+    connection.close()
+    in_chunks = iter([b'{"data": []}'])  # of a length that is not told
+    assert httpx.post(demo.address + address, headers=kind, content=in_chunks).status_code == 413
+    content = b'{"data": ["' + b"a" * (MAX_JSON - 14) + b'"]}'
+    reply = httpx.post(demo.address + address, headers=kind, content=content)
+    assert len(content) == MAX_JSON and reply.status_code != 413
+
+
+def test_a_request_of_the_api_may_be_longer_than_one_of_the_page(demo: Running) -> None:
+    asked = {"messages": [user("what?", picture())], "ignored": "a" * (2 * MAX_JSON)}
+    reply = httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=60)
+    assert reply.is_success
+
+
+def test_files_that_hang_in_their_checks_do_not_hold_the_desk(
+    demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
+) -> None:
+    monkeypatch.setattr("demo.limits.find_modality", hostile_decoders.hang)
+    demo.desk.assistant._features.clear()
+    asked = {"messages": [user("what is it?", picture())]}
+    options = ChatOptions.from_config(demo.desk.assistant.config)
+    shown = Conversation((Turn("human", (Media("image", path=str(PHOTO)), Text("what?"))),))
+    folder = demo.folder / "desk"
+    folder.mkdir()
+
+    async def answer() -> list[Event]:
+        job = Job(shown, options, 0, folder)
+        async with asyncio.timeout(50):
+            return [event async for event in demo.desk.answer(job)]
+
+    with ThreadPoolExecutor(6) as attackers:
+        attacks = [
+            attackers.submit(
+                httpx.post, f"{demo.address}/v1/chat/completions", json=asked, timeout=100
+            )
+            for _ in range(6)
+        ]
+        try:
+            wait_until(lambda: decode_worker._pool.places._value == 1)
+            assert isinstance(asyncio.run(answer())[-1], Finished)
+            words = openai(demo).chat.completions.create(model="any", messages=[user("hello")])
+            assert words.choices[0].message.content
+            assert decode_worker._pool.places._value == 1 and not any(a.done() for a in attacks)
+        finally:
+            for key in [key for key in demo.sessions._open if key.startswith("v1 ")]:
+                demo.sessions.close(key, key)
+    assert {attack.result().status_code for attack in attacks} == {400}
+
+
+def test_media_that_take_long_to_decode_end_their_answer(
+    demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
+) -> None:
+    monkeypatch.setattr("dataset.media.read_pixels", hostile_decoders.hang)
+    demo.desk.assistant._features.clear()
+    asked = {"model": "any", "messages": [user("what is it?", picture())]}
+    with monkeypatch.context() as patch:
+        patch.setattr("demo.desk.MAX_DECODING_SECONDS", 1)
+        with pytest.raises(BadRequestError, match="the media take more than 1 s to decode"):
+            openai(demo).chat.completions.create(**asked)
+    monkeypatch.setattr("demo.desk.MEDIUM_LIMITS", TimeLimits(60, 1))
+    with pytest.raises(BadRequestError, match="cannot be decoded: it takes more than 1 s"):
+        openai(demo).chat.completions.create(**asked)
 
 
 def test_nothing_is_uploaded_when_the_room_is_taken(

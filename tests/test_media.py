@@ -1,5 +1,6 @@
 """Media decoding and preprocessing against the recorded tensors, and bad files."""
 
+import errno
 import json
 import os
 import struct
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import wave
+from collections.abc import Callable
 from pathlib import Path
 
 import av
@@ -16,8 +18,15 @@ import torch
 from PIL import Image
 
 from config.errors import MediaError
-from dataset.decoding import read_image, read_samples, read_video_frames
+from dataset.decoding import (
+    measure_video,
+    read_image,
+    read_pixels,
+    read_samples,
+    read_video_frames,
+)
 from dataset.media import load_views, read_audio, video_frame_indices
+from dataset.shards import medium_state
 from golden_preprocessing import GOLDEN, measure
 from model.imagebind.encoder import ImageBind
 from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
@@ -319,7 +328,41 @@ def test_a_sound_of_many_hours_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         read_samples(path)
 
 
+def test_a_sound_of_a_high_rate_may_have_as_many_samples_as_one_of_48_khz(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dataset.decoding.MAX_SOUND_SECONDS", 3600)
+    monkeypatch.setattr("dataset.decoding.MAX_SOUND_RATE", 4000)
+    whole, longer = (
+        write_wav(tmp_path / f"{seconds}.wav", np.zeros(8000 * seconds), 8000)
+        for seconds in (1800, 1801)
+    )
+    assert len(read_samples(whole)[0]) == 8000 * 1800
+    with pytest.raises(MediaError, match=r"1801\.wav: longer than 0\.5 hours"):
+        read_samples(longer)
+
+
 # --- files that are not what they should be
+
+
+@pytest.mark.parametrize("read", [read_pixels, read_samples, measure_video])
+def test_a_file_that_vanishes_at_any_moment_is_named_with_the_reason(
+    read: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(_: Path) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    path = tmp_path / "gone"
+    state = medium_state(MEDIA / "landscape.png")
+    monkeypatch.setattr("dataset.decoding.medium_exists", lambda _: True)
+    with pytest.raises(MediaError, match="gone: not readable"):
+        read(path)
+    monkeypatch.setattr("dataset.decoding.medium_state", lambda _: state)
+    with pytest.raises(MediaError, match="gone: not readable"):
+        read(path)
+    monkeypatch.setattr("dataset.decoding.medium_exists", stale)
+    with pytest.raises(MediaError, match=r"gone: not readable.*Stale file handle"):
+        read(path)
 
 
 def bad_file(folder: Path, name: str) -> Path:

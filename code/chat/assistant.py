@@ -21,10 +21,12 @@ from chat.answers import Answer, Progress
 from chat.generation import generate_answers, readable_parts
 from chat.options import ChatOptions
 from config.errors import MediaError
+from config.file_digests import FileState
 from config.schema import Config
 from conversation.batch import pad_conversations
 from conversation.encoding import ConversationEncoder, EncodedConversation
 from conversation.parts import Conversation, Media, Modality, Turn
+from dataset.decode_worker import DEFAULT_LIMITS, TimeLimits
 from dataset.media import load_views
 from model.build import (
     build_conversation_encoder,
@@ -80,7 +82,7 @@ class Assistant:
         self.model.language_model.generation_config = GenerationConfig()
         self._imagebind: ImageBind | None = None
         self._decoders: dict[Modality, Decoder] = {}
-        self._features: dict[tuple[Modality, str, int], torch.Tensor] = {}
+        self._features: dict[tuple[Modality, str, FileState], torch.Tensor] = {}
 
     @classmethod
     def load(cls, config: Config, delta: Path) -> "Assistant":
@@ -112,6 +114,7 @@ class Assistant:
         on_progress: Progress | None = None,
         on_medium: Callable[[int, Output], None] | None = None,
         check: Callable[[], None] | None = None,
+        limits: TimeLimits = DEFAULT_LIMITS,
     ) -> Answer:
         """The assistant's answer to `conversation`: `answer` with one alone, its media one by one.
 
@@ -124,6 +127,7 @@ class Assistant:
             on_progress: called after every diffusion step.
             on_medium: gets each medium when it is made, with its number among the answer's media.
             check: called ten times a second while the human's media are decoded.
+            limits: on the time in which each of those is decoded.
         """
 
         def tell_turns(turns: list[Turn], names: list[list[str]]) -> None:
@@ -143,6 +147,7 @@ class Assistant:
             on_progress=on_progress,
             on_medium=tell_medium,
             check=check,
+            limits=limits,
         )[0]
 
     @torch.no_grad()
@@ -158,6 +163,7 @@ class Assistant:
         on_progress: Progress | None = None,
         on_medium: Callable[[int, int, Output], None] | None = None,
         check: Callable[[], None] | None = None,
+        limits: TimeLimits = DEFAULT_LIMITS,
     ) -> list[Answer]:
         """The assistant's answers to `conversations`, each of which ends with a human turn.
 
@@ -172,6 +178,7 @@ class Assistant:
             on_medium: gets (answer, number among its media, medium) when it is made.
             check: called ten times a second while the human's media are decoded; what it raises
                 ends the answers.
+            limits: on the time in which each of those is decoded.
 
         Raises:
             InputError: a part cannot be loaded.
@@ -181,7 +188,7 @@ class Assistant:
         seconds: dict[str, float] = {}
         encoded = [self.encoder.encode(conversation) for conversation in conversations]
         self._check_length(max(len(one.input_ids) for one in encoded), options.max_new_tokens)
-        prompts = self._read(encoded, seconds, check)
+        prompts = self._read(encoded, seconds, check, limits)
         with self._timed(seconds, "language_model"):
             ids = generate_answers(
                 self.model.language_model, self.encoder, prompts, options, seeds, on_text
@@ -230,6 +237,7 @@ class Assistant:
         encoded: list[EncodedConversation],
         seconds: dict[str, float],
         check: Callable[[], None] | None = None,
+        limits: TimeLimits = DEFAULT_LIMITS,
     ) -> list[torch.Tensor]:
         """Input embeddings (L, H) of every prompt, the human's media in their slots."""
         media = [medium for one in encoded for _, medium in one.slots]
@@ -238,20 +246,25 @@ class Assistant:
                 self.load_encoder()
         batch = pad_conversations(encoded, pad_id=0).to(self.device)
         with self._timed(seconds, "encode"):
-            features = [self._feature(medium, check) for medium in media]
+            features = [self._feature(medium, check, limits) for medium in media]
         if features:
             batch.features = torch.stack(features)
         embeddings = self.model.embed(batch.input_ids, batch.slots, batch.features)
         return [row[: len(one.input_ids)] for row, one in zip(embeddings, encoded, strict=True)]
 
-    def _feature(self, medium: Media, check: Callable[[], None] | None) -> torch.Tensor:
+    def _feature(
+        self, medium: Media, check: Callable[[], None] | None, limits: TimeLimits
+    ) -> torch.Tensor:
         """The encoder's vector (E,) of a human's medium, kept while the file stays as it is."""
         path = Path(medium.path or "")
-        if not path.is_file():
-            raise MediaError(f"{path}: no such file: put it back, or leave out what shows it")
-        key = (medium.modality, str(path), path.stat().st_mtime_ns)
+        try:
+            key = (medium.modality, str(path), FileState.of(path))
+        except OSError as error:
+            raise MediaError(
+                f"{path}: no such file: put it back, or leave out what shows it"
+            ) from error
         if key not in self._features:
-            views = load_views(medium.modality, path, check).to(self.device)
+            views = load_views(medium.modality, path, check, limits).to(self.device)
             self._features[key] = self.load_encoder().encode(medium.modality, views[None])[0]
             if len(self._features) > _FEATURES_KEPT:
                 del self._features[next(iter(self._features))]

@@ -3,9 +3,10 @@
 `decode(function, ...)` runs a function of `dataset.decoding`, or another one that needs no torch,
 in a worker process with limits on memory and time, and returns its result. A worker is started when
 the first is needed (0.2 s, 70 MB of memory), serves one call after the other, and is replaced when
-it dies or has held a GB; threads that decode at the same time get a worker each, up to 4 in a
-process. A call costs 0.06 ms, and 0.3 ms for every MB that comes back through a pipe: views of a
-picture of 640x480 take 5.5 ms where they took 4.2 in the same process.
+it dies or has held a GB; threads that decode at the same time get a worker each, up to
+`MAX_WORKERS` in a process: the others wait. A call costs 0.06 ms, and 0.3 ms for every MB that
+comes back through a pipe: views of a picture of 640x480 take 5.5 ms where they took 4.2 in the same
+process.
 
 A worker ends with the process that started it, however that ends: its requests end, or it finds
 itself adopted. It is started with `subprocess`, since a DataLoader's processes may have no children
@@ -36,20 +37,33 @@ from config.errors import MediaError
 from config.json_text import to_json
 
 MEMORY = 4 << 30  # bytes of address space of a worker
-CPU_SECONDS = 120  # of a call, all threads together
-_WORN = 1 << 30  # bytes that a worker has held, after which it is replaced
+MAX_WORKERS = 4  # of a process
+POLL_SECONDS = 0.1  # between two calls of `check`
+_MAX_PEAK_MEMORY = 1 << 30  # bytes; a worker that has held more is replaced
 _LONGEST_ANSWER = 1 << 20  # bytes of an answer without its arrays
-_PATIENCE = 5  # a call may take so many times its CPU seconds by the clock, where the disk is slow
-_MOST = 4  # workers of a process
-_LOOK = 0.1  # seconds between two calls of `check`
 _CODE = Path(__file__).resolve().parent.parent
+
+
+class TimeLimits(NamedTuple):
+    """How long a call may take, in seconds.
+
+    Attributes:
+        cpu_seconds: of processor time, all threads together.
+        wall_seconds: by the clock: more, where the disk is slow or the processors are busy.
+    """
+
+    cpu_seconds: int
+    wall_seconds: int
+
+
+DEFAULT_LIMITS = TimeLimits(cpu_seconds=120, wall_seconds=600)
 
 
 def decode(
     function: Callable[..., Any],
     *arguments: Any,
     label: str | None = None,
-    seconds: int = CPU_SECONDS,
+    limits: TimeLimits = DEFAULT_LIMITS,
     check: Callable[[], None] | None = None,
 ) -> Any:
     """The result of `function(*arguments)`, computed in a worker process.
@@ -58,8 +72,8 @@ def decode(
         function: of a module, found there by its name.
         arguments: what JSON can hold.
         label: what messages call the medium; none: the first argument, its path.
-        seconds: of processor time that the call may take; by the clock it is five times as much.
-        check: called ten times a second meanwhile; what it raises ends the worker and comes out.
+        limits: on the time of the call; waiting for a free worker does not count.
+        check: called every `POLL_SECONDS` meanwhile; what it raises ends the worker and comes out.
 
     Returns:
         What the function returned: arrays, numbers, texts, and lists of them; tuples come as lists.
@@ -70,7 +84,7 @@ def decode(
             be started.
     """
     with _borrowed_worker(check) as worker:
-        call = _Call(function, arguments, label or str(arguments[0]), seconds)
+        call = _Call(function, arguments, label or str(arguments[0]), limits)
         error, result = worker.call(call, check)
     if error:
         raise MediaError(error)
@@ -81,13 +95,12 @@ class _Call(NamedTuple):
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     label: str
-    seconds: int
+    limits: TimeLimits
 
     def as_json(self) -> bytes:
         """The request, one line."""
         name = [self.function.__module__, self.function.__qualname__]
-        limits = [self.seconds, self.seconds * _PATIENCE]
-        return to_json([name, self.arguments, self.label, limits]).encode() + b"\n"
+        return to_json([name, self.arguments, self.label, self.limits]).encode() + b"\n"
 
 
 class _Worker:
@@ -108,10 +121,10 @@ class _Worker:
         )
         assert self.process.stdin and self.process.stdout
         self.requests, self.answers = self.process.stdin, self.process.stdout
-        self.worn = False  # it has held much, of which fragments may remain: no more calls
+        self.exceeded_peak = False  # its heap may be fragmented: no more calls
         if self.answers.readline() != b"ready\n":
             self.end()
-            raise RuntimeError(f"the decoding process cannot start: {_last_words(self.process)}")
+            raise RuntimeError(f"the decoding process cannot start: {_describe_exit(self.process)}")
 
     def alive(self) -> bool:
         """Whether it can be asked."""
@@ -132,12 +145,12 @@ class _Worker:
             self.requests.flush()
         ready = select.poll()
         ready.register(self.answers, select.POLLIN)
-        while not ready.poll(_LOOK * 1000):
+        while not ready.poll(POLL_SECONDS * 1000):
             if check:
                 check()
         with self._explained(call):
             answer = json.loads(self.answers.readline(_LONGEST_ANSWER))
-            self.worn = answer["peak"] > _WORN
+            self.exceeded_peak = answer["peak"] > _MAX_PEAK_MEMORY
             return answer["error"], _unpack(answer["result"], self.answers)
 
     @contextmanager
@@ -151,19 +164,19 @@ class _Worker:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-            died = _last_words(self.process, call.seconds)
+            died = _describe_exit(self.process, call.limits)
             if self.process.returncode > 0:
                 raise RuntimeError(f"{call.label}: {died}, its error is above") from error
             raise MediaError(f"{call.label}: cannot be decoded: {died}") from error
 
 
-def _last_words(process: subprocess.Popen, seconds: int = CPU_SECONDS) -> str:
-    """How a dead worker died."""
+def _describe_exit(process: subprocess.Popen, limits: TimeLimits = DEFAULT_LIMITS) -> str:
+    """Why a worker that has exited did so."""
     code = process.returncode
     if code == -signal.SIGXCPU:
-        return f"it takes more than {seconds} s of processor time"
+        return f"it takes more than {limits.cpu_seconds} s of processor time"
     if code == -signal.SIGALRM:
-        return f"it takes more than {seconds * _PATIENCE} s"
+        return f"it takes more than {limits.wall_seconds} s"
     if code < 0:
         return f"it ended the decoder ({signal.Signals(-code).name})"
     return f"the decoder ended with code {code}"
@@ -173,7 +186,7 @@ class _Pool:
     """The workers of a process."""
 
     def __init__(self) -> None:
-        self.places = BoundedSemaphore(_MOST)
+        self.places = BoundedSemaphore(MAX_WORKERS)
         self.lock = Lock()
         self.idle: list[_Worker] = []
 
@@ -213,7 +226,7 @@ atexit.register(lambda: _pool.close())
 def _borrowed_worker(check: Callable[[], None] | None) -> Iterator[_Worker]:
     """A worker for one call; one that was left amid a call is ended."""
     pool = _pool
-    while not pool.places.acquire(timeout=_LOOK):
+    while not pool.places.acquire(timeout=POLL_SECONDS):
         if check:
             check()
     try:
@@ -223,7 +236,7 @@ def _borrowed_worker(check: Callable[[], None] | None) -> Iterator[_Worker]:
         except BaseException:
             worker.end()
             raise
-        if worker.worn:
+        if worker.exceeded_peak:
             worker.end()
         else:
             with pool.lock:
@@ -318,7 +331,12 @@ def _limit(kind: int, value: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process when it is no more a child of `parent`."""
+    """End this process when it is no more a child of `parent`.
+
+    By polling, not by `config.child_process.die_with_parent`: that signal comes when the parent's
+    thread that started the child ends, and workers are started by threads of pools, which end while
+    others still use the worker.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(0)

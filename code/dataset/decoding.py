@@ -28,7 +28,8 @@ from dataset.shards import in_shard, medium_exists, medium_state, open_medium
 # Named, because FFmpeg and Pillow also read playlists, scripts and text, which may lead elsewhere.
 CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
 PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_SOUND_SECONDS = 3 * 3600  # 0.7 GB at 16 kHz
+MAX_SOUND_SECONDS = 3 * 3600  # up to `MAX_SOUND_RATE`; above it as many samples
+MAX_SOUND_RATE = 48_000  # Hz; 3 hours of it hold 2.1 GB, half of a worker's memory
 MAX_CHANNELS = 64  # FFmpeg's resampler takes no more
 _STILLS = ("mjpeg", "png", "bmp", "tiff", "webp")  # codecs of covers
 _MAX_ASPECT = 50  # beyond it, one side scaled to the encoder's size makes the other one huge
@@ -39,13 +40,14 @@ def _naming(path: Path, kind: str) -> Iterator[None]:
     """Turn what decoders raise into a `MediaError` that names the file.
 
     Whatever they raise: on broken bytes Pillow and PyAV raise far more kinds of errors than they
-    document, and each of them means that this file is of no use.
+    document, and each of them means that this file is of no use. So does each of the file system's:
+    a file may vanish at any moment.
     """
-    if not medium_exists(path):
-        raise MediaError(f"{path}: no such file")
-    if medium_state(path).size == 0:
-        raise MediaError(f"{path}: empty file")
     try:
+        if not medium_exists(path):
+            raise MediaError(f"{path}: no such file")
+        if medium_state(path).size == 0:
+            raise MediaError(f"{path}: empty file")
         yield
     except (MediaError, MemoryError):
         raise
@@ -101,24 +103,27 @@ def read_samples(path: Path | str) -> tuple[np.ndarray, int]:
         All samples, (S,) float32, and how many there are a second.
 
     Raises:
-        MediaError: missing, broken, without a sound track, or longer than 3 hours.
+        MediaError: missing, broken, without a sound track, longer than 3 hours, or, where it has
+            more than 48 000 samples a second, of more samples than 3 hours of those hold.
     """
     path = Path(path)
-    blocks: list[np.ndarray] = []
+    samples = bytearray()  # grows in place: blocks put together at the end would be held twice
     length = 0
     with _naming(path, "a sound"), _open_container(path) as container:
         if not container.streams.audio:
             raise MediaError(f"{path}: no sound in it")
         stream = container.streams.audio[0]
         for block in _first_channel_blocks(path, container, stream):
-            blocks.append(block)
+            samples += block.tobytes()
             length += len(block)
-            if length > MAX_SOUND_SECONDS * max(stream.codec_context.sample_rate, 1):
-                raise MediaError(f"{path}: longer than {MAX_SOUND_SECONDS // 3600} hours, cut it")
+            rate = max(stream.codec_context.sample_rate, 1)
+            longest = MAX_SOUND_SECONDS * min(rate, MAX_SOUND_RATE)
+            if length > longest:
+                raise MediaError(f"{path}: longer than {longest / rate / 3600:.3g} hours, cut it")
         rate = stream.codec_context.sample_rate
     if not length:
         raise MediaError(f"{path}: a sound without samples")
-    return np.concatenate(blocks), rate
+    return np.frombuffer(samples, np.float32), rate
 
 
 def _first_channel_blocks(

@@ -24,7 +24,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 
 from config.errors import MediaError
 from conversation.parts import Modality
-from dataset.decode_worker import decode
+from dataset.decode_worker import DEFAULT_LIMITS, TimeLimits, decode
 from dataset.decoding import measure_video, pick_frames, read_pixels, read_samples
 from dataset.resampling import MAX_KERNEL, kernel_size, resample
 
@@ -43,12 +43,16 @@ _MEL_MEAN, _MEL_STD = -4.268, 9.138
 
 
 def load_views(
-    modality: Modality, path: Path | str, check: Callable[[], None] | None = None
+    modality: Modality,
+    path: Path | str,
+    check: Callable[[], None] | None = None,
+    limits: TimeLimits = DEFAULT_LIMITS,
 ) -> Tensor:
     """What the encoder takes in of one file, float32.
 
     Args:
         check: called ten times a second while the file is decoded; what it raises ends that.
+        limits: on the time of decoding; a video is read twice, each time within them.
 
     Returns:
         image (3, 224, 224); video (15, 3, 2, 224, 224), crops fastest; audio (3, 1, 128, 204).
@@ -59,12 +63,12 @@ def load_views(
     """
     file = str(Path(path).absolute())
     if modality == "image":
-        return image_views(Image.fromarray(decode(read_pixels, file, check=check)))
+        return image_views(Image.fromarray(decode(read_pixels, file, check=check, limits=limits)))
     if modality == "video":
-        frames, rate = decode(measure_video, file, check=check)
+        frames, rate = decode(measure_video, file, check=check, limits=limits)
         indices = video_frame_indices(frames, rate)
-        return video_views(decode(pick_frames, file, indices, check=check))
-    samples_S = read_audio(path, RATE, check)
+        return video_views(decode(pick_frames, file, indices, check=check, limits=limits))
+    samples_S = read_audio(path, RATE, check, limits)
     if len(samples_S) < _WINDOW:
         raise MediaError(f"{path}: {len(samples_S)} samples at {RATE} Hz, shorter than 25 ms")
     views = audio_views(samples_S)
@@ -74,17 +78,21 @@ def load_views(
 
 
 def read_audio(
-    path: Path | str, rate: int = RATE, check: Callable[[], None] | None = None
+    path: Path | str,
+    rate: int = RATE,
+    check: Callable[[], None] | None = None,
+    limits: TimeLimits = DEFAULT_LIMITS,
 ) -> Tensor:
     """All samples of a sound, or of a video's sound track, as mono (S,) float32 at `rate` Hz.
 
     Args:
-        check: as in `load_views`.
+        check, limits: as in `load_views`.
 
     Raises:
         MediaError: as in `load_views`, or sampled in no simple ratio to `rate`.
     """
-    samples, found_rate = decode(read_samples, str(Path(path).absolute()), check=check)
+    file = str(Path(path).absolute())
+    samples, found_rate = decode(read_samples, file, check=check, limits=limits)
     if found_rate < 1 or kernel_size(found_rate, rate) > MAX_KERNEL:
         raise MediaError(f"{path}: unusual sampling rate {found_rate} Hz, convert it to {rate} Hz")
     return resample(torch.from_numpy(samples), found_rate, rate)

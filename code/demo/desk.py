@@ -5,6 +5,7 @@ Waiting costs nothing but a look at the line five times a second.
 """
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -18,10 +19,13 @@ from chat.assistant import Assistant
 from chat.options import ChatOptions
 from config.errors import InputError, MediaError
 from conversation.parts import Conversation, Media, Modality, Turn
+from dataset.decode_worker import POLL_SECONDS, TimeLimits
 from demo.nearest import CaptionBank, Near
 from model.media_files import SUFFIXES, Output, save_medium
 
 LONGEST_LINE = 100
+MEDIUM_LIMITS = TimeLimits(cpu_seconds=20, wall_seconds=40)  # of decoding one that is shown
+MAX_DECODING_SECONDS = 60  # of all that one answer is shown, by the clock: the others wait so long
 _LOOK = 0.2  # seconds between two looks at the line
 _log = logging.getLogger("demo")
 
@@ -234,7 +238,8 @@ class Desk:
             on_turn=teller.on_turn,
             on_progress=teller.on_progress,
             on_medium=teller.on_medium,
-            check=job.check,
+            check=_limited_check(job),
+            limits=MEDIUM_LIMITS,
         )
         nearest = self._nearest(answer)
         seconds = dict(answer.seconds) | ({"first_word": first[0]} if first else {})
@@ -248,6 +253,25 @@ class Desk:
             self.bank.nearest(self.assistant.load_decoder(modality).captions, caption)
             for modality, caption in zip(modalities, answer.captions, strict=True)
         )
+
+
+def _limited_check(job: Job) -> Callable[[], None]:
+    """`job.check`, which also ends the decoding of media that take too long together.
+
+    It is called every `POLL_SECONDS` while one is decoded, and at no other time: its calls are
+    counted, so that the encoder's time does not count.
+    """
+    calls = itertools.count(1)
+
+    def check() -> None:
+        job.check()
+        if next(calls) * POLL_SECONDS > MAX_DECODING_SECONDS:
+            raise MediaError(
+                f"the media take more than {MAX_DECODING_SECONDS} s to decode: show fewer, or "
+                "shorter ones"
+            )
+
+    return check
 
 
 class _MediaTeller:

@@ -1,6 +1,5 @@
 """What the page's buttons and Gradio's client do: each is a walk over a session and its desk."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
@@ -105,13 +104,16 @@ class Handlers:
         """The human's turn; only the visitor's own uploads are read, and they are used up.
 
         Raises:
-            InputError: the session is busy or closed, was cleared meanwhile, or what is shown is
-                unusable.
+            InputError: the session is busy or closed, was cleared meanwhile, what is shown is
+                unusable, or other files of the visitor are being checked.
         """
         for path, _ in files:
             self.sessions.check_file(str(path), session.visitor)
         clearings = session.clearings
-        human = await asyncio.to_thread(session.show, text, files)
+        if files:
+            human = await self.sessions.check_media(session.visitor, session.show, text, files)
+        else:
+            human = session.show(text, files)
         session.check_open(clearings)
         if session.job:
             raise InputError(_BUSY)

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from config.errors import InputError, MediaError
 from conversation.parts import Modality
-from dataset.decode_worker import decode
+from dataset.decode_worker import MAX_WORKERS, TimeLimits, decode
 from dataset.decoding import CONTAINERS, MAX_CHANNELS, PICTURES, moving_pictures
 
 MAX_BYTES = 50_000_000  # of a file
@@ -29,7 +29,8 @@ MAX_RATE = 192_000  # samples a second of a sound
 MAX_SECONDS: dict[Modality, float] = {"video": 120, "audio": 300}
 MAX_FILES = 8  # of a message
 MAX_CHARACTERS = 20_000  # of a message
-_CHECK_SECONDS = 30  # of processor time
+MAX_CHECKS = MAX_WORKERS - 1  # at once, of all visitors: one worker is left to the desk
+_CHECK_LIMITS = TimeLimits(cpu_seconds=30, wall_seconds=60)
 
 
 def check_words(text: str) -> None:
@@ -53,14 +54,17 @@ def check_medium(path: Path, name: str, check: Callable[[], None] | None = None)
         MediaError: it is no medium, or beyond a limit.
     """
     return decode(
-        find_modality, str(path), name, label=name, seconds=_CHECK_SECONDS, check=check
+        find_modality, str(path), name, label=name, limits=_CHECK_LIMITS, check=check
     )  # fmt: skip
 
 
 def find_modality(file: str, name: str) -> Modality:
     """`check_medium` in this process, which a hostile file may end."""
     path = Path(file)
-    size = path.stat().st_size
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # as where the tab was closed meanwhile
+        raise _unreadable(name, error) from error
     if size == 0:
         raise MediaError(f"{name}: an empty file (0 bytes)")
     if size > MAX_BYTES:
@@ -79,10 +83,16 @@ def _is_picture(path: Path, name: str) -> bool:
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: {_too_many_pixels()}") from error
     except Exception as error:  # Pillow raises more kinds than it documents
+        if isinstance(error, OSError) and error.errno:  # its text would name the path
+            raise _unreadable(name, error) from error
         raise MediaError(f"{name}: a broken picture: {error}") from error
     if width * height > MAX_PIXELS:
         raise MediaError(f"{name}: {width}x{height}: {_too_many_pixels()}")
     return True
+
+
+def _unreadable(name: str, error: OSError) -> MediaError:
+    return MediaError(f"{name}: cannot be read ({error.strerror}): upload it again")
 
 
 def _too_many_pixels() -> str:
@@ -95,6 +105,8 @@ def _check_stream(path: Path, name: str) -> Modality:
             return _check_container(container, name)
     except MediaError:
         raise
+    except FileNotFoundError as error:
+        raise _unreadable(name, error) from error
     except Exception as error:
         raise MediaError(
             f"{name}: neither a picture nor a video nor a sound that can be read"

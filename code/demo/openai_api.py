@@ -24,11 +24,11 @@ from pydantic import ValidationError
 from chat.options import ChatOptions
 from config.errors import InputError
 from config.json_text import to_json
-from conversation.parts import Media, Modality, Text
+from conversation.parts import Media, Modality, Text, Turn
 from demo.desk import InnerFault, Overloaded, Ready, Words
 from demo.handlers import Handlers
 from demo.knobs import SEED_LIMIT, check_seed, knobs_of, turn_knobs
-from demo.openai_messages import Completion, conversation_turns
+from demo.openai_messages import Completion, conversation_turns, shows_media
 from demo.replies import Reply, make_reply, new_job
 from demo.sessions import Session
 
@@ -139,6 +139,13 @@ class _Served:
         finally:
             self.handlers.sessions.close(self.key, self.key)
 
+    async def _turns(self, session: Session) -> tuple[Turn, ...]:
+        """The turns that the messages stand for, the media that they show checked."""
+        if not shows_media(self.messages):
+            return conversation_turns(self.messages, session)
+        check_media = self.handlers.sessions.check_media
+        return await check_media(session.visitor, conversation_turns, self.messages, session)
+
     async def whole(self) -> dict[str, Any]:
         """The completion at once.
 
@@ -147,7 +154,7 @@ class _Served:
             InnerFault: a part cannot be loaded, the answer failed, or there is no room.
         """
         with self._session() as session:
-            turns = await asyncio.to_thread(conversation_turns, self.messages, session)
+            turns = await self._turns(session)
             job = new_job(turns, self.options, self.reply, session.new_folder())
             session.job = job
             async for _ in make_reply(self.handlers.desk, self.reply, job, session.folder):
@@ -169,7 +176,7 @@ class _Served:
         yield self._chunk({"role": "assistant", "content": ""})
         try:
             with self._session() as session:
-                turns = await asyncio.to_thread(conversation_turns, self.messages, session)
+                turns = await self._turns(session)
                 session.job = job = new_job(turns, self.options, self.reply, session.new_folder())
                 reply = make_reply(self.handlers.desk, self.reply, job, session.folder)
                 async with aclosing(reply) as events:

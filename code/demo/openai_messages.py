@@ -98,6 +98,12 @@ def conversation_turns(messages: Sequence[ServedMessage], session: Session) -> t
     return tuple(turns)
 
 
+def shows_media(messages: Sequence[ServedMessage]) -> bool:
+    """Whether `conversation_turns` has media to check."""
+    shown = (part for one in messages if one.role == "user" for part in _content(one))
+    return any(part.type != "text" for part in shown)
+
+
 def _content(message: ServedMessage) -> list[ServedPart]:
     content = message.parts or message.content or []
     return [ServedPart(type="text", text=content)] if isinstance(content, str) else content

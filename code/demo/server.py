@@ -112,6 +112,7 @@ def build_app(desk: Desk, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
         sweeping = asyncio.create_task(_sweep(sessions))
         yield
         sweeping.cancel()
+        sessions.end_checks()
 
     app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.sessions = sessions

@@ -5,28 +5,34 @@ out to that visitor alone, and go away with the session: when the tab is closed,
 conversation is cleared, after an hour of silence, and when the server ends.
 """
 
+import asyncio
+import itertools
 import os
 import re
 import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from chat.requests import human_turn
-from config.errors import InputError
+from config.errors import InputError, MediaError
 from conversation.parts import Modality, Turn
 from demo.desk import Job
-from demo.limits import MAX_FILES, check_medium, check_words
+from demo.limits import MAX_CHECKS, MAX_FILES, check_medium, check_words
 from demo.replies import Reply
 
 IDLE_SECONDS = 3600.0
 MOST_BYTES = 2_000_000_000  # of all temporary files; beyond it nothing is uploaded
 _UNUSUAL = re.compile(r"[^\w.-]+")
+_Given = ParamSpec("_Given")
+_Found = TypeVar("_Found")
 
 
 @dataclass
@@ -57,7 +63,7 @@ class Session:
     closed: bool = False
     clearings: int = 0
     used: float = field(default_factory=time.monotonic)
-    _folders: int = 0
+    _folders: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
     def turns(self) -> tuple[Turn, ...]:
         """The turns that the next answer reads: all rounds in which something was answered."""
@@ -86,7 +92,11 @@ class Session:
         media: dict[Modality, list[Path]] = {}
         for modality, path, name in found:
             own = self.new_folder() / safe_name(name)
-            shutil.copyfile(path, own)
+            try:
+                shutil.copyfile(path, own)
+            except FileNotFoundError as error:  # removed since the check, as its copy's folder may
+                check()
+                raise MediaError(f"{name}: it is not there any more, upload it again") from error
             media.setdefault(modality, []).append(own)
         return human_turn(text, media)
 
@@ -103,8 +113,7 @@ class Session:
 
     def new_folder(self) -> Path:
         """A new empty folder in the session's."""
-        self._folders += 1
-        folder = self.folder / str(self._folders)
+        folder = self.folder / str(next(self._folders))
         folder.mkdir(parents=True)
         return folder
 
@@ -146,6 +155,8 @@ class Sessions:
         self.folder = self.root / "sessions"
         self._open: dict[str, Session] = {}
         self._uploads: dict[str, set[str]] = {}  # path to the visitors whose it is
+        self._checks = ThreadPoolExecutor(MAX_CHECKS, "check")
+        self._checking: set[str] = set()  # the visitors whose files are being checked
 
     def __len__(self) -> int:
         """How many are open."""
@@ -157,9 +168,8 @@ class Sessions:
         Raises:
             InputError: it is another visitor's.
         """
-        if key not in self._open:
-            self._open[key] = Session(visitor, self.folder / secrets.token_urlsafe(24))
-        session = self._open[key]
+        new = Session(visitor, self.folder / secrets.token_urlsafe(24))
+        session = self._open.setdefault(key, new)
         if session.visitor != visitor:
             raise InputError("this is another visitor's conversation: allow cookies, and reload")
         session.used = time.monotonic()
@@ -169,7 +179,7 @@ class Sessions:
         """End the visitor's session called `key`, if it is open: its work, then its files."""
         session = self._open.get(key)
         if session and session.visitor == visitor:
-            del self._open[key]
+            self._open.pop(key, None)
             session.closed = True
             session.clear()
 
@@ -191,6 +201,32 @@ class Sessions:
         upload.unlink(missing_ok=True)
         with suppress(OSError):  # another file is in it
             upload.parent.rmdir()
+
+    async def check_media(
+        self,
+        visitor: str,
+        check: Callable[_Given, _Found],
+        *arguments: _Given.args,
+        **options: _Given.kwargs,
+    ) -> _Found:
+        """What `check` gives, which decodes files of `visitor`, called in a thread.
+
+        One call at a time for a visitor, and `MAX_CHECKS` for all together: others wait in line.
+        A call goes on when the awaiting task is cancelled.
+
+        Raises:
+            InputError: the visitor's files are being checked already.
+        """
+        if visitor in self._checking:
+            raise InputError("your files are being checked already: wait, then send these again")
+        self._checking.add(visitor)
+        work = self._checks.submit(check, *arguments, **options)
+        work.add_done_callback(lambda _: self._checking.discard(visitor))
+        return await asyncio.wrap_future(work)
+
+    def end_checks(self) -> None:
+        """Forget the checks that wait, and take no more."""
+        self._checks.shutdown(wait=False, cancel_futures=True)
 
     def full(self) -> bool:
         """Whether the temporary files take all the room that they may."""
@@ -224,7 +260,7 @@ class Sessions:
             return False
         if visitor in self._uploads.get(path, ()):
             return True
-        own = [one.folder for one in self._open.values() if one.visitor == visitor]
+        own = [one.folder for one in list(self._open.values()) if one.visitor == visitor]
         return any(Path(path).is_relative_to(folder) for folder in own)
 
     def media_file(self, token: str, name: str, visitor: str) -> Path | None:

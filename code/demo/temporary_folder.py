@@ -44,8 +44,11 @@ def _locked_folder() -> tuple[Path, int]:
     """A new folder, and the descriptor whose lock says that it is in use."""
     while True:
         folder = Path(mkdtemp(prefix=PREFIX)).resolve()
-        lock = os.open(folder, os.O_RDONLY)
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:  # another start took it for abandoned, before it was opened
+            continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else another start took it for abandoned, just before the lock
+        if folder.exists():  # else another start did, just before the lock
             return folder, lock
         os.close(lock)

@@ -20,9 +20,11 @@ from demo.sessions import Sessions
 
 COOKIE = "nextgpt_visitor"
 _ISSUED = re.compile(r"[\w-]{32}", re.ASCII)  # what a cookie of this server looks like
+MAX_JSON = 1_000_000  # bytes of a body that is neither an upload nor the API's
 _GRADIO = "/gradio_api"
 _FILE = f"{_GRADIO}/file="
 _UPLOAD = f"{_GRADIO}/upload"
+_API = "/v1/"
 _PAGES = {
     "/", "/config", "/config/", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json",
     _UPLOAD, *(f"{_GRADIO}/{name}" for name in (
@@ -31,7 +33,7 @@ _PAGES = {
     )),
 }  # fmt: skip
 _FOLDERS = (
-    "/assets/", "/static/", "/svelte/", "/media/", "/v1/",
+    "/assets/", "/static/", "/svelte/", "/media/", _API,
     f"{_GRADIO}/heartbeat/", f"{_GRADIO}/call/", f"{_GRADIO}/run/", _FILE,
 )  # fmt: skip
 
@@ -59,10 +61,10 @@ class Visitors:
             await Response("not found", 404)(scope, receive, send)
             return
         send = _with_cookie(send, visitor) if fresh else send
+        if not _bounded(scope):
+            await Response("too much at once", 413)(scope, receive, send)
+            return
         if scope["path"] == _UPLOAD:
-            if not _bounded(scope):
-                await Response("too much at once", 413)(scope, receive, send)
-                return
             if self.sessions.full():
                 await Response("too much is uploaded, try again later", 507)(scope, receive, send)
                 return
@@ -90,9 +92,18 @@ class Visitors:
 
 
 def _bounded(scope: dict) -> bool:
-    """Whether a request tells beforehand that it is no longer than its files may be together."""
-    length = Request(scope).headers.get("content-length", "")
-    return length.isdecimal() and int(length) <= MAX_FILES * (MAX_BYTES + 10_000)
+    """Whether a request tells beforehand that its body is no longer than it may be.
+
+    An upload may be as long as its files together. `/v1/` reads bodies with a limit of its own.
+    """
+    if scope["path"].startswith(_API):
+        return True
+    headers = Request(scope).headers
+    length = headers.get("content-length", "0")  # none, and not in chunks: there is no body
+    if "transfer-encoding" in headers or not length.isdecimal() or len(length) > 15:
+        return False
+    most = MAX_FILES * (MAX_BYTES + 10_000) if scope["path"] == _UPLOAD else MAX_JSON
+    return int(length) <= most
 
 
 def _with_cookie(send: Any, visitor: str) -> Any:
