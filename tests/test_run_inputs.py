@@ -166,7 +166,7 @@ SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
     ),
     "tokenizer": (
         2,
-        lambda w: (w.folder / "language_model" / "extra.json").write_text("{}"),
+        lambda w: (w.folder / "language_model" / "added_tokens.json").write_text("{}"),
         r"language model: .*digest \w+ then",
     ),
     "media encoder": (
@@ -176,6 +176,13 @@ SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
     ),
     "DeepSpeed": (2, lambda w: w.set_zero(1), r"DeepSpeed's settings: .*'stage': 2.* then"),
 }
+
+
+def test_files_beside_the_language_model_are_no_part_of_it(world: World) -> None:
+    before = world.inputs()
+    for name in ("LICENSE.txt", "notes.json", "README.md"):
+        (world.folder / "language_model" / name).write_text("{}")
+    assert compare_inputs(before, world.inputs()) == []
 
 
 @pytest.mark.parametrize("what", SPOILT)
@@ -282,7 +289,8 @@ def test_processes_that_start_together_on_empty_caches_record_the_same(world: Wo
     assert compare_inputs(read_inputs(two.folder / "inputs.json"), world.inputs()) == []
     cache = world.folder / "cache"
     assert not [path for path in cache.rglob("*") if ".partial." in path.name]
-    assert len(list(cache.glob("*.npz"))) == 2 * len(MODALITIES)
+    # Of each modality the captions, the records, and which modalities there are.
+    assert len(list(cache.glob("*.npz"))) == 3 * len(MODALITIES)
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> Ca
     wrong = {name: one.wrong_rows for name, one in findings.items() if len(one.wrong_rows)}
     lines = []
     for name, rows in wrong.items():
-        size, fault = dataset.sizes[name], findings[name].faults[rows[0]]
+        size, fault = dataset.sizes[name], min(findings[name].faults.items())[1]
         counted = f"{name}: {len(rows):,} of {size:,} rows have embeddings of other captions"
         if len(rows) > MAX_SKIPPED_SHARE * size:
             raise InputError(f"{fault} ({counted}; check_data.py lists the first)")
