@@ -25,7 +25,7 @@ from mini_world.mini_decoders import build_mini_decoder
 from test_check_data import check
 from test_training import copied_data
 from tiny_decoders import TINY
-from tiny_run import TinyRun, tiny_world
+from tiny_run import TinyRun, tiny_world, trained
 from training.caption_check import CaptionCheck, check_caption_embeddings
 
 IMAGES = "mini_world/T-X_pair_data/image/image.json"
@@ -123,8 +123,9 @@ def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
     tmp_path: Path, sets: list[str], processes: int
 ) -> None:
     change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "another"}])
-    sets = [*sets, "data.datasets=[mini_image_dec]", "training.max_steps=9"]
-    run = TinyRun(tmp_path, 2, sets, world=processes).finish()
+    sets = [*sets, "data.datasets=[mini_image_dec]", "training.max_steps=5"]
+    start = ["--init-from", str(trained(1).folder)]
+    run = TinyRun(tmp_path, 2, sets, start, world=processes).finish()
     assert run.output.count(f"1 of {ROWS} rows have embeddings of other captions") == 1
     assert {(line["dataset"], line["row"]) for line in run.skipped} == {
         ("mini_image_dec", ROWS - 1)
@@ -217,8 +218,10 @@ def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
         "conversation": [{"from": "human", "value": "A drum", "input_modality": "text"}, turn],
     }
     change_rows(tmp_path, lambda rows: [*rows, row], request)
-    with pytest.raises(InputError, match=r"another row another one \(the embedding there was made"):
-        checked(tmp_path, [*sets, "data.datasets=[mini_image_dec, mini_request]"])
+    both = [*sets, "data.datasets=[mini_image_dec, mini_request]"]
+    (line,), wrong_rows = check_run(tmp_path, both)
+    assert "another row another one (the embedding there was made" in line
+    assert wrong_rows.keys() == {"mini_request"}
 
 
 def test_tables_are_made_once_and_again_when_records_or_rows_change(
