@@ -145,6 +145,7 @@ def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
 ) -> None:
     rows = change_rows(tmp_path, rotated)
     right = sum(row == before for row, before in zip(rotated(rows), rows, strict=True))
+    assert "was made from the caption" in TinyRun(tmp_path / "two", 2, sets, world=2).fail()
     run = TinyRun(tmp_path, 2, sets)
     assert "was made from the caption" in run.fail()
     code, said, _ = check(run, "--decode", "0")

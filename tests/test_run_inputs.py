@@ -17,6 +17,7 @@ from conversation.parts import MODALITIES
 from dataset.conversations import open_conversations
 from mini_world.mini_decoders import build_mini_decoder
 from model.build import resolve_model_path
+from model.tokenizer_files import tokenizer_files
 from test_training import copied_data
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 from tiny_run import TinyRun, same, tiny_world, trained
@@ -183,6 +184,13 @@ def test_files_beside_the_language_model_are_no_part_of_it(world: World) -> None
     for name in ("LICENSE.txt", "notes.json", "README.md"):
         (world.folder / "language_model" / name).write_text("{}")
     assert compare_inputs(before, world.inputs()) == []
+
+
+def test_the_files_of_a_tokenizer_are_known_by_name(tmp_path: Path) -> None:
+    belong = {"spiece.model", "tokenizer.json", "vocab.txt", "merges.txt", "chat_template.jinja"}
+    for name in (*belong, "LICENSE.txt", "notes.json", "model.safetensors", "config.json"):
+        (tmp_path / name).touch()
+    assert {file.name for file in tokenizer_files(tmp_path)} == belong
 
 
 @pytest.mark.parametrize("what", SPOILT)

@@ -2,8 +2,8 @@
 
 An embedding is found by its medium's file name alone, so the record beside it is compared with the
 annotation file. Both sides become tables of 64-bit digests, made once and kept in the cache folder:
-nothing is read of the arrays. A million caption pairs cost 40 s the first time, 1 s later, and
-120 MB while they are compared (`benchmarks/caption_records.py`).
+nothing is read of the arrays. A million caption pairs cost 40 to 50 s the first time, 1 s later,
+and 120 MB while they are compared (`benchmarks/caption_records.py`): a run does it in one process.
 """
 
 import hashlib
