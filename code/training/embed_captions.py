@@ -1,8 +1,8 @@
 """Computes the caption embeddings of an annotation file ahead of training (stages 2 and 3).
 
 Only the decoder's tokenizer and text encoder are loaded. Several ranks, as `torchrun` or
-`deepspeed` start them, each take their share and need not talk to each other. About 1 ms a
-caption for the mini parts on two cores.
+`deepspeed` start them, each take their share and need not talk to each other. For the mini image
+decoder 25 ms a caption, on two cores shared with eight other processes.
 """
 
 from contextlib import closing
