@@ -1,6 +1,8 @@
 """Caption embeddings are trained on only if they were made from the captions in the data."""
 
 import json
+import os
+import re
 import shlex
 import shutil
 import sys
@@ -23,8 +25,8 @@ from mini_world.mini_decoders import build_mini_decoder
 from test_check_data import check
 from test_training import copied_data
 from tiny_decoders import TINY
-from tiny_run import TinyRun, tiny_world
-from training.caption_check import check_caption_embeddings
+from tiny_run import TinyRun, tiny_world, trained
+from training.caption_check import CaptionCheck, check_caption_embeddings
 
 IMAGES = "mini_world/T-X_pair_data/image/image.json"
 ROWS = 36  # of that file
@@ -48,10 +50,17 @@ def config_of(tmp_path: Path, sets: list[str], stage: int = 2) -> Config:
     return load_config("7b", stage, overrides)
 
 
-def checked(tmp_path: Path, sets: list[str], stage: int = 2) -> list[str]:
-    """What a run would say of its embeddings."""
+def check_run(tmp_path: Path, sets: list[str], stage: int = 2) -> CaptionCheck:
+    """What a run would find of its embeddings."""
     config = config_of(tmp_path, sets, stage)
     return check_caption_embeddings(config, open_conversations(config.data))
+
+
+def checked(tmp_path: Path, sets: list[str], stage: int = 2) -> list[str]:
+    """What a run would say of its embeddings, all of which are right or unknown."""
+    lines, wrong_rows = check_run(tmp_path, sets, stage)
+    assert wrong_rows == {}
+    return lines
 
 
 def change_rows(tmp_path: Path, change: object, file: str = IMAGES) -> list[dict]:
@@ -96,10 +105,39 @@ def test_embeddings_of_other_captions_are_an_error_whose_command_makes_them_righ
     assert checked(tmp_path, sets) == []
 
 
-def test_a_single_letter_of_a_caption_is_seen(tmp_path: Path, sets: list[str]) -> None:
+def test_a_single_letter_of_a_caption_is_seen_and_its_row_is_to_be_skipped(
+    tmp_path: Path, sets: list[str]
+) -> None:
     change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "a red circlf"}])
-    with pytest.raises(InputError, match=rf"row {ROWS - 1} .*'a red circlf'.* 1 of {ROWS} rows"):
-        checked(tmp_path, sets)
+    (line,), wrong_rows = check_run(tmp_path, sets)
+    assert re.search(
+        rf"1 of {ROWS} rows .* skipped, first: .*row {ROWS - 1} .*'a red circlf'", line
+    )
+    assert {name: rows.tolist() for name, rows in wrong_rows.items()} == {
+        "mini_image_dec": [ROWS - 1]
+    }
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
+    tmp_path: Path, sets: list[str], processes: int
+) -> None:
+    change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "another"}])
+    sets = [*sets, "data.datasets=[mini_image_dec]", "training.max_steps=5"]
+    start = ["--init-from", str(trained(1).folder)]
+    run = TinyRun(tmp_path, 2, sets, start, world=processes).finish()
+    assert run.output.count(f"1 of {ROWS} rows have embeddings of other captions") == 1
+    assert {(line["dataset"], line["row"]) for line in run.skipped} == {
+        ("mini_image_dec", ROWS - 1)
+    }
+    assert "embedding is of another caption" in run.skipped[0]["reason"]
+    assert run.metrics[-1]["skipped"] == len(run.skipped)
+
+
+def test_more_wrong_rows_than_a_run_may_skip_are_an_error(tmp_path: Path, sets: list[str]) -> None:
+    change_rows(tmp_path, lambda rows: [row | {"caption": "no"} for row in rows[:2]] + rows[2:])
+    with pytest.raises(InputError, match=rf"made from the caption .* 2 of {ROWS} rows"):
+        check_run(tmp_path, sets)
 
 
 def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
@@ -107,6 +145,7 @@ def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
 ) -> None:
     rows = change_rows(tmp_path, rotated)
     right = sum(row == before for row, before in zip(rotated(rows), rows, strict=True))
+    assert "was made from the caption" in TinyRun(tmp_path / "two", 2, sets, world=2).fail()
     run = TinyRun(tmp_path, 2, sets)
     assert "was made from the caption" in run.fail()
     code, said, _ = check(run, "--decode", "0")
@@ -159,15 +198,16 @@ def test_a_decoder_that_is_not_at_hand_is_said_to_be_uncompared(
     assert "could not be checked" in line and "gone" in line
 
 
-def test_a_medium_with_two_captions_is_an_error_in_one_data_set_and_in_two(
+def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
     tmp_path: Path, sets: list[str]
 ) -> None:
     def named_alike(rows: list[dict]) -> list[dict]:
         return [*rows[:-1], rows[-1] | {"image_name": rows[0]["image_name"]}]
 
     before = change_rows(tmp_path, named_alike)
-    with pytest.raises(InputError, match=r"row 0 .*another row another one.*name of its own"):
-        checked(tmp_path, sets)
+    (line,), wrong_rows = check_run(tmp_path, sets)
+    assert re.search(rf"row {ROWS - 1} .*another row another one.*name of its own", line)
+    assert wrong_rows["mini_image_dec"].tolist() == [ROWS - 1]  # row 0 has the caption recorded
     change_rows(tmp_path, lambda _: before)
     own = [{"video_name": before[0]["image_name"], "caption": "a green drum"}]
     change_rows(tmp_path, lambda _: own, IMAGES.replace("image", "video"))
@@ -179,8 +219,10 @@ def test_a_medium_with_two_captions_is_an_error_in_one_data_set_and_in_two(
         "conversation": [{"from": "human", "value": "A drum", "input_modality": "text"}, turn],
     }
     change_rows(tmp_path, lambda rows: [*rows, row], request)
-    with pytest.raises(InputError, match=r"another row another one \(the embedding there was made"):
-        checked(tmp_path, [*sets, "data.datasets=[mini_image_dec, mini_request]"])
+    both = [*sets, "data.datasets=[mini_image_dec, mini_request]"]
+    (line,), wrong_rows = check_run(tmp_path, both)
+    assert "another row another one (the embedding there was made" in line
+    assert wrong_rows.keys() == {"mini_request"}
 
 
 def test_tables_are_made_once_and_again_when_records_or_rows_change(
@@ -218,18 +260,18 @@ def test_replacing_that_is_cut_short_leaves_no_record_of_the_caption_before(
     store.write(names, ["old", "old"], torch.zeros(2, 2))
     store.close()
     store = EmbeddingStore(tmp_path, "image", MAKER, replace=True)
-    save = np.save
+    rename = Path.replace
 
-    def killed_at_the_second(file: Path, array: np.ndarray, **more: object) -> None:
-        if "b.png" in file.name:
+    def killed_at_the_second(source: Path, target: Path) -> Path:
+        if "b.png" in target.name:
             raise KeyboardInterrupt
-        save(file, array, **more)
+        return rename(source, target)
 
-    monkeypatch.setattr(np, "save", killed_at_the_second)
+    monkeypatch.setattr(Path, "replace", killed_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         store.write(names, ["new", "new"], torch.ones(2, 2))
     store.close()
-    monkeypatch.setattr(np, "save", save)
+    monkeypatch.setattr(Path, "replace", rename)
     assert np.load(tmp_path / "a.png.npy").tolist() == [1, 1]
     store = EmbeddingStore(tmp_path, "image", MAKER, replace=True)
     assert not store.has("a.png", "old")
@@ -249,6 +291,49 @@ def test_the_latest_record_counts_whichever_rank_wrote_it(tmp_path: Path) -> Non
     store.close()
     table = caption_records._records_table(tmp_path, "image", tmp_path / "cache")
     assert table["caption"].tolist() == [caption_records._digest("new")]
+
+
+def test_a_batch_of_embeddings_is_flushed_and_renamed_before_it_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, done = EmbeddingStore(tmp_path, "image", MAKER), []
+    flush, rename = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        flush(descriptor)
+
+    def renamed(source: Path, target: Path) -> Path:
+        done.append("renamed")
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    names = [f"{i}.png" for i in range(8)]
+    store.write(names, ["a"] * 8, torch.zeros(8, 2))
+    store.close()
+    assert {name.split(".partial.")[1] for name in done[:8]} == {f"{name}.npy" for name in names}
+    assert done[8:] == ["renamed"] * 8 + [tmp_path.name, "captions.image.rank0.jsonl"]
+
+
+@pytest.mark.parametrize("rest", ["", "{" * 10, "{" * 200_000])
+def test_an_unfinished_last_line_of_a_list_is_dropped(tmp_path: Path, rest: str) -> None:
+    listing = tmp_path / "captions.image.rank0.jsonl"
+    for kept in ("", '{"name": "a.png", "caption": "a"}\n'):
+        listing.write_text(kept + rest)
+        EmbeddingStore(tmp_path, "image", MAKER).close()
+        assert listing.read_text() == kept
+
+
+def test_a_store_that_cannot_be_read_lets_other_processes_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "SEEK_END", "broken")
+        (tmp_path / "captions.image.rank0.jsonl").touch()
+        with pytest.raises(TypeError):
+            EmbeddingStore(tmp_path, "image", MAKER)
+    EmbeddingStore(tmp_path, "image", MAKER).close()
 
 
 def test_two_writers_of_one_list_exclude_each_other(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Files on disk: whole or not there, and known by every byte of them."""
 
+import errno
 import json
 import os
 import subprocess
@@ -56,6 +57,12 @@ def test_a_digest_of_a_file_written_a_moment_ago_is_not_kept(tmp_path: Path) -> 
     file.write_bytes(b"new")
     digests.digest(file)
     assert not list((tmp_path / "cache" / "digests").glob("*.json"))
+
+
+def test_a_cache_folder_that_cannot_be_written_is_named(file: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    with pytest.raises(InputError, match=r"cache/digests cannot be written .*another folder"):
+        DigestCache(tmp_path / "cache").digest(file)
 
 
 def test_a_digest_of_a_file_that_changes_meanwhile_is_an_error(file: Path, tmp_path: Path) -> None:
@@ -131,3 +138,37 @@ def test_a_name_appears_only_when_its_content_is_on_the_disk(
             expected = {aside}
     before, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
     assert set(before) == expected and after == [tmp_path]
+
+
+def fail_to_flush(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
+    """From now on flushing `folder` gives the error of this number."""
+    flush = os.fsync
+
+    def flushed(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink() == folder:
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF])
+def test_a_file_system_that_cannot_flush_folders_will_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    fail_to_flush(monkeypatch, tmp_path, number)
+    with written_aside(tmp_path / "made") as aside:
+        aside.write_text("x")
+    assert (tmp_path / "made").read_text() == "x"
+
+
+def test_a_name_that_could_not_be_flushed_is_not_said_to_be_unwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_flush(monkeypatch, tmp_path, errno.EIO)
+    with (
+        pytest.raises(InputError, match=r"made is written, but its folder could not be flushed"),
+        written_aside(tmp_path / "made") as aside,
+    ):
+        aside.write_text("x")
+    assert (tmp_path / "made").read_text() == "x"

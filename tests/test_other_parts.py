@@ -1,6 +1,7 @@
 """Another language model and other decoders by configuration alone: all stages, and an answer."""
 
 import re
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +21,7 @@ from model.delta import load_delta, read_delta
 from parity_tools import PARITY
 from test_chat_template import ZEPHYR
 from tiny_decoders import CAPTIONS, TINY
-from tiny_run import TinyRun
+from tiny_run import TinyRun, tiny_world
 from tiny_system import tiny_model
 
 SIGNALS: dict[Modality, int] = {"image": 3, "video": 5, "audio": 2}
@@ -107,9 +108,15 @@ def test_its_tuned_parameters_are_refused_by_another(stages: list[TinyRun]) -> N
         load_delta(tiny_model(lora=True), delta, {"input_projection"})
 
 
-def test_embeddings_of_another_decoder_are_refused_with_both_shapes(
+def test_embeddings_of_another_decoder_are_refused_with_maker_or_both_shapes(
     stages: list[TinyRun], other: list[str], tmp_path: Path
 ) -> None:
     precomputed = [*other, "data.caption_embeddings=precomputed"]
-    run = TinyRun(tmp_path, 2, precomputed, ["--init-from", str(stages[0].folder)])
-    assert re.search(r"shape \((12, 32|16,)\), expected \((10, 48|24,)\)", run.fail())
+    start = ["--init-from", str(stages[0].folder)]
+    said = TinyRun(tmp_path, 2, precomputed, start).fail()
+    assert re.search(r"the \w+ embeddings in .*embed were made by .*, whose text encoder", said)
+    records = shutil.ignore_patterns("captions.*", "embeddings.*", ".*")
+    shutil.copytree(tiny_world() / "embed", tmp_path / "embed", ignore=records)
+    unrecorded = [*precomputed, f"data.embeddings={tmp_path / 'embed'}"]
+    said = TinyRun(tmp_path / "unrecorded", 2, unrecorded, start).fail()
+    assert re.search(r"shape \((12, 32|16,)\), expected \((10, 48|24,)\)", said)

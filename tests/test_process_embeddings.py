@@ -192,6 +192,19 @@ def test_another_caption_for_the_same_medium_is_an_error(tmp_path: Path) -> None
     assert embed(written(tmp_path, [*pairs(2), pairs(2)[0]]), tmp_path / "new") == 2
 
 
+def test_a_few_second_captions_are_left_out_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image_name": f"{i}.png", "caption": "a red circle"} for i in range(40)]
+    second = {"image_name": "7.png", "caption": "a green star"}
+    assert embed(written(tmp_path, [*rows, second]), tmp_path / "out") == 40
+    said = capsys.readouterr().out
+    assert "7.png has two captions, 'a red circle' and 'a green star'" in said
+    assert "1 of 41 captions are second ones" in said
+    assert embed(written(tmp_path, rows), tmp_path / "out") == 0  # the first was embedded
+    assert "two captions" not in capsys.readouterr().out
+
+
 def test_embedding_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "audio", EmbeddingMaker("m", "f", "t", (2,)))
     with pytest.raises(InputError, match="not finite"):

@@ -17,6 +17,7 @@ from conversation.parts import MODALITIES
 from dataset.conversations import open_conversations
 from mini_world.mini_decoders import build_mini_decoder
 from model.build import resolve_model_path
+from model.tokenizer_files import tokenizer_files
 from test_training import copied_data
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 from tiny_run import TinyRun, same, tiny_world, trained
@@ -166,7 +167,7 @@ SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
     ),
     "tokenizer": (
         2,
-        lambda w: (w.folder / "language_model" / "extra.json").write_text("{}"),
+        lambda w: (w.folder / "language_model" / "added_tokens.json").write_text("{}"),
         r"language model: .*digest \w+ then",
     ),
     "media encoder": (
@@ -176,6 +177,20 @@ SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
     ),
     "DeepSpeed": (2, lambda w: w.set_zero(1), r"DeepSpeed's settings: .*'stage': 2.* then"),
 }
+
+
+def test_files_beside_the_language_model_are_no_part_of_it(world: World) -> None:
+    before = world.inputs()
+    for name in ("LICENSE.txt", "notes.json", "README.md"):
+        (world.folder / "language_model" / name).write_text("{}")
+    assert compare_inputs(before, world.inputs()) == []
+
+
+def test_the_files_of_a_tokenizer_are_known_by_name(tmp_path: Path) -> None:
+    belong = {"spiece.model", "tokenizer.json", "vocab.txt", "merges.txt", "chat_template.jinja"}
+    for name in (*belong, "LICENSE.txt", "notes.json", "model.safetensors", "config.json"):
+        (tmp_path / name).touch()
+    assert {file.name for file in tokenizer_files(tmp_path)} == belong
 
 
 @pytest.mark.parametrize("what", SPOILT)
@@ -282,7 +297,8 @@ def test_processes_that_start_together_on_empty_caches_record_the_same(world: Wo
     assert compare_inputs(read_inputs(two.folder / "inputs.json"), world.inputs()) == []
     cache = world.folder / "cache"
     assert not [path for path in cache.rglob("*") if ".partial." in path.name]
-    assert len(list(cache.glob("*.npz"))) == 2 * len(MODALITIES)
+    # Of each modality the captions, the records, and which modalities there are.
+    assert len(list(cache.glob("*.npz"))) == 3 * len(MODALITIES)
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

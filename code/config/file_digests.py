@@ -14,11 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from filelock import FileLock
-
 from config.atomic import written_aside
 from config.errors import InputError
 from config.json_text import to_json
+from config.locks import hold_lock
 
 _SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system in use
 
@@ -83,8 +82,7 @@ class DigestCache:
         paths = [str(file.absolute()) for file in files]
         place = hashlib.sha256(to_json([kind, *paths]).encode()).hexdigest()[:16]
         entry = self._folder / f"{place}.json"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{entry}.lock"):
+        with hold_lock(entry.with_name(f"{entry.name}.lock")):
             states = [FileState.of(file) for file in files]
             key = {"kind": kind, "files": dict(zip(paths, map(list, states), strict=True))}
             if (kept := _read(entry, key)) is not None:

@@ -2,8 +2,8 @@
 
 An embedding is found by its medium's file name alone, so the record beside it is compared with the
 annotation file. Both sides become tables of 64-bit digests, made once and kept in the cache folder:
-nothing is read of the arrays. A million caption pairs cost 40 s the first time, 1 s later, and
-120 MB while they are compared (`benchmarks/caption_records.py`).
+nothing is read of the arrays. A million caption pairs cost 40 to 50 s the first time, 1 s later,
+and 120 MB while they are compared (`benchmarks/caption_records.py`): a run does it in one process.
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 from tqdm import tqdm
 
 from config.atomic import written_aside
 from config.file_digests import FileState
+from config.locks import hold_lock
 from conversation.parts import MODALITIES, Media, Modality
 from dataset.caption_embeddings import caption_lists, embedding_path, iter_caption_records
 from dataset.conversations import ConversationDataset
@@ -29,7 +29,7 @@ _OUTPUT = np.dtype([("modality", "u1"), ("name", "u8"), ("caption", "u8"), ("row
 _RECORD = np.dtype([("name", "u8"), ("caption", "u8"), ("time_ns", "i8")])
 _ORDER = ("modality", "name", "caption")  # of outputs
 _NOT_MADE = 0  # digest of no caption
-_TOLD = 5  # faults that are put into words
+_MAX_DESCRIBED_FAULTS = 5  # of a data set and modality; the other rows are only listed
 Command = Callable[[Path, Modality, Path], str]  # from annotation file, modality and folder
 
 
@@ -40,14 +40,18 @@ class CaptionFinding:
     Attributes:
         outputs: media that the data set puts out, by modality.
         unrecorded: those of whose embedding there is no record; it may not be there, either.
-        wrong_rows: rows whose embeddings are of other captions.
+        wrong_rows: rows whose embeddings are of other captions: (N,) int64, ascending.
         faults: of the first of them, by row.
     """
 
     outputs: dict[Modality, int] = field(default_factory=dict)
     unrecorded: dict[Modality, int] = field(default_factory=dict)
-    wrong_rows: set[int] = field(default_factory=set)
+    wrong_rows: np.ndarray = field(default_factory=partial(np.empty, 0, np.int64))
     faults: dict[int, str] = field(default_factory=dict)
+
+    def add_wrong_rows(self, rows: np.ndarray) -> None:
+        """Add rows (N,) whose embeddings are of other captions."""
+        self.wrong_rows = np.union1d(self.wrong_rows, rows)
 
 
 def compare_captions(
@@ -73,21 +77,30 @@ def compare_captions(
             known, same = _look_up(_records_table(folder, modality, cache_dir), mine)
             finding.outputs[modality] = len(mine)
             finding.unrecorded[modality] = int((~known).sum())
-            wrong = (known & ~same) | np.isin(mine["name"], _names_of_two_captions(mine))
+            # Of a name with two captions, the rows of the one recorded are right.
+            ambiguous = np.isin(mine["name"], _names_of_two_captions(mine))
+            wrong = (known & ~same) | (~known & ambiguous)
             if wrong.any():
-                rows = np.unique(mine["row"][wrong]).tolist()
-                finding.wrong_rows.update(rows)
+                rows = np.unique(mine["row"][wrong])
+                finding.add_wrong_rows(rows)
                 everything = _sorted(np.concatenate(list(outputs.values())), _ORDER)
                 ambiguous = _names_of_two_captions(everything)
-                told = _describe(dataset, name, modality, rows[:_TOLD], ambiguous, command)
+                first = rows[:_MAX_DESCRIBED_FAULTS].tolist()
+                told = _describe(dataset, name, modality, first, ambiguous, command)
                 finding.faults |= dict(told)
     return findings
 
 
+def is_among(row: int, rows: np.ndarray) -> bool:
+    """Whether `row` is one of `rows` (N,), which ascend."""
+    place = np.searchsorted(rows, row)
+    return bool(place < len(rows) and rows[place] == row)
+
+
 def output_modalities(dataset: ConversationDataset, cache_dir: Path) -> set[Modality]:
-    """Which modalities the data sets put out."""
-    tables = [_outputs_table(dataset, name, cache_dir) for name in dataset.sources]
-    return {MODALITIES[code] for table in tables for code in np.unique(table["modality"])}
+    """Which modalities the data sets put out; kept in a small table for the processes of a run."""
+    codes = [_output_codes(dataset, name, cache_dir) for name in dataset.sources]
+    return {MODALITIES[code] for code in np.concatenate(codes)}
 
 
 def sample_outputs(
@@ -138,7 +151,7 @@ def _describe(
         for medium in found:
             file, caption, made_from = _name(medium), medium.caption, recorded.get(_name(medium))
             if _digest(file) in ambiguous:
-                yield row, _tell_ambiguous(place, file, caption, made_from)
+                yield row, _describe_two_captions(place, file, caption, made_from)
             elif made_from not in (None, caption):
                 yield (
                     row,
@@ -150,7 +163,9 @@ def _describe(
                 )
 
 
-def _tell_ambiguous(place: str, file: str, caption: str | None, made_from: str | None) -> str:
+def _describe_two_captions(
+    place: str, file: str, caption: str | None, made_from: str | None
+) -> str:
     made = f" (the embedding there was made from {made_from!r})" if made_from else ""
     return (
         f"{place} gives {file} the caption {caption!r}, another row another one{made}: embeddings "
@@ -189,10 +204,24 @@ def _outputs_table(dataset: ConversationDataset, name: str, cache_dir: Path) -> 
                 code = MODALITIES.index(medium.modality)
                 yield code, _digest(_name(medium)), _digest(medium.caption), row
 
-    key = f"{_FORMAT} {READER_VERSION} {source.kind} {index.digest}"
-    place = f"{index.path.stem}.outputs.npz"
     make = partial(_table, entries(), _OUTPUT, _ORDER)
-    return _cached(cache_dir / place, key, make)
+    return _cached(cache_dir / f"{index.path.stem}.outputs.npz", _outputs_key(dataset, name), make)
+
+
+def _output_codes(dataset: ConversationDataset, name: str, cache_dir: Path) -> np.ndarray:
+    """Indices in MODALITIES of what the data set puts out: (M,) uint8."""
+    if dataset.sources[name].kind == "caption_in":
+        return np.empty(0, np.uint8)
+    place = f"{dataset.indexes[name].path.stem}.modalities.npz"
+
+    def make() -> np.ndarray:
+        return np.unique(_outputs_table(dataset, name, cache_dir)["modality"])
+
+    return _cached(cache_dir / place, _outputs_key(dataset, name), make)
+
+
+def _outputs_key(dataset: ConversationDataset, name: str) -> str:
+    return f"{_FORMAT} {READER_VERSION} {dataset.sources[name].kind} {dataset.indexes[name].digest}"
 
 
 def _records_table(folder: Path, modality: Modality, cache_dir: Path) -> np.ndarray:
@@ -234,9 +263,7 @@ def _cached(path: Path, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
 
     Processes that start together make it once: the others wait for a lock.
     """
-    cache_dir = path.parent
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with hold_lock(path.with_name(f"{path.name}.lock")):
         try:
             with np.load(path, allow_pickle=False) as kept:
                 if str(kept["key"]) == key:

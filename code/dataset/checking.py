@@ -10,11 +10,11 @@ from tqdm import tqdm
 from config.errors import InputError, MediaError
 from conversation.parts import Media, Modality
 from dataset.caption_embeddings import read_embedding
-from dataset.caption_records import CaptionFinding
+from dataset.caption_records import CaptionFinding, is_among
 from dataset.conversations import ConversationDataset
 from dataset.media import load_views
 
-_TOLD = 5  # faults told of a data set; the others are counted
+_MAX_SHOWN_FAULTS = 5  # of a data set; the others are counted
 
 
 @dataclass
@@ -69,7 +69,7 @@ def check_datasets(
         every = max(1, rows // decode) if decode else rows + 1
         for row in tqdm(range(rows), desc=name, unit=" rows", delay=2):
             try:
-                if row in compared.wrong_rows:
+                if is_among(row, compared.wrong_rows):
                     raise InputError(compared.faults.get(row, f"row {row}: see the rows before it"))
                 conversation = dataset[name, row]
                 for turn in conversation.turns:
@@ -78,7 +78,7 @@ def check_datasets(
                             _check_medium(part, shapes, finding, closely=row % every == 0)
             except (MediaError, InputError) as fault:
                 finding.unusable += 1
-                finding.faults += [str(fault)] if len(finding.faults) < _TOLD else []
+                finding.faults += [str(fault)] if len(finding.faults) < _MAX_SHOWN_FAULTS else []
         yield finding
 
 

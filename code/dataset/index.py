@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock
 from tqdm import tqdm
 
 from config.atomic import written_aside
 from config.errors import InputError
+from config.locks import hold_lock
 from dataset.shards import annotation_rows, medium_state, shards_of
 
 _BATCH = 4096  # rows a record batch: the most that a build holds
@@ -70,15 +70,14 @@ def open_index(file: Path, cache_dir: Path, check: Check, version: str) -> RowIn
 
     Raises:
         InputError: the file is missing, empty or not a JSON array, a shard is broken, or `check`
-            refuses a record.
+            refuses a record; or `cache_dir` cannot be written.
     """
     if not file.exists():
         raise InputError(f"{file} does not exist")
     place = hashlib.sha256(f"{file.resolve()}\n{version}".encode()).hexdigest()[:16]
     path = cache_dir / f"{file.stem}-{place}.arrow"
     source = f"{_FORMAT} {file.resolve()} {_state(file)} {version}".encode()
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
+    with hold_lock(path.with_name(f"{path.name}.lock")):
         if found := _current(path, source):
             return found
         with written_aside(path) as aside:

@@ -3,7 +3,9 @@
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from config.errors import InputError, NotThereError
@@ -22,7 +24,9 @@ from dataset.conversations import ConversationDataset
 from model.build import find_folder, resolve_model_path
 from model.caption_encoders import CaptionEncoder
 from model.device import choose_device
+from model.tokenizer_files import tokenizer_files
 from model.weight_files import weight_files
+from training.samples import MAX_SKIPPED_SHARE
 
 _SAMPLED_ROWS = 8  # of a data set, whose embeddings are computed again
 # Relative distance of two embeddings. Half precision moves one by 0.0006, in the mini parts; the
@@ -30,25 +34,39 @@ _SAMPLED_ROWS = 8  # of a data set, whose embeddings are computed again
 _NEAR = 0.03
 
 
-def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> list[str]:
+class CaptionCheck(NamedTuple):
+    """What a run is to know of its caption embeddings.
+
+    Attributes:
+        lines: what could not be checked, and which rows will be skipped, for the user.
+        wrong_rows: by data set the rows whose embeddings are of other captions, (N,) int64,
+            ascending; data sets without any are left out.
+    """
+
+    lines: list[str]
+    wrong_rows: dict[str, np.ndarray]
+
+
+def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> CaptionCheck:
     """See that the embeddings are of the captions and of the text encoders configured.
 
-    Returns:
-        what could not be checked, a line each.
+    A few embeddings of other captions are samples to be skipped, like other broken ones.
 
     Raises:
-        InputError: an embedding is of another caption or text encoder; names it, both captions and
-            the command that makes it again.
+        InputError: more than `MAX_SKIPPED_SHARE` of a data set's embeddings are of other captions
+            (names the first, both captions and the command that makes it again), or all are of
+            another text encoder.
     """
     findings = find_wrong_captions(config, dataset)
-    for name, finding in findings.items():
-        if finding.wrong_rows:
-            count, row = len(finding.wrong_rows), min(finding.faults)
-            raise InputError(
-                f"{finding.faults[row]} ({name}: {count:,} of {dataset.sizes[name]:,} rows have "
-                "embeddings of other captions; check_data.py lists the first)"
-            )
-    lines = [
+    wrong = {name: one.wrong_rows for name, one in findings.items() if len(one.wrong_rows)}
+    lines = []
+    for name, rows in wrong.items():
+        size, fault = dataset.sizes[name], min(findings[name].faults.items())[1]
+        counted = f"{name}: {len(rows):,} of {size:,} rows have embeddings of other captions"
+        if len(rows) > MAX_SKIPPED_SHARE * size:
+            raise InputError(f"{fault} ({counted}; check_data.py lists the first)")
+        lines.append(f"{counted} and are skipped, first: {fault}")
+    lines += [
         f"{name}: {count:,} of {finding.outputs[modality]:,} {modality} caption embeddings have no "
         f"record in {dataset.sources[name].embeddings} of the caption they were made from: they "
         "could not be checked"
@@ -56,7 +74,7 @@ def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> li
         for modality, count in finding.unrecorded.items()
         if count
     ]
-    return lines + check_makers(config, dataset)
+    return CaptionCheck(lines + check_makers(config, dataset), wrong)
 
 
 def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[str, CaptionFinding]:
@@ -88,7 +106,7 @@ def compare_unrecorded(
             for row, medium in sample_outputs(dataset, name, _SAMPLED_ROWS):
                 there = Path(medium.embedding or "").is_file()
                 if medium.modality == modality and there and (fault := _compare(encoder, medium)):
-                    finding.wrong_rows.add(row)
+                    finding.add_wrong_rows(np.array([row]))
                     finding.faults[row] = f"{fault} (row {row}; the first is 0)"
 
 
@@ -111,8 +129,11 @@ def _compare(encoder: CaptionEncoder, medium: Media) -> str | None:
 def check_makers(config: Config, dataset: ConversationDataset) -> list[str]:
     """See that the embeddings are of the text encoders of the configured decoders.
 
-    Returns, Raises:
-        as `check_caption_embeddings`.
+    Returns:
+        what could not be checked, a line each.
+
+    Raises:
+        InputError: they are of another one.
     """
     folder = project_path(config.data.embeddings).resolve()
     used = output_modalities(dataset, project_path(config.data.cache))
@@ -152,9 +173,9 @@ def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, 
         InputError: it is not on this machine, or cannot be loaded.
     """
     folder = find_folder(config.decoders[modality].path, "model_index.json")
-    inner = (folder / "tokenizer", folder / "text_encoder")
-    small = [file for one in inner for file in one.glob("*") if file.suffix in (".json", ".txt")]
-    files = sorted([*weight_files(folder / "text_encoder"), *small])
+    inner = folder / "text_encoder"
+    small = [*tokenizer_files(folder / "tokenizer"), *inner.glob("config.json")]
+    files = sorted([*weight_files(inner), *small])
 
     def compute() -> str:
         # A run's random numbers must not depend on what was cached.

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from config.errors import InputError
@@ -31,7 +32,7 @@ from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
 from training.fitting import fit_input_projection
 from training.kept_states import KeptStates, keeps_states
-from training.processes import start_processes, sum_over_processes
+from training.processes import compute_in_first_process, start_processes, sum_over_processes
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
 from training.run_inputs import identify_inputs
@@ -252,8 +253,12 @@ class Trainer:
         """The stage's data sets, their features and their caption embeddings."""
         conversations = open_conversations(self.config.data)
         shapes = caption_shapes(self.config)
+        wrong_rows: dict[str, np.ndarray] = {}
         if shapes is not None:
-            for line in check_caption_embeddings(self.config, conversations):
+            # Once, because tables of all captions are held: 120 MB a million rows.
+            check = partial(check_caption_embeddings, self.config, conversations)
+            lines, wrong_rows = compute_in_first_process(check)
+            for line in lines:
                 self.say(line)
         return ReadySamples(
             conversations,
@@ -261,6 +266,7 @@ class Trainer:
             self.config.data.max_length,
             FeatureCaches(self.config),
             shapes,
+            wrong_rows,
         )
 
     def find_predecessor(self, checkpoint: Path | None) -> Path | None:

@@ -2,12 +2,15 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+
+from config.errors import InputError
 
 _T = TypeVar("_T")
 
@@ -53,6 +56,30 @@ def add_over_processes(tensors: Sequence[torch.Tensor]) -> None:
     if dist.is_initialized():
         for tensor in tensors:
             dist.all_reduce(tensor)
+
+
+def compute_in_first_process(compute: Callable[[], _T]) -> _T:
+    """What `compute` gives in process 0, in every process (a broadcast); all must call it.
+
+    The others wait as long as it takes: collectives of the run itself end after ten minutes.
+
+    Raises:
+        InputError: the one that `compute` raises in process 0, in every process.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return compute()
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    outcome: list[_T | InputError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [compute()]
+        except InputError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, group=patient)
+    dist.destroy_process_group(patient)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def gather_over_processes(thing: _T) -> list[_T]:

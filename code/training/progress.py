@@ -15,9 +15,8 @@ from config.atomic import written_aside
 from config.errors import InputError
 from config.json_text import to_json
 from training.agent import StepCounts, StepResult
-from training.samples import Skipped
+from training.samples import MAX_SKIPPED_SHARE, Skipped
 
-_TOO_MANY = 0.05  # share of skipped samples that ends a run
 _ENOUGH = 1000  # samples, below which that share says little
 
 
@@ -65,7 +64,7 @@ class Progress:
         self.counted["skipped"] += skipped
         self.counted["cut_tokens"] += cut_tokens
         seen = self.counted["samples"] + self.counted["skipped"]
-        if seen >= _ENOUGH and self.counted["skipped"] > _TOO_MANY * seen:
+        if seen >= _ENOUGH and self.counted["skipped"] > MAX_SKIPPED_SHARE * seen:
             raise InputError(
                 f"{self.counted['skipped']} of {seen} samples could not be used: see "
                 f"{self._skipped_file}, mend the data and --resume"

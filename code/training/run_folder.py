@@ -45,7 +45,7 @@ class RunFolder:
 
     Args:
         path: the folder.
-        stage: 1, 2 or 3.
+        stage: 1 to 4.
         config: of this run.
 
     Attributes:

@@ -23,6 +23,7 @@ from dataset.caption_records import output_modalities, sample_outputs
 from dataset.conversations import ConversationDataset
 from model.build import find_folder
 from model.imagebind import fingerprint
+from model.tokenizer_files import tokenizer_files
 from model.weight_files import weight_files
 from training.agent import read_settings
 from training.caption_check import text_encoder_fingerprints
@@ -30,7 +31,6 @@ from training.caption_check import text_encoder_fingerprints
 RunInputs = dict[str, Any]  # as it stands in the file: by section, by name, what identifies it
 
 _SAMPLED_ROWS = 8  # of a data set, whose embeddings are read
-_TOKENIZER_SUFFIXES = (".json", ".model", ".txt", ".jinja")
 
 
 def identify_inputs(
@@ -87,14 +87,16 @@ def compare_inputs(before: RunInputs, now: RunInputs) -> list[str]:
 
     What was not there either time cannot be compared: a run that needs it says so itself.
     """
-    lines = list(_tell("predecessor", before["predecessor"], now["predecessor"]))
+    lines = list(_describe_difference("predecessor", before["predecessor"], now["predecessor"]))
     for section in ("datasets", "frozen"):
         for name in before[section].keys() & now[section].keys():
-            lines += _tell(name, before[section][name], now[section][name])
+            lines += _describe_difference(name, before[section][name], now[section][name])
     for modality in before["caption_embeddings"].keys() & now["caption_embeddings"].keys():
         old, new = (inputs["caption_embeddings"][modality] for inputs in (before, now))
         name = f"{modality} caption embeddings in {new['folder']}"
-        made_by = list(_tell(name, old["maker"], new["maker"])) if old["maker"] else []
+        made_by = (
+            list(_describe_difference(name, old["maker"], new["maker"])) if old["maker"] else []
+        )
         both = old["arrays"].keys() & new["arrays"].keys()
         changed = [file for file in both if old["arrays"][file] != new["arrays"][file]]
         if made_by:
@@ -109,16 +111,16 @@ def compare_inputs(before: RunInputs, now: RunInputs) -> list[str]:
     return sorted(lines)
 
 
-def _tell(name: str, before: dict | None, now: dict | None) -> Iterator[str]:
+def _describe_difference(name: str, before: dict | None, now: dict | None) -> Iterator[str]:
     """A line if the two identify something else; a path alone may differ."""
     if before is None and now is None:
         return
     old, new = ({k: v for k, v in (one or {}).items() if k != "file"} for one in (before, now))
     if old != new:
-        yield f"{name}: {_in_words(before)} then, {_in_words(now)} now"
+        yield f"{name}: {_format_identity(before)} then, {_format_identity(now)} now"
 
 
-def _in_words(identity: dict | None) -> str:
+def _format_identity(identity: dict | None) -> str:
     if identity is None:
         return "nothing"
     words = [str(identity["file"])] if "file" in identity else []
@@ -167,9 +169,8 @@ def _identify_frozen(
 ) -> dict[str, dict[str, str]]:
     """By name the frozen models that the run uses and that are on this machine."""
     folder = find_folder(config.language_model.path, "config.json")
-    files = [*weight_files(folder)]
-    files += [file for file in folder.iterdir() if file.suffix in _TOKENIZER_SUFFIXES]
-    named = {file.name: file for file in files}
+    files = [*weight_files(folder), folder / "config.json", *tokenizer_files(folder)]
+    named = {str(file.relative_to(folder)): file for file in files}
     identities = {
         "language model": {"file": str(folder), "digest": digests.digest_named(named)},
     }

@@ -24,11 +24,13 @@ from conversation.batch import Batch, locate_runs, pack_conversations, pad_conve
 from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
 from conversation.parts import Media, Modality
 from dataset.caption_embeddings import read_embedding
+from dataset.caption_records import is_among
 from dataset.conversations import ConversationDataset
 from dataset.feature_cache import DecodedMedium, FeatureCache
 from dataset.media import load_views
 from dataset.sampler import BatchPlan, Sample, share
 
+MAX_SKIPPED_SHARE = 0.05  # of a run's samples, or a data set's rows; more is an error
 CaptionShapes = dict[Modality, tuple[int, ...]]
 
 
@@ -93,6 +95,8 @@ class ReadySamples(Dataset[ReadySample]):
         max_length: tokens a conversation.
         caches: by modality, the features that are known already; `caches[modality]` is all it asks.
         caption_shapes: of the precomputed embeddings; none where captions are encoded online.
+        wrong_rows: by data set the rows whose embeddings are of other captions, (N,) int64,
+            ascending; they are skipped.
     """
 
     def __init__(
@@ -102,12 +106,14 @@ class ReadySamples(Dataset[ReadySample]):
         max_length: int,
         caches: Mapping[Modality, FeatureCache],
         caption_shapes: CaptionShapes | None,
+        wrong_rows: Mapping[str, np.ndarray],
     ) -> None:
         self.conversations = conversations
         self.encoder = encoder
         self.max_length = max_length
         self.caches = caches
         self.caption_shapes = caption_shapes
+        self.wrong_rows = wrong_rows
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -130,6 +136,11 @@ class ReadySamples(Dataset[ReadySample]):
         raise InputError(f"no sample of {name} can be used; the last: {skipped[-1].reason}")
 
     def _prepare(self, name: str, row: int, skipped: list[Skipped]) -> ReadySample:
+        if name in self.wrong_rows and is_among(row, self.wrong_rows[name]):
+            raise MediaError(
+                f"row {row} (the first is 0) of {self.conversations.sources[name].annotation}: its "
+                "embedding is of another caption: check_data.py names the first of these rows"
+            )
         encoded = self.encoder.encode(self.conversations[name, row], self.max_length)
         features = [self._feature(medium) for _, medium in encoded.slots]
         captions = {}

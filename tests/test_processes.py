@@ -1,0 +1,43 @@
+"""The processes of a run give each other what one of them has computed."""
+
+import os
+from multiprocessing import get_context
+from multiprocessing.queues import Queue
+from pathlib import Path
+
+import torch.distributed as dist
+
+from config.errors import InputError
+from training.processes import compute_in_first_process
+
+
+def refuse() -> None:
+    raise InputError("row 3 is wrong")
+
+
+def member(rank: int, meeting: Path, found: Queue) -> None:
+    """One of two processes: what it is given, and the error that it is given."""
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    given = compute_in_first_process(os.getpid)
+    try:
+        compute_in_first_process(refuse)
+    except InputError as error:
+        found.put((rank, os.getpid(), given, str(error)))
+    dist.destroy_process_group()
+
+
+def test_what_the_first_process_computes_or_refuses_is_every_processs(tmp_path: Path) -> None:
+    spawn = get_context("spawn")
+    found = spawn.Queue()
+    members = [
+        spawn.Process(target=member, args=(rank, tmp_path / "meeting", found)) for rank in (0, 1)
+    ]
+    for one in members:
+        one.start()
+    answers = sorted(found.get(timeout=120) for _ in members)
+    for one in members:
+        one.join(60)
+        assert one.exitcode == 0
+    first = answers[0][1]
+    assert [answer[2:] for answer in answers] == [(first, "row 3 is wrong")] * 2
+    assert answers[1][1] != first
