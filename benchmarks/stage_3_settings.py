@@ -33,7 +33,7 @@ from mini_world.album import Album, generator, write_medium
 from mini_world.questions import ask
 from model.build import build_conversation_encoder, build_media_encoder, build_model
 from model.delta import load_delta, read_delta
-from model.device import choose_device
+from model.device import autocast_to, choose_device
 from model.nextgpt import NextGPT
 from model.parts import PARTS
 from training.loop import RunOptions, Trainer
@@ -75,7 +75,7 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[ReadySample]) -> tuple
         batch = batch.to(trainer.device)
         wanted_BL = batch.targets[:, 1:]
         told_BL = wanted_BL != IGNORE
-        with trainer.autocast():
+        with autocast_to(trainer.dtype, trainer.device):
             embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
             hidden_BLH = model.read(embeddings, batch.attention_mask)[:, :-1]
             logits_NV = model.language_model.get_output_embeddings()(hidden_BLH[told_BL]).float()

@@ -21,7 +21,7 @@ from dataset.conversations import caption_shapes, open_conversations
 from dataset.sampler import BatchPlan
 from model.build import build_conversation_encoder, build_model
 from model.delta import Delta, carried_over, load_delta, read_delta
-from model.device import autocast_to, choose_device, choose_dtype
+from model.device import choose_device, choose_dtype
 from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table, set_trainable
 from model.quantization import refuse_to_divide
@@ -174,10 +174,6 @@ class Trainer:
         with load_batches(samples, order, size, width, workers=0) as batches:
             for ready in batches:
                 yield from (completer.complete(one) for one in ready)
-
-    def autocast(self) -> torch.autocast:
-        """Products in the run's precision, as in the agent's steps."""
-        return autocast_to(self.dtype, self.device)
 
     def take_steps(
         self,
