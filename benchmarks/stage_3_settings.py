@@ -37,6 +37,7 @@ from model.device import autocast_to, choose_device
 from model.nextgpt import NextGPT
 from model.parts import PARTS
 from training.loop import RunOptions, Trainer
+from training.processes import start_processes
 from training.samples import ReadySample, collate
 
 SEED, ASKED, AT_ONCE = 77, 120, 20  # questions about each modality, and read at once
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--init-from", type=Path, required=True, help="the second stage's delta")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
+    start_processes(choose_device())
     with TemporaryDirectory() as folder:
         asked = ask_validation(load_config("mini", 3), Path(folder))
         for number, variant in enumerate(arguments.variants):

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from config.errors import InputError
 from config.loader import project_path
@@ -31,7 +32,7 @@ from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
 from training.fitting import fit_input_projection
 from training.kept_states import KeptStates, keeps_states
-from training.processes import start_processes, sum_over_processes
+from training.processes import sum_over_processes
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
 from training.run_inputs import identify_inputs
@@ -68,14 +69,14 @@ class RunOptions:
 
 
 class Trainer:
-    """One stage's training in one of its processes."""
+    """One stage's training in one of its processes, which have started (`start_processes`)."""
 
     def __init__(self, config: Config, options: RunOptions) -> None:
         self.config = config
         self.options = options
         self.device = choose_device()
         self.dtype = choose_dtype(config.training.precision, self.device)
-        self.rank, self.world = start_processes(self.device)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._stop = False
 
     def train(self) -> bool:
