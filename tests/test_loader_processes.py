@@ -1,7 +1,12 @@
 """The loader's processes: started for a block, and ended with it; others are let alone."""
 
+import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -48,3 +53,22 @@ def test_loader_processes_of_a_start_that_fails_halfway_end(
     with pytest.raises(OSError, match="no more processes"), loaded:
         raise AssertionError("it has started")
     assert not multiprocessing.active_children()
+
+
+def test_a_decoding_process_whose_loader_is_gone_ends_in_silence() -> None:
+    request = [["dataset.decoding", "read_pixels"], ["missing.png"], "missing.png", [10, 10]]
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "dataset.decode_worker", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "code")},
+    ) as worker:
+        assert worker.stdout and worker.stdin and worker.stderr
+        assert worker.stdout.readline() == "ready\n"
+        worker.stdout.close()
+        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.flush()
+        assert worker.wait(60) == 0
+        assert worker.stderr.read() == ""
