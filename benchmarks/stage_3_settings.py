@@ -33,10 +33,11 @@ from mini_world.album import Album, generator, write_medium
 from mini_world.questions import ask
 from model.build import build_conversation_encoder, build_media_encoder, build_model
 from model.delta import load_delta, read_delta
-from model.device import choose_device
+from model.device import autocast_to, choose_device
 from model.nextgpt import NextGPT
 from model.parts import PARTS
 from training.loop import RunOptions, Trainer
+from training.processes import start_processes
 from training.samples import ReadySample, collate
 
 SEED, ASKED, AT_ONCE = 77, 120, 20  # questions about each modality, and read at once
@@ -75,7 +76,7 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[ReadySample]) -> tuple
         batch = batch.to(trainer.device)
         wanted_BL = batch.targets[:, 1:]
         told_BL = wanted_BL != IGNORE
-        with trainer.autocast():
+        with autocast_to(trainer.dtype, trainer.device):
             embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
             hidden_BLH = model.read(embeddings, batch.attention_mask)[:, :-1]
             logits_NV = model.language_model.get_output_embeddings()(hidden_BLH[told_BL]).float()
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--init-from", type=Path, required=True, help="the second stage's delta")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
+    start_processes(choose_device())
     with TemporaryDirectory() as folder:
         asked = ask_validation(load_config("mini", 3), Path(folder))
         for number, variant in enumerate(arguments.variants):

@@ -30,9 +30,11 @@ from conversation.encoding import IGNORE
 from conversation.parts import MODALITIES
 from dataset.sampler import BatchPlan
 from model.build import resolve_model_path
+from model.device import choose_device
 from training.agent import Agent, StepCounts
 from training.features import BatchCompleter
 from training.loop import RunOptions, Trainer
+from training.processes import start_processes
 from training.samples import load_batches, shares
 
 
@@ -119,6 +121,7 @@ def main() -> None:
     parser.add_argument("--config", default="mini")
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
+    start_processes(choose_device())
     for stage in STAGES[:3]:  # in the fourth the language model is left out
         measure(arguments.config, stage, arguments.steps)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from config.entry import run_entry
 from config.loader import STAGES, load_config
 from training.loop import STOPPED_BY_SIGNAL, RunOptions, Trainer
-from training.watchdog import ending_together
+from training.watchdog import guarded_process_group
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,9 +55,8 @@ def main() -> None:
         arguments.restart,
         arguments.log_path and arguments.log_path.resolve(),
     )
-    trainer = Trainer(config, options)
-    with ending_together():
-        finished = trainer.train()
+    with guarded_process_group():
+        finished = Trainer(config, options).train()
     if not finished:
         sys.exit(STOPPED_BY_SIGNAL)
 

@@ -47,6 +47,18 @@ def test_a_gpu_that_has_bf16_computes_in_it() -> None:
     assert ", bfloat16," in plan_stage(tiny_config(1), 1, 1).facts
 
 
+@on((8, 0))
+@pytest.mark.usefixtures("capability")
+def test_the_processes_of_a_machine_with_unlike_gpus_choose_alike(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By the first one, though a process's own, as the second one's here, has no bf16."""
+    known = {0: SimpleNamespace(major=8), 1: SimpleNamespace(major=7)}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", known.__getitem__)
+    assert choose_dtype("auto", torch.device("cuda", 1)) == torch.bfloat16
+
+
 @on((7, 5))
 @pytest.mark.usefixtures("capability")
 def test_amds_gpus_have_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

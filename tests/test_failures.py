@@ -5,14 +5,15 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tiny_run import TinyRun, trained
+from tiny_run import TinyRun
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 20  # in which everything is gone
@@ -51,21 +52,74 @@ def _train_failing(*given: Any) -> None:
     tiny_run._train(*given)
 
 
-def failing_run(folder: Path, error: str, ranks: list[int], world: int, *sets: str) -> TinyRun:
+def _train_without_coming(*given: Any) -> None:
+    """A process that ends, as rank 1, before it has connected to process 0, which waits for 3 s."""
+    import tiny_run
+    from training import watchdog
+
+    own_start = watchdog.Watchdog.start
+
+    def start(one: watchdog.Watchdog) -> None:
+        if os.environ["RANK"] == "1":
+            os._exit(1)
+        own_start(one, 3)
+
+    watchdog.Watchdog.start = start
+    tiny_run._train(*given)
+
+
+def _train_unlike(*given: Any) -> None:
+    """A process that, as rank 1, finds no precision for its GPU, before anything is gathered."""
+    import tiny_run
+    from config.errors import InputError
+    from training import loop
+
+    own_choice = loop.choose_dtype
+
+    def choose_dtype(*arguments: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise InputError(CAUSE)
+        return own_choice(*arguments)
+
+    loop.choose_dtype = choose_dtype
+    tiny_run._train(*given)
+
+
+Start = Callable[..., TinyRun]
+
+
+@pytest.fixture
+def start_run(tmp_path: Path) -> Iterator[Start]:
+    """Starts a long run, whose processes end with the test, however that ends."""
+    runs: list[TinyRun] = []
+
+    def start(world: int, target: Callable[..., None]) -> TinyRun:
+        runs.append(TinyRun(tmp_path, 1, LONG, world=world))
+        return runs[-1].start(target=target)
+
+    yield start
+    for process in (process for run in runs for process in run.processes):
+        process.kill()  # its own processes end with it
+        process.join()
+
+
+def failing_run(start: Start, folder: Path, error: str, ranks: list[int], world: int) -> TinyRun:
     """Started, to fail."""
-    folder.mkdir(exist_ok=True)
     (folder / "fault.json").write_text(json.dumps({"error": error, "ranks": ranks}))
-    init = ["--init-from", str(trained(2).folder)]
-    return TinyRun(folder, 3, [*LONG, *sets], init, world=world).start(target=_train_failing)
+    return start(world, _train_failing)
 
 
 def family(run: TinyRun) -> list[psutil.Process]:
-    """The processes of a run after two steps, the ranks first: each has two loader processes."""
-    until(lambda: len(run.metrics) >= 2)
+    """The processes of a run after two steps: the ranks first, their two loader processes last.
+
+    Between are those that decode for either.
+    """
+    until(lambda: len(run.metrics) >= 2 or not run.processes[0].is_alive())
     ranks = [psutil.Process(process.pid) for process in run.processes]
-    loaders = [child for rank in ranks for child in rank.children(recursive=True)]
-    assert len(loaders) == 2 * run.world
-    return [*ranks, *loaders]
+    children = [child for rank in ranks for child in rank.children(recursive=True)]
+    loaders = [child for child in children if child.name() == "pt_data_worker"]
+    assert len(loaders) == 2 * run.world, run.outputs
+    return [*ranks, *(child for child in children if child not in loaders), *loaders]
 
 
 def assert_gone(processes: list[psutil.Process], seconds: float = SECONDS) -> None:
@@ -73,6 +127,17 @@ def assert_gone(processes: list[psutil.Process], seconds: float = SECONDS) -> No
     for process in alive:
         process.kill()
     assert not alive
+
+
+def _kill_all(script: subprocess.Popen) -> None:
+    """End what a launch script that still runs has started, and then itself."""
+    if script.poll() is None:
+        processes = psutil.Process(script.pid).children(recursive=True)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        script.kill()
+        script.wait()
 
 
 def until(reached: Callable[[], Any], seconds: float = 120) -> None:
@@ -88,30 +153,28 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "said", "code", "ranks", "world"),
     [
-        ("RuntimeError", CAUSE, 1, [1], 2),
-        *(
-            pytest.param(*case, marks=SLOW)
-            for case in (
-                ("RuntimeError", CAUSE, 1, [0], 1),
-                ("RuntimeError", CAUSE, 1, [0], 2),
-                ("RuntimeError", CAUSE, 1, [0, 1], 2),
-                ("OutOfMemoryError", CAUSE, 1, [0], 1),
-                ("OutOfMemoryError", CAUSE, 1, [1], 2),
-                ("InputError", CAUSE, 2, [1], 2),
-                ("InputError", CAUSE, 2, [0, 1], 2),
-                ("OSError", CAUSE, 2, [0], 2),
-                ("SystemExit", "RuntimeError: sys.exit was called", 1, [0], 1),
-                ("SystemExit", "RuntimeError: sys.exit was called", 1, [1], 2),
-                ("KeyboardInterrupt", "stopped", 130, [0], 1),
-                ("KeyboardInterrupt", "stopped", 130, [1], 2),
-            )
-        ),
+        pytest.param(*case, marks=SLOW)
+        for case in (
+            ("RuntimeError", CAUSE, 1, [1], 2),
+            ("RuntimeError", CAUSE, 1, [0], 1),
+            ("RuntimeError", CAUSE, 1, [0], 2),
+            ("RuntimeError", CAUSE, 1, [0, 1], 2),
+            ("OutOfMemoryError", CAUSE, 1, [0], 1),
+            ("OutOfMemoryError", CAUSE, 1, [1], 2),
+            ("InputError", CAUSE, 2, [1], 2),
+            ("InputError", CAUSE, 2, [0, 1], 2),
+            ("OSError", CAUSE, 2, [0], 2),
+            ("SystemExit", "RuntimeError: sys.exit was called", 1, [0], 1),
+            ("SystemExit", "RuntimeError: sys.exit was called", 1, [1], 2),
+            ("KeyboardInterrupt", "stopped", 130, [0], 1),
+            ("KeyboardInterrupt", "stopped", 130, [1], 2),
+        )
     ],
 )
 def test_an_exception_in_a_step_ends_all_processes_and_is_said_once(
-    tmp_path: Path, error: str, said: str, code: int, ranks: list[int], world: int
+    start_run: Start, tmp_path: Path, error: str, said: str, code: int, ranks: list[int], world: int
 ) -> None:
-    run = failing_run(tmp_path, error, ranks, world)
+    run = failing_run(start_run, tmp_path, error, ranks, world)
     processes = family(run)
     (tmp_path / "now").touch()
     assert_gone(processes)
@@ -123,9 +186,9 @@ def test_an_exception_in_a_step_ends_all_processes_and_is_said_once(
 
 @pytest.mark.parametrize(("world", "killed"), [(2, 1), pytest.param(2, 0, marks=SLOW)])
 def test_the_others_end_when_a_process_is_killed_and_say_which(
-    tmp_path: Path, world: int, killed: int
+    start_run: Start, tmp_path: Path, world: int, killed: int
 ) -> None:
-    run = failing_run(tmp_path, "RuntimeError", [], world)
+    run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
     processes = family(run)
     processes[killed].kill()
     assert_gone(processes)
@@ -137,9 +200,24 @@ def test_the_others_end_when_a_process_is_killed_and_say_which(
 
 
 @pytest.mark.slow
+def test_a_process_that_dies_before_it_connects_is_named_and_ends_the_run(start_run: Start) -> None:
+    run = start_run(2, _train_without_coming)
+    assert run.wait() == 2
+    assert run.outputs.count("did not connect to process 0 within 3 s: 1") == 1
+    assert "Traceback" not in run.outputs
+
+
+@pytest.mark.slow
+def test_an_error_before_the_training_begins_ends_all_processes(start_run: Start) -> None:
+    run = start_run(2, _train_unlike)
+    assert [run.wait(), run.processes[1].exitcode] == [2, 2]
+    assert run.outputs.count(CAUSE) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_killed_loader_process_ends_the_run(tmp_path: Path, world: int) -> None:
-    run = failing_run(tmp_path, "RuntimeError", [], world)
+def test_a_killed_loader_process_ends_the_run(start_run: Start, tmp_path: Path, world: int) -> None:
+    run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
     processes = family(run)
     processes[-1].kill()
     assert_gone(processes)
@@ -148,8 +226,8 @@ def test_a_killed_loader_process_ends_the_run(tmp_path: Path, world: int) -> Non
 
 
 @pytest.mark.slow
-def test_loader_processes_die_with_a_run_that_is_killed(tmp_path: Path) -> None:
-    run = failing_run(tmp_path, "RuntimeError", [], 1)
+def test_loader_processes_die_with_a_run_that_is_killed(start_run: Start, tmp_path: Path) -> None:
+    run = failing_run(start_run, tmp_path, "RuntimeError", [], 1)
     processes = family(run)
     processes[0].kill()
     assert_gone(processes, seconds=3)
@@ -158,22 +236,24 @@ def test_loader_processes_die_with_a_run_that_is_killed(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["process", "loader"])
 def test_the_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
-    flags = ["--init-from", str(trained(2).folder), "--include", "localhost:0,1"]
-    run = TinyRun(tmp_path, 3, LONG, flags)
+    run = TinyRun(tmp_path, 1, LONG, ["--include", "localhost:0,1"])
     environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
     command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
     with (tmp_path / "output").open("w+") as output:
         script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
-        started = psutil.Process(script.pid).children(recursive=True)
-        trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
-        ranks = [one for one in trainers if "deepspeed" not in " ".join(one.cmdline())]
-        loaders = [one for one in ranks if one.parent() in ranks]
-        ranks = [one for one in ranks if one not in loaders]
-        assert (len(ranks), len(loaders)) == (2, 4)
-        (loaders if kind == "loader" else ranks)[1].kill()
-        assert_gone(started)
-        code = script.wait(5)
+        try:
+            until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
+            started = psutil.Process(script.pid).children(recursive=True)
+            trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
+            ranks = [one for one in trainers if "deepspeed" not in " ".join(one.cmdline())]
+            loaders = [one for one in ranks if one.parent() in ranks]
+            ranks = [one for one in ranks if one not in loaders]
+            assert (len(ranks), len(loaders)) == (2, 4)
+            (loaders if kind == "loader" else ranks)[1].kill()
+            assert_gone(started)
+            code = script.wait(5)
+        finally:
+            _kill_all(script)
     said = (tmp_path / "output").read_text()
     assert code != 0, said
     cause = "is killed by signal: Killed" if kind == "loader" else "ended without a word"

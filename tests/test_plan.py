@@ -143,6 +143,15 @@ def test_kept_states_are_counted_in_the_machines_memory_up_to_their_limit() -> N
     assert plan_stage(load_config("mini", 4), 4, 1).in_memory[kept] == 1e9
 
 
+def test_each_loader_process_has_one_that_decodes() -> None:
+    use = "decoding processes, at most"
+    for workers, count in ((0, 1), (3, 3)):
+        plan = plan_stage(tiny_config(1, [f"data.workers={workers}"]), 1, 1)
+        assert plan.in_memory[use] == count << 30
+    captions_alone = tiny_config(2, ["data.datasets=[mini_image_dec]"])
+    assert use not in plan_stage(captions_alone, 2, 1).in_memory
+
+
 def test_the_machines_memory_is_compared_with_what_all_processes_need(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -20,7 +20,7 @@ from model.delta import write_delta
 from model.parts import part_of
 from tiny_run import TinyRun, same, tiny_world, trained
 from training.agent import learning_rate_schedule, micro_batch_size
-from training.loss_scale import LossScale
+from training.loss_scale import LossScale, non_finite_gradient
 
 ONE_AT_A_TIME = ["training.global_batch_size=4", "training.micro_batch_size=1"]
 
@@ -235,6 +235,12 @@ def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_by_many_good_steps(
     with pytest.raises(InputError, match="a gradient is not finite"):
         for _ in range(100):
             again.update(overflowed=True)
+
+
+def test_fp32_is_advised_against_a_bad_gradient_where_the_run_is_not_in_it() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        assert str(non_finite_gradient(dtype)).endswith("lower the learning rate, or use fp32")
+    assert str(non_finite_gradient(torch.float32)).endswith("lower the learning rate")
 
 
 def test_fp16_takes_no_step_that_overflows(tmp_path: Path) -> None:

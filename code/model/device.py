@@ -47,12 +47,11 @@ def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether the hardware of `device` multiplies bf16 itself; every choice of bf16 asks here.
 
-    GPUs before compute capability 8.0 (V100, T4, RTX 20) emulate it slowly, and torch by default
-    counts that. Of AMD's GPUs torch says that all have it. It asks for the process's current
-    GPU, before a run chooses its own the first one: the processes of a machine then agree. A CPU
+    GPUs before compute capability 8.0 (V100, T4, RTX 20) emulate it slowly. AMD's GPUs have it. The
+    machine's first GPU decides, whichever is this process's: those of a machine then agree. A CPU
     has it with AMX or AVX-512, about twice as fast as fp32; elsewhere fp32 is 1.5 times as fast.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.version.hip) or torch.cuda.get_device_properties(0).major >= 8
     has = torch.cpu.get_capabilities()
     return has.get("amx_bf16", False) or has.get("avx512_bf16", False)

@@ -26,14 +26,13 @@ from conversation.batch import Batch
 from conversation.parts import MODALITIES, Modality
 from model.nextgpt import Losses, NextGPT
 from model.parts import part_of, tuned_parameters
-from training.loss_scale import LossScale
+from training.loss_scale import LossScale, non_finite_gradient
 
 _FILLED_IN = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
     "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
     "communication_data_type", "data_types",
 )  # fmt: skip
-_BAD_GRADIENT = "a gradient is not finite: lower the learning rate, or use fp32"
 _STATE = "state"  # DeepSpeed's tag: the folder with its files inside a checkpoint
 
 
@@ -115,6 +114,7 @@ class Agent:
     ) -> None:
         self.training = training
         self.device = device
+        self.dtype = dtype
         self.world = dist.get_world_size()
         self.micro_batch_size = micro_batch_size(training, self.world)
         self.accumulation = training.global_batch_size // self.world // self.micro_batch_size
@@ -167,7 +167,7 @@ class Agent:
         if self.loss_scale:
             self.loss_scale.update(overflowed)
         elif overflowed:
-            raise InputError(_BAD_GRADIENT)
+            raise non_finite_gradient(self.dtype)
         norm = None if overflowed else self.engine.get_global_grad_norm()
         return self._result(totals, counts, rate, norm, scale)
 
@@ -237,7 +237,7 @@ class Agent:
             [p.grad for p in self.model.parameters() if p.grad is not None]
         )
         if not torch.isfinite(norm):
-            raise InputError(_BAD_GRADIENT)
+            raise non_finite_gradient(self.dtype)
 
     def _overflowed(self) -> bool:
         """Whether DeepSpeed left this step out, which it does in all processes or in none.

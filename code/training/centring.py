@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from conversation.batch import Batch
 from conversation.parts import Modality
-from model.device import autocast_to
 from model.nextgpt import NextGPT
-from model.parts import dropout_disabled
 from training.processes import gather_over_processes
+from training.signal_states import read_signal_states
 
 _RESOLUTION = 1e-6  # of float32: a deviation below this share of the largest number is rounding
 
@@ -41,7 +40,7 @@ def centre_projections(
     """
     found: dict[Modality, list[Tensor]] = {m: [] for m in lack_a_centre(model)}
     for batch in batches:
-        states = _read(model, batch, dtype) if batch.states is None else batch.states
+        states = read_signal_states(model, batch, dtype) if batch.states is None else batch.states
         for modality, states_2RTH in states.items():
             if modality in found:
                 found[modality].append(states_2RTH.float().sum(dim=0).flatten(0, 1).cpu())
@@ -52,17 +51,6 @@ def centre_projections(
             states_NH = torch.cat(states).to(projection.centre.device)
             projection.centre.copy_(states_NH.mean(dim=0))
             whiten(projection.fc, states_NH - projection.centre)
-
-
-def _read(model: NextGPT, batch: Batch, dtype: torch.dtype) -> dict[Modality, Tensor]:
-    """By modality the states of the batch's signal runs, (2, R, T, H); no dropout is drawn."""
-    with dropout_disabled(model), autocast_to(dtype, batch.input_ids.device):
-        embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
-        hidden = model.read(embeddings, batch.attention_mask, batch.position_ids)
-    return {
-        modality: model.states_of_runs(modality, runs, hidden, embeddings)
-        for modality, runs in batch.runs.items()
-    }
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ which states are computed again whenever they are needed.
 """
 
 import hashlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,11 +17,10 @@ from config.errors import InputError
 from config.schema import TrainingConfig
 from conversation.batch import Batch
 from conversation.parts import Modality
-from model.device import autocast_to
 from model.language_model import fold_adapters
 from model.nextgpt import NextGPT
-from model.parts import dropout_disabled
 from training.processes import gather_over_processes, most_over_processes, sum_over_processes
+from training.signal_states import read_signal_states
 
 READ_TOGETHER = 16  # rows of like length; the shorter ones are padded
 _ENTRY = 1000  # bytes that Python and torch spend on a conversation and its tensors, about
@@ -154,22 +154,28 @@ class KeptStates:
             for index, (row, first) in enumerate(batch.slots.tolist())
             if first < ends.get(row, 0)  # what a row shows behind its last run, no run has seen
         ]
-        slots = batch.slots.new_tensor([slot for _, *slot in shown]).view(-1, 2)
-        features = batch.features[[index for index, *_ in shown]]
-        with dropout_disabled(self._model), autocast_to(self._dtype, batch.input_ids.device):
-            embeddings = self._model.embed(batch.input_ids[rows, :end], slots, features)
-            hidden = self._model.read(embeddings, batch.attention_mask[rows, :end])
-        return {
-            row: {
-                (modality, first): self._model.states_of_runs(
-                    modality, batch.slots.new_tensor([[place, first]]), hidden, embeddings
-                )[:, 0]
-                .float()
-                .cpu()
-                for modality, first in runs[row]
-            }
-            for row, place in places.items()
-        }
+        wanted: dict[Modality, list[tuple[int, int]]] = {}
+        for row in ends:
+            for modality, first in runs[row]:
+                wanted.setdefault(modality, []).append((row, first))
+        part = replace(
+            batch,
+            input_ids=batch.input_ids[rows, :end],
+            attention_mask=batch.attention_mask[rows, :end],
+            slots=batch.slots.new_tensor([slot for _, *slot in shown]).view(-1, 2),
+            features=batch.features[[index for index, *_ in shown]],
+            runs={
+                modality: batch.slots.new_tensor([(places[row], first) for row, first in found])
+                for modality, found in wanted.items()
+            },
+        )
+        states: dict[int, _States] = {row: {} for row in ends}
+        for modality, states_2RTH in read_signal_states(self._model, part, self._dtype).items():
+            states_2RTH = states_2RTH.float().cpu()
+            for index, (row, first) in enumerate(wanted[modality]):
+                # a view would be kept, and sent to the other processes, with all the others
+                states[row][modality, first] = states_2RTH[:, index].clone()
+        return states
 
 
 def _key(batch: Batch, row: int, end: int) -> _Key:

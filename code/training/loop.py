@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from config.errors import InputError
 from config.loader import project_path
@@ -22,7 +23,7 @@ from dataset.conversations import caption_shapes, open_conversations
 from dataset.sampler import BatchPlan
 from model.build import build_conversation_encoder, build_model
 from model.delta import Delta, carried_over, load_delta, read_delta
-from model.device import autocast_to, choose_device, choose_dtype
+from model.device import choose_device, choose_dtype
 from model.nextgpt import NextGPT
 from model.parts import format_parts_table, parts_table, set_trainable
 from model.quantization import refuse_to_divide
@@ -32,7 +33,7 @@ from training.centring import centre_projections, lack_a_centre
 from training.features import BatchCompleter, FeatureCaches
 from training.fitting import fit_input_projection
 from training.kept_states import KeptStates, keeps_states
-from training.processes import compute_in_first_process, start_processes, sum_over_processes
+from training.processes import compute_in_first_process, sum_over_processes
 from training.progress import Progress
 from training.run_folder import RunFolder, read_run
 from training.run_inputs import identify_inputs
@@ -69,14 +70,14 @@ class RunOptions:
 
 
 class Trainer:
-    """One stage's training in one of its processes."""
+    """One stage's training in one of its processes, which have started (`start_processes`)."""
 
     def __init__(self, config: Config, options: RunOptions) -> None:
         self.config = config
         self.options = options
         self.device = choose_device()
         self.dtype = choose_dtype(config.training.precision, self.device)
-        self.rank, self.world = start_processes(self.device)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self._stop = False
 
     def train(self) -> bool:
@@ -175,10 +176,6 @@ class Trainer:
         with load_batches(samples, order, size, width, workers=0) as batches:
             for ready in batches:
                 yield from (completer.complete(one) for one in ready)
-
-    def autocast(self) -> torch.autocast:
-        """Products in the run's precision, as in the agent's steps."""
-        return autocast_to(self.dtype, self.device)
 
     def take_steps(
         self,

@@ -13,6 +13,12 @@ _GOOD_STEPS = 500  # after which twice as much is tried
 _STATE = "loss_scale"
 
 
+def non_finite_gradient(dtype: torch.dtype) -> InputError:
+    """The error of a gradient that is not finite, in a run whose products are in `dtype`."""
+    other = "" if dtype == torch.float32 else ", or use fp32"
+    return InputError(f"a gradient is not finite: lower the learning rate{other}")
+
+
 class LossScale:
     """What losses are multiplied with, so that small gradients are told from 0 in fp16.
 
@@ -44,7 +50,7 @@ class LossScale:
         self._good_steps = 0 if overflowed else self._good_steps + 1
         if overflowed:
             if self.scale == 1:
-                raise InputError("a gradient is not finite: lower the learning rate, or use fp32")
+                raise non_finite_gradient(torch.float16)
             self._set(self.scale / 2)
         elif self._good_steps == _GOOD_STEPS:
             self._good_steps = 0

@@ -42,6 +42,7 @@ _BUCKET = 500_000_000  # numbers
 _MOST_GATHERED = 1_000_000_000  # numbers, by ZeRO 3
 _VIDEO_VIEWS = 18_063_360  # bytes: 15 of two frames, 3 x 224 x 224 float32; the largest medium
 _AHEAD = 2  # batches that each loader process has ready, by default
+_DECODER = 1 << 30  # bytes that a decoding process may hold; 70 MB at rest (dataset.decode_worker)
 
 
 @dataclass(frozen=True)
@@ -299,6 +300,7 @@ def _keeping(config: Config, processes: int) -> dict[str, float]:
         share = config.training.global_batch_size // processes
         ready = max(1, _AHEAD * config.data.workers)
         needs["media, decoded for the encoder"] = float(ready * share * _VIDEO_VIEWS)
+        needs["decoding processes, at most"] = float(max(1, config.data.workers) * _DECODER)
     return needs
 
 

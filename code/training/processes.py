@@ -15,8 +15,8 @@ from config.errors import InputError
 _T = TypeVar("_T")
 
 
-def start_processes(device: torch.device) -> tuple[int, int]:
-    """Join the processes that the launcher started; this one's rank and how many there are."""
+def start_processes(device: torch.device) -> None:
+    """Join the processes that the launcher started: the default process group of torch."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (alone | {"MASTER_PORT": "0"}).items():  # any free port
@@ -32,7 +32,6 @@ def start_processes(device: torch.device) -> tuple[int, int]:
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
     )
-    return dist.get_rank(), dist.get_world_size()
 
 
 def sum_over_processes(values: Sequence[float], device: torch.device) -> list[float]:

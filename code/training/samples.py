@@ -8,10 +8,11 @@ travels with the batch to be counted and listed.
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -261,11 +262,17 @@ def load_batches(
         generator=torch.Generator(),
         worker_init_fn=partial(_start_worker, os.getpid()),
     )
+    others = set(multiprocessing.active_children())
+    own: set[BaseProcess] = set()
     try:
-        yield iter(loader)
+        try:
+            batches = iter(loader)
+        finally:  # also of a start that failed halfway
+            own = set(multiprocessing.active_children()) - others
+        yield batches
     finally:
-        if workers:
-            _kill_workers()
+        if own:
+            _kill_workers(own)
 
 
 def _start_worker(parent: int, _: int) -> None:
@@ -275,12 +282,12 @@ def _start_worker(parent: int, _: int) -> None:
     die_with_parent(parent)
 
 
-def _kill_workers() -> None:
-    """End this process's child processes, which are the loader's."""
+def _kill_workers(workers: Set[BaseProcess]) -> None:
+    """Kill a loader's processes, and wait for their end."""
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise at their end
-    workers = multiprocessing.active_children()
     for worker in workers:
         worker.kill()
     for worker in workers:
         worker.join()
-    signal.signal(signal.SIGCHLD, handler)
+    if handler is not None:  # one that C code had set, which Python cannot set again
+        signal.signal(signal.SIGCHLD, handler)

@@ -7,75 +7,91 @@ Only for a process that was killed somebody else has to speak.
 """
 
 import os
-import secrets
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Connection, wait
 
 import torch.distributed as dist
 
 from config.entry import exit_code
-from training.processes import gather_over_processes
+from config.errors import InputError
+from model.device import choose_device
+from training.peer_connections import CONNECT_SECONDS, accept_peers, connect_to_first, run_store
+from training.processes import start_processes
 
 _GRACE = 1.0  # seconds in which an error may turn out to be the death of another process
-_VERDICT = 5.0  # seconds to wait for process 0 to say who failed first
+_DECISION_TIMEOUT = 5.0  # seconds to wait for process 0 to say who failed first
 _TEARDOWN = 12  # seconds that a failed process has to end, whatever its libraries still wait for
 _DIED = 1  # exit code of those that a killed process leaves
 
 
 @contextmanager
-def ending_together() -> Iterator[None]:
-    """End all processes of the group when the block fails, or its process dies, in one of them.
+def guarded_process_group() -> Iterator[None]:
+    """Join the run's processes; end all of them when the block fails, or one dies, in one of them.
 
-    All processes must enter it. An exception of this process comes out of the block if it was the
-    first of all; otherwise the process ends here.
+    An exception of this process comes out of the block if it was the first of all; otherwise the
+    process ends here.
 
     Raises:
+        InputError: a process does not come, or cannot be reached.
         RuntimeError: the block called `sys.exit`.
     """
-    watchdog = Watchdog() if dist.get_world_size() > 1 else None
+    start_processes(choose_device())
+    watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
     try:
+        watchdog.start()
         yield
     except BaseException as error:
         _end_by_alarm()
-        if watchdog:
-            watchdog.fail(exit_code(error))
+        watchdog.fail(exit_code(error))
         if isinstance(error, SystemExit):
             raise RuntimeError("sys.exit was called before the training had ended") from error
         raise
-    if watchdog:
-        watchdog.close()
+    watchdog.close()
 
 
 class Watchdog:
-    """This process's connections, and a thread that waits for what comes in by them."""
+    """This process's connections, and a thread that waits for what comes in by them.
 
-    def __init__(self) -> None:
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._first: tuple[int, int] | None = None  # process 0's verdict: who, with which code
+    Args:
+        rank, world: of this process, and how many there are; one alone has nothing to watch.
+    """
+
+    def __init__(self, rank: int, world: int) -> None:
+        self._rank, self._world = rank, world
+        self._peers: dict[Connection, int] = {}  # process 0's to all others, another's to process 0
+        self._first: tuple[int, int] | None = None  # process 0's decision: who, with which code
         self._lock = threading.Lock()
         self._failing = False
         self._left = False
         self._is_first = threading.Event()
-        self._peers = self._connect()
-        threading.Thread(target=self._watch, daemon=True).start()
 
-    def _connect(self) -> dict[Connection, int]:
-        """Process 0's connections to all others, another's to process 0, with their ranks."""
-        if self._rank != 0:
-            port, key = gather_over_processes((0, b""))[0]
-            connection = Client((os.environ["MASTER_ADDR"], port), authkey=key)
-            connection.send(self._rank)
-            return {connection: 0}
-        key = secrets.token_bytes(32)
-        with Listener(("0.0.0.0", 0), backlog=self._world, authkey=key) as listener:
-            gather_over_processes((listener.address[1], key))
-            connections = [listener.accept() for _ in range(1, self._world)]
-        return {connection: connection.recv() for connection in connections}
+    def start(self, seconds: float = CONNECT_SECONDS) -> None:
+        """Connect, and watch from now on; all processes must do so within `seconds`.
+
+        Raises:
+            InputError: another process does not come, or cannot be reached; those that can be told
+                learn of it by `fail`.
+        """
+        if self._world == 1:
+            return
+        store = run_store(seconds)
+        if self._rank == 0:
+            self._peers = accept_peers(store, self._world, seconds)
+        else:
+            self._peers = {connect_to_first(store, self._rank, seconds): 0}
+        missing = set(range(1, self._world)) - set(self._peers.values())
+        threading.Thread(target=self._watch, daemon=True).start()
+        if self._rank == 0 and missing:
+            raise InputError(
+                f"of {self._world} processes these did not connect to process 0 within "
+                f"{seconds:g} s: {', '.join(map(str, sorted(missing)))}. Were they killed? Look at "
+                "their output; machines must accept each other's connections on every port"
+            )
 
     def fail(self, code: int) -> None:
         """Return if this process is the first to fail, for it to say why; else end it.
@@ -86,21 +102,20 @@ class Watchdog:
         self._failing = True
         time.sleep(_GRACE)
         if self._rank == 0:
-            self._decide(0, code)
+            self._end_after_first_failure(0, code)
         elif self._peers:  # else process 0 has left, and had nothing to say against this one
-            with suppress(OSError):  # it is leaving just now
-                self._tell(("failed", code))
-                self._is_first.wait(_VERDICT)
+            self._send_to_peers(("failed", code))
+            self._is_first.wait(_DECISION_TIMEOUT)
 
     def close(self) -> None:
         """Leave: from now on the end of this process is no failure, nor is another's for it."""
         self._left = True
-        with suppress(OSError):  # one that failed meanwhile ends by itself
-            self._tell(("left", 0))
+        self._send_to_peers(("left", 0))
 
-    def _tell(self, message: tuple[str, int]) -> None:
+    def _send_to_peers(self, message: tuple[str, int]) -> None:
         for connection in list(self._peers):
-            connection.send(message)
+            with suppress(OSError):  # it is gone, which `_watch` sees; the others must hear it
+                connection.send(message)
 
     def _watch(self) -> None:
         while self._peers:
@@ -115,11 +130,11 @@ class Watchdog:
                 if message == "left" or (message == "died" and self._left):
                     continue
                 if self._rank == 0:
-                    self._decide(rank, number, died=message == "died")
+                    self._end_after_first_failure(rank, number, died=message == "died")
                 else:
-                    self._obey(message, number)
+                    self._handle_decision(message, number)
 
-    def _decide(self, rank: int, code: int, *, died: bool = False) -> None:
+    def _end_after_first_failure(self, rank: int, code: int, *, died: bool = False) -> None:
         """Process 0: the process `rank` is the first to fail, unless another was before it."""
         with self._lock:
             if self._first is not None:
@@ -128,7 +143,7 @@ class Watchdog:
                 return
             self._first = rank, code
             if died:
-                _say_who_died(rank, self._world)
+                _report_death(rank, self._world)
             for connection, other in list(self._peers.items()):
                 with suppress(OSError):  # it is gone already
                     connection.send(("first" if other == rank else "end", code))
@@ -136,18 +151,18 @@ class Watchdog:
             time.sleep(_GRACE)  # closed at once, the connection could lose what was sent
             os._exit(code)
 
-    def _obey(self, message: str, code: int) -> None:
+    def _handle_decision(self, message: str, code: int) -> None:
         """Another process: what process 0 said of the first failure, or that it died."""
         if message == "first" or (message == "died" and self._failing):
             self._is_first.set()
             self._peers.clear()
             return
         if message == "died" and self._rank == 1:
-            _say_who_died(0, self._world)
+            _report_death(0, self._world)
         os._exit(code)
 
 
-def _say_who_died(rank: int, world: int) -> None:
+def _report_death(rank: int, world: int) -> None:
     print(
         f"\nerror: process {rank} of {world} ended without a word: was it killed, is there too "
         "little memory? The others end too",
