@@ -20,7 +20,7 @@ CONTEXT = multiprocessing.get_context("fork")
 def samples() -> ReadySamples:
     """Never asked for one."""
     encoder = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
-    return ReadySamples([], encoder, 10, {}, None)  # type: ignore[arg-type]
+    return ReadySamples([], encoder, 10, {}, None, {})  # type: ignore[arg-type]
 
 
 def test_loader_processes_end_with_their_block_and_others_do_not() -> None:
