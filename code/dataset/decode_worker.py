@@ -39,7 +39,7 @@ from config.json_text import to_json
 MEMORY = 4 << 30  # bytes of address space of a worker
 MAX_WORKERS = 4  # of a process
 POLL_SECONDS = 0.1  # between two calls of `check`
-_MAX_PEAK_MEMORY = 1 << 30  # bytes; a worker that has held more is replaced
+MAX_PEAK_MEMORY = 1 << 30  # bytes; a worker that has held more is replaced
 _LONGEST_ANSWER = 1 << 20  # bytes of an answer without its arrays
 _CODE = Path(__file__).resolve().parent.parent
 
@@ -150,7 +150,7 @@ class _Worker:
                 check()
         with self._explained(call):
             answer = json.loads(self.answers.readline(_LONGEST_ANSWER))
-            self.exceeded_peak = answer["peak"] > _MAX_PEAK_MEMORY
+            self.exceeded_peak = answer["peak"] > MAX_PEAK_MEMORY
             return answer["error"], _unpack(answer["result"], self.answers)
 
     @contextmanager

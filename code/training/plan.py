@@ -24,6 +24,7 @@ from config.schema import Config, Quantization
 from conversation.batch import Batch
 from conversation.parts import Modality
 from dataset.catalog import find_entry
+from dataset.decode_worker import MAX_PEAK_MEMORY
 from model.build import build_on_meta, find_folder
 from model.device import autocast_to, choose_dtype
 from model.imagebind import ImageBind, encoder_figures
@@ -42,7 +43,6 @@ _BUCKET = 500_000_000  # numbers
 _MOST_GATHERED = 1_000_000_000  # numbers, by ZeRO 3
 _VIDEO_VIEWS = 18_063_360  # bytes: 15 of two frames, 3 x 224 x 224 float32; the largest medium
 _AHEAD = 2  # batches that each loader process has ready, by default
-_DECODER = 1 << 30  # bytes that a decoding process may hold; 70 MB at rest (dataset.decode_worker)
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _keeping(config: Config, processes: int) -> dict[str, float]:
         share = config.training.global_batch_size // processes
         ready = max(1, _AHEAD * config.data.workers)
         needs["media, decoded for the encoder"] = float(ready * share * _VIDEO_VIEWS)
-        needs["decoding processes, at most"] = float(max(1, config.data.workers) * _DECODER)
+        needs["decoding processes, at most"] = float(max(1, config.data.workers) * MAX_PEAK_MEMORY)
     return needs
 
 
