@@ -454,6 +454,43 @@ _WHAT_AND_SOUND = Wording(
     ("Say what it is, then play how it sounds.",),
     ("Tell me what it is and let me hear its sound.", "What is it? Let me hear how it sounds."),
 )
+# Picture, video and sound of one thing: what is asked for in turn, or in one list.
+_DRAW_THING = tuple(
+    f"{ask} a {{size}} {{colour}} {{shape}} {{place}}"
+    for ask in ("draw", "show me", "I want to see", "make an image of")
+)
+_FILM_IT = ("film it {moving}", "make a video of it {moving}", "show me how it {moves}")
+_PLAY_IT = ("play its sound {count}", "let me hear it {count}")
+_IN_THREE_TURNS = (
+    "{0}, {1}, and {2}.",
+    "first {0}, then {1}, then {2}.",
+    "{0}. Then {1}, and after that {2}.",
+)
+_ALL_THREE = (
+    "picture, video and sound, please",
+    "a picture, a video and a sound, please",
+    "I want a picture, a video and the sound",
+    "I would like picture, video and sound",
+    "give me an image, a clip and a sound",
+    "give me a picture and a video, and the sound, too",
+    "a picture, a video and the sound of it",
+    "make an image, a video and its sound",
+    "show me a picture and a clip, and let me hear the sound",
+    "draw it, film it, and play its sound",
+)
+_THING_AND_ALL = (
+    "a {size} {colour} {shape} {place} that {moves} and sounds {count}",
+    "a {size} {colour} {shape} {place}, {moving}, heard {count}",
+    "a {colour} {shape}, {size}, {place}, that {moves} and is heard {count}",
+    "a {size} {colour} {shape} {place}, it {moves} and sounds {count}",
+)
+_THREE_KINDS = (
+    *(
+        turns.replace("{0}", draw).replace("{1}", film).replace("{2}", play)
+        for turns, draw, film, play in product(_IN_THREE_TURNS, _DRAW_THING, _FILM_IT, _PLAY_IT)
+    ),
+    *(f"{kinds}: {thing}." for kinds, thing in product(_ALL_THREE, _THING_AND_ALL)),
+)
 COURSE_REQUESTS: dict[str, Wording] = {
     "T+I→T+A": _WHAT_AND_SOUND,
     "T+V→T+A": _WHAT_AND_SOUND,
@@ -482,6 +519,7 @@ COURSE_REQUESTS: dict[str, Wording] = {
             "then play its sound {count}.",
             "Make a picture, a clip and the sound of a {colour} {shape}, {size}, {place}, "
             "that {moves} and sounds {count}.",
+            *_THREE_KINDS,
         ),
         (
             "Create a picture, a video and a sound: a {size} {colour} {shape} {place} that {moves} "

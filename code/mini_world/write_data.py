@@ -33,7 +33,7 @@ from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
 from mini_world.words import choose, say, sentence
 from model.media_files import SUFFIXES
 
-VERSION = 17  # of the world: raise it when the same seed gives something else
+VERSION = 18  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
     "pair_image": 600,
     "pair_video": 400,
