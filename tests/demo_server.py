@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import gradio as gr
 import uvicorn
@@ -80,10 +80,15 @@ def running_demo(assistant: Assistant) -> Iterator[Running]:
     """Serve `assistant` until the block ends."""
     port = free_port()
     before = os.environ.get("GRADIO_TEMP_DIR")
-    with TemporaryDirectory(prefix="demo_test_") as name:
-        folder = Path(name).resolve()
+    together = Path(gettempdir()).resolve() / f"demo_tests_{os.getpid()}"
+    together.mkdir(exist_ok=True)
+    with TemporaryDirectory(dir=together) as name:
+        folder = Path(name)
         desk = Desk(assistant)
         app = build_app(desk, folder)
+        # Gradio takes uploads from the one folder that this names. Of several servers in one
+        # process, which only tests have, the first would refuse its own from the second's start on.
+        os.environ["GRADIO_TEMP_DIR"] = str(together)
         server = uvicorn.Server(
             uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1)
         )
