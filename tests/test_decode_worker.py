@@ -212,8 +212,7 @@ def test_threads_decode_at_the_same_time_and_never_get_each_others_answers() -> 
 
 def test_an_idle_worker_that_was_killed_is_replaced() -> None:
     worker = decode(hostile.own_id, "a file")
-    os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: gone(worker), seconds=20)
+    os.kill(worker, signal.SIGKILL)  # not waited for: the call may come before the end
     assert decode(hostile.same, "alive") == "alive"
 
 
