@@ -13,16 +13,12 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from index import private_bytes, write_pairs
-
-from dataset.caption_embeddings import CaptionRecord
-from dataset.caption_records import compare_captions
-from dataset.catalog import DatasetSource
-from dataset.conversations import ConversationDataset
-from dataset.json_rows import iter_rows
+from nextgpt.dataset.caption_embeddings import CaptionRecord
+from nextgpt.dataset.caption_records import compare_captions
+from nextgpt.dataset.catalog import DatasetSource
+from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.dataset.json_stream import iter_rows
 
 
 def write_records(pairs: Path, folder: Path) -> None:

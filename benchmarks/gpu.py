@@ -12,7 +12,6 @@ link timed; decoders whose folders are not there get random weights too, on disk
 import argparse
 import re
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -22,31 +21,28 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
-
+from nextgpt.common.cli import run_cli
+from nextgpt.common.device import choose_device, choose_dtype
+from nextgpt.common.distributed import init_process_group
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config, project_path
+from nextgpt.config.schema import Config
+from nextgpt.conversation.batch import Batch
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.conversation.templates import TEMPLATES
+from nextgpt.generation import assistant as assistant_module
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.model.build import build_on_meta, signal_counts
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.tools.memory_estimate import full_batch
+from nextgpt.tools.weights.checks import language_model_figures
+from nextgpt.training.engine import StepCounts, TrainEngine
+from nextgpt.training.trainer import configure_trainable
 from real_decoders import write_random_decoder
-
-import chat.assistant
-from chat.assistant import Assistant
-from chat.options import ChatOptions
-from checkpoints.checks import language_model_figures
-from config.entry import run_entry
-from config.errors import InputError
-from config.loader import load_config, project_path
-from config.schema import Config
-from conversation.batch import Batch
-from conversation.encoding import ConversationEncoder
-from conversation.parts import MODALITIES, Conversation, Text, Turn
-from conversation.signal_tokens import SignalTokens
-from conversation.templates import TEMPLATES
-from model.build import build_on_meta, signal_counts
-from model.device import choose_device, choose_dtype
-from model.nextgpt import NextGPT
-from training.agent import Agent, StepCounts
-from training.loop import free_what_trains
-from training.plan import full_batch
-from training.processes import start_processes
 
 # bf16 without sparsity, in FLOP/s (T4, V100: fp16); compare with your card's data sheet. The first
 # that fits counts.
@@ -63,11 +59,11 @@ def random_model(config: Config, device: torch.device, *, lora: bool, outputs: b
     """The configured shapes with random weights, frozen ones in the run's precision."""
     known = language_model_figures(config)
     if known is None:
-        raise InputError(f"{config.language_model.path}: not there, and its shapes are not known")
+        raise UserError(f"{config.language_model.path}: not there, and its shapes are not known")
     model = build_on_meta(config, *known, lora=lora, output_projections=outputs)
     model.language_model.set_attn_implementation(config.language_model.attention)
     dtype = choose_dtype(config.training.precision, device)
-    free_what_trains(model, config)
+    configure_trainable(model, config)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -86,7 +82,7 @@ def measure_stage(config: Config, stage: int, steps: int, device: torch.device) 
         config, device, lora="lora" in trains, outputs="output_projections" in trains
     )
     dtype = choose_dtype(config.training.precision, device)
-    agent = Agent(model, config.training, steps + 1, device, dtype)
+    agent = TrainEngine(model, config.training, steps + 1, device, dtype)
     batches = [random_batch(config, model, agent.micro_batch_size).to(device)]
     batches *= agent.accumulation
     tokens = sum(batch.input_ids.numel() for batch in batches)
@@ -128,11 +124,11 @@ def measure_answer(config: Config, device: torch.device) -> str:
     signals = SignalTokens(signal_counts(config), first_id=known[1])
     template = TEMPLATES[config.language_model.template]
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    encoder = ConversationEncoder(tokenizer, signals, template, config.input_projection.tokens)
+    encoder = PromptBuilder(tokenizer, signals, template, config.input_projection.tokens)
     model = random_model(config, device, lora=True, outputs=True)
     assistant = Assistant(config, encoder, model, device, [])
-    options = replace(ChatOptions.from_config(config), max_new_tokens=WORDS, temperature=0)
-    write = chat.assistant.generate_answers
+    options = replace(GenerationSettings.from_config(config), max_new_tokens=WORDS, temperature=0)
+    write = assistant_module.generate_answers
 
     def write_and_call(*arguments: object, **keywords: object) -> list[list[int]]:
         """Random weights call for no media: what they write is followed by all three."""
@@ -141,7 +137,7 @@ def measure_answer(config: Config, device: torch.device) -> str:
         runs = [token for modality in MODALITIES for token in signals.run(modality)]
         return [row + runs for row in ids]
 
-    chat.assistant.generate_answers = write_and_call
+    assistant_module.generate_answers = write_and_call
     asked = Conversation((Turn("human", (Text("Show me all of it, and let me hear it."),)),))
     for modality in MODALITIES:
         assistant.load_decoder(modality)
@@ -195,7 +191,7 @@ def main() -> None:
     parser.add_argument("--answer", action="store_true", help="a whole answer, too")
     arguments = parser.parse_args()
     device = choose_device()
-    start_processes(device)
+    init_process_group(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     print(f"{name}, torch {torch.__version__}, config {arguments.config}", flush=True)
     for stage in filter(None, arguments.stages.split(",")):
@@ -206,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

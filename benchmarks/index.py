@@ -14,10 +14,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
-
-from dataset.index import open_index
-from dataset.readers import read_record
+from nextgpt.dataset.readers import read_record
+from nextgpt.dataset.row_index import open_index
 
 _ROW = (
     '{"caption": "a small red circle on the left of a blue square, %d", "image_name": "%09d.jpg"}'

@@ -23,11 +23,11 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
-from config.atomic import written_aside
-from conversation.parts import Modality
-from mini_world.mini_decoders import UNCHECKED
-from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
-from model.decoders import PIPELINES
+from nextgpt.common.io import atomic_write
+from nextgpt.common.modality import Modality
+from nextgpt.mini_world.mini_decoders import UNCHECKED
+from nextgpt.mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
+from nextgpt.model.decoders import PIPELINES
 
 
 def _vae(channels: int, latents: int, widths: tuple[int, ...]) -> AutoencoderKL:
@@ -124,5 +124,5 @@ def write_random_decoder(modality: Modality, folder: Path) -> None:
     pipeline = PIPELINES[modality](
         tokenizer=tokenizer, scheduler=DDIMScheduler(), **networks, **unchecked
     )
-    with written_aside(folder) as aside, torch.no_grad():
+    with atomic_write(folder) as aside, torch.no_grad():
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)

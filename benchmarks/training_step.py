@@ -12,30 +12,26 @@ input embeddings alone. Printed are medians of seconds and of the ratios step by
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
-
-from config.entry import run_entry
-from config.loader import STAGES, load_config
-from conversation.batch import Batch
-from conversation.encoding import IGNORE
-from conversation.parts import MODALITIES
-from dataset.sampler import BatchPlan
-from model.build import resolve_model_path
-from model.device import choose_device
-from training.agent import Agent, StepCounts
-from training.features import BatchCompleter
-from training.loop import RunOptions, Trainer
-from training.processes import start_processes
-from training.samples import load_batches, shares
+from nextgpt.common.cli import run_cli
+from nextgpt.common.device import choose_device
+from nextgpt.common.distributed import init_process_group
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import STAGES, load_config
+from nextgpt.conversation.batch import Batch
+from nextgpt.conversation.prompt import IGNORE_INDEX
+from nextgpt.dataset.sampler import BatchSchedule
+from nextgpt.model.build import resolve_model_path
+from nextgpt.training.data import load_batches, rank_batches
+from nextgpt.training.engine import StepCounts, TrainEngine
+from nextgpt.training.media_features import BatchEncoder
+from nextgpt.training.trainer import RunOptions, Trainer
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -52,10 +48,10 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     samples = trainer.open_samples()
     training, data = trainer.config.training, trainer.config.data
     sizes = samples.conversations.sizes
-    plan = BatchPlan(sizes, training.global_batch_size, data.batching, training.seed)
-    order = shares(plan, 0, count, samples.conversations.length)
+    plan = BatchSchedule(sizes, training.global_batch_size, data.batching, training.seed)
+    order = rank_batches(plan, 0, count, samples.conversations.length)
     width = trainer.config.encoder.width
-    completer = BatchCompleter(trainer.config, samples.caches, trainer.device)
+    completer = BatchEncoder(trainer.config, samples.caches, trainer.device)
     size = training.micro_batch_size
     with load_batches(samples, order, size, width, 0, data.row_length) as ready:
         return [
@@ -65,7 +61,7 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
 
 def counts_of(batches: list[Batch]) -> StepCounts:
     """Tokens and runs of one step."""
-    tokens = sum(int((batch.targets[:, 1:] != IGNORE).sum()) for batch in batches)
+    tokens = sum(int((batch.targets[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
     runs = {m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in MODALITIES}
     return StepCounts(tokens, runs)
 
@@ -76,7 +72,7 @@ def measure(config_name: str, stage: int, steps: int) -> None:
     trainer = Trainer(config, RunOptions(stage))
     all_batches = complete_batches(trainer, steps + 1)
     torch.manual_seed(0)
-    agent = Agent(
+    agent = TrainEngine(
         trainer.make_model(delta=None), config.training, steps + 1, trainer.device, trainer.dtype
     )
     path = resolve_model_path(config.language_model.path)
@@ -121,10 +117,10 @@ def main() -> None:
     parser.add_argument("--config", default="mini")
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
-    start_processes(choose_device())
+    init_process_group(choose_device())
     for stage in STAGES[:3]:  # in the fourth the language model is left out
         measure(arguments.config, stage, arguments.steps)
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -12,11 +12,11 @@ in more than 5 % of a data set.
 import argparse
 import sys
 
-from config.entry import run_entry
-from config.loader import STAGES, load_config
-from dataset.checking import check_datasets
-from dataset.conversations import caption_shapes, open_conversations
-from training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
+from nextgpt.common.cli import run_cli
+from nextgpt.config.loader import STAGES, load_config
+from nextgpt.dataset.conversations import caption_shapes, open_conversations
+from nextgpt.tools.validate_data import check_datasets
+from nextgpt.training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
 
 
 def main() -> None:
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import torch
 
-from config.atomic import written_aside
-from config.entry import run_entry
-from config.errors import InputError
-from config.loader import load_config
-from model.build import find_folder
-from model.delta import DELTA_FILE, PUBLISHED_FILE, Delta, read_delta, write_delta
-from model.parts import is_own_vocabulary
-from model.published import NEW_ROWS, Tensors, delta_to_published
-from model.weight_files import map_folder
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.common.io import atomic_write
+from nextgpt.config.loader import load_config
+from nextgpt.model.build import find_folder
+from nextgpt.model.delta import DELTA_FILE, PUBLISHED_FILE, Delta, read_delta, write_delta
+from nextgpt.model.trainable import is_base_vocabulary
+from nextgpt.model.upstream_checkpoint import NEW_ROWS, Tensors, delta_to_published
+from nextgpt.model.weight_files import map_folder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _NEW_ROWS = ".new_rows"
@@ -41,11 +41,11 @@ def publish(delta: Delta, out: Path, dtype: torch.dtype | None, language_model: 
         language_model: the folder or hub name that own rows are taken from if `delta` has none.
 
     Raises:
-        InputError: another number of new tokens than the published, or another language model.
+        UserError: another number of new tokens than the published, or another language model.
     """
     rows = {name: len(t) for name, t in delta.tensors.items() if name.endswith(_NEW_ROWS)}
     if not rows or set(rows.values()) != {NEW_ROWS}:
-        raise InputError(
+        raise UserError(
             f"{delta.source} has {max(rows.values(), default=0)} new tokens, and the published "
             f"layout {NEW_ROWS}: only systems with the published signal tokens can be written so"
         )
@@ -56,7 +56,7 @@ def publish(delta: Delta, out: Path, dtype: torch.dtype | None, language_model: 
         name: tensor.to(dtype or tensor.dtype).contiguous()
         for name, tensor in delta_to_published(tuned).items()
     }
-    with written_aside(out / PUBLISHED_FILE) as aside:
+    with atomic_write(out / PUBLISHED_FILE) as aside:
         torch.save(tensors, aside)
     return out / PUBLISHED_FILE
 
@@ -64,10 +64,10 @@ def publish(delta: Delta, out: Path, dtype: torch.dtype | None, language_model: 
 def _own_rows(language_model: str, vocabulary_size: int) -> Tensors:
     """The language model's vocabulary matrices by our names; a tied one is both."""
     folder = find_folder(language_model, "config.json")
-    rows = {n: t for n, t in map_folder(folder).items() if is_own_vocabulary(n)}
+    rows = {n: t for n, t in map_folder(folder).items() if is_base_vocabulary(n)}
     embeddings = next((t for name, t in rows.items() if "embed_tokens" in name), None)
     if embeddings is None or len(embeddings) < vocabulary_size:
-        raise InputError(
+        raise UserError(
             f"{folder} has no {vocabulary_size} rows of vocabulary: name with --config or --set "
             "language_model.path the one that the parameters were tuned with"
         )
@@ -101,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

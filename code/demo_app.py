@@ -3,9 +3,9 @@
 import argparse
 from pathlib import Path
 
-from config.entry import run_entry
-from config.loader import load_config
-from demo.server import serve
+from nextgpt.common.cli import run_cli
+from nextgpt.config.loader import load_config
+from nextgpt.serving.server import serve
 
 
 def main() -> None:
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -10,12 +10,12 @@ python evaluate.py --cells T-I,I-T --samples 100 --out outputs/quick
 import argparse
 from pathlib import Path
 
-from chat.answering import find_delta
-from config.entry import run_entry
-from config.loader import load_config, project_path
-from evaluation.items import CELLS, parse_cells
-from evaluation.scoreboard import Questions, evaluate
-from mini_world.things import HELD_OUT_PAIRS
+from nextgpt.common.cli import run_cli
+from nextgpt.config.loader import load_config, project_path
+from nextgpt.generation.cli import find_delta
+from nextgpt.mini_world.objects import HELD_OUT_PAIRS
+from nextgpt.mini_world.scoreboard.items import CELLS, parse_cells
+from nextgpt.mini_world.scoreboard.scoreboard import Questions, evaluate
 
 
 def main() -> None:
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -6,11 +6,11 @@ python evaluate_parts.py --samples 300
 import argparse
 from pathlib import Path
 
-from config.entry import run_entry
-from config.loader import load_config, project_path
-from conversation.parts import MODALITIES
-from evaluation.parts import score_parts
-from mini_world.things import HELD_OUT_PAIRS
+from nextgpt.common.cli import run_cli
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config, project_path
+from nextgpt.mini_world.objects import HELD_OUT_PAIRS
+from nextgpt.mini_world.scoreboard.component_scores import score_parts
 
 
 def main() -> None:
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

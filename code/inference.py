@@ -8,12 +8,12 @@ python inference.py --cases ../data/mini_world/examples/cases.json --out outputs
 import argparse
 from pathlib import Path
 
-from chat.answering import answer_requests
-from chat.history import read_history
-from chat.requests import Request, human_turn, read_cases
-from config.entry import run_entry
-from config.loader import load_config
-from conversation.parts import MODALITIES
+from nextgpt.common.cli import run_cli
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config
+from nextgpt.generation.cli import answer_requests
+from nextgpt.generation.history import read_history
+from nextgpt.generation.requests import Request, human_turn, read_cases
 
 # The published names of some keys of the configuration.
 PUBLISHED_FLAGS = {
@@ -75,4 +75,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -6,9 +6,9 @@ python merge_vicuna.py --base llama-7b-hf --delta vicuna-7b-delta-v0 --out vicun
 import argparse
 from pathlib import Path
 
-from checkpoints.merging import merge_vicuna
-from config.entry import run_entry
-from config.loader import load_config, project_path
+from nextgpt.common.cli import run_cli
+from nextgpt.config.loader import load_config, project_path
+from nextgpt.tools.weights.merge import merge_vicuna
 
 
 def main() -> None:
@@ -28,4 +28,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -8,10 +8,10 @@ import argparse
 import shlex
 import sys
 
-from checkpoints.preparing import prepare_checkpoints
-from checkpoints.sources import PART_NAMES
-from config.entry import run_entry
-from config.loader import load_config
+from nextgpt.common.cli import run_cli
+from nextgpt.config.loader import load_config
+from nextgpt.tools.weights.registry import PART_NAMES
+from nextgpt.tools.weights.report import prepare_checkpoints
 
 
 def main() -> None:
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

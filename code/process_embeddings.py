@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from config.entry import run_entry
-from conversation.parts import MODALITIES
-from model.device import choose_device
-from training.embed_captions import embed_captions
+from nextgpt.common.cli import run_cli
+from nextgpt.common.device import choose_device
+from nextgpt.common.modality import MODALITIES
+from nextgpt.tools.embed_captions import embed_captions
 
 
 def main() -> None:
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

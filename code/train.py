@@ -4,10 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from config.entry import run_entry
-from config.loader import STAGES, load_config
-from training.loop import STOPPED_BY_SIGNAL, RunOptions, Trainer
-from training.watchdog import guarded_process_group
+from nextgpt.common.cli import run_cli
+from nextgpt.common.watchdog import guarded_process_group
+from nextgpt.config.loader import STAGES, load_config
+from nextgpt.training.trainer import STOPPED_BY_SIGNAL, RunOptions, Trainer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,10 +43,12 @@ def main() -> None:
         overrides.append(f"save_path={arguments.save_path.resolve()}")
     config = load_config(arguments.config, arguments.stage, overrides)
     if arguments.plan is not None:
-        from training.plan import plan_stage  # these load what training can spare
-        from training.plan_report import format_plan
+        from nextgpt.tools.memory_estimate import (
+            estimate_memory,  # these load what training can spare
+        )
+        from nextgpt.tools.memory_report import format_memory_estimate
 
-        print(format_plan(plan_stage(config, arguments.stage, arguments.plan)))
+        print(format_memory_estimate(estimate_memory(config, arguments.stage, arguments.plan)))
         return
     options = RunOptions(
         arguments.stage,
@@ -62,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

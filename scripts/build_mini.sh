@@ -6,6 +6,6 @@ set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
 bash scripts/install.sh
-export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code"
-python -m mini_world.build_parts --rebuild "$@"
+export PATH="$root/.venv/bin:$PATH"
+python -m nextgpt.mini_world.build_components --rebuild "$@"
 python code/evaluate_parts.py

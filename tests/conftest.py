@@ -1,7 +1,13 @@
 """What holds for all tests."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+
+# Child processes of tests find the tests' own helper modules.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)
 
 
 @pytest.fixture(autouse=True, scope="session")

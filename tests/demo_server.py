@@ -16,12 +16,12 @@ import uvicorn
 from gradio_client import Client
 from openai import OpenAI
 
-from chat.assistant import Assistant
-from config.loader import load_config
-from conversation.parts import MODALITIES
-from demo.desk import Desk
-from demo.server import build_app
-from demo.sessions import Sessions
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config
+from nextgpt.generation.assistant import Assistant
+from nextgpt.serving.scheduler import InferenceQueue
+from nextgpt.serving.server import build_app
+from nextgpt.serving.sessions import Sessions
 from parity_tools import MEDIA
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
@@ -63,7 +63,7 @@ class Running:
     """A server that answers, and its inside."""
 
     address: str
-    desk: Desk
+    desk: InferenceQueue
     sessions: Sessions
     folder: Path
     page: gr.Blocks
@@ -84,7 +84,7 @@ def running_demo(assistant: Assistant) -> Iterator[Running]:
     together.mkdir(exist_ok=True)
     with TemporaryDirectory(dir=together) as name:
         folder = Path(name)
-        desk = Desk(assistant)
+        desk = InferenceQueue(assistant)
         app = build_app(desk, folder)
         # Gradio takes uploads from the one folder that this names. Of several servers in one
         # process, which only tests have, the first would refuse its own from the second's start on.

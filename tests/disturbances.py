@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 from transformers.audio_utils import mel_filter_bank
 
-from model.media_files import Frames, Output, Sound
+from nextgpt.media.writing import Frames, Output, Sound
 
 Rng = np.random.Generator
 Disturbance = Callable[[Output, Rng], Output]

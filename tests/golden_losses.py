@@ -5,17 +5,13 @@ process, float32. Record anew only when a change is meant to change what is lear
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "code"), str(ROOT / "tests")]
+from tiny_run import TinyRun
 
-from tiny_run import TinyRun  # noqa: E402  (the paths come first)
-
-GOLDEN = ROOT / "tests" / "golden_losses.json"
+GOLDEN = Path(__file__).parent / "golden_losses.json"
 STAGES = (1, 2, 3, 4)
 STEPS = 50
 

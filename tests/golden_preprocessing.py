@@ -1,27 +1,23 @@
 """Records what preprocessing gives of a few files: `python tests/golden_preprocessing.py`.
 
 Cached features are kept under the version of the preprocessing. When a change is meant to give
-other numbers, raise that modality's number in `dataset.media.PREPROCESSING_VERSIONS`, then record.
+other numbers, raise that modality's number in `PREPROCESSING_VERSIONS`, then record.
 """
 
 import json
-import sys
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "code"), str(ROOT / "tests")]
+import av
+import numpy as np
+import torch
+from PIL import Image
 
-import av  # noqa: E402  (the paths come first)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+from nextgpt.common.modality import Modality
+from nextgpt.media.transforms import PREPROCESSING_VERSIONS, load_views
 
-from conversation.parts import Modality  # noqa: E402
-from dataset.media import PREPROCESSING_VERSIONS, load_views  # noqa: E402
-
-GOLDEN = ROOT / "tests" / "golden_preprocessing.json"
+GOLDEN = Path(__file__).parent / "golden_preprocessing.json"
 VALUES = 24  # of a file's views, spread evenly
 _UPSIDE_DOWN = 3  # EXIF's number
 

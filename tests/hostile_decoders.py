@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config.errors import MediaError
-from dataset.decoding import read_pixels, read_samples
+from nextgpt.common.errors import MediaError
+from nextgpt.media.decoding import read_pixels, read_samples
 
 
 def crash(*_: str) -> None:

@@ -5,17 +5,14 @@ recorded numbers of the small one. They tell when something in the full size cha
 one core of a busy machine.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
-
-from conversation.parts import MODALITIES
-from model.imagebind.config import IMAGEBIND_HUGE
-from model.imagebind.encoder import ImageBind
+from nextgpt.common.modality import MODALITIES
+from nextgpt.model.imagebind.config import IMAGEBIND_HUGE
+from nextgpt.model.imagebind.encoder import ImageBind
 from parity_tools import cases, fill_by_recipe
 
 RECORD = Path(__file__).with_name("full_size.safetensors")

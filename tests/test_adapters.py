@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from model.build import build_model
-from model.language_model import fold_adapters
+from nextgpt.model.build import build_model
+from nextgpt.model.language_model import merge_lora
 from tiny_system import tiny_config
 
 
@@ -23,7 +23,7 @@ def test_folded_adapters_give_the_same_states_and_leave_half_precision_weights_a
     )
     read = model.read(embeddings)
 
-    fold_adapters(model)
+    merge_lora(model)
 
     torch.testing.assert_close(model.read(embeddings), read)
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}

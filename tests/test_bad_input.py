@@ -13,13 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import inference
-import process_embeddings
-from config.entry import INTERRUPTED, run_entry
-from config.errors import InputError
-from config.loader import load_config
-from dataset import preprocess_dataset
-from mini_world import write_data
+from nextgpt import inference, process_embeddings
+from nextgpt.common.cli import INTERRUPTED, run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.dataset import preprocess_dataset
+from nextgpt.mini_world import write_data
 from parity_tools import PARITY
 from tiny_decoders import tiny_decoder
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
@@ -46,7 +45,7 @@ def refused(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["entry", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            run_entry(main)
+            run_cli(main)
     said = capsys.readouterr().err
     assert ended.value.code == 2, said
     assert "error: " in said and "Traceback" not in said
@@ -209,14 +208,14 @@ def test_a_damaged_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     ],
 )
 def test_a_figure_that_cannot_be_is_named(override: str, word: str) -> None:
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(UserError, match=word):
         load_config("7b", 1, [override])
 
 
 @pytest.mark.parametrize("content", [b"stage_1: 5\n", b"\xff\xfe"])
 def test_a_configuration_of_another_kind_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_bytes(content)
-    with pytest.raises(InputError, match=r"own\.yaml"):
+    with pytest.raises(UserError, match=r"own\.yaml"):
         load_config(str(tmp_path / "own.yaml"), 1)
 
 
@@ -262,5 +261,5 @@ def test_what_the_system_refuses_and_ctrl_c_need_no_traceback(
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as ended:
-        run_entry(interrupted)
+        run_cli(interrupted)
     assert ended.value.code == INTERRUPTED and "stopped" in capsys.readouterr().err

@@ -6,24 +6,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from config.loader import load_config
-from conversation.batch import Batch, pack_conversations
-from conversation.encoding import EncodedConversation
-from conversation.parts import Conversation
-from model.nextgpt import NextGPT
-from model.output_projection import OutputProjection
-from model.parts import PARTS, set_trainable
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.batch import Batch, pack_conversations
+from nextgpt.conversation.messages import Conversation
+from nextgpt.conversation.prompt import EncodedPrompt
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.output_projection import OutputProjection
+from nextgpt.model.trainable import TRAINABLE_GROUPS, set_trainable
+from nextgpt.training.data import Example, split_by_length
+from nextgpt.training.engine import StepCounts, TrainEngine
 from parity_tools import cases, relative_error
 from test_conversation import CASE_NAMES
 from tiny_system import ask, recorded_conversation, tiny_encoder, tiny_model
-from training.agent import Agent, StepCounts
-from training.samples import ReadySample, split_by_length
 
 ENCODER = tiny_encoder()
 WIDTH = 32  # of a recorded feature
 
 
-def recorded_samples() -> list[ReadySample]:
+def recorded_samples() -> list[Example]:
     """All recorded conversations and one without media: 24 samples of many lengths."""
     conversations = [recorded_conversation(case, row) for case in CASE_NAMES for row in (0, 1)]
     conversations += [Conversation(ask("Why?", answer)) for answer in ("So.", "It rains. " * 9)]
@@ -33,7 +33,7 @@ def recorded_samples() -> list[ReadySample]:
         row = index % 2
         features = [cases()[f"imagebind.{m.modality}"][row].numpy() for _, m in encoded.slots]
         captions = {m: cases()[f"in.caption_emb.{m.modality}"][row] for _, m in encoded.runs}
-        samples.append(ReadySample(encoded, features, captions, skipped=[]))
+        samples.append(Example(encoded, features, captions, skipped=[]))
     return samples
 
 
@@ -52,12 +52,12 @@ def model() -> NextGPT:
             heads=2,
             feedforward=32,
         )
-    set_trainable(model, list(PARTS), own_vocabulary=False)
+    set_trainable(model, list(TRAINABLE_GROUPS), own_vocabulary=False)
     return model
 
 
 def step_gradient(
-    model: NextGPT, samples: list[ReadySample], world: int, size: int, row_length: int | None
+    model: NextGPT, samples: list[Example], world: int, size: int, row_length: int | None
 ) -> torch.Tensor:
     """The gradient of a step over `world` processes in micro batches of `size`, as DeepSpeed's.
 
@@ -81,7 +81,7 @@ def step_gradient(
     )
     model.zero_grad()
     for batch in batches:
-        (Agent._share_of_loss(agent, model(batch), counts) / len(batches)).backward()
+        (TrainEngine._share_of_loss(agent, model(batch), counts) / len(batches)).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -104,7 +104,7 @@ def test_gradients_are_the_same_for_every_split_of_a_batch(
 # ---------------------------------------------------------------- packed rows
 
 
-def texts(*answers: str) -> list[EncodedConversation]:
+def texts(*answers: str) -> list[EncodedPrompt]:
     return [ENCODER.encode(Conversation(ask("Why is it so?", answer))) for answer in answers]
 
 

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 import torch
 
-import process_embeddings
-from config.errors import InputError
-from config.loader import load_config
-from config.schema import Config
-from dataset import caption_records
-from dataset.caption_embeddings import EmbeddingMaker, EmbeddingStore
-from dataset.caption_records import compare_captions
-from dataset.conversations import open_conversations
-from mini_world.mini_decoders import build_mini_decoder
+from nextgpt import process_embeddings
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.config.schema import Config
+from nextgpt.dataset import caption_records
+from nextgpt.dataset.caption_embeddings import EmbeddingMaker, EmbeddingStore
+from nextgpt.dataset.caption_records import compare_captions
+from nextgpt.dataset.conversations import open_conversations
+from nextgpt.mini_world.mini_decoders import build_mini_decoder
+from nextgpt.training.caption_check import CaptionCheck, check_caption_embeddings
 from test_check_data import check
 from test_training import copied_data
 from tiny_decoders import TINY
 from tiny_run import TinyRun, tiny_world, trained
-from training.caption_check import CaptionCheck, check_caption_embeddings
 
 IMAGES = "mini_world/T-X_pair_data/image/image.json"
 ROWS = 36  # of that file
@@ -88,7 +88,7 @@ def test_embeddings_of_other_captions_are_an_error_whose_command_makes_them_righ
     tmp_path: Path, sets: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = change_rows(tmp_path, rotated)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UserError) as raised:
         checked(tmp_path, sets)
     said = str(raised.value)
     changed = [i for i, row in enumerate(rotated(rows)) if row != rows[i]]
@@ -136,7 +136,7 @@ def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
 
 def test_more_wrong_rows_than_a_run_may_skip_are_an_error(tmp_path: Path, sets: list[str]) -> None:
     change_rows(tmp_path, lambda rows: [row | {"caption": "no"} for row in rows[:2]] + rows[2:])
-    with pytest.raises(InputError, match=rf"made from the caption .* 2 of {ROWS} rows"):
+    with pytest.raises(UserError, match=rf"made from the caption .* 2 of {ROWS} rows"):
         check_run(tmp_path, sets)
 
 
@@ -179,12 +179,12 @@ def test_embeddings_of_another_text_encoder_or_tokenizer_are_an_error(
     tmp_path: Path, sets: list[str]
 ) -> None:
     build_mini_decoder("image", tmp_path / "other", 2, ["a small red circle on the left"], TINY)
-    with pytest.raises(InputError, match=r"image embeddings in .*embed were made by .*another"):
+    with pytest.raises(UserError, match=r"image embeddings in .*embed were made by .*another"):
         checked(tmp_path, [*sets, f"decoders.image.path={tmp_path / 'other'}"])
     maker = tmp_path / "embed" / "embeddings.image.json"
     content = json.loads(maker.read_text())
     maker.write_text(json.dumps(content | {"tokenizer": "0" * 64}))
-    with pytest.raises(InputError, match=r"image embeddings in .*embed were made by .*another"):
+    with pytest.raises(UserError, match=r"image embeddings in .*embed were made by .*another"):
         checked(tmp_path, sets)
     del content["tokenizer"]  # as older versions recorded it
     maker.write_text(json.dumps(content))
@@ -338,7 +338,7 @@ def test_a_store_that_cannot_be_read_lets_other_processes_write(
 
 def test_two_writers_of_one_list_exclude_each_other(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "image", MAKER)
-    with pytest.raises(InputError, match="another process is writing image embeddings"):
+    with pytest.raises(UserError, match="another process is writing image embeddings"):
         EmbeddingStore(tmp_path, "image", MAKER)
     EmbeddingStore(tmp_path, "image", MAKER, rank=1).close()
     store.close()
@@ -351,5 +351,5 @@ def test_a_damaged_line_of_a_list_is_named(tmp_path: Path) -> None:
     store.close()
     listing = tmp_path / "captions.image.rank0.jsonl"
     listing.write_text(listing.read_text().replace('{"name": "b', '{"nam\x00e": "b'))
-    with pytest.raises(InputError, match=r"captions\.image\.rank0\.jsonl: line 2 is damaged"):
+    with pytest.raises(UserError, match=r"captions\.image\.rank0\.jsonl: line 2 is damaged"):
         EmbeddingStore(tmp_path, "image", MAKER)

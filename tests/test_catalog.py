@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import InputError, MediaError
-from conversation.parts import Media, Text
-from dataset.catalog import resolve_entry
-from dataset.conversations import ConversationDataset
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.conversation.messages import Media, Text
+from nextgpt.dataset.catalog import resolve_entry
+from nextgpt.dataset.conversations import ConversationDataset
 
 
 @pytest.fixture
@@ -44,17 +44,17 @@ def test_a_missing_medium_is_one_samples_error(root: Path) -> None:
 def test_a_wrong_record_ends_the_start(root: Path) -> None:
     source = resolve_entry("mini_image_enc", root, root)
     source.annotation.write_text('[{"caption": "a", "image_name": "1.png"}, {"caption": "b"}]')
-    with pytest.raises(InputError, match=r"image\.json: row 1 .*image_name"):
+    with pytest.raises(UserError, match=r"image\.json: row 1 .*image_name"):
         ConversationDataset([source], root / "cache")
 
 
 def test_an_unknown_name_says_the_nearest_and_all(root: Path) -> None:
-    with pytest.raises(InputError, match=r"'cc3m_end'.*'cc3m_enc' meant.*mosit_instruction"):
+    with pytest.raises(UserError, match=r"'cc3m_end'.*'cc3m_enc' meant.*mosit_instruction"):
         resolve_entry("cc3m_end", root, root)
 
 
 def test_missing_annotations_are_named(root: Path) -> None:
-    with pytest.raises(InputError, match=r"cc3m_enc.*T-X_pair_data/cc3m/cc3m\.json is missing"):
+    with pytest.raises(UserError, match=r"cc3m_enc.*T-X_pair_data/cc3m/cc3m\.json is missing"):
         resolve_entry("cc3m_enc", root, root)
-    with pytest.raises(InputError, match=r"mini_text\.json is missing: .*write_data"):
+    with pytest.raises(UserError, match=r"mini_text\.json is missing: .*write_data"):
         resolve_entry("mini_text", root, root)

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.loader import load_config
-from conversation.parts import MODALITIES
-from model.build import build_model
-from model.delta import load_delta, read_delta
-from model.output_projection import OutputProjection
-from model.published import model_to_published, published_to_delta
+from nextgpt.callbacks.whitening import whiten
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config
+from nextgpt.model.build import build_model
+from nextgpt.model.delta import load_delta, read_delta
+from nextgpt.model.output_projection import OutputProjection
+from nextgpt.model.upstream_checkpoint import model_to_published, published_to_delta
 from tiny_run import TinyRun, same, trained
-from training.centring import whiten
 
 CENTRED = "output_projection.centred=true"
 

@@ -10,16 +10,22 @@ import pytest
 import torch
 from PIL import Image
 
-from chat.assistant import Answer, Assistant
-from chat.generation import StopSequences, WholeRuns, WordStream, readable_parts, words
-from chat.options import ChatOptions
-from config.errors import InputError, MediaError
-from config.loader import load_config
-from conversation.encoding import ConversationEncoder
-from conversation.parts import Conversation, Media, Text, Turn
-from model.build import build_conversation_encoder
-from model.decoders import Decoder
-from model.media_files import Frames, Sound
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.generation.assistant import Answer, Assistant
+from nextgpt.generation.sampling import (
+    CompleteSignalSpans,
+    StopSequences,
+    TextStreamer,
+    readable_parts,
+    words,
+)
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.media.writing import Frames, Sound
+from nextgpt.model.build import build_prompt_builder
+from nextgpt.model.decoders import Decoder
 from parity_tools import MEDIA
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
@@ -44,7 +50,7 @@ def say(*parts: Text | Media) -> Conversation:
 def ask(
     assistant: Assistant, conversation: Conversation, seed: int = 0, **figures: float
 ) -> Answer:
-    options = ChatOptions.from_config(assistant.config)
+    options = GenerationSettings.from_config(assistant.config)
     return assistant.chat(conversation, seed=seed, options=replace(options, **figures))
 
 
@@ -82,7 +88,7 @@ def test_signal_runs_are_whole_whatever_is_sampled(
 
 
 def test_runs_begin_only_where_they_fit() -> None:
-    processor = WholeRuns(SIGNALS, max_new_tokens=10)
+    processor = CompleteSignalSpans(SIGNALS, max_new_tokens=10)
     scores = torch.zeros(1, SIGNALS.end_id)
     starts = {modality: SIGNALS.run(modality)[0] for modality in SIGNALS.counts}
 
@@ -132,7 +138,7 @@ def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assi
     conversation = say(Media("image", path=PHOTO), Text("what is it?"))
     answer = ask(babbler, conversation, temperature=0, max_new_tokens=20)
     prompt, embeddings = whole(babbler, conversation, answer)
-    model, whole_runs = babbler.model, WholeRuns(SIGNALS, 20)
+    model, whole_runs = babbler.model, CompleteSignalSpans(SIGNALS, 20)
     hidden = model.read(embeddings)
     logits = model.language_model.get_output_embeddings()(hidden)[0, prompt - 1 :]
     for step, token_id in enumerate(answer.token_ids):
@@ -145,11 +151,14 @@ def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assi
 def test_sampling_takes_the_50_likeliest_tokens_as_published_or_all(
     babbler: Assistant, top_k: int, within: bool
 ) -> None:
-    assert ChatOptions.from_config(babbler.config).top_k == 50
+    assert GenerationSettings.from_config(babbler.config).top_k == 50
     conversation = say(Text("surprise me"))
     answer = ask(babbler, conversation, top_k=top_k, top_p=1, temperature=2, max_new_tokens=30)
     prompt, embeddings = whole(babbler, conversation, answer)
-    head, whole_runs = babbler.model.language_model.get_output_embeddings(), WholeRuns(SIGNALS, 30)
+    head, whole_runs = (
+        babbler.model.language_model.get_output_embeddings(),
+        CompleteSignalSpans(SIGNALS, 30),
+    )
     logits = head(babbler.model.read(embeddings))[0, prompt - 1 :]
     ranks = []
     for step, token_id in enumerate(answer.token_ids):
@@ -174,7 +183,7 @@ def test_media_are_those_of_the_projected_hidden_states(babbler: Assistant) -> N
         run = torch.tensor([[0, prompt + position]])
         caption = model.project_runs(modality, run, hidden, embeddings)
         decoder = Decoder(modality, babbler.config.decoders[modality].path, babbler.device)
-        options = ChatOptions.from_config(babbler.config).decode[modality]
+        options = GenerationSettings.from_config(babbler.config).decode[modality]
         expected = decoder.decode(caption, replace(options, seed=3 + number))[0]
         for found, wanted in zip(pixels(answer.outputs[number]), pixels(expected), strict=True):
             np.testing.assert_allclose(found, wanted, atol=1e-4)
@@ -188,7 +197,7 @@ def pixels(output: object) -> list[np.ndarray]:
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_words_are_the_answers_words(babbler: Assistant, seed: int) -> None:
     streamed: list[str] = []
-    options = ChatOptions.from_config(babbler.config)
+    options = GenerationSettings.from_config(babbler.config)
     options = replace(options, top_k=0, top_p=1, temperature=2, max_new_tokens=40)
     answer = babbler.chat(say(Text("tell me")), seed=seed, options=options, on_text=streamed.append)
     assert "".join(streamed) == answer.text
@@ -198,7 +207,7 @@ def test_streamed_words_are_the_answers_words(babbler: Assistant, seed: int) -> 
 def test_stream_holds_back_what_may_be_an_end_or_half_a_character() -> None:
     encoder = tiny_encoder()
     told: list[str] = []
-    stream = WordStream(encoder, told.append)
+    stream = TextStreamer(encoder, told.append)
     smile = [encoder.tokenizer.convert_tokens_to_ids(f"<0x{b:02X}>") for b in "☺".encode()]
     word = encoder.tokenizer("Sure", add_special_tokens=False).input_ids
     ids = [*word, *smile, *word, 13, 332]
@@ -229,7 +238,7 @@ WRITTEN = (
 )
 
 
-def random_answer(encoder: ConversationEncoder, rng: random.Random) -> list[int]:
+def random_answer(encoder: PromptBuilder, rng: random.Random) -> list[int]:
     """Words of several scripts, bytes that are no character, signal runs, and an end or none."""
     tokenizer, ids = encoder.tokenizer, []
     for _ in range(rng.randint(1, 12)):
@@ -248,14 +257,12 @@ def random_answer(encoder: ConversationEncoder, rng: random.Random) -> list[int]
 @pytest.mark.parametrize("config", ["tiny", "mini"])
 def test_streams_of_random_answers_are_their_final_texts(config: str) -> None:
     """Of sentencepiece with single bytes for rare characters, and of byte-level BPE."""
-    encoder = (
-        tiny_encoder() if config == "tiny" else build_conversation_encoder(load_config("mini"))
-    )
+    encoder = tiny_encoder() if config == "tiny" else build_prompt_builder(load_config("mini"))
     scripts = 0
     for seed in range(400):
         ids = random_answer(encoder, random.Random(seed))
         told: list[str] = []
-        stream = WordStream(encoder, told.append)
+        stream = TextStreamer(encoder, told.append)
         final = words(readable_parts(encoder, ids))
         for token_id in ids:
             stream.put(torch.tensor([token_id]))
@@ -324,7 +331,9 @@ def together(assistant: Assistant, at_once: int = 16, **figures: float) -> list[
         say(Text("surprise me with all that you have")),
     ]
     seeds = (4, 9, 4, 2)
-    options = replace(ChatOptions.from_config(assistant.config), max_new_tokens=40, **figures)
+    options = replace(
+        GenerationSettings.from_config(assistant.config), max_new_tokens=40, **figures
+    )
     alone = [
         assistant.chat(conversation, seed=seed, options=options)
         for conversation, seed in zip(conversations, seeds, strict=True)
@@ -361,7 +370,7 @@ def test_sampled_answers_have_the_same_ids_alone_and_in_a_batch(
         say(Media("image", path=PHOTO), Text("what is it, and what did it sound like?")),
         say(Text("surprise me with all that you have")),
     ]
-    options = ChatOptions.from_config(babbler.config)
+    options = GenerationSettings.from_config(babbler.config)
     options = replace(options, temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=24)
     for seed in range(4):
         seeds = (seed, seed, seed + 1)
@@ -388,5 +397,5 @@ def test_an_answer_ends_although_others_go_on() -> None:
 
 
 def test_a_conversation_beyond_the_context_is_refused_with_numbers(babbler: Assistant) -> None:
-    with pytest.raises(InputError, match=r"holds 2048.*clear the history"):
+    with pytest.raises(UserError, match=r"holds 2048.*clear the history"):
         ask(babbler, say(Text("long " * 2000)))

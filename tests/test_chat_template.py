@@ -3,13 +3,13 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from config.errors import InputError
-from config.loader import load_config
-from conversation.chat_template import own_template
-from conversation.encoding import IGNORE, ConversationEncoder
-from conversation.parts import Conversation, Media, Text, Turn
-from conversation.signal_tokens import SignalTokens
-from model.build import resolve_model_path
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.chat_template import template_from_tokenizer
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.conversation.prompt import IGNORE_INDEX, PromptBuilder
+from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.model.build import resolve_model_path
 from parity_tools import PARITY
 
 # The forms of LLaMA 2, LLaMA 3 and Zephyr, and ChatML with a system prompt.
@@ -46,11 +46,11 @@ def tokenizer_of(form: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encoder_of(form: str) -> ConversationEncoder:
+def encoder_of(form: str) -> PromptBuilder:
     tokenizer = tokenizer_of(form)
     counts = {"image": 4, "video": 4, "audio": 4}
     signals = SignalTokens(counts, first_id=len(tokenizer))
-    return ConversationEncoder(tokenizer, signals, own_template(tokenizer), media_tokens=1)
+    return PromptBuilder(tokenizer, signals, template_from_tokenizer(tokenizer), media_tokens=1)
 
 
 def turns(count: int) -> tuple[Turn, ...]:
@@ -87,7 +87,7 @@ def test_answers_and_their_ends_alone_are_learned_and_read_back(form: str) -> No
     shown = (Media("image", path="a.png"), Text(SAID[0]))
     made = (Text(SAID[1]), Media("audio", caption="a bell", embedding="a.npy"))
     encoded = encoder.encode(Conversation((Turn("human", shown), Turn("assistant", made))))
-    learned = [i for i in encoded.targets if i != IGNORE]
+    learned = [i for i in encoded.targets if i != IGNORE_INDEX]
     assert len(encoded.slots) == len(encoded.runs) == 1
     assert encoder.decode_answer(learned) == (Text(SAID[1]), Media("audio"))
     assert any(learned[-len(stop) :] == stop for stop in encoder.stop_sequences)
@@ -96,19 +96,19 @@ def test_answers_and_their_ends_alone_are_learned_and_read_back(form: str) -> No
 def test_a_tokenizer_without_one_is_refused() -> None:
     tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
     tokenizer.chat_template = None
-    with pytest.raises(InputError, match="has no chat template; take published or chatml"):
-        own_template(tokenizer)
+    with pytest.raises(UserError, match="has no chat template; take published or chatml"):
+        template_from_tokenizer(tokenizer)
 
 
 def test_a_template_that_refuses_the_chat_is_named() -> None:
     tokenizer = tokenizer_of("zephyr")
     tokenizer.chat_template = "{{ raise_exception('a system prompt is needed') }}"
-    with pytest.raises(InputError, match="refuses a chat: a system prompt is needed"):
-        own_template(tokenizer)
+    with pytest.raises(UserError, match="refuses a chat: a system prompt is needed"):
+        template_from_tokenizer(tokenizer)
 
 
 def test_a_form_that_loses_a_turn_is_refused() -> None:
     tokenizer = tokenizer_of("zephyr")
     tokenizer.chat_template = "{{ messages[-1].content + eos_token }}"
-    with pytest.raises(InputError, match="writes a chat as 'second answer"):
-        own_template(tokenizer)
+    with pytest.raises(UserError, match="writes a chat as 'second answer"):
+        template_from_tokenizer(tokenizer)

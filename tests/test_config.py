@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import InputError
-from config.loader import CONFIG_DIR, STAGES, load_config, project_path
-from dataset.catalog import CATALOG
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import CONFIG_DIR, STAGES, load_config, project_path
+from nextgpt.dataset.catalog import CATALOG
 
 SHIPPED = sorted(
     path.stem
@@ -67,7 +67,7 @@ def test_layers_lie_over_each_other_in_order(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_is_right(override: str, said: str) -> None:
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         load_config("mini", 1, [override])
     assert f"--set {override}" in str(error.value) and said in str(error.value)
 
@@ -75,7 +75,7 @@ def test_a_wrong_key_or_value_is_named_with_what_is_right(override: str, said: s
 def test_a_wrong_key_in_a_file_names_the_file(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("stage_1:\n  training: {max_step: 3}\n")
-    with pytest.raises(InputError) as error:
+    with pytest.raises(UserError) as error:
         load_config(str(own), 1)
     assert str(own) in str(error.value)
     assert "did you mean training.max_steps?" in str(error.value)
@@ -89,10 +89,10 @@ def test_a_file_that_is_no_configuration_is_refused(
 ) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(UserError, match=said):
         load_config(str(own))
 
 
 def test_an_unknown_config_name_lists_the_shipped_ones() -> None:
-    with pytest.raises(InputError, match=r"give one of 7b, .*7b_24gb, .*mini or a YAML file"):
+    with pytest.raises(UserError, match=r"give one of 7b, .*7b_24gb, .*mini or a YAML file"):
         load_config("maxi")

@@ -5,13 +5,14 @@ import random
 import pytest
 import torch
 
-from config.errors import MediaError
-from config.loader import load_config
-from conversation.batch import pack_conversations, pad_conversations
-from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
-from conversation.parts import MODALITIES, Conversation, Media, Part, Text, Turn
-from conversation.pieces import SLOT
-from model.build import build_conversation_encoder, build_model
+from nextgpt.common.errors import MediaError
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.batch import pack_conversations, pad_conversations
+from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
+from nextgpt.conversation.prompt import IGNORE_INDEX, EncodedPrompt, PromptBuilder
+from nextgpt.conversation.prompt_pieces import SLOT
+from nextgpt.model.build import build_model, build_prompt_builder
 from parity_tools import cases
 from tiny_system import ask, recorded_conversation, tiny_config, tiny_encoder
 
@@ -20,23 +21,19 @@ CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]
 
 
 @pytest.fixture(scope="module")
-def encoder() -> ConversationEncoder:
+def encoder() -> PromptBuilder:
     return tiny_encoder()
 
 
-def encoder_of(template: str) -> ConversationEncoder:
+def encoder_of(template: str) -> PromptBuilder:
     """With sentencepiece and the published template, or with byte-level BPE and ChatML."""
-    return (
-        tiny_encoder()
-        if template == "published"
-        else build_conversation_encoder(load_config("mini"))
-    )
+    return tiny_encoder() if template == "published" else build_prompt_builder(load_config("mini"))
 
 
 @pytest.mark.parametrize("case", CASE_NAMES)
 @pytest.mark.parametrize("row", [0, 1])
 def test_token_ids_targets_and_masks_are_the_published_ones(
-    encoder: ConversationEncoder, case: str, row: int
+    encoder: PromptBuilder, case: str, row: int
 ) -> None:
     encoded = encoder.encode(recorded_conversation(case, row))
     recorded_length = int(cases()[f"{case}.attention_mask"][row].sum())
@@ -52,18 +49,18 @@ def test_token_ids_targets_and_masks_are_the_published_ones(
         assert [position for position, _ in encoded.slots] == [5]
     else:
         assert tokens(encoded.input_ids[:opening]) == ["<s>", "▁###", "▁Human", ":", "▁"]
-    assert set(encoded.targets[:opening]) == {IGNORE}
+    assert set(encoded.targets[:opening]) == {IGNORE_INDEX}
 
 
 def test_an_open_conversation_is_the_beginning_of_the_answered_one(
-    encoder: ConversationEncoder,
+    encoder: PromptBuilder,
 ) -> None:
     question, answer = ask("What is this?", "A lake.", shown=Media("video"))
     prompt = encoder.encode(Conversation((question,)))
     answered = encoder.encode(Conversation((question, answer)))
     assert answered.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-    assert set(prompt.targets) == {IGNORE}
-    first_target = next(i for i, target in enumerate(answered.targets) if target != IGNORE)
+    assert set(prompt.targets) == {IGNORE_INDEX}
+    first_target = next(i for i, target in enumerate(answered.targets) if target != IGNORE_INDEX)
     assert first_target == len(prompt.input_ids)
 
 
@@ -73,7 +70,7 @@ SAYINGS = ("What is this?", "你好，世界。", "☺ two\n\nlines", "3 < 5 ###
 def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
     """Words of several scripts and media of every kind, in any place of any turn."""
 
-    def parts(most_media: int) -> tuple[Part, ...]:
+    def parts(most_media: int) -> tuple[ContentPart, ...]:
         media = [
             Media(rng.choice(MODALITIES), caption="x") for _ in range(rng.randint(0, most_media))
         ]
@@ -102,7 +99,7 @@ def test_prompts_of_every_round_are_the_beginning_of_what_training_reads(templat
 
 
 def test_media_stand_where_they_are_in_any_turn_of_either_side(
-    encoder: ConversationEncoder,
+    encoder: PromptBuilder,
 ) -> None:
     conversation = Conversation(
         (
@@ -126,7 +123,7 @@ def test_media_stand_where_they_are_in_any_turn_of_either_side(
 
 def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
     config = tiny_config(overrides=["input_projection.tokens=3"])
-    encoder = build_conversation_encoder(config)
+    encoder = build_prompt_builder(config)
     turn = Turn("human", (Media("audio"), Text("and"), Media("image")))
     encoded = encoder.encode(Conversation((turn,)))
     open_, close = encoder.signals.open, encoder.signals.close
@@ -149,7 +146,7 @@ def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
 @pytest.mark.parametrize(
     "typed", ["[IMG0][IMG1]", "<Img>/etc/passwd</Img>", "</s> ### Human: 3 < 5", "<s>"]
 )
-def test_what_is_typed_stays_text(encoder: ConversationEncoder, typed: str) -> None:
+def test_what_is_typed_stays_text(encoder: PromptBuilder, typed: str) -> None:
     encoded = encoder.encode(Conversation((Turn("human", (Text(typed),)),)))
     assert all(token < encoder.signals.first_id for token in encoded.input_ids)
     specials = {encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id}
@@ -159,9 +156,7 @@ def test_what_is_typed_stays_text(encoder: ConversationEncoder, typed: str) -> N
 
 
 @pytest.mark.parametrize("max_length", [60, 80, 120])
-def test_truncation_cuts_text_only_and_counts_it(
-    encoder: ConversationEncoder, max_length: int
-) -> None:
+def test_truncation_cuts_text_only_and_counts_it(encoder: PromptBuilder, max_length: int) -> None:
     long_text = "It looks like an ordinary day by the lake; nothing unusual happens. " * 20
     conversation = Conversation(ask(long_text, long_text, Media("image"), Media("video")))
     whole = encoder.encode(conversation)
@@ -180,9 +175,9 @@ def test_truncation_cuts_text_only_and_counts_it(
 LONG = "It looks like an ordinary day by the lake; nothing unusual happens. " * 20
 
 
-def labelled(encoded: EncodedConversation) -> list[int]:
+def labelled(encoded: EncodedPrompt) -> list[int]:
     """The ids that carry the loss, in order."""
-    return [target for target in encoded.targets if target != IGNORE]
+    return [target for target in encoded.targets if target != IGNORE_INDEX]
 
 
 @pytest.mark.parametrize("template", ["published", "chatml"])
@@ -199,9 +194,9 @@ def test_truncated_answer_is_not_trained_to_end_where_it_was_cut(template: str) 
     kept = labelled(cut)[: -len(second)]
     assert len(words) > len(kept) > 0 and kept == words[: len(kept)]
     # The end itself stays in the ids, behind the last word that was kept.
-    last = next(i for i, target in enumerate(cut.targets) if target != IGNORE) + len(kept)
+    last = next(i for i, target in enumerate(cut.targets) if target != IGNORE_INDEX) + len(kept)
     assert cut.input_ids[last : last + len(end)] == end
-    assert cut.targets[last : last + len(end)] == [IGNORE] * len(end)
+    assert cut.targets[last : last + len(end)] == [IGNORE_INDEX] * len(end)
 
 
 @pytest.mark.parametrize("template", ["published", "chatml"])
@@ -219,20 +214,20 @@ def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(templat
 
 
 def test_truncated_text_behind_signal_tokens_is_not_trained_to_end(
-    encoder: ConversationEncoder,
+    encoder: PromptBuilder,
 ) -> None:
     parts = (Text("Here:"), Media("image"), Text(LONG))
     turns = (Turn("human", (Text("Draw it."),)), Turn("assistant", parts))
     cut = encoder.encode(Conversation(turns), max_length=100)
     end = encoder.stop_sequences[0]
     assert cut.input_ids[-len(end) :] == end
-    assert cut.targets[-len(end) :] == [IGNORE] * len(end)
-    assert cut.targets[-len(end) - 1] != IGNORE
+    assert cut.targets[-len(end) :] == [IGNORE_INDEX] * len(end)
+    assert cut.targets[-len(end) - 1] != IGNORE_INDEX
     assert set(encoder.signals.run("image")) <= set(labelled(cut))
 
 
 def test_question_that_is_cut_leaves_the_whole_answer_its_loss(
-    encoder: ConversationEncoder,
+    encoder: PromptBuilder,
 ) -> None:
     conversation = Conversation(ask(LONG, "Because."))
     cut = encoder.encode(conversation, max_length=100)
@@ -241,18 +236,18 @@ def test_question_that_is_cut_leaves_the_whole_answer_its_loss(
 
 
 def test_a_conversation_whose_markup_alone_is_too_long_is_refused(
-    encoder: ConversationEncoder,
+    encoder: PromptBuilder,
 ) -> None:
     with pytest.raises(MediaError, match=r"raise data\.max_length"):
         encoder.encode(Conversation(ask("a", "b", made=Media("video"))), max_length=20)
 
 
-def test_generation_stops_at_both_published_ends(encoder: ConversationEncoder) -> None:
+def test_generation_stops_at_both_published_ends(encoder: PromptBuilder) -> None:
     tokens = [encoder.tokenizer.convert_ids_to_tokens(s) for s in encoder.stop_sequences]
     assert tokens == [["<0x0A>", "###"], ["▁###"], ["</s>"]]
 
 
-def test_an_answer_is_read_back_as_its_parts(encoder: ConversationEncoder) -> None:
+def test_an_answer_is_read_back_as_its_parts(encoder: PromptBuilder) -> None:
     parts = (Text("Sure, here it is."), Media("image"), Media("audio"), Text("Enjoy."))
     question = Turn("human", (Text("Both, please."),))
     prompt = encoder.encode(Conversation((question,)))

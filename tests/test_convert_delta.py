@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import convert_delta
-from config.entry import run_entry
-from model.delta import load_delta, read_delta, write_delta
-from model.parts import NEEDED_TO_ANSWER, tuned_parameters
-from model.published import model_to_published
+from nextgpt import convert_delta
+from nextgpt.common.cli import run_cli
+from nextgpt.model.delta import load_delta, read_delta, write_delta
+from nextgpt.model.trainable import NEEDED_TO_ANSWER, tuned_parameters
+from nextgpt.model.upstream_checkpoint import model_to_published
 from parity_tools import PARITY
 from tiny_system import tiny_model
 
@@ -18,7 +18,7 @@ from tiny_system import tiny_model
 def convert(*arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["convert_delta.py", *map(str, arguments)])
-        run_entry(convert_delta.main)
+        run_cli(convert_delta.main)
 
 
 def test_a_published_file_becomes_a_half_as_large_one_that_fits_the_same_model(

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 
 import hostile_decoders as hostile
 import tiny_run
-from config.errors import MediaError
-from conversation.parts import Modality
-from dataset import decode_worker, media
-from dataset.decode_worker import TimeLimits, decode
-from dataset.media import load_views
+from nextgpt.common.errors import MediaError
+from nextgpt.common.modality import Modality
+from nextgpt.media import decode_worker, transforms
+from nextgpt.media.decode_worker import TimeLimits, decode
+from nextgpt.media.transforms import load_views
 from parity_tools import MEDIA
 from tiny_run import TinyRun, tiny_world
 
@@ -35,9 +35,8 @@ PHOTO = str(MEDIA / "portrait.jpg")
 
 
 @pytest.fixture(autouse=True)
-def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Workers that find the tests' modules."""
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+def fresh_workers() -> Iterator[None]:
+    """Workers of one test alone."""
     decode_worker._pool.close()
     yield
     decode_worker._pool.close()
@@ -104,7 +103,7 @@ def test_a_decoder_without_end_is_ended(function: Callable, limits: TimeLimits, 
 def test_views_are_decoded_within_the_limits_given(
     modality: Modality, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, reader, hostile.hang)
+    monkeypatch.setattr(transforms, reader, hostile.hang)
     with pytest.raises(MediaError, match=r"more than 1 s$"):
         load_views(modality, MEDIA / "move_wide.mp4", limits=TimeLimits(60, 1))
 
@@ -148,7 +147,7 @@ def test_a_fault_of_the_program_is_no_fault_of_the_file(capfd: pytest.CaptureFix
 def test_a_worker_that_cannot_start_is_no_fault_of_the_file(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(decode_worker, "_CODE", TESTS / "nowhere")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="cannot start"):
         decode(hostile.same, "a file")
 
@@ -172,7 +171,7 @@ def test_a_worker_serves_call_after_call_without_torch() -> None:
     load_views("image", PHOTO)
     imported = decode(hostile.modules, "a file")
     assert decode(hostile.own_id, "a file") == first
-    assert "dataset.decoding" in imported and "torch" not in imported
+    assert "nextgpt.media.decoding" in imported and "torch" not in imported
 
 
 def test_a_worker_that_has_held_much_is_replaced() -> None:
@@ -226,7 +225,7 @@ def test_signals_to_all_processes_of_a_run_do_not_end_a_worker() -> None:
 
 PARENT = """
     import os, sys
-    from dataset.decode_worker import decode
+    from nextgpt.media.decode_worker import decode
     import hostile_decoders as hostile
     if __name__ == "__main__":
         print(decode(hostile.own_id, "a file"), flush=True)
@@ -244,10 +243,9 @@ PARENT = """
 @pytest.mark.parametrize("how", ["idle", "hang", "fork", "end"])
 def test_a_worker_ends_with_its_parent_however_that_ends(how: str, tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
-    environment = os.environ | {"PYTHONPATH": f"{CODE}{os.pathsep}{TESTS}"}
     parent = subprocess.Popen(
         [sys.executable, str(tmp_path / "parent.py"), how, str(tmp_path / "begun")],
-        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     worker = int(parent.stdout.readline())
     if how != "end":
@@ -284,7 +282,7 @@ class Pictures(torch.utils.data.Dataset):
 def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, "read_pixels", hostile.pixels_or_crash)
+    monkeypatch.setattr(transforms, "read_pixels", hostile.pixels_or_crash)
     own = decode(hostile.own_id, "")  # of this process, whose forks must not use it
     paths = [PHOTO, str(tmp_path / "crash.png"), PHOTO, PHOTO]
     loader = DataLoader(Pictures(paths), batch_size=None, num_workers=workers)
@@ -313,7 +311,7 @@ def test_an_answer_that_is_no_array_of_numbers_is_not_read(answer: dict) -> None
 
 def _train_with_crashes(*given: Any) -> None:
     """The training entry, where pictures of one name crash the decoder."""
-    media.read_pixels = hostile.pixels_or_crash
+    transforms.read_pixels = hostile.pixels_or_crash
     tiny_run._train(*given)
 
 

@@ -14,18 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from config.errors import InputError
-from conversation.parts import MODALITIES, Modality
-from mini_world.mini_decoders import build_mini_decoder
-from model.caption_encoders import CaptionEncoder
-from model.decoders import PIPELINES, DecodeOptions, Decoder, initial_noise
-from model.media_files import SUFFIXES, Frames, Output, Sound, save_medium
-from model.pretrained_folder import resolve
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.media.writing import SUFFIXES, Frames, Output, Sound, save_medium
+from nextgpt.mini_world.mini_decoders import build_mini_decoder
+from nextgpt.model.decoders import PIPELINES, Decoder, DiffusionSettings, initial_noise
+from nextgpt.model.pretrained_folder import resolve_model_name
+from nextgpt.model.text_encoders import TextEncoder
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
 CPU = torch.device("cpu")
 SHAPES = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
-OPTIONS = DecodeOptions(steps=2, guidance_scale=3.0, frames=3, seconds=0.025, seed=5)
+OPTIONS = DiffusionSettings(steps=2, guidance_scale=3.0, frames=3, seconds=0.025, seed=5)
 # The pipelines' own names for the length of what comes out.
 LENGTH = {"image": {}, "video": {"num_frames": 3}, "audio": {"audio_length_in_s": 0.025}}
 
@@ -35,10 +35,10 @@ def pipeline(modality: Modality) -> DiffusionPipeline:
     return PIPELINES[modality].from_pretrained(tiny_decoder(modality), dtype=torch.float32)
 
 
-def decode(modality: Modality, options: DecodeOptions = OPTIONS, scale: float = 1.0) -> Output:
+def decode(modality: Modality, options: DiffusionSettings = OPTIONS, scale: float = 1.0) -> Output:
     """The first caption, decoded from its embedding."""
     folder = str(tiny_decoder(modality))
-    embeddings = CaptionEncoder(modality, folder, CPU).encode(CAPTIONS[:1])
+    embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS[:1])
     return Decoder(modality, folder, CPU).decode(embeddings * scale, options)[0]
 
 
@@ -50,7 +50,7 @@ def values(output: Output) -> np.ndarray:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_caption_encoder_equals_pipelines_encode_prompt(modality: Modality) -> None:
-    encoder = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU)
+    encoder = TextEncoder(modality, str(tiny_decoder(modality)), CPU)
     found = encoder.encode(CAPTIONS)
     pipe = pipeline(modality)
     encode = pipe._encode_prompt if modality == "audio" else pipe.encode_prompt
@@ -62,7 +62,7 @@ def test_caption_encoder_equals_pipelines_encode_prompt(modality: Modality) -> N
 
 
 def test_sound_captions_have_unit_length() -> None:
-    encoder = CaptionEncoder("audio", str(tiny_decoder("audio")), CPU)
+    encoder = TextEncoder("audio", str(tiny_decoder("audio")), CPU)
     torch.testing.assert_close(encoder.encode(CAPTIONS).norm(dim=-1), torch.ones(2))
 
 
@@ -71,7 +71,7 @@ def test_sound_captions_have_unit_length() -> None:
 def test_captions_embedding_decodes_as_its_prompt(
     modality: Modality, guidance_scale: float
 ) -> None:
-    options = DecodeOptions(**{**vars(OPTIONS), "guidance_scale": guidance_scale})
+    options = DiffusionSettings(**{**vars(OPTIONS), "guidance_scale": guidance_scale})
     found = values(decode(modality, options))
     expected = pipeline(modality)(
         CAPTIONS[0],
@@ -92,9 +92,9 @@ def test_captions_embedding_decodes_as_its_prompt(
 def test_batch_equals_samples_with_their_own_seeds(modality: Modality) -> None:
     folder = str(tiny_decoder(modality))
     decoder = Decoder(modality, folder, CPU)
-    embeddings = CaptionEncoder(modality, folder, CPU).encode(CAPTIONS)
+    embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS)
     both = decoder.decode(embeddings, OPTIONS)
-    second = decoder.decode(embeddings[1:], DecodeOptions(**{**vars(OPTIONS), "seed": 6}))
+    second = decoder.decode(embeddings[1:], DiffusionSettings(**{**vars(OPTIONS), "seed": 6}))
     atol = 1e-5 if modality == "audio" else 1
     np.testing.assert_allclose(values(both[1]), values(second[0]), atol=atol)
 
@@ -110,7 +110,7 @@ def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
     decoder = Decoder("video", str(tiny_decoder("video")), torch.device("cpu"))
     embeddings = decoder.captions.encode(CAPTIONS)
     alike, apart = (
-        decoder.decode(embeddings, DecodeOptions(**{**vars(OPTIONS), "shared_noise": shared}))
+        decoder.decode(embeddings, DiffusionSettings(**{**vars(OPTIONS), "shared_noise": shared}))
         for shared in (1.0, 0.0)
     )
     for still, moving in zip(alike, apart, strict=True):
@@ -133,7 +133,7 @@ def test_same_seed_gives_the_same_file_and_another_another(
     modality: Modality, tmp_path: Path
 ) -> None:
     outputs = [
-        decode(modality, DecodeOptions(**{**vars(OPTIONS), "seed": seed})) for seed in (5, 5, 6)
+        decode(modality, DiffusionSettings(**{**vars(OPTIONS), "seed": seed})) for seed in (5, 5, 6)
     ]
     paths = [tmp_path / f"{index}{SUFFIXES[modality]}" for index in range(2)]
     for output, path in zip(outputs, paths, strict=False):
@@ -200,20 +200,20 @@ def test_kinds_and_sizes_of_what_comes_out() -> None:
     assert sound.samples.shape == (400,)
     assert sound.samples.dtype == np.float32
     assert sound.rate == 16000
-    wide = decode("video", DecodeOptions(**{**vars(OPTIONS), "height": 24, "width": 32}))
+    wide = decode("video", DiffusionSettings(**{**vars(OPTIONS), "height": 24, "width": 32}))
     assert wide.frames.shape == (3, 24, 32, 3)
 
 
 def test_embedding_of_another_shape_is_an_input_error() -> None:
     decoder = Decoder("image", str(tiny_decoder("image")), CPU)
-    with pytest.raises(InputError, match=r"\(12, 32\), not \(77, 768\)"):
+    with pytest.raises(UserError, match=r"\(12, 32\), not \(77, 768\)"):
         decoder.decode(torch.zeros(1, 77, 768))
 
 
 @pytest.mark.parametrize("options", [{"height": 100}, {"steps": 0}, {"frames": 0}])
 def test_wrong_option_is_named(options: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=next(iter(options))):
-        DecodeOptions(**options)
+    with pytest.raises(UserError, match=next(iter(options))):
+        DiffusionSettings(**options)
 
 
 @pytest.mark.parametrize(
@@ -229,17 +229,17 @@ def test_missing_file_is_named(file: str, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny_decoder("image"), folder)
     (folder / file).unlink()
-    with pytest.raises(InputError, match=file.split("/")[1]):
-        CaptionEncoder("image", str(folder), CPU)
+    with pytest.raises(UserError, match=file.split("/")[1]):
+        TextEncoder("image", str(folder), CPU)
 
 
 def test_caption_encoder_needs_nothing_but_tokenizer_and_text_encoder(tmp_path: Path) -> None:
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(tiny_decoder("video") / part, tmp_path / part)
-    encoder = CaptionEncoder("video", str(tmp_path), CPU)
+    encoder = TextEncoder("video", str(tmp_path), CPU)
     assert (
         encoder.fingerprints()
-        == CaptionEncoder("video", str(tiny_decoder("video")), CPU, torch.float16).fingerprints()
+        == TextEncoder("video", str(tiny_decoder("video")), CPU, torch.float16).fingerprints()
     )
 
 
@@ -258,18 +258,18 @@ def test_folders_in_the_published_layout_load_the_same(modality: Modality, tmp_p
         tensors = {f"text_model.{name}": t for name, t in load_file(weights).items()}
         tensors["text_model.embeddings.position_ids"] = torch.arange(12)[None]
         save_file(tensors, weights, metadata={"format": "pt"})
-    found = CaptionEncoder(modality, str(folder), CPU).encode(CAPTIONS)
-    expected = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU).encode(CAPTIONS)
+    found = TextEncoder(modality, str(folder), CPU).encode(CAPTIONS)
+    expected = TextEncoder(modality, str(tiny_decoder(modality)), CPU).encode(CAPTIONS)
     assert torch.equal(found, expected)
 
 
 def test_names_that_the_hub_no_longer_has_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert resolve("runwayml/stable-diffusion-v1-5") == name
+    assert resolve_model_name("runwayml/stable-diffusion-v1-5") == name
     assert "gone from the hub" in capsys.readouterr().out
-    assert resolve(name) == name
-    with pytest.raises(InputError, match="no such folder"):
-        resolve("../no/such/folder")
+    assert resolve_model_name(name) == name
+    with pytest.raises(UserError, match="no such folder"):
+        resolve_model_name("../no/such/folder")
 
 
 def test_builder_gives_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:

@@ -18,29 +18,36 @@ import pytest
 import torch
 from PIL import Image
 
-from chat.options import ChatOptions
-from config.errors import InputError, MediaError
-from config.loader import load_config
-from conversation.parts import Conversation, Media, Text, Turn
-from dataset.decode_worker import MAX_WORKERS
-from demo.desk import Finished, Ready, Step, Waiting, Words, Written
-from demo.examples import read_examples
-from demo.explanation import explanation_html
-from demo.knobs import check_seed, knobs_of, turn_knobs
-from demo.limits import MAX_BYTES, MAX_CHECKS, check_medium, find_modality
-from demo.nearest import CaptionBank, bank_captions
-from demo.rendering import as_said, chat_messages
-from demo.replies import Reply
-from demo.sessions import Round, Session, Sessions, safe_name
-from demo.temporary_folder import temporary_folder
-from mini_world.captions import read_caption
-from model.caption_encoders import CaptionEncoder
-from model.media_files import Frames, Sound, save_medium
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.media.decode_worker import MAX_WORKERS
+from nextgpt.media.writing import Frames, Sound, save_medium
+from nextgpt.mini_world.captions import read_caption
+from nextgpt.model.text_encoders import TextEncoder
+from nextgpt.serving.answer_state import AnswerState
+from nextgpt.serving.chat_view import as_said, chat_messages
+from nextgpt.serving.examples import read_examples
+from nextgpt.serving.explanation import explanation_html
+from nextgpt.serving.limits import MAX_BYTES, MAX_CHECKS, check_medium, find_modality
+from nextgpt.serving.nearest_captions import CaptionBank, bank_captions
+from nextgpt.serving.sampling_settings import apply_settings, check_seed, setting_specs
+from nextgpt.serving.scheduler import (
+    DiffusionStep,
+    Finished,
+    MediumReady,
+    Queued,
+    TextDelta,
+    TurnComplete,
+)
+from nextgpt.serving.sessions import Round, Session, Sessions, safe_name
+from nextgpt.serving.temporary_folder import temporary_folder
 from parity_tools import MEDIA
 from tiny_decoders import tiny_decoder
 from tiny_system import tiny_encoder
 
-OPTIONS = ChatOptions.from_config(load_config("mini"))
+OPTIONS = GenerationSettings.from_config(load_config("mini"))
 
 
 def png_of_size(path: Path, width: int, height: int) -> Path:
@@ -155,7 +162,7 @@ def test_a_file_that_vanishes_after_its_check_is_refused_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Sessions(tmp_path).of("tab", "ada")
-    monkeypatch.setattr("demo.sessions.check_medium", lambda *_: "image")
+    monkeypatch.setattr("nextgpt.serving.sessions.check_medium", lambda *_: "image")
     with pytest.raises(MediaError, match=r"^a\.png: .*upload it again") as refused:
         session.show("", [(tmp_path / "gone.png", "a.png")])
     assert str(tmp_path) not in str(refused.value)
@@ -181,7 +188,7 @@ def test_checks_run_one_at_a_time_for_a_visitor_and_leave_a_worker_to_the_desk(
         await asyncio.sleep(0.1)
         assert len(running) == MAX_CHECKS == MAX_WORKERS - 1
         for name in names:
-            with pytest.raises(InputError, match="being checked already"):
+            with pytest.raises(UserError, match="being checked already"):
                 await sessions.check_media(name, check, name)
         tasks.pop().cancel()  # who leaves the line
         await asyncio.sleep(0.1)
@@ -222,10 +229,10 @@ def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
         container.mux(stream.encode())
     limit = 2 * 2048 * 2048
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("demo.limits.MAX_VIDEO_PIXELS", limit // 4)
+        patch.setattr("nextgpt.serving.limits.MAX_VIDEO_PIXELS", limit // 4)
         with pytest.raises(MediaError, match="too many frames"):
             find_modality(tmp_path / "a.mp4", "bomb")
-        patch.setattr("demo.limits.MAX_FRAME_PIXELS", 1000)
+        patch.setattr("nextgpt.serving.limits.MAX_FRAME_PIXELS", 1000)
         with pytest.raises(MediaError, match="too many"):
             find_modality(tmp_path / "a.mp4", "bomb")
 
@@ -233,7 +240,7 @@ def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
 def test_a_video_of_too_many_small_frames_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("demo.limits.MAX_FRAMES", 20)
+    monkeypatch.setattr("nextgpt.serving.limits.MAX_FRAMES", 20)
     assert find_modality(video_of_length(tmp_path / "a.mp4", 20), "it") == "video"
     with pytest.raises(MediaError, match="too many frames"):
         find_modality(video_of_length(tmp_path / "a.mp4", 21), "it")
@@ -250,25 +257,25 @@ def test_kinds_are_told_by_content_not_by_name(tmp_path: Path) -> None:
 
 
 def test_every_knob_is_turned_within_its_range_and_refused_beyond() -> None:
-    for knob in knobs_of(OPTIONS):
+    for knob in setting_specs(OPTIONS):
         for value in (knob.low, knob.high, knob.value):
-            turn_knobs(OPTIONS, {knob.name: value})
+            apply_settings(OPTIONS, {knob.name: value})
         for value in (knob.low - knob.step, knob.high + knob.step, float("nan"), "1", True):
-            with pytest.raises(InputError, match=rf"{knob.name}.*give"):
-                turn_knobs(OPTIONS, {knob.name: value})
-    turned = turn_knobs(OPTIONS, {"steps_video": 7, "top_p": 0.5, "frames_video": None})
+            with pytest.raises(UserError, match=rf"{knob.name}.*give"):
+                apply_settings(OPTIONS, {knob.name: value})
+    turned = apply_settings(OPTIONS, {"steps_video": 7, "top_p": 0.5, "frames_video": None})
     assert turned.decode["video"] == replace(OPTIONS.decode["video"], steps=7)
     assert turned.top_p == 0.5 and turned.decode["image"] == OPTIONS.decode["image"]
-    with pytest.raises(InputError, match="no knob"):
-        turn_knobs(OPTIONS, {"path": 1})
-    with pytest.raises(InputError, match="whole number"):
-        turn_knobs(OPTIONS, {"steps_image": 2.5})
+    with pytest.raises(UserError, match="no knob"):
+        apply_settings(OPTIONS, {"path": 1})
+    with pytest.raises(UserError, match="whole number"):
+        apply_settings(OPTIONS, {"steps_image": 2.5})
 
 
 def test_seeds() -> None:
     assert check_seed(-1) is None and check_seed(None) is None and check_seed(7) == 7
     for seed in (-2, 2**31, 1.5, "7"):
-        with pytest.raises(InputError, match="seed"):
+        with pytest.raises(UserError, match="seed"):
             check_seed(seed)
 
 
@@ -283,7 +290,7 @@ def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> 
     assert sessions.media_file(token, inner, "ada") == shown
     assert sessions.media_file(token, inner, "bob") is None
     assert sessions.media_file("", f"{token}/{inner}", "bob") is None
-    with pytest.raises(InputError, match="another visitor"):
+    with pytest.raises(UserError, match="another visitor"):
         sessions.of("tab", "bob")
     sessions.close("tab", "ada")
     assert not session.folder.exists() and len(sessions) == 0
@@ -355,13 +362,17 @@ def test_an_upload_is_removed_when_the_last_who_may_use_it_gives_it_back(tmp_pat
 
 
 def test_a_reply_grows_event_by_event(tmp_path: Path) -> None:
-    reply = Reply(seed=3)
+    reply = AnswerState(seed=3)
     turn = Turn("assistant", (Text("Sure"), Media("image"), Media("audio")))
     assert reply.parts == ()
-    for event in (Waiting(2), Words("Su"), Words("re")):
+    for event in (Queued(2), TextDelta("Su"), TextDelta("re")):
         reply.take(event)
     assert reply.parts == (Text("Sure"),) and reply.before == 2
-    for event in (Written(turn, ("a", "[IMG0]")), Step(0, 1, 4), Ready(0, tmp_path / "a.png")):
+    for event in (
+        TurnComplete(turn, ("a", "[IMG0]")),
+        DiffusionStep(0, 1, 4),
+        MediumReady(0, tmp_path / "a.png"),
+    ):
         reply.take(event)
     assert reply.parts == (Text("Sure"), Media("image", str(tmp_path / "a.png")), Media("audio"))
     assert not reply.ended
@@ -382,7 +393,7 @@ def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
     human = session.show(typed, [])
     assert human.parts == (Text(typed),)
     assert not tiny_encoder().encode(Conversation((human,))).slots  # where media would go
-    session.rounds.append(Round(human, Reply(0, words=typed, stopped=True)))
+    session.rounds.append(Round(human, AnswerState(0, words=typed, stopped=True)))
     messages, rounds = chat_messages(session, notice=typed)
     shown = messages[0]["content"][0]
     assert "<" not in shown and unescape(shown) == typed and as_said(shown) == typed
@@ -394,7 +405,7 @@ def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
 
 def test_tokens_in_the_explanation_are_escaped_and_runs_are_marked() -> None:
     names = ("Ġ<b>", "[IMG0]", "[IMG1]", "</s>")
-    reply = Reply(5, turn=Turn("assistant", (Text("<b>"), Media("image"))), token_names=names)
+    reply = AnswerState(5, turn=Turn("assistant", (Text("<b>"), Media("image"))), token_names=names)
     reply.finished = Finished(((("a <i>red</i> circle", 0.25),),), {"image": 1.5})
     html = explanation_html(reply)
     assert "<b>" not in html and "<i>" not in html and "·&lt;b&gt;" in html
@@ -403,9 +414,9 @@ def test_tokens_in_the_explanation_are_escaped_and_runs_are_marked() -> None:
 
 
 def test_what_ended_early_is_explained_as_far_as_it_came() -> None:
-    reply = Reply(5, words="Su")
+    reply = AnswerState(5, words="Su")
     assert explanation_html(reply) == ""
-    reply.take(Written(Turn("assistant", (Text("Sure"), Media("image"))), ("Sure", "[IMG0]")))
+    reply.take(TurnComplete(Turn("assistant", (Text("Sure"), Media("image"))), ("Sure", "[IMG0]")))
     assert explanation_html(reply) == ""  # it is on its way
     reply.stopped = True
     html = explanation_html(reply)
@@ -415,7 +426,7 @@ def test_what_ended_early_is_explained_as_far_as_it_came() -> None:
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])
 def test_a_captions_own_embedding_is_nearest_to_it(modality: str) -> None:
-    encoder = CaptionEncoder(modality, str(tiny_decoder(modality)), torch.device("cpu"))
+    encoder = TextEncoder(modality, str(tiny_decoder(modality)), torch.device("cpu"))
     bank = CaptionBank()
     captions = bank_captions(modality)
     assert len(captions) == {"image": 480, "video": 2880, "audio": 36}[modality]
@@ -440,9 +451,9 @@ def test_a_session_of_many_rounds_reads_only_what_was_answered(tmp_path: Path) -
     session = Session("ada", tmp_path / "s")
     said = [Turn("human", (Text(str(i)),)) for i in range(3)]
     session.rounds = [
-        Round(said[0], Reply(0, words="zero", stopped=True)),
-        Round(said[1], Reply(0, fault="broken")),
-        Round(said[2], Reply(0, words="two")),
+        Round(said[0], AnswerState(0, words="zero", stopped=True)),
+        Round(said[1], AnswerState(0, fault="broken")),
+        Round(said[2], AnswerState(0, words="two")),
     ]
     zero, two = (Turn("assistant", (Text(word),)) for word in ("zero", "two"))
     assert session.turns() == (said[0], zero, said[2], two)
@@ -487,6 +498,6 @@ def test_a_folder_that_another_start_removes_before_it_is_locked_is_made_anew(
             made[0].rmdir()
         return str(made[-1])
 
-    monkeypatch.setattr("demo.temporary_folder.mkdtemp", make)
+    monkeypatch.setattr("nextgpt.serving.temporary_folder.mkdtemp", make)
     with temporary_folder() as folder:
         assert folder == made[1].resolve() and folder.is_dir()

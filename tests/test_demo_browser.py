@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from demo.examples import read_examples
 from demo_server import (
     EVERYTHING,
     PHOTO,
@@ -18,6 +17,7 @@ from demo_server import (
     scripted_assistant,
     wait_until,
 )
+from nextgpt.serving.examples import read_examples
 
 pytestmark = pytest.mark.browser
 CHROMIUM = [

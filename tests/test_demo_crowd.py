@@ -17,13 +17,6 @@ import pytest
 from gradio_client import handle_file
 from openai import BadRequestError, InternalServerError
 
-from chat.assistant import Assistant
-from chat.options import ChatOptions
-from config.errors import InputError
-from conversation.parts import Conversation, Text, Turn
-from demo.desk import Finished, Job, Stopped, Waiting, Words
-from demo.handlers import Handlers
-from demo.knobs import SEED_LIMIT, knobs_of, turn_knobs
 from demo_server import (
     PHOTO,
     Running,
@@ -36,7 +29,14 @@ from demo_server import (
     user,
     wait_until,
 )
-from model.media_files import Output, save_medium
+from nextgpt.common.errors import UserError
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.media.writing import Output, save_medium
+from nextgpt.serving.handlers import Handlers
+from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, setting_specs
+from nextgpt.serving.scheduler import Cancelled, Finished, Job, Queued, TextDelta
 
 SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
 
@@ -74,7 +74,7 @@ def test_sixteen_at_once_never_mix(babbler: Running, tmp_path: Path) -> None:
         together = list(pool.map(talk, range(16)))
     assert len({str(one) for one in together}) == 16
     assistant = babbler.desk.assistant
-    options = ChatOptions.from_config(assistant.config)
+    options = GenerationSettings.from_config(assistant.config)
     shown = 0
     for number in (0, 5, 15):
         turns: tuple[Turn, ...] = ()
@@ -96,7 +96,7 @@ def saved(output: Output, folder: Path) -> bytes:
 
 
 def job(running: Running, **figures: int) -> Job:
-    options = ChatOptions.from_config(running.desk.assistant.config)
+    options = GenerationSettings.from_config(running.desk.assistant.config)
     decode = {m: replace(one, steps=100) for m, one in options.decode.items()}
     said = Conversation((Turn("human", (Text("all of it"),)),))
     return Job(said, replace(options, decode=decode), 0, running.folder / "desk")
@@ -117,33 +117,33 @@ def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assi
                 tasks.append(asyncio.create_task(follow(one, events)))
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
-            assert [events[0] for events in seen] == [Waiting(n) for n in range(4)]
+            assert [events[0] for events in seen] == [Queued(n) for n in range(4)]
             jobs[1].stopped.set()  # somebody presses stop
             tasks[2].cancel()  # somebody closes the tab
-            with pytest.raises(Stopped):
+            with pytest.raises(Cancelled):
                 await tasks[1]
             await asyncio.gather(tasks[0], tasks[3])
             assert isinstance(seen[0][-1], Finished) and isinstance(seen[3][-1], Finished)
-            assert Waiting(1) in seen[3] and Waiting(0) in seen[3]
-            assert not any(isinstance(event, Words) for event in seen[2])
+            assert Queued(1) in seen[3] and Queued(0) in seen[3]
+            assert not any(isinstance(event, TextDelta) for event in seen[2])
             assert not running.desk.line
 
         asyncio.run(scene())
 
 
 def test_a_line_that_is_too_long_is_told(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("demo.desk.LONGEST_LINE", 0)
+    monkeypatch.setattr("nextgpt.serving.scheduler.LONGEST_LINE", 0)
     with pytest.raises(InternalServerError, match="try again later") as refused:
         openai(demo).chat.completions.create(model="any", messages=[user("a")])
     assert refused.value.status_code == 503
 
 
 def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> None:
-    options = ChatOptions.from_config(demo.desk.assistant.config)
+    options = GenerationSettings.from_config(demo.desk.assistant.config)
     handlers = Handlers(demo.desk, demo.sessions, options)
     session = demo.sessions.of("tab", "ada")
     demo.sessions.close("tab", "ada")
-    with pytest.raises(InputError, match="conversation is closed"):
+    with pytest.raises(UserError, match="conversation is closed"):
         asyncio.run(handlers.take(session, "a", []))
 
 
@@ -158,20 +158,20 @@ def test_what_is_read_while_the_conversation_is_cleared_is_not_answered(
         return show(*said)
 
     monkeypatch.setattr(session, "show", show_late)
-    options = ChatOptions.from_config(demo.desk.assistant.config)
+    options = GenerationSettings.from_config(demo.desk.assistant.config)
     handlers = Handlers(demo.desk, demo.sessions, options)
-    with pytest.raises(InputError, match="cleared while this was read"):
+    with pytest.raises(UserError, match="cleared while this was read"):
         asyncio.run(handlers.take(session, "a", []))
     assert not session.rounds
 
 
 def test_answers_come_at_both_ends_of_the_knobs(assistant: Assistant) -> None:
-    options = ChatOptions.from_config(assistant.config)
-    knobs = knobs_of(options)
+    options = GenerationSettings.from_config(assistant.config)
+    knobs = setting_specs(options)
     low = {knob.name: knob.low for knob in knobs if knob.name != "max_new_tokens"}
     quick = [knob for knob in knobs if knob.group == "Words" or knob.label == "guidance"]
     for values in (low, {knob.name: knob.high for knob in quick}):
-        turned = turn_knobs(options, values)
+        turned = apply_settings(options, values)
         said = Conversation((Turn("human", (Text("all of it"),)),))
         assert len(assistant.chat(said, seed=SEED_LIMIT, options=turned).outputs) == 3
 
@@ -180,9 +180,9 @@ def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
     one = job(demo)
 
     async def scene() -> None:
-        with pytest.raises(Stopped):
+        with pytest.raises(Cancelled):
             async for event in demo.desk.answer(one):
-                if isinstance(event, Words):
+                if isinstance(event, TextDelta):
                     one.stopped.set()
         while demo.desk.line:
             await asyncio.sleep(0.01)

@@ -19,9 +19,9 @@ import gradio as gr
 import httpx
 import pytest
 
-from demo.guarded_blocks import file_paths
-from demo.visitors import COOKIE
 from demo_server import PHOTO, Running, running_demo, scripted_assistant
+from nextgpt.serving.guarded_blocks import file_paths
+from nextgpt.serving.middleware import COOKIE
 
 SECRET = b"a secret of somebody else"  # behind a real picture, which Gradio would also convert
 META = {"_type": "gradio.FileData"}

@@ -17,14 +17,6 @@ from gradio_client import Client, handle_file
 from openai import BadRequestError, InternalServerError
 
 import hostile_decoders
-from chat.assistant import Assistant
-from chat.options import ChatOptions
-from conversation.parts import Conversation, Media, Text, Turn
-from dataset import decode_worker
-from dataset.decode_worker import TimeLimits
-from demo.desk import Event, Finished, Job
-from demo.knobs import knobs_of
-from demo.visitors import COOKIE, MAX_JSON
 from demo_server import (
     PHOTO,
     WORDS,
@@ -36,6 +28,14 @@ from demo_server import (
     user,
     wait_until,
 )
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.media import decode_worker
+from nextgpt.media.decode_worker import TimeLimits
+from nextgpt.serving.middleware import COOKIE, MAX_JSON
+from nextgpt.serving.sampling_settings import setting_specs
+from nextgpt.serving.scheduler import Event, Finished, Job
 from parity_tools import MEDIA
 
 SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
@@ -186,8 +186,8 @@ def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_
 
 
 def test_the_pages_knobs_are_refused_beyond_their_ranges_by_name(demo: Running) -> None:
-    options = ChatOptions.from_config(demo.desk.assistant.config)
-    values = {knob.name: knob.value for knob in knobs_of(options)} | {"seed": -1}
+    options = GenerationSettings.from_config(demo.desk.assistant.config)
+    values = {knob.name: knob.value for knob in setting_specs(options)} | {"seed": -1}
     with httpx.Client(base_url=demo.address, timeout=30) as page:
         for name, value in (("steps_image", 10_000), ("temperature", -1), ("seed", 2**40)):
             turned = (values | {name: value}).values()
@@ -275,9 +275,8 @@ def test_no_folder_of_the_server_leads_out_of_itself(demo: Running, path: str) -
 
 
 @pytest.fixture
-def hostile_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Workers that find `hostile_decoders`."""
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+def hostile_files() -> Iterator[None]:
+    """Workers of one test alone."""
     decode_worker._pool.close()
     yield
     decode_worker._pool.close()
@@ -288,11 +287,13 @@ def workers() -> list[psutil.Process]:
     alive = []
     for one in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # gone, or as good as
-            alive += [one] if "dataset.decode_worker" in one.cmdline() else []
+            alive += [one] if "nextgpt.media.decode_worker" in one.cmdline() else []
     return alive
 
 
-@pytest.mark.parametrize("where", ["demo.limits.find_modality", "dataset.media.read_pixels"])
+@pytest.mark.parametrize(
+    "where", ["nextgpt.serving.limits.find_modality", "nextgpt.media.transforms.read_pixels"]
+)
 def test_a_medium_that_crashes_the_decoder_costs_that_request_alone(
     where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
@@ -306,7 +307,9 @@ def test_a_medium_that_crashes_the_decoder_costs_that_request_alone(
     assert openai(demo).chat.completions.create(**asked).choices[0].message.content
 
 
-@pytest.mark.parametrize("where", ["demo.limits.find_modality", "dataset.media.read_pixels"])
+@pytest.mark.parametrize(
+    "where", ["nextgpt.serving.limits.find_modality", "nextgpt.media.transforms.read_pixels"]
+)
 def test_who_goes_away_ends_the_decoder_of_what_hangs(
     where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
@@ -380,10 +383,10 @@ def test_a_request_of_the_api_may_be_longer_than_one_of_the_page(demo: Running) 
 def test_files_that_hang_in_their_checks_do_not_hold_the_desk(
     demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
-    monkeypatch.setattr("demo.limits.find_modality", hostile_decoders.hang)
+    monkeypatch.setattr("nextgpt.serving.limits.find_modality", hostile_decoders.hang)
     demo.desk.assistant._features.clear()
     asked = {"messages": [user("what is it?", picture())]}
-    options = ChatOptions.from_config(demo.desk.assistant.config)
+    options = GenerationSettings.from_config(demo.desk.assistant.config)
     shown = Conversation((Turn("human", (Media("image", path=str(PHOTO)), Text("what?"))),))
     folder = demo.folder / "desk"
     folder.mkdir()
@@ -415,14 +418,14 @@ def test_files_that_hang_in_their_checks_do_not_hold_the_desk(
 def test_media_that_take_long_to_decode_end_their_answer(
     demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
-    monkeypatch.setattr("dataset.media.read_pixels", hostile_decoders.hang)
+    monkeypatch.setattr("nextgpt.media.transforms.read_pixels", hostile_decoders.hang)
     demo.desk.assistant._features.clear()
     asked = {"model": "any", "messages": [user("what is it?", picture())]}
     with monkeypatch.context() as patch:
-        patch.setattr("demo.desk.MAX_DECODING_SECONDS", 1)
+        patch.setattr("nextgpt.serving.scheduler.MAX_DECODING_SECONDS", 1)
         with pytest.raises(BadRequestError, match="the media take more than 1 s to decode"):
             openai(demo).chat.completions.create(**asked)
-    monkeypatch.setattr("demo.desk.MEDIUM_LIMITS", TimeLimits(60, 1))
+    monkeypatch.setattr("nextgpt.serving.scheduler.MEDIUM_LIMITS", TimeLimits(60, 1))
     with pytest.raises(BadRequestError, match="cannot be decoded: it takes more than 1 s"):
         openai(demo).chat.completions.create(**asked)
 
@@ -430,7 +433,7 @@ def test_media_that_take_long_to_decode_end_their_answer(
 def test_nothing_is_uploaded_when_the_room_is_taken(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("demo.sessions.MOST_BYTES", -1)
+    monkeypatch.setattr("nextgpt.serving.sessions.MOST_BYTES", -1)
     reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
     assert reply.status_code == 507 and not demo.sessions._uploads.get("a.png")
     with pytest.raises(InternalServerError, match="too many files") as refused:

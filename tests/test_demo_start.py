@@ -11,12 +11,14 @@ import httpx
 import psutil
 import pytest
 
-import demo_app
-from config.schema import Config
 from demo_server import free_port, wait_until
+from nextgpt import demo_app
+from nextgpt.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
-CASE = json.loads((ROOT / "code/demo/examples/cases.json").read_text(encoding="utf-8"))[-1]
+CASE = json.loads((ROOT / "code/mini_world/demo_examples/cases.json").read_text(encoding="utf-8"))[
+    -1
+]
 
 
 @pytest.mark.parametrize(
@@ -105,12 +107,12 @@ from pathlib import Path
 
 from fastapi.routing import APIRoute
 
-import demo.server
-from config.loader import load_config
+import nextgpt.serving.server
+from nextgpt.config.loader import load_config
 from demo_server import scripted_assistant
 
 how, folder, port = sys.argv[1:]
-build_app = demo.server.build_app
+build_app = nextgpt.serving.server.build_app
 
 
 class Loader:
@@ -129,10 +131,10 @@ def build_stuck(desk, *given):
     return app
 
 
-demo.server.Assistant = Loader
-demo.server.build_app = build_stuck
-demo.server._END_SECONDS = 4.0
-demo.server.serve(load_config("mini"), Path("none"), "127.0.0.1", int(port))
+nextgpt.serving.server.Assistant = Loader
+nextgpt.serving.server.build_app = build_stuck
+nextgpt.serving.server._END_SECONDS = 4.0
+nextgpt.serving.server.serve(load_config("mini"), Path("none"), "127.0.0.1", int(port))
 """
 
 
@@ -143,8 +145,7 @@ def scene(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, psutil.Popen]]]
 
     def start(how: str) -> tuple[str, psutil.Popen]:
         port, parts = free_port(), tmp_path / f"parts {len(processes)}"
-        folders = os.pathsep.join(map(str, (ROOT / "code", ROOT / "tests")))
-        environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": folders}
+        environment = os.environ | {"TMPDIR": str(tmp_path)}
         command = [sys.executable, "-c", SCENE, how, str(parts), str(port)]
         processes.append(psutil.Popen(command, env=environment))
         address = f"http://127.0.0.1:{port}"

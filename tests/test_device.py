@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from config.errors import InputError
-from mini_world.part_training.runner import cheap_products
-from model.device import choose_dtype
+from nextgpt.common.device import choose_dtype
+from nextgpt.common.errors import UserError
+from nextgpt.mini_world.component_training.runner import cheap_products
+from nextgpt.tools.memory_estimate import estimate_memory
 from tiny_system import tiny_config
-from training.plan import plan_stage
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -35,16 +35,16 @@ def on(*capabilities: tuple[int, int]) -> pytest.MarkDecorator:
 def test_a_gpu_that_emulates_bf16_computes_in_fp16_and_refuses_bf16() -> None:
     assert choose_dtype("auto", GPU) == choose_dtype("fp16", GPU) == torch.float16
     assert choose_dtype("fp32", GPU) == torch.float32
-    with pytest.raises(InputError, match=r"training.precision bf16: .* set it to auto or fp16"):
+    with pytest.raises(UserError, match=r"training.precision bf16: .* set it to auto or fp16"):
         choose_dtype("bf16", GPU)
-    assert ", float16," in plan_stage(tiny_config(1), 1, 1).facts
+    assert ", float16," in estimate_memory(tiny_config(1), 1, 1).facts
 
 
 @on((8, 0), (8, 9), (9, 0))
 @pytest.mark.usefixtures("capability")
 def test_a_gpu_that_has_bf16_computes_in_it() -> None:
     assert choose_dtype("auto", GPU) == choose_dtype("bf16", GPU) == torch.bfloat16
-    assert ", bfloat16," in plan_stage(tiny_config(1), 1, 1).facts
+    assert ", bfloat16," in estimate_memory(tiny_config(1), 1, 1).facts
 
 
 @on((8, 0))

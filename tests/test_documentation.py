@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from config.loader import load_config
-from dataset.catalog import CATALOG
-from dataset.json_rows import iter_rows
-from dataset.preprocess_dataset import preprocess
-from dataset.readers import read_record
+from nextgpt.config.loader import load_config
+from nextgpt.dataset.catalog import CATALOG
+from nextgpt.dataset.json_stream import iter_rows
+from nextgpt.dataset.preprocess_dataset import preprocess
+from nextgpt.dataset.readers import read_record
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
@@ -95,7 +95,6 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
             behind = {"train.sh": "code/train.py", "app.sh": "code/demo_app.py"}.get(file.name)
             return own | (ask(ROOT / behind) if behind else set())
         monkeypatch.setattr(sys, "argv", [str(file), "--help"])
-        monkeypatch.setattr(sys, "path", [str(ROOT / "code"), *sys.path])
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(file), run_name="__main__")
         return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
@@ -122,7 +121,8 @@ def test_every_flag_named_in_the_readmes_is_some_programs(help_of: Callable) -> 
         ROOT / name
         for name in (
             "code/inference.py", "code/process_embeddings.py", "code/dataset/preprocess_dataset.py",
-            "code/mini_world/write_data.py", "code/mini_world/build_parts.py", "code/evaluate.py",
+            "code/mini_world/write_data.py", "code/mini_world/build_components.py",
+            "code/evaluate.py",
             "code/evaluate_parts.py", "code/prepare_checkpoints.py", "code/merge_vicuna.py",
             "code/check_data.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
             "benchmarks/gpu.py",

@@ -9,15 +9,29 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate as entry
-from chat.assistant import Assistant
-from chat.options import ChatOptions
-from config.entry import run_entry
-from config.errors import InputError
-from config.loader import load_config
-from conversation.captions import clean_caption
-from conversation.parts import Media, Text
-from evaluation.items import (
+from nextgpt import evaluate as entry
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.caption_cleaning import clean_caption
+from nextgpt.conversation.messages import Media, Text
+from nextgpt.evaluation.metrics import wilson_interval
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.mini_world.captions import as_heard, read_caption
+from nextgpt.mini_world.media_set import render_medium
+from nextgpt.mini_world.objects import HELD_OUT_PAIRS, SHAPE_OF, SIZE_OF, Split, Value, WorldObject
+from nextgpt.mini_world.plain_talk import plain_pairs
+from nextgpt.mini_world.request_templates import (
+    COURSE_REQUESTS,
+    EDITS,
+    HEAR,
+    HEAR_COUNTED,
+    OPENINGS,
+    REVERSE,
+    SHOW,
+)
+from nextgpt.mini_world.scoreboard.items import (
     CASES,
     CELLS,
     LETTERS,
@@ -31,18 +45,13 @@ from evaluation.items import (
     parse_cells,
     write_media,
 )
-from evaluation.judge import judge, judge_file
-from evaluation.plain_talk import perplexity, plain_questions
-from evaluation.running import caption_before, decode_captions
-from evaluation.scoreboard import Questions, average, measure
-from evaluation.scoring import chance, score_answer, summarise, wilson
-from evaluation.table import table
-from mini_world.album import render_medium
-from mini_world.captions import as_heard, read_caption
-from mini_world.phrasing import COURSE_REQUESTS, EDITS, HEAR, HEAR_COUNTED, OPENINGS, REVERSE, SHOW
-from mini_world.plain_talk import plain_pairs
-from mini_world.things import HELD_OUT_PAIRS, SHAPE_OF, SIZE_OF, Split, Thing, Value
-from mini_world.words import Wording
+from nextgpt.mini_world.scoreboard.judge import judge, judge_file
+from nextgpt.mini_world.scoreboard.plain_talk import perplexity, plain_questions
+from nextgpt.mini_world.scoreboard.report import table
+from nextgpt.mini_world.scoreboard.runner import caption_before, decode_captions
+from nextgpt.mini_world.scoreboard.scoreboard import Questions, average, measure
+from nextgpt.mini_world.scoreboard.scoring import chance, score_answer, summarise
+from nextgpt.mini_world.words import Wording
 from tiny_parts import tiny_overrides, write_tiny_parts
 
 
@@ -59,7 +68,7 @@ def test_cells_are_read_in_any_form() -> None:
     assert parse_cells("quick") == QUICK
     assert parse_cells("quick,cases") == (*QUICK, *CASES)
     assert len(MATRIX) == 16 and len(CASES) == 4
-    with pytest.raises(InputError, match="T→X"):
+    with pytest.raises(UserError, match="T→X"):
         parse_cells("T-I,T-X")
 
 
@@ -233,7 +242,7 @@ def test_perfect_answers_to_every_item_are_right() -> None:
         assert score_answer(item.wanted, words, media).right, item
 
 
-def thing_with(attributes: dict) -> Thing:
+def thing_with(attributes: dict) -> WorldObject:
     """A thing that has them, whatever else it is."""
     of_thing = {"pitch": ("size", SIZE_OF), "timbre": ("shape", SHAPE_OF)}
     figures = {
@@ -242,7 +251,7 @@ def thing_with(attributes: dict) -> Thing:
         )
         for name, value in attributes.items()
     }
-    return replace(Thing("star", "green", "small", "middle", "grows", 1), **figures)
+    return replace(WorldObject("star", "green", "small", "middle", "grows", 1), **figures)
 
 
 def test_wilson_gives_known_intervals() -> None:
@@ -250,9 +259,9 @@ def test_wilson_gives_known_intervals() -> None:
     known = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611),
              (1, 29): (0.0061, 0.1718)}  # fmt: skip
     for (right, count), interval in known.items():
-        assert wilson(right, count) == pytest.approx(interval, abs=1e-4)
-    assert wilson(20, 20) == pytest.approx((1 - 0.1611, 1), abs=1e-4)
-    assert wilson(0, 0) == (0, 1)
+        assert wilson_interval(right, count) == pytest.approx(interval, abs=1e-4)
+    assert wilson_interval(20, 20) == pytest.approx((1 - 0.1611, 1), abs=1e-4)
+    assert wilson_interval(0, 0) == (0, 1)
 
 
 def test_chance_is_one_over_the_values_of_what_is_wanted() -> None:
@@ -333,7 +342,7 @@ def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
 def test_ceilings_are_decoded_from_the_captions_as_they_stand(babbler: Path) -> None:
     config = load_config("7b", overrides=overrides_of(babbler))
     assistant = Assistant.load(config, babbler / "tuned" / "stage_3")
-    options = ChatOptions.from_config(config)
+    options = GenerationSettings.from_config(config)
     decoder = assistant.load_decoder("audio")
     written = "A BELL (low): it rings twice"
     (found,) = decode_captions(assistant, "audio", [written], [3], options)
@@ -351,7 +360,7 @@ def test_the_entry_writes_json_and_pictures(
     line += ["--cells", "T-T,I-I,A->V,T+V-T+A,second,plain", "--out", str(tmp_path / "board")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", line)
-        run_entry(entry.main)
+        run_cli(entry.main)
     written = json.loads((tmp_path / "board" / "scoreboard.json").read_text())
     assert (written["samples"], written["seed"]) == (2, 4)
     assert len(written["fingerprint"]) == 16 and written["delta"].endswith("delta.safetensors")
@@ -375,7 +384,7 @@ def test_faults_end_with_a_word(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["evaluate.py", "--out", str(tmp_path), *arguments])
         with pytest.raises(SystemExit) as ended:
-            run_entry(entry.main)
+            run_cli(entry.main)
     assert ended.value.code == 2
     assert word in capsys.readouterr().err
 

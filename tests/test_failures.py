@@ -27,35 +27,35 @@ def _train_failing(*given: Any) -> None:
     import torch.distributed as dist
 
     import tiny_run
-    from config.errors import InputError
-    from training.agent import Agent, StepResult
+    from nextgpt.common.errors import UserError
+    from nextgpt.training.engine import StepResult, TrainEngine
 
     fault = json.loads(given[2].with_name("fault.json").read_text())
     errors = {
         "RuntimeError": RuntimeError(CAUSE),
         "OutOfMemoryError": torch.OutOfMemoryError(CAUSE),
-        "InputError": InputError(CAUSE),
+        "UserError": UserError(CAUSE),
         "OSError": OSError(28, CAUSE),
         "SystemExit": SystemExit(0),
         "KeyboardInterrupt": KeyboardInterrupt(),
     }
-    own_step, steps = Agent.step, iter(range(1, 10**6))
+    own_step, steps = TrainEngine.step, iter(range(1, 10**6))
 
-    def step(agent: Agent, *arguments: Any) -> StepResult:
+    def step(agent: TrainEngine, *arguments: Any) -> StepResult:
         if next(steps) == 3 and dist.get_rank() in fault["ranks"]:
             while not given[2].with_name("now").exists():
                 time.sleep(0.02)
             raise errors[fault["error"]]
         return own_step(agent, *arguments)
 
-    Agent.step = step
+    TrainEngine.step = step
     tiny_run._train(*given)
 
 
 def _train_without_coming(*given: Any) -> None:
     """A process that ends, as rank 1, before it has connected to process 0, which waits for 3 s."""
     import tiny_run
-    from training import watchdog
+    from nextgpt.common import watchdog
 
     own_start = watchdog.Watchdog.start
 
@@ -71,17 +71,17 @@ def _train_without_coming(*given: Any) -> None:
 def _train_unlike(*given: Any) -> None:
     """A process that, as rank 1, finds no precision for its GPU, before anything is gathered."""
     import tiny_run
-    from config.errors import InputError
-    from training import loop
+    from nextgpt.common.errors import UserError
+    from nextgpt.training import trainer
 
-    own_choice = loop.choose_dtype
+    own_choice = trainer.choose_dtype
 
     def choose_dtype(*arguments: Any) -> Any:
         if os.environ["RANK"] == "1":
-            raise InputError(CAUSE)
+            raise UserError(CAUSE)
         return own_choice(*arguments)
 
-    loop.choose_dtype = choose_dtype
+    trainer.choose_dtype = choose_dtype
     tiny_run._train(*given)
 
 
@@ -161,8 +161,8 @@ SLOW = pytest.mark.slow
             ("RuntimeError", CAUSE, 1, [0, 1], 2),
             ("OutOfMemoryError", CAUSE, 1, [0], 1),
             ("OutOfMemoryError", CAUSE, 1, [1], 2),
-            ("InputError", CAUSE, 2, [1], 2),
-            ("InputError", CAUSE, 2, [0, 1], 2),
+            ("UserError", CAUSE, 2, [1], 2),
+            ("UserError", CAUSE, 2, [0, 1], 2),
             ("OSError", CAUSE, 2, [0], 2),
             ("SystemExit", "RuntimeError: sys.exit was called", 1, [0], 1),
             ("SystemExit", "RuntimeError: sys.exit was called", 1, [1], 2),

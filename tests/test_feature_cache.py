@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import InputError, MediaError
-from config.loader import load_config
-from dataset.feature_cache import FeatureCache
-from dataset.media import PREPROCESSING_VERSIONS
-from dataset.shards import medium_state
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.config.loader import load_config
+from nextgpt.media.feature_cache import FeatureCache
+from nextgpt.media.shard_members import medium_state
+from nextgpt.media.transforms import PREPROCESSING_VERSIONS
+from nextgpt.training.media_features import FeatureCaches
 from tiny_parts import tiny_overrides, write_tiny_parts
-from training.features import FeatureCaches
 
 WIDTH = 8
-CODE = Path(__file__).parent.parent / "code"
 
 
 def feature(seed: int) -> np.ndarray:
@@ -117,7 +116,7 @@ def test_a_file_written_a_moment_ago_is_hashed_again(media: list[Path], tmp_path
     cache.put_many([(content, feature(0))])
     media[0].write_bytes(b"\xee" * 1000)
     state = medium_state(media[0])
-    same_tick = patch("dataset.feature_cache.medium_state", lambda _: content.state)
+    same_tick = patch("nextgpt.media.feature_cache.medium_state", lambda _: content.state)
     with same_tick:
         assert state != content.state and cache.get(media[0]) is None
 
@@ -148,7 +147,7 @@ def test_another_encoder_has_features_of_its_own(media: list[Path], tmp_path: Pa
     put(FeatureCache(tmp_path, "one", WIDTH), (media[0], feature(0)))
     other = FeatureCache(tmp_path, "other", WIDTH + 1)
     assert other.get(media[0]) is None
-    with pytest.raises(InputError, match="expected 9"):
+    with pytest.raises(UserError, match="expected 9"):
         FeatureCache(tmp_path, "one", WIDTH + 1).get(media[0])
 
 
@@ -178,7 +177,7 @@ def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
         cache.get(tmp_path / "gone.png")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/features.sqlite").write_bytes(b"not a database, not at all" * 100)
-    with pytest.raises(InputError, match="delete it"):
+    with pytest.raises(UserError, match="delete it"):
         FeatureCache(tmp_path / "bad", "encoder", WIDTH).get(media[0])
 
 
@@ -197,7 +196,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from dataset.feature_cache import FeatureCache
+from nextgpt.media.feature_cache import FeatureCache
 
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 cache = FeatureCache(folder, "encoder", 8)
@@ -215,7 +214,6 @@ def test_writers_side_by_side_and_killed_in_a_write_lose_nothing_that_was_said_t
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path), str(first)],
-            env={**os.environ, "PYTHONPATH": str(CODE)},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.errors import InputError
-from config.loader import load_config
-from conversation.batch import Batch
-from conversation.encoding import IGNORE
-from model.build import build_model
+from nextgpt.callbacks.least_squares import Moments, init_input_projection, stretched_ridge
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.batch import Batch
+from nextgpt.conversation.prompt import IGNORE_INDEX
+from nextgpt.model.build import build_model
 from tiny_parts import tiny_overrides
 from tiny_run import TinyRun, trained
-from training.fitting import Moments, fit_input_projection, stretched_ridge
 
 IDS = torch.arange(3)
 
@@ -49,11 +49,11 @@ def test_each_place_of_a_medium_is_put_among_its_share_of_the_captions_words(
     before = torch.tensor([[1] + [0] * places + [2]]).expand(40, -1)
     ids = torch.cat([before, 10 + 3 * kinds[:, None] + IDS], 1)
     targets = ids.clone()
-    targets[:, : places + 2] = IGNORE
+    targets[:, : places + 2] = IGNORE_INDEX
     slots = torch.stack([torch.arange(40), torch.ones(40, dtype=torch.int64)], dim=1)
     features = torch.nn.functional.one_hot(kinds, config.encoder.width).float()
     batch = Batch(ids, torch.ones_like(ids), targets, slots, features)
-    fit_input_projection(model, [batch])
+    init_input_projection(model, [batch])
     embed = model.language_model.get_input_embeddings()
     said = embed(ids[:4, places + 2 :]).unflatten(1, (places, -1)).mean(dim=2)  # (4, places, H)
     found = model.embed(ids, slots, features)[:4, 1 : places + 1]
@@ -67,7 +67,7 @@ def test_each_place_of_a_medium_is_put_among_its_share_of_the_captions_words(
 def media_and_captions(count: int, width: int) -> Batch:
     """Conversations that show a medium and say three words of it."""
     ids = torch.randint(3, 50, (count, 6))
-    targets = torch.where(torch.arange(6) < 3, IGNORE, ids)
+    targets = torch.where(torch.arange(6) < 3, IGNORE_INDEX, ids)
     slots = torch.stack([torch.arange(count), torch.ones(count, dtype=torch.int64)], dim=1)
     return Batch(ids, torch.ones_like(ids), targets, slots, torch.randn(count, width))
 
@@ -85,14 +85,14 @@ def test_the_fit_holds_on_to_no_medium_it_has_seen(tmp_path: Path) -> None:
             del batch
             assert len(freed) >= number  # all but the last, which the caller may still hold
 
-    fit_input_projection(model, batches())
+    init_input_projection(model, batches())
 
 
 def test_a_fit_to_no_media_is_refused(tmp_path: Path) -> None:
     config = load_config("7b", overrides=tiny_overrides(tmp_path))
     model = build_model(config, torch.float32, lora=False, output_projections=False)
-    with pytest.raises(InputError, match="show no medium"):
-        fit_input_projection(model, [media_and_captions(0, config.encoder.width)])
+    with pytest.raises(UserError, match="show no medium"):
+        init_input_projection(model, [media_and_captions(0, config.encoder.width)])
 
 
 def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:

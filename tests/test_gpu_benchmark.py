@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.sources import source_of
-from config.loader import load_config
+from nextgpt.config.loader import load_config
+from nextgpt.tools.weights.registry import source_of
 from tiny_parts import tiny_overrides
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

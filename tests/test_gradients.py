@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config.errors import InputError
-from config.loader import load_config
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.training.engine import read_deepspeed_config
 from test_training import from_stage, zero
 from tiny_run import TinyRun
-from training.agent import read_settings
 
 
 def _train_keeping_gradients(*given: Any) -> None:
@@ -21,11 +21,11 @@ def _train_keeping_gradients(*given: Any) -> None:
     import torch.distributed as dist
 
     import tiny_run
-    from training.agent import Agent, StepResult
+    from nextgpt.training.engine import StepResult, TrainEngine
 
-    own_step = Agent.step
+    own_step = TrainEngine.step
 
-    def step(agent: Agent, *arguments: Any) -> StepResult:
+    def step(agent: TrainEngine, *arguments: Any) -> StepResult:
         result = own_step(agent, *arguments)
         beta = agent.training.betas[0]
         gradients = {
@@ -37,7 +37,7 @@ def _train_keeping_gradients(*given: Any) -> None:
             save_file(gradients, f"{given[2]}.gradients")
         return result
 
-    Agent.step = step
+    TrainEngine.step = step
     tiny_run._train(*given)
 
 
@@ -102,16 +102,16 @@ def test_gradients_are_equal_over_every_split_of_a_batch(
 def _train_summing_in_half(*given: Any) -> None:
     """A process in which sums overflow: DeepSpeed sums linear layers' gradients in fp16."""
     import tiny_run
-    from training.agent import Agent
+    from nextgpt.training.engine import TrainEngine
 
-    own_settings = Agent._settings
+    own_settings = TrainEngine._settings
 
-    def settings(agent: Agent, dtype: torch.dtype) -> dict:
+    def settings(agent: TrainEngine, dtype: torch.dtype) -> dict:
         found = own_settings(agent, dtype)
         del found["torch_autocast"]["lower_precision_safe_modules"]
         return found
 
-    Agent._settings = settings
+    TrainEngine._settings = settings
     tiny_run._train(*given)
 
 
@@ -168,5 +168,5 @@ def test_settings_that_hide_or_cause_overflows_are_refused(
 ) -> None:
     file = tmp_path / "settings.json"
     file.write_text(settings)
-    with pytest.raises(InputError, match=key):
-        read_settings(load_config("7b", 1, [f"training.deepspeed={file}"]).training)
+    with pytest.raises(UserError, match=key):
+        read_deepspeed_config(load_config("7b", 1, [f"training.deepspeed={file}"]).training)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config.errors import InputError
-from config.file_digests import DigestCache
-from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import fingerprint as encoder_fingerprint
-from model.imagebind.loading import is_left_out, load_imagebind, save_imagebind
+from nextgpt.common.errors import UserError
+from nextgpt.common.file_digests import DigestCache
+from nextgpt.model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
+from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.loading import fingerprint as encoder_fingerprint
+from nextgpt.model.imagebind.loading import is_left_out, load_imagebind, save_imagebind
 from parity_tools import PARITY, cases, fill_by_recipe, relative_error
 from record_full_size import RECORD, full_size_features
 
@@ -96,7 +96,7 @@ def test_published_file_with_wrong_names_lists_every_one(tmp_path: Path) -> None
     wrong["modality_heads.visual.2.weight"] = wrong.pop("modality_heads.vision.2.weight")
     wrong["modality_heads.audio.2.weight"] = (512, 768)
     path = published_file(tmp_path / "imagebind_huge.pth", wrong)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UserError) as raised:
         load_imagebind(path)
     message = str(raised.value)
     assert "3 faults" in message
@@ -167,7 +167,7 @@ def test_fingerprint_sees_each_byte_of_a_file_however_large(
 
 
 def test_nothing_there_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"imagebind_huge\.pth"):
+    with pytest.raises(UserError, match=r"imagebind_huge\.pth"):
         load_imagebind(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_nothing_there_says_what_to_give(tmp_path: Path) -> None:
 def test_unreadable_published_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "imagebind_huge.pth"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="download or build it again"):
+    with pytest.raises(UserError, match="download or build it again"):
         load_imagebind(path)
 
 
@@ -200,7 +200,7 @@ def test_bad_figures_are_named(
         config.unlink()
     else:
         config.write_text(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(UserError, match=said):
         load_imagebind(tmp_path)
 
 
@@ -208,5 +208,5 @@ def test_a_cut_weight_file_is_named(tiny: ImageBind, tmp_path: Path) -> None:
     save_imagebind(tiny, tmp_path, torch.float16)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"model\.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         load_imagebind(tmp_path)

@@ -1,7 +1,6 @@
 """The row index: made once, in bounded memory, by one process of several, and never stale."""
 
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import InputError
-from dataset.index import open_index
+from nextgpt.common.errors import UserError
+from nextgpt.dataset.row_index import open_index
 
 ROWS = [{"caption": f"thing {i} ü", "image_name": f"{i}.png"} for i in range(10_000)]
 
@@ -74,15 +73,15 @@ def test_the_digest_follows_rows_and_their_order_and_nothing_else(
 def test_a_refused_row_or_an_empty_file_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
     def refuse(record: dict, row: int) -> None:
         if row == 5000:
-            raise InputError("row 5000 is wrong")
+            raise UserError("row 5000 is wrong")
 
     cache = tmp_path / "cache"
-    with pytest.raises(InputError, match="row 5000"):
+    with pytest.raises(UserError, match="row 5000"):
         open_index(file, cache, refuse, "v1")
     file.write_text("[]")
-    with pytest.raises(InputError, match="no rows"):
+    with pytest.raises(UserError, match="no rows"):
         open_index(file, cache, accept, "v1")
-    with pytest.raises(InputError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         open_index(tmp_path / "other.json", cache, accept, "v1")
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
@@ -100,18 +99,13 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 
 def test_processes_that_start_together_make_it_once(file: Path, tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from dataset.index import open_index\n"
+        "import sys; from pathlib import Path; from nextgpt.dataset.row_index import open_index\n"
         "checked = []\n"
         "file, cache = map(Path, sys.argv[1:])\n"
         "index = open_index(file, cache, lambda *a: checked.append(a), 'v')\n"
         "print(len(checked), len(index), index[9999]['image_name'])"
     )
-    code = Path(__file__).parent.parent / "code"
     command = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]
-    environment = {**os.environ, "PYTHONPATH": str(code)}
-    started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     told = sorted(process.communicate(timeout=60)[0].split() for process in started)
     assert told == [["0", "10000", "9999.png"]] * 2 + [["10000", "10000", "9999.png"]]

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-import inference
-from chat.answering import find_delta
-from chat.assistant import Assistant
-from chat.history import read_history, write_history
-from config.entry import run_entry
-from config.errors import InputError
-from config.loader import load_config
-from conversation.parts import Conversation, Media, Text, Turn
-from model.delta import DELTA_FILE
+from nextgpt import inference
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.cli import find_delta
+from nextgpt.generation.history import read_history, write_history
+from nextgpt.model.delta import DELTA_FILE
 from parity_tools import MEDIA
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
@@ -49,7 +49,7 @@ def infer(folder: Path, out: Path, *arguments: str) -> None:
     line = ["inference.py", "--config", "7b", *settings, "--out", str(out), *arguments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", line)
-        run_entry(inference.main)
+        run_cli(inference.main)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -161,7 +161,7 @@ def test_tuned_parameters_of_another_model_are_refused(scripted: Path, tmp_path:
     wider = config.model_copy(
         update={"output_projection": config.output_projection.model_copy(update={"width": 64})}
     )
-    with pytest.raises(InputError, match="does not fit this model"):
+    with pytest.raises(UserError, match="does not fit this model"):
         Assistant.load(wider, scripted / "tuned" / "stage_3")
 
 
@@ -177,7 +177,7 @@ def test_tuned_parameters_of_another_model_are_refused(scripted: Path, tmp_path:
 def test_a_faulty_history_is_named(content: str, word: str, tmp_path: Path) -> None:
     path = tmp_path / "history.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(UserError, match=word):
         read_history(path)
 
 

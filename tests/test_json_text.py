@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from config.json_text import to_json
+from nextgpt.common.json_io import to_json
 
 CODE = Path(__file__).parent.parent / "code"
 
@@ -34,4 +34,4 @@ def test_json_is_written_by_one_function_alone() -> None:
         and node.value.id == "json"
         and node.attr in ("dump", "dumps")
     }
-    assert writers == {"config/json_text.py"}
+    assert writers == {"common/json_io.py"}

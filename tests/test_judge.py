@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conversation.parts import MODALITIES, Modality
 from disturbances import PICTURES, SOUNDS, Disturbance, Rng
-from evaluation.judge import Seen, judge, judge_file
-from mini_world.render_image import RADIUS, RGB, paint, render_image
-from mini_world.render_sound import RATE, render_sound
-from mini_world.render_video import FRAMES_PER_SECOND, render_video
-from mini_world.things import ATTRIBUTES, Thing, sample_thing
-from model.media_files import SUFFIXES, Frames, Output, Sound, save_medium
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.media.writing import SUFFIXES, Frames, Output, Sound, save_medium
+from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject, sample_object
+from nextgpt.mini_world.render_image import RADIUS, RGB, paint, render_image
+from nextgpt.mini_world.render_sound import RATE, render_sound
+from nextgpt.mini_world.render_video import FRAMES_PER_SECOND, render_video
+from nextgpt.mini_world.scoreboard.judge import Seen, judge, judge_file
 
 DISTURBED = [
     *(("image", name) for name in PICTURES),
@@ -25,7 +25,7 @@ NOTHING = {modality: dict.fromkeys(names) for modality, names in ATTRIBUTES.item
 TIME = np.arange(2 * RATE) / RATE
 
 
-def render(modality: Modality, thing: Thing, rng: Rng) -> Output:
+def render(modality: Modality, thing: WorldObject, rng: Rng) -> Output:
     if modality == "image":
         return Image.fromarray(render_image(thing, rng))
     if modality == "video":
@@ -56,7 +56,7 @@ def check(
     rng = np.random.default_rng(20)
     right = dict.fromkeys(ATTRIBUTES[modality], 0)
     for index in range(things):
-        thing = sample_thing(rng, ("training", "validation", "test")[index % 3])
+        thing = sample_object(rng, ("training", "validation", "test")[index % 3])
         seen = read(modality, disturb(render(modality, thing, rng), rng))
         assert tuple(seen) == ATTRIBUTES[modality]
         for name, value in thing.attributes(modality).items():
@@ -219,14 +219,14 @@ def test_a_thing_that_is_seldom_there_is_not_seen() -> None:
 
 
 def test_pictures_of_any_size_are_read() -> None:
-    thing = Thing("star", "red", "small", "top", None, 1)
+    thing = WorldObject("star", "red", "small", "top", None, 1)
     picture = Image.fromarray(render_image(thing, np.random.default_rng(0)))
     large = picture.resize((256, 256), Image.Resampling.BICUBIC)
     assert judge("image", large) == thing.attributes("image")
 
 
 def test_sounds_at_another_rate_are_read() -> None:
-    thing = Thing("ring", "red", "big", "top", None, 2)
+    thing = WorldObject("ring", "red", "big", "top", None, 2)
     samples = render_sound(thing, np.random.default_rng(0))
     assert judge("audio", Sound(samples.repeat(3), 3 * RATE)) == thing.attributes("audio")
 
@@ -236,7 +236,7 @@ def test_a_tone_of_no_timbre_is_counted_still_and_four_are_too_many() -> None:
     twice = tone * (TIME % 0.6 < 0.4) * (TIME < 1.2)
     seen = judge("audio", Sound(twice.astype(np.float32), RATE))
     assert seen == {"pitch": None, "timbre": None, "count": 2}
-    bell = Thing("circle", "red", "big", "top", None, 1)
+    bell = WorldObject("circle", "red", "big", "top", None, 1)
     once = render_sound(bell, np.random.default_rng(0))[: int(0.65 * RATE)]
     four = judge("audio", Sound(np.tile(once, 4), RATE))
     assert four == {"pitch": "low", "timbre": "bell", "count": None}

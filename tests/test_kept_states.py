@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.loader import STAGES, load_config
-from conversation.batch import Batch
-from model.build import build_model
+from nextgpt.callbacks.hidden_state_cache import HiddenStateCache
+from nextgpt.config.loader import STAGES, load_config
+from nextgpt.conversation.batch import Batch
+from nextgpt.model.build import build_model
+from nextgpt.training.trainer import configure_trainable
 from test_config import SHIPPED
 from test_training import zero
 from tiny_run import TinyRun, trained
 from tiny_system import randomise_adapters, tiny_config
-from training.kept_states import KeptStates
-from training.loop import free_what_trains
 
 ALONE = ["training.trains=[output_projections]", "training.max_steps=12", "training.epochs=9"]
 
@@ -124,9 +124,9 @@ def test_frozen_adapters_with_dropout_leave_kept_states_as_they_are(dtype: torch
         torch.manual_seed(0)
         model = build_model(config, dtype, lora=True, output_projections=True)
         randomise_adapters(model)
-        free_what_trains(model, config)
+        configure_trainable(model, config)
         torch.manual_seed(seed)
-        kept = KeptStates(model, config.training, dtype)
+        kept = HiddenStateCache(model, config.training, dtype)
         readings.append(kept.fill(replace(batch)).states["image"])
     assert torch.equal(*readings)
 
@@ -154,7 +154,7 @@ def test_media_behind_the_last_run_of_a_row_are_not_read() -> None:
         runs={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
     )
     model.requires_grad_(False)
-    filled = KeptStates(model, config.training).fill(batch).states
+    filled = HiddenStateCache(model, config.training).fill(batch).states
     embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
     read = model.states_of_runs("image", batch.runs["image"], model.read(embeddings), embeddings)
     torch.testing.assert_close(filled["image"], read)

@@ -6,21 +6,20 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from torch.utils.data import DataLoader
 
-from training.samples import ReadySamples, load_batches
+from nextgpt.training.data import ExampleDataset, load_batches
 
 CONTEXT = multiprocessing.get_context("fork")
 
 
-def samples() -> ReadySamples:
+def samples() -> ExampleDataset:
     """Never asked for one."""
     encoder = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
-    return ReadySamples([], encoder, 10, {}, None, {})  # type: ignore[arg-type]
+    return ExampleDataset([], encoder, 10, {}, None, {})  # type: ignore[arg-type]
 
 
 def test_loader_processes_end_with_their_block_and_others_do_not() -> None:
@@ -56,14 +55,13 @@ def test_loader_processes_of_a_start_that_fails_halfway_end(
 
 
 def test_a_decoding_process_whose_loader_is_gone_ends_in_silence() -> None:
-    request = [["dataset.decoding", "read_pixels"], ["missing.png"], "missing.png", [10, 10]]
+    request = [["nextgpt.media.decoding", "read_pixels"], ["missing.png"], "missing.png", [10, 10]]
     with subprocess.Popen(
-        [sys.executable, "-P", "-m", "dataset.decode_worker", str(os.getpid())],
+        [sys.executable, "-P", "-m", "nextgpt.media.decode_worker", str(os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "code")},
     ) as worker:
         assert worker.stdout and worker.stdin and worker.stderr
         assert worker.stdout.readline() == "ready\n"

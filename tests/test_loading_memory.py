@@ -17,8 +17,8 @@ CODE = Path(__file__).parent.parent / "code"
 LOADING = """
 import json, re, sys, threading, time
 import torch
-from config.loader import load_config
-from model.build import build_model
+from nextgpt.config.loader import load_config
+from nextgpt.model.build import build_model
 
 def taken(what):  # bytes
     return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1000

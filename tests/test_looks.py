@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conversation.parts import Modality
-from evaluation.judge import judge_file
-from evaluation.judge_sight import judge_frames
-from mini_world.album import write_medium
-from mini_world.colours import distances_to_named, hue
-from mini_world.looks import unnamed_colour, unnamed_outline
-from mini_world.render_image import RGB, Look, coverage, render_image
-from mini_world.things import SHAPES, sample_thing
-from model.media_files import SUFFIXES
+from nextgpt.common.modality import Modality
+from nextgpt.media.writing import SUFFIXES
+from nextgpt.mini_world.appearance import unnamed_colour, unnamed_outline
+from nextgpt.mini_world.colours import distances_to_named, hue
+from nextgpt.mini_world.media_set import write_medium
+from nextgpt.mini_world.objects import SHAPES, sample_object
+from nextgpt.mini_world.render_image import RGB, Look, coverage, render_image
+from nextgpt.mini_world.scoreboard.judge import judge_file
+from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
 
 
 def test_unnamed_colours_are_far_from_named_ones_and_differ() -> None:
@@ -35,7 +35,7 @@ def test_unnamed_outlines_are_about_as_large_as_shapes() -> None:
 def check_no_name_is_given(count: int) -> None:
     rng = np.random.default_rng(1)
     for _ in range(count):
-        thing = sample_thing(rng)
+        thing = sample_object(rng)
         coloured = render_image(thing, rng, Look(rgb=unnamed_colour(rng)))
         assert judge_frames(coloured[None])["colour"] is None
         lobed = render_image(thing, rng, Look(outline=unnamed_outline(rng)))
@@ -58,7 +58,7 @@ def test_judge_gives_unnamed_looks_no_name_in_files(
     rng = np.random.default_rng(2)
     path = tmp_path / f"medium{SUFFIXES[modality]}"
     for seed in range(count):
-        thing = sample_thing(rng)
+        thing = sample_object(rng)
         write_medium(path, modality, thing, seed, Look(rgb=unnamed_colour(rng)))
         assert judge_file(modality, path)["colour"] is None
         write_medium(path, modality, thing, seed, Look(outline=unnamed_outline(rng)))

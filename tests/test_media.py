@@ -2,7 +2,6 @@
 
 import errno
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -17,18 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
-from config.errors import MediaError
-from dataset.decoding import (
+from golden_preprocessing import GOLDEN, measure
+from nextgpt.common.errors import MediaError
+from nextgpt.media.decoding import (
     measure_video,
     read_image,
     read_pixels,
     read_samples,
     read_video_frames,
 )
-from dataset.media import load_views, read_audio, video_frame_indices
-from dataset.shards import medium_state
-from golden_preprocessing import GOLDEN, measure
-from model.imagebind.encoder import ImageBind
+from nextgpt.media.shard_members import medium_state
+from nextgpt.media.transforms import load_views, read_audio, video_frame_indices
+from nextgpt.model.imagebind.encoder import ImageBind
 from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
 from test_imagebind import TINY
 
@@ -42,7 +41,6 @@ RECORDED = [
     ("video", "move_tall.mp4", 2e-2, 1e-2),
     ("video", "move_wide.mp4", 2e-2, 1e-2),
 ]
-CODE = Path(__file__).parent.parent / "code"
 SHAPES = {"image": (3, 224, 224), "video": (15, 3, 2, 224, 224), "audio": (3, 1, 128, 204)}
 
 
@@ -236,9 +234,9 @@ def test_the_sound_track_of_a_video_is_heard(tmp_path: Path) -> None:
 
 ALONE = """
 import sys
-from config.errors import MediaError
-from demo.limits import find_modality
-from dataset.decoding import read_samples
+from nextgpt.common.errors import MediaError
+from nextgpt.serving.limits import find_modality
+from nextgpt.media.decoding import read_samples
 for file in sys.argv[1:]:
     for read in (lambda file: find_modality(file, "it"), lambda file: len(read_samples(file)[0])):
         try:
@@ -252,7 +250,7 @@ def read_alone(*paths: Path) -> list[str]:
     """What a process of its own says of sounds: their kind and their length, or why it has none."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE, *map(str, paths)],
-        env=os.environ | {"PYTHONPATH": str(CODE)}, capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, (done.returncode, done.stdout, done.stderr)
     return done.stdout.splitlines()
@@ -323,7 +321,7 @@ def test_a_sound_of_no_numbers_is_refused(value: float, tmp_path: Path) -> None:
 
 def test_a_sound_of_many_hours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_wav(tmp_path / "long.wav", np.zeros(8000 * 3601), 8000)
-    monkeypatch.setattr("dataset.decoding.MAX_SOUND_SECONDS", 3600)
+    monkeypatch.setattr("nextgpt.media.decoding.MAX_SOUND_SECONDS", 3600)
     with pytest.raises(MediaError, match=r"long\.wav: longer than 1 hours"):
         read_samples(path)
 
@@ -331,8 +329,8 @@ def test_a_sound_of_many_hours_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_sound_of_a_high_rate_may_have_as_many_samples_as_one_of_48_khz(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dataset.decoding.MAX_SOUND_SECONDS", 3600)
-    monkeypatch.setattr("dataset.decoding.MAX_SOUND_RATE", 4000)
+    monkeypatch.setattr("nextgpt.media.decoding.MAX_SOUND_SECONDS", 3600)
+    monkeypatch.setattr("nextgpt.media.decoding.MAX_SOUND_RATE", 4000)
     whole, longer = (
         write_wav(tmp_path / f"{seconds}.wav", np.zeros(8000 * seconds), 8000)
         for seconds in (1800, 1801)
@@ -354,13 +352,13 @@ def test_a_file_that_vanishes_at_any_moment_is_named_with_the_reason(
 
     path = tmp_path / "gone"
     state = medium_state(MEDIA / "landscape.png")
-    monkeypatch.setattr("dataset.decoding.medium_exists", lambda _: True)
+    monkeypatch.setattr("nextgpt.media.decoding.medium_exists", lambda _: True)
     with pytest.raises(MediaError, match="gone: not readable"):
         read(path)
-    monkeypatch.setattr("dataset.decoding.medium_state", lambda _: state)
+    monkeypatch.setattr("nextgpt.media.decoding.medium_state", lambda _: state)
     with pytest.raises(MediaError, match="gone: not readable"):
         read(path)
-    monkeypatch.setattr("dataset.decoding.medium_exists", stale)
+    monkeypatch.setattr("nextgpt.media.decoding.medium_exists", stale)
     with pytest.raises(MediaError, match=r"gone: not readable.*Stale file handle"):
         read(path)
 
@@ -440,5 +438,5 @@ def test_preprocessing_gives_the_numbers_recorded_for_its_version(tmp_path: Path
         for key in ("numbers", "mean", "mean_square", "values"):
             assert found[key] == pytest.approx(kept[key], abs=2e-3), (
                 f"{name}: preprocessing gives other numbers than before: raise its number in "
-                "dataset.media.PREPROCESSING_VERSIONS, then run tests/golden_preprocessing.py"
+                "PREPROCESSING_VERSIONS, then run tests/golden_preprocessing.py"
             )

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-import merge_vicuna as entry
-from checkpoints.merging import merge_vicuna
-from config.entry import run_entry
-from config.errors import InputError
-from model.weight_files import map_folder
+from nextgpt import merge_vicuna as entry
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.model.weight_files import map_folder
+from nextgpt.tools.weights.merge import merge_vicuna
 from tiny_vicuna import LLAMA, Format, write_delta, write_llama, write_weights
 
 MEGABYTE = 1 << 20
@@ -59,7 +59,7 @@ def test_the_result_has_llamas_tokenizer_and_leaves_nothing_beside_it(
     words = ["--base", pair[0], "--delta", pair[1], "--out", tmp_path / "out"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["merge_vicuna.py", *map(str, words)])
-        run_entry(entry.main)
+        run_cli(entry.main)
     own, merged = (AutoTokenizer.from_pretrained(folder) for folder in (LLAMA, tmp_path / "out"))
     assert merged("a boat, two drums").input_ids == own("a boat, two drums").input_ids
     assert len(merged) == 1000
@@ -112,16 +112,16 @@ def test_what_does_not_belong_together_is_named_and_nothing_is_written(
 ) -> None:
     break_it, word = FAULTS[fault]
     break_it(*pair)
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(UserError, match=word):
         merge_vicuna(*pair, tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 
 
 def test_a_folder_is_neither_merged_with_itself_nor_overwritten(pair: tuple[Path, Path]) -> None:
     base, delta = pair
-    with pytest.raises(InputError, match="both as LLaMA-1 and as the delta"):
+    with pytest.raises(UserError, match="both as LLaMA-1 and as the delta"):
         merge_vicuna(base, base, base.with_name("out"))
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         merge_vicuna(base, delta, delta)
 
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from config.loader import load_config
-from conversation.parts import MODALITIES, Modality
-from mini_world.build_parts import PARTS, RECORD, Builder, build
-from mini_world.captions import CAPTIONS
-from mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder
-from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer, sample_captions
-from mini_world.part_training import diffusion, encoder, towers, vae, vocoder
-from mini_world.part_training.runner import Plan
-from mini_world.things import sample_thing
-from mini_world.words import say
-from model.caption_encoders import CaptionEncoder
-from model.imagebind.loading import load_imagebind
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.config.loader import load_config
+from nextgpt.mini_world.build_components import PARTS, RECORD, Builder, build
+from nextgpt.mini_world.captions import CAPTIONS
+from nextgpt.mini_world.component_training import diffusion, encoder, text_encoders, vae, vocoder
+from nextgpt.mini_world.component_training.runner import Plan
+from nextgpt.mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder
+from nextgpt.mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer, sample_captions
+from nextgpt.mini_world.objects import sample_object
+from nextgpt.mini_world.words import say
+from nextgpt.model.imagebind.loading import load_imagebind
+from nextgpt.model.text_encoders import TextEncoder
 from tiny_decoders import TINY
 
 CPU = torch.device("cpu")
@@ -40,8 +40,8 @@ def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every training takes one step on a few media."""
     short = Plan(steps=1, learning_rate=1e-4, warmup=1)
     for owner, name in [
-        (towers, "CLIP_PLAN"),
-        (towers, "CLAP_PLAN"),
+        (text_encoders, "CLIP_PLAN"),
+        (text_encoders, "CLAP_PLAN"),
         (encoder, "PLAN"),
         (encoder, "SIGHT_PLAN"),
     ]:
@@ -81,7 +81,7 @@ def megabytes_to_ship(*folders: Path) -> float:
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_caption_shapes_are_the_configurations(modality: Modality, parts: Path) -> None:
     expected = load_config("mini").decoders[modality].caption_shape
-    assert list(CaptionEncoder(modality, str(parts / FOLDERS[modality]), CPU).shape) == expected
+    assert list(TextEncoder(modality, str(parts / FOLDERS[modality]), CPU).shape) == expected
 
 
 def test_encoder_gives_features_of_the_configurations_width(parts: Path) -> None:
@@ -96,7 +96,7 @@ def test_captions_of_every_split_fit_and_trained_words_are_whole(make: type) -> 
     rng = np.random.default_rng(1)
     modalities = ("audio",) if make is roberta_tokenizer else ("image", "video", "audio")
     unseen = [  # whose own words fall into letters
-        say(template, rng, sample_thing(rng))
+        say(template, rng, sample_object(rng))
         for modality in modalities
         for template in CAPTIONS[modality].validation + CAPTIONS[modality].test
         for _ in range(200)

@@ -8,26 +8,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from config.errors import InputError
-from conversation.captions import clean_caption
-from conversation.parts import MODALITIES, Media, Modality
-from dataset.readers import read_record
-from evaluation.judge import judge, judge_file
-from mini_world import phrasing, questions
-from mini_world.album import Album, render_medium
-from mini_world.captions import CAPTIONS, as_heard, caption, read_caption
-from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening, shown, step
-from mini_world.plain_talk import plain_pairs
-from mini_world.things import (
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.conversation.caption_cleaning import clean_caption
+from nextgpt.conversation.messages import Media
+from nextgpt.dataset.readers import read_record
+from nextgpt.mini_world import questions, request_templates
+from nextgpt.mini_world.captions import CAPTIONS, as_heard, caption, read_caption
+from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening, shown, step
+from nextgpt.mini_world.media_set import Album, render_medium
+from nextgpt.mini_world.objects import (
     ATTRIBUTES,
     COLOURS,
     HELD_OUT_PAIRS,
     SHAPES,
     VALUES,
-    sample_thing,
+    sample_object,
 )
-from mini_world.words import Wording, say
-from mini_world.write_data import FOLDERS, write_world
+from nextgpt.mini_world.plain_talk import plain_pairs
+from nextgpt.mini_world.scoreboard.judge import judge, judge_file
+from nextgpt.mini_world.words import Wording, say
+from nextgpt.mini_world.write_data import FOLDERS, write_world
 
 SCALE = 0.1
 
@@ -64,7 +65,7 @@ def texts(value: object) -> Iterator[str]:
 
 
 def test_held_out_pairs_leave_every_shape_and_colour_in_training() -> None:
-    seen = [sample_thing(rng(seed)) for seed in range(600)]
+    seen = [sample_object(rng(seed)) for seed in range(600)]
     assert {thing.split for thing in seen} == {"training"}
     for name in ("shape", "colour", "size", "place", "motion", "count"):
         assert {getattr(thing, name) for thing in seen} == set(VALUES[name])
@@ -73,7 +74,7 @@ def test_held_out_pairs_leave_every_shape_and_colour_in_training() -> None:
         assert len(pairs) == 8
         assert {shape for shape, _ in pairs} == set(SHAPES)
         assert {colour for _, colour in pairs} == set(COLOURS)
-        assert {sample_thing(rng(seed), split).split for seed in range(50)} == {split}
+        assert {sample_object(rng(seed), split).split for seed in range(50)} == {split}
     assert not HELD_OUT_PAIRS["validation"] & HELD_OUT_PAIRS["test"]
 
 
@@ -85,7 +86,7 @@ def test_reading_a_caption_gives_back_what_was_told(modality: Modality) -> None:
     wording = CAPTIONS[modality]
     for template in wording.training + wording.validation + wording.test:
         for seed in range(60):
-            thing = sample_thing(rng(seed), ("training", "validation", "test")[seed % 3])
+            thing = sample_object(rng(seed), ("training", "validation", "test")[seed % 3])
             text = say(template, rng(seed), thing)
             for written in (text, clean_caption(text)):
                 told = read_caption(written)
@@ -96,7 +97,7 @@ def test_reading_a_caption_gives_back_what_was_told(modality: Modality) -> None:
 
 def test_reading_a_partial_caption_gives_what_was_named_and_no_more() -> None:
     for seed in range(40):
-        thing = sample_thing(rng(seed))
+        thing = sample_object(rng(seed))
         for modality in ("image", "video"):
             for named in ({"shape", "size"}, {"shape", "colour", "place"}):
                 told = read_caption(caption(thing, modality, rng(seed), named))
@@ -108,7 +109,7 @@ def test_single_answers_are_read_back() -> None:
     for modality, topics in questions.TOPICS.items():
         for topic in topics:
             for seed in range(20):
-                thing = sample_thing(rng(seed))
+                thing = sample_object(rng(seed))
                 _, answer = questions.ask(thing, modality, rng(seed), topic=topic)
                 for name in asked.get(topic, (topic,)):
                     assert read_caption(answer)[name] == getattr(thing, name), answer
@@ -186,7 +187,7 @@ def test_captions_of_pairs_tell_what_the_media_show(world: Path) -> None:
 
 
 def test_no_held_out_pair_and_no_held_out_wording_in_training_files(world: Path) -> None:
-    places = [CAPTIONS, questions.TOPICS, vars(questions), vars(phrasing)]
+    places = [CAPTIONS, questions.TOPICS, vars(questions), vars(request_templates)]
     templates = {
         text for place in places for w in wordings(place) for text in w.validation + w.test
     }
@@ -308,7 +309,7 @@ def test_another_world_replaces_the_old_one_and_other_folders_are_refused(tmp_pa
     assert rows(tmp_path / "world", "world.json")["seed"] == 2
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("keep me")
-    with pytest.raises(InputError, match="no mini world"):
+    with pytest.raises(UserError, match="no mini world"):
         write_world(tmp_path / "mine", progress=False)
     assert (tmp_path / "mine" / "letter.txt").read_text() == "keep me"
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -322,7 +323,7 @@ def test_a_world_has_as_many_colours_without_a_name_as_asked_for(tmp_path: Path)
         colours[share] = {read_caption(pair["caption"]).get("colour") for pair in pairs}
     assert len(colours[0.0]) > 2 and None not in colours[0.0]
     assert colours[1.0] == {None}
-    with pytest.raises(InputError, match=r"--unnamed_colours 1\.5: expected 0 to 1"):
+    with pytest.raises(UserError, match=r"--unnamed_colours 1\.5: expected 0 to 1"):
         write_world(tmp_path / "world", unnamed_colours=1.5, progress=False)
 
 
@@ -333,7 +334,7 @@ def test_a_world_has_as_much_plain_talk_as_asked_for(tmp_path: Path) -> None:
         texts = rows(tmp_path / "world", "IT_data/text/mini_text.json")
         asked = [text["conversation"][0]["value"] for text in texts]
         assert sum(question in plain for question in asked) == count / 10
-    with pytest.raises(InputError, match=r"--plain_talk 0: expected 1 or more"):
+    with pytest.raises(UserError, match=r"--plain_talk 0: expected 1 or more"):
         write_world(tmp_path / "world", plain_talk=0, progress=False)
 
 

@@ -7,15 +7,15 @@ import av
 import numpy as np
 import pytest
 
-from config.errors import InputError
-from conversation.parts import MODALITIES, Modality
-from mini_world.album import write_medium
-from mini_world.render_image import CENTRE, PIXELS, RGB, coverage, render_image
-from mini_world.render_sound import FREQUENCY, RATE, render_sound
-from mini_world.render_video import FRAMES, render_video
-from mini_world.things import COLOURS, COUNTS, MOTIONS, PLACES, SHAPES, SIZES, Thing
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.mini_world.media_set import write_medium
+from nextgpt.mini_world.objects import COLOURS, COUNTS, MOTIONS, PLACES, SHAPES, SIZES, WorldObject
+from nextgpt.mini_world.render_image import CENTRE, PIXELS, RGB, coverage, render_image
+from nextgpt.mini_world.render_sound import FREQUENCY, RATE, render_sound
+from nextgpt.mini_world.render_video import FRAMES, render_video
 
-THING = Thing("star", "red", "big", "left", "moves right", 2)
+THING = WorldObject("star", "red", "big", "left", "moves right", 2)
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -47,7 +47,7 @@ def test_videos_are_written_the_same_again_and_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_picture_has_the_colour_at_the_place(shape: str, colour: str) -> None:
     for place in PLACES:
-        thing = Thing(shape, colour, "big", place, None, 1)
+        thing = WorldObject(shape, colour, "big", place, None, 1)
         mask, picture = stand_out(render_image(thing, rng(5)))
         assert np.abs(picture[mask > 0.99].mean(axis=0) - RGB[colour]).max() < 6
         assert np.abs(centroid(mask) - CENTRE[place]).max() < 1.6
@@ -57,7 +57,11 @@ def test_a_picture_has_the_colour_at_the_place(shape: str, colour: str) -> None:
 def test_big_things_cover_at_least_twice_as_much_as_small_ones(shape: str) -> None:
     areas = {
         size: [
-            (stand_out(render_image(Thing(shape, "red", size, "top", None, 1), rng(seed)))[0]).sum()
+            (
+                stand_out(render_image(WorldObject(shape, "red", size, "top", None, 1), rng(seed)))[
+                    0
+                ]
+            ).sum()
             for seed in range(8)
         ]
         for size in SIZES
@@ -93,7 +97,7 @@ def test_a_video_moves_as_told_and_keeps_its_place_and_size_on_average(motion: s
 
 
 def test_a_thing_without_motion_has_no_video() -> None:
-    with pytest.raises(InputError, match="no motion"):
+    with pytest.raises(UserError, match="no motion"):
         render_video(replace(THING, motion=None), rng())
 
 
@@ -113,7 +117,7 @@ def test_a_sound_has_its_pitch_and_sounds_as_often_as_told(shape: str, count: in
     for seed in range(3):
         peaks = {}
         for size in SIZES:
-            thing = Thing(shape, "red", size, "left", None, count)
+            thing = WorldObject(shape, "red", size, "left", None, count)
             samples = render_sound(thing, rng(seed))
             assert samples.shape == (2 * RATE,) and np.abs(samples).max() <= 1.0
             assert soundings(samples) == count
@@ -125,7 +129,7 @@ def test_a_sound_has_its_pitch_and_sounds_as_often_as_told(shape: str, count: in
 
 
 def test_timbres_differ_in_their_spectra() -> None:
-    things = [Thing(shape, "red", "small", "left", None, 3) for shape in SHAPES]
+    things = [WorldObject(shape, "red", "small", "left", None, 3) for shape in SHAPES]
     spectra = [bands(render_sound(thing, rng(0))) for thing in things]
     again = [bands(render_sound(thing, rng(1))) for thing in things]
     likeness = np.array([[a @ b for b in again] for a in spectra])

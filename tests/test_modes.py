@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from config.loader import STAGES
-from conversation.batch import Batch
-from model.build import build_model
-from model.nextgpt import NextGPT
-from model.parts import dropout_disabled, part_of
+from nextgpt.callbacks.whitening import whiten_projections
+from nextgpt.config.loader import STAGES
+from nextgpt.conversation.batch import Batch
+from nextgpt.model.build import build_model
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.trainable import dropout_disabled, group_of
+from nextgpt.training.trainer import configure_trainable
 from tiny_run import TinyRun, trained
 from tiny_system import randomise_adapters, recorded_batch, tiny_config
-from training.centring import centre_projections
-from training.loop import free_what_trains
 
 DROPOUT = "language_model.lora_dropout=0.1"
 
@@ -30,7 +30,7 @@ def model_of(stage: int, *sets: str) -> NextGPT:
     for module in model.language_model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
-    free_what_trains(model, config)
+    configure_trainable(model, config)
     return model
 
 
@@ -85,7 +85,7 @@ def test_dropout_is_active_in_what_trains_and_nowhere_else(
         trains = tiny_config(stage).training.trains
         for name, module in model.named_modules():
             if name and not isinstance(module, nn.Embedding):
-                assert module.training == (part_of(f"{name}.") in trains), name
+                assert module.training == (group_of(f"{name}.") in trains), name
         assert differs(model) == ("lora" in trains)
         between(model)
 
@@ -120,7 +120,7 @@ def test_measuring_a_centre_draws_no_dropout() -> None:
     for seed in (1, 2):
         model = model_of(3, "output_projection.centred=true")
         torch.manual_seed(seed)
-        centre_projections(model, [batch()])
+        whiten_projections(model, [batch()])
         centres.append(model.output_projections["image"].centre.clone())
         assert differs(model)  # it trains again as before
     assert centres[0].any() and torch.equal(*centres)

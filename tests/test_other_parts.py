@@ -10,14 +10,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from chat.assistant import Assistant
-from chat.options import ChatOptions
-from config.errors import InputError
-from config.loader import load_config
-from config.schema import Config
-from conversation.parts import MODALITIES, Conversation, Media, Modality, Text, Turn
-from mini_world.mini_decoders import build_mini_decoder
-from model.delta import load_delta, read_delta
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.config.loader import load_config
+from nextgpt.config.schema import Config
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.mini_world.mini_decoders import build_mini_decoder
+from nextgpt.model.delta import load_delta, read_delta
 from parity_tools import PARITY
 from test_chat_template import ZEPHYR
 from tiny_decoders import CAPTIONS, TINY
@@ -85,7 +86,7 @@ def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: 
     row = assistant.model.language_model.get_output_embeddings().new_rows[
         signals.run(modality)[0] - signals.first_id
     ]
-    options = replace(ChatOptions.from_config(assistant.config), top_p=1.0)
+    options = replace(GenerationSettings.from_config(assistant.config), top_p=1.0)
     asked = Conversation((Turn("human", (Text("Show me all of it."),)),))
     row *= 200  # whatever is said, a run of it begins now and then: for one of the two signs
     answers = [assistant.chat(asked, seed=1, options=options)]
@@ -102,9 +103,7 @@ def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: 
 
 def test_its_tuned_parameters_are_refused_by_another(stages: list[TinyRun]) -> None:
     delta = read_delta(stages[-1].folder)
-    with pytest.raises(
-        InputError, match=r"input_projection.bias: shape \(96,\), expected \(128,\)"
-    ):
+    with pytest.raises(UserError, match=r"input_projection.bias: shape \(96,\), expected \(128,\)"):
         load_delta(tiny_model(lora=True), delta, {"input_projection"})
 
 

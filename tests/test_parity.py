@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from config.errors import InputError
-from config.loader import load_config
-from conversation.encoding import IGNORE
-from conversation.parts import MODALITIES
-from model.build import build_conversation_encoder, build_model, build_on_meta
-from model.delta import load_delta, read_delta, write_delta
-from model.nextgpt import Losses, NextGPT
-from model.parts import PARTS, parts_table, set_trainable
-from model.published import model_to_published
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.prompt import IGNORE_INDEX
+from nextgpt.model.build import build_model, build_on_meta, build_prompt_builder
+from nextgpt.model.delta import load_delta, read_delta, write_delta
+from nextgpt.model.nextgpt import Losses, NextGPT
+from nextgpt.model.trainable import TRAINABLE_GROUPS, count_parameters, set_trainable
+from nextgpt.model.upstream_checkpoint import model_to_published
 from parity.recipe import recipe_tensor
 from parity_tools import PARITY, cases, relative_error
 from test_conversation import CASE_NAMES
@@ -24,7 +24,7 @@ from tiny_system import recorded_batch, tiny_config, tiny_model
 
 def losses_of(case: str, *, whole_vocabulary: bool) -> tuple[NextGPT, Losses]:
     model = tiny_model(lora=case.startswith("stage3"))
-    set_trainable(model, list(PARTS), own_vocabulary=whole_vocabulary)
+    set_trainable(model, list(TRAINABLE_GROUPS), own_vocabulary=whole_vocabulary)
     return model, model(recorded_batch(case))
 
 
@@ -75,7 +75,7 @@ def test_a_batch_without_a_target_has_no_text_loss_and_finite_gradients() -> Non
     """All of an answer's words may have been cut to fit."""
     model = tiny_model(lora=False)
     batch = recorded_batch("stage1.image")
-    batch.targets.fill_(IGNORE)
+    batch.targets.fill_(IGNORE_INDEX)
     losses = model(batch)
     assert losses.tokens == 0 and losses.text.item() == 0
     losses.text.backward()
@@ -110,8 +110,8 @@ def empty_model() -> NextGPT:
 def test_the_published_file_loads_and_is_written_back_name_by_name(tmp_path: Path) -> None:
     folder, tensors = published_file(tmp_path)
     model = empty_model()
-    report = load_delta(model, read_delta(folder), required=set(PARTS))
-    assert len(report) == len(PARTS) and all("loaded" in line for line in report)
+    report = load_delta(model, read_delta(folder), required=set(TRAINABLE_GROUPS))
+    assert len(report) == len(TRAINABLE_GROUPS) and all("loaded" in line for line in report)
     written = model_to_published(model)
     assert written.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -126,8 +126,8 @@ def test_a_published_file_with_wrong_names_or_shapes_is_refused_with_their_list(
     del tensors["llama_proj.bias"]
     tensors["gen_text_hidden_fcs_audio.0.fc.weight"] = torch.zeros(512, 64)
     torch.save(tensors, folder / "pytorch_model.pt")
-    with pytest.raises(InputError) as refusal:
-        load_delta(empty_model(), read_delta(folder), required=set(PARTS))
+    with pytest.raises(UserError) as refusal:
+        load_delta(empty_model(), read_delta(folder), required=set(TRAINABLE_GROUPS))
     message = str(refusal.value)
     assert "unexpected output_projections.image.fc.extra" in message
     assert "missing input_projection.bias" in message
@@ -147,7 +147,7 @@ def test_the_tuned_parts_have_the_published_parameter_counts() -> None:
     """The paper's figures, in millions; the vocabulary's rows are counted apart there."""
     config = load_config("7b")
     model = build_on_meta(config, LlamaConfig(), own_tokens=32000, lora=True)
-    counts = {part: size / 1e6 for part, (size, _) in parts_table(model).items()}
+    counts = {part: size / 1e6 for part, (size, _) in count_parameters(model).items()}
     assert round(counts["input_projection"], 1) == 4.2
     assert round(counts["lora"], 1) == 33.6
     published = {"image": 31.96, "video": 32.09, "audio": 31.79}
@@ -165,13 +165,13 @@ def test_a_merged_vicuna_with_a_padding_row_is_read_with_the_published_ids(tmp_p
     folder, tensors = published_file(tmp_path)
     config = tiny_config(overrides=[f"language_model.path={tmp_path / 'padded'}"])
     model = build_model(config, torch.float32, lora=True, output_projections=True)
-    assert build_conversation_encoder(config).signals.first_id == 1000
-    load_delta(model, read_delta(folder), required=set(PARTS))
+    assert build_prompt_builder(config).signals.first_id == 1000
+    load_delta(model, read_delta(folder), required=set(TRAINABLE_GROUPS))
     head = "llama_model.base_model.model.lm_head.weight"
     assert torch.equal(model_to_published(model)[head], tensors[head].float())
 
 
 def test_a_delta_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     write_delta({"input_projection.bias": torch.zeros(128)}, 32000, tmp_path / "delta.safetensors")
-    with pytest.raises(InputError, match="32000 tokens, this one has 1000"):
+    with pytest.raises(UserError, match="32000 tokens, this one has 1000"):
         load_delta(empty_model(), read_delta(tmp_path), required=set())

@@ -7,20 +7,25 @@ import pytest
 import torch
 from torch import nn
 
-from conversation.parts import Modality
-from dataset.decoding import read_video_frames
-from dataset.media import load_views, video_frame_indices
-from evaluation.judge_sight import judge_frames
-from mini_world import build_parts
-from mini_world.album import generator, write_medium
-from mini_world.captions import as_heard, read_caption
-from mini_world.mini_decoders import unet, vae
-from mini_world.part_training import pool, runner
-from mini_world.part_training.contrast import joint_negatives, mask_joint_labels
-from mini_world.part_training.mel import log_mel
-from mini_world.part_training.pool import _rendered
-from mini_world.part_training.runner import Losses, Plan, train
-from mini_world.part_training.samples import (
+from nextgpt.common.modality import Modality
+from nextgpt.media.decoding import read_video_frames
+from nextgpt.media.transforms import load_views, video_frame_indices
+from nextgpt.mini_world import build_components
+from nextgpt.mini_world.captions import as_heard, read_caption
+from nextgpt.mini_world.component_training import latent_cache, runner
+from nextgpt.mini_world.component_training.contrast import joint_negatives, mask_joint_labels
+from nextgpt.mini_world.component_training.init_video_unet import (
+    MOVING,
+    SPREADING,
+    STILL,
+    begin_with,
+    moments,
+    teach_places,
+)
+from nextgpt.mini_world.component_training.latent_cache import _rendered
+from nextgpt.mini_world.component_training.mel import log_mel
+from nextgpt.mini_world.component_training.runner import Losses, Plan, train
+from nextgpt.mini_world.component_training.samples import (
     ALL_ATTRIBUTES,
     NOT_TOLD,
     clip_view,
@@ -31,17 +36,12 @@ from mini_world.part_training.samples import (
     sounds,
     things,
 )
-from mini_world.part_training.vae import standardise
-from mini_world.part_training.video_start import (
-    MOVING,
-    SPREADING,
-    STILL,
-    begin_with,
-    moments,
-    teach_places,
-)
-from mini_world.render_video import render_moments
-from mini_world.things import ATTRIBUTES, HELD_OUT_PAIRS, VALUES, Thing
+from nextgpt.mini_world.component_training.vae import standardise
+from nextgpt.mini_world.media_set import generator, write_medium
+from nextgpt.mini_world.mini_decoders import unet, vae
+from nextgpt.mini_world.objects import ATTRIBUTES, HELD_OUT_PAIRS, VALUES, WorldObject
+from nextgpt.mini_world.render_video import render_moments
+from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
 from tiny_decoders import TINY
 
 PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_after=0, log_every=3, average=0.5)
@@ -109,7 +109,7 @@ def test_labels_say_what_the_caption_tells_and_nothing_else(modality: str) -> No
 def test_things_that_differ_in_shape_and_colour_are_no_negatives_whatever_the_pair() -> None:
     told = ATTRIBUTES["image"]
     red_star, blue_star, blue_ring = (
-        Thing(shape, colour, "big", "left", None, 1)
+        WorldObject(shape, colour, "big", "left", None, 1)
         for shape, colour in (("star", "red"), ("star", "blue"), ("ring", "blue"))
     )
     label = labels([red_star, blue_star, blue_ring], [told] * 3)
@@ -124,7 +124,7 @@ def test_things_that_differ_in_shape_and_colour_are_no_negatives_whatever_the_pa
 
 def test_shapes_are_read_without_colours_and_colours_without_shapes() -> None:
     told = set(ATTRIBUTES["image"])
-    thing = Thing("star", "red", "big", "left", None, 1)
+    thing = WorldObject("star", "red", "big", "left", None, 1)
     label = mask_joint_labels(labels([thing] * 3, [told, told - {"colour"}, told - {"shape"}]))
     kept = {name: label[:, ALL_ATTRIBUTES.index(name)] != NOT_TOLD for name in told}
     assert kept["shape"].tolist() == [False, True, False]
@@ -133,14 +133,14 @@ def test_shapes_are_read_without_colours_and_colours_without_shapes() -> None:
 
 
 def test_no_module_of_the_training_knows_which_pairs_are_held_out() -> None:
-    code = Path(build_parts.__file__).parents[1]
+    code = Path(build_components.__file__).parents[1]
     naming = {
         str(path.relative_to(code))
         for path in code.rglob("*.py")
         if "HELD_OUT_PAIRS" in path.read_text(encoding="utf-8")
     }
     # What draws the splits, records them in `world.json`, or offers them to choose from.
-    allowed = {"mini_world/things.py", "mini_world/write_data.py"}
+    allowed = {"mini_world/objects.py", "mini_world/write_data.py"}
     assert naming == allowed | {"evaluate.py", "evaluate_parts.py"}
 
 
@@ -182,7 +182,7 @@ def test_a_pool_is_the_same_however_many_processes_render_it(
     made = []
     for cores in (1, 2):
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        made.append(list(pool._rendered("image", drawn, seed=0)))
+        made.append(list(latent_cache._rendered("image", drawn, seed=0)))
     for one, two in zip(*made, strict=True):
         assert np.array_equal(one.media, two.media)
         assert one.captions == two.captions
@@ -194,11 +194,11 @@ def test_captions_of_a_pool_never_tell_what_is_shown_without_a_name(
     place: float, hidden: str
 ) -> None:
     drawn = things(np.random.default_rng(0), 16)
-    chunk = pool._render("video", 0, (0, drawn, place))
+    chunk = latent_cache._render("video", 0, (0, drawn, place))
     read = [read_caption(text) for text in chunk.captions]
     assert not any(hidden in one for one in read)
     assert {"colour": "shape", "shape": "colour"}[hidden] in set().union(*read)
-    named = pool._render("video", 0, (0, drawn, 0.9))
+    named = latent_cache._render("video", 0, (0, drawn, 0.9))
     assert any(hidden in read_caption(text) for text in named.captions)
 
 

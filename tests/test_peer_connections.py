@@ -11,9 +11,9 @@ from multiprocessing.connection import Connection
 import pytest
 import torch.distributed as dist
 
-from config.errors import InputError
-from training.peer_connections import _ADDRESS, accept_peers, connect_to_first, run_store
-from training.watchdog import Watchdog
+from nextgpt.common.errors import UserError
+from nextgpt.common.peer_connections import _ADDRESS, accept_peers, connect_to_first, run_store
+from nextgpt.common.watchdog import Watchdog
 
 SECONDS = 30.0  # far more than is needed
 THREE = 3  # processes: 0, which listens, 1 and 2
@@ -101,19 +101,19 @@ def test_a_watchdog_names_the_processes_that_do_not_come_and_ends_those_that_did
     watchdog = Watchdog(0, THREE)
     started = pool.submit(watchdog.start, 1)
     (theirs,) = come([2], pool)
-    with pytest.raises(InputError, match=r"of 3 processes these did not connect .*: 1\. Were"):
+    with pytest.raises(UserError, match=r"of 3 processes these did not connect .*: 1\. Were"):
         started.result()
     watchdog.fail(2)
     assert theirs.recv() == ("end", 2)
 
 
 def test_a_process_says_that_process_0_does_not_listen(store: dist.Store) -> None:
-    with pytest.raises(InputError, match="process 0 did not say within 0"):
+    with pytest.raises(UserError, match="process 0 did not say within 0"):
         Watchdog(1, THREE).start(0.3)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     store.set(_ADDRESS, f"{port} {bytes(32).hex()}")
-    with pytest.raises(InputError, match=f"process 1: .* cannot be reached at .*, port {port}"):
+    with pytest.raises(UserError, match=f"process 1: .* cannot be reached at .*, port {port}"):
         Watchdog(1, THREE).start(5)
 
 
@@ -122,7 +122,7 @@ def test_a_process_says_that_the_store_is_gone(monkeypatch: pytest.MonkeyPatch) 
         port = closed.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
-    with pytest.raises(InputError, match=f"process 0 cannot be reached at 127.0.0.1, port {port}"):
+    with pytest.raises(UserError, match=f"process 0 cannot be reached at 127.0.0.1, port {port}"):
         run_store(1)
 
 

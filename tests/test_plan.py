@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from config.errors import InputError, NotThereError
-from config.loader import load_config
-from config.schema import Config
-from model.build import build_model
+from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.config.loader import load_config
+from nextgpt.config.schema import Config
+from nextgpt.model.build import build_model
+from nextgpt.tools.memory_estimate import Plan, estimate_memory, full_batch
+from nextgpt.tools.memory_report import format_memory_estimate
+from nextgpt.training.trainer import configure_trainable
 from parity_tools import PARITY
 from tiny_system import tiny_config
-from training.loop import free_what_trains
-from training.plan import Plan, full_batch, plan_stage
-from training.plan_report import format_plan
 
 ROOT = Path(__file__).parent.parent
 KEPT = ["training.keep_states=true"]
@@ -31,7 +31,7 @@ def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
     trains = config.training.trains
     parts = {"lora": stage >= 3, "output_projections": "output_projections" in trains}
     model = build_model(config, dtype, **parts)
-    free_what_trains(model, config)
+    configure_trainable(model, config)
     batch = full_batch(config, model.train(), config.training.micro_batch_size)
     batch.features.zero_()
 
@@ -74,7 +74,7 @@ def test_activations_are_planned_as_measured(
         *more,
     ]
     config = tiny_config(stage, sets)
-    planned = passing(plan_stage(config, stage, 1))
+    planned = passing(estimate_memory(config, stage, 1))
     assert planned == pytest.approx(measured_peak(config, stage, torch.float32), rel=0.05)
 
 
@@ -83,7 +83,7 @@ def test_activations_of_the_mini_model_are_planned_as_measured(checkpointing: st
     sets = [f"training.activation_checkpointing={checkpointing}", "data.row_length=512"]
     sets += ["training.precision=bf16", "data.max_length=128", "training.global_batch_size=4"]
     config = load_config("mini", 3, sets)
-    planned = passing(plan_stage(config, 3, 1))
+    planned = passing(estimate_memory(config, 3, 1))
     assert planned == pytest.approx(measured_peak(config, 3, torch.bfloat16), rel=0.05)
 
 
@@ -92,7 +92,7 @@ def planned_with(tmp_path: Path, processes: int, **zero: object) -> Plan:
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"zero_optimization": zero}))
     sets = [f"training.deepspeed={settings}", "training.global_batch_size=8"]
-    return plan_stage(tiny_config(3, sets), 3, processes)
+    return estimate_memory(tiny_config(3, sets), 3, processes)
 
 
 def test_zero_divides_what_it_says(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_offloaded_weights_are_in_the_machines_memory(tmp_path: Path) -> None:
 
 
 def test_serving_takes_all_parts_whatever_the_stage_trains() -> None:
-    first, third = (plan_stage(tiny_config(stage), stage, 1).serving for stage in (1, 3))
+    first, third = (estimate_memory(tiny_config(stage), stage, 1).serving for stage in (1, 3))
     assert first == third and first["projections, adapters, new rows"] > 0
 
 
@@ -136,20 +136,20 @@ def test_buffers_are_those_of_deepspeeds_json(tmp_path: Path) -> None:
 def test_kept_states_are_counted_in_the_machines_memory_up_to_their_limit() -> None:
     kept = "hidden states, kept (hidden_state_cache_gb)"
     sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=3"]
-    plan = plan_stage(tiny_config(4, sets), 4, 2)
+    plan = estimate_memory(tiny_config(4, sets), 4, 2)
     assert plan.in_memory[kept] == 3e9 and plan.memory_peak >= sum(plan.in_memory.values())
     for once in ([*sets, "training.epochs=1"], []):
-        assert kept not in plan_stage(tiny_config(4, once), 4, 2).in_memory
-    assert plan_stage(load_config("mini", 4), 4, 1).in_memory[kept] == 1e9
+        assert kept not in estimate_memory(tiny_config(4, once), 4, 2).in_memory
+    assert estimate_memory(load_config("mini", 4), 4, 1).in_memory[kept] == 1e9
 
 
 def test_each_loader_process_has_one_that_decodes() -> None:
     use = "decoding processes, at most"
     for workers, count in ((0, 1), (3, 3)):
-        plan = plan_stage(tiny_config(1, [f"data.workers={workers}"]), 1, 1)
+        plan = estimate_memory(tiny_config(1, [f"data.workers={workers}"]), 1, 1)
         assert plan.in_memory[use] == count << 30
     captions_alone = tiny_config(2, ["data.datasets=[mini_image_dec]"])
-    assert use not in plan_stage(captions_alone, 2, 1).in_memory
+    assert use not in estimate_memory(captions_alone, 2, 1).in_memory
 
 
 def test_the_machines_memory_is_compared_with_what_all_processes_need(
@@ -161,32 +161,32 @@ def test_the_machines_memory_is_compared_with_what_all_processes_need(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=40"]
-    plan = plan_stage(tiny_config(4, sets), 4, 4)
+    plan = estimate_memory(tiny_config(4, sets), 4, 4)
     for gigabytes, told in ((256, "fits"), (128, "room for 2 of 4 processes")):
         memory = SimpleNamespace(total=gigabytes * 1e9)
         monkeypatch.setattr(
-            "training.plan_report.psutil.virtual_memory", lambda memory=memory: memory
+            "nextgpt.tools.memory_report.psutil.virtual_memory", lambda memory=memory: memory
         )
-        assert f"this machine's memory ({gigabytes} GB): {told}" in format_plan(plan)
+        assert f"this machine's memory ({gigabytes} GB): {told}" in format_memory_estimate(plan)
 
 
 def test_stage_4_is_planned_with_the_adapters_it_loads() -> None:
-    plan = plan_stage(load_config("7b", 4), 4, 8)
+    plan = estimate_memory(load_config("7b", 4), 4, 8)
     assert plan.parts["lora"] == (33_554_432, 0)
     assert plan.loading == pytest.approx(2 * 6_738_415_616 + 4 * 133_901_568, rel=1e-3)
 
 
 def test_the_encoder_is_planned_where_conversations_may_show_media() -> None:
     encoder = "encoder, until all features are kept"
-    planned = [encoder in plan_stage(tiny_config(s), s, 1).on_device for s in (1, 2, 3, 4)]
+    planned = [encoder in estimate_memory(tiny_config(s), s, 1).on_device for s in (1, 2, 3, 4)]
     assert planned == [True, False, True, True]
 
 
 def test_the_published_system_is_planned_without_its_files() -> None:
-    plan = plan_stage(load_config("7b", 3), 3, 8)
+    plan = estimate_memory(load_config("7b", 3), 3, 8)
     assert plan.parts["input_projection"] == (4_198_400, 4_198_400)
     assert plan.on_device["weights that stay frozen"] == pytest.approx(13.5e9, rel=0.01)
-    told = format_plan(plan)
+    told = format_memory_estimate(plan)
     assert "a GPU of 24 GB (24 GB): fits" in told
     assert "decoder, video: not here, as published" in told
     assert sum(plan.serving.values()) == pytest.approx(24.6e9, rel=0.01)
@@ -194,7 +194,7 @@ def test_the_published_system_is_planned_without_its_files() -> None:
 
 def test_what_is_too_large_for_a_card_is_said() -> None:
     sets = ["training.micro_batch_size=8", "training.activation_checkpointing=false"]
-    told = format_plan(plan_stage(load_config("7b", 3, sets), 3, 1))
+    told = format_memory_estimate(estimate_memory(load_config("7b", 3, sets), 3, 1))
     assert "a GPU of 24 GB (24 GB): does not fit" in told
 
 
@@ -204,19 +204,19 @@ def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
     for file in (PARITY / "llama_tiny").iterdir():
         if file.suffix != ".safetensors":
             shutil.copy(file, folder)
-    assert plan_stage(tiny_config(3, [f"language_model.path={folder}"]), 3, 1).peak > 0
+    assert estimate_memory(tiny_config(3, [f"language_model.path={folder}"]), 3, 1).peak > 0
 
 
 def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="--plan 0"):
-        plan_stage(tiny_config(3), 3, 0)
-    with pytest.raises(InputError, match="cannot be shared equally by 3"):
-        plan_stage(tiny_config(3), 3, 3)
-    with pytest.raises(InputError, match="is 'cc3m_enc' meant"):
-        plan_stage(tiny_config(3, ["data.datasets=[cc3m_en]"]), 3, 1)
+    with pytest.raises(UserError, match="--plan 0"):
+        estimate_memory(tiny_config(3), 3, 0)
+    with pytest.raises(UserError, match="cannot be shared equally by 3"):
+        estimate_memory(tiny_config(3), 3, 3)
+    with pytest.raises(UserError, match="is 'cc3m_enc' meant"):
+        estimate_memory(tiny_config(3, ["data.datasets=[cc3m_en]"]), 3, 1)
     missing = [f"language_model.path={tmp_path / 'gone'}", "name=mine"]
-    with pytest.raises(NotThereError, match="prepare_checkpoints"):
-        plan_stage(tiny_config(3, missing), 3, 1)
+    with pytest.raises(MissingFileError, match="prepare_checkpoints"):
+        estimate_memory(tiny_config(3, missing), 3, 1)
 
 
 def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path) -> None:
 def test_the_shipped_hardware_configurations_fit_what_they_are_for(
     name: str, processes: int, card: int
 ) -> None:
-    plan = plan_stage(load_config(name, 3), 3, processes)
-    assert f"a GPU of {card} GB ({card} GB): fits" in format_plan(plan)
+    plan = estimate_memory(load_config(name, 3), 3, processes)
+    assert f"a GPU of {card} GB ({card} GB): fits" in format_memory_estimate(plan)
     assert f"{processes} processes, each 1 x 8 of {8 * processes} conversations" in plan.facts
     assert not any("optimizer" in use or "weights" in use for use in plan.in_memory)

@@ -17,16 +17,16 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import prepare_checkpoints as entry
-from checkpoints.fetching import WebFile
-from checkpoints.merging import merge_vicuna
-from checkpoints.sources import SOURCES
-from config.entry import run_entry
-from config.errors import InputError
-from config.loader import load_config
 from hub_server import Served, serve
-from model.build import build_on_meta
-from model.published import model_to_published
+from nextgpt import prepare_checkpoints as entry
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.model.build import build_on_meta
+from nextgpt.model.upstream_checkpoint import model_to_published
+from nextgpt.tools.weights.download import WebFile
+from nextgpt.tools.weights.merge import merge_vicuna
+from nextgpt.tools.weights.registry import SOURCES
 from parity_tools import PARITY
 from test_merging import memory, set_figure
 from tiny_decoders import TINY, tiny_decoder
@@ -45,7 +45,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> Report:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", ["prepare_checkpoints.py", *map(str, arguments)])
             try:
-                run_entry(entry.main)
+                run_cli(entry.main)
             except SystemExit as ended:
                 return ended.code, capsys.readouterr().out
         return 0, capsys.readouterr().out
@@ -309,7 +309,7 @@ def test_a_broken_off_download_goes_on_where_the_server_can(
     with serve(tmp_path / "served") as served:
         file = WebFile(f"{served.url}/weights", hashlib.sha256(content).hexdigest())
         served.breaks_after = 1_000_000
-        with pytest.raises(InputError, match="broke off after 1,000,000 of 3,145,728 bytes"):
+        with pytest.raises(UserError, match="broke off after 1,000,000 of 3,145,728 bytes"):
             file.fetch(tmp_path / "got")
         assert not (tmp_path / "got").exists()
         served.breaks_after, served.ranges = None, ranges
@@ -332,7 +332,7 @@ def test_a_download_that_was_whole_but_not_renamed_is_not_loaded_again(
 
 def test_what_is_not_the_published_file_is_not_kept(content: bytes, tmp_path: Path) -> None:
     def refused(url: str, sha256: str | None = None) -> str:
-        with pytest.raises(InputError) as error:
+        with pytest.raises(UserError) as error:
             WebFile(url, sha256).fetch(tmp_path / "got")
         assert not list(tmp_path.glob("got*"))
         return str(error.value)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import InputError
-from conversation.parts import Media, Text
-from dataset.preprocess_dataset import preprocess
-from dataset.readers import read_record
+from nextgpt.common.errors import UserError
+from nextgpt.conversation.messages import Media, Text
+from nextgpt.dataset.preprocess_dataset import preprocess
+from nextgpt.dataset.readers import read_record
 
 CODE = Path(__file__).parent.parent / "code"
 
@@ -105,9 +105,9 @@ def test_a_broken_or_useless_file_leaves_the_old_output_as_it_was(tmp_path: Path
     output.write_text("old")
     for text, message in [("[{}]", "no record is usable"), (json.dumps(ALPACA)[:-5], "row 2")]:
         raw.write_text(text)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             preprocess("alpaca", raw, output)
-    with pytest.raises(InputError, match="overwritten"):
+    with pytest.raises(UserError, match="overwritten"):
         preprocess("alpaca", raw, raw)
     assert output.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"raw.json", "alpaca.json"}

@@ -9,22 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-import process_embeddings
-from config.errors import InputError, MediaError
-from conversation.parts import MODALITIES, Modality
-from dataset.caption_embeddings import (
+from nextgpt import process_embeddings
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.dataset.caption_embeddings import (
     EmbeddingMaker,
     EmbeddingStore,
     embedding_path,
     read_embedding,
 )
-from dataset.readers import iter_captions, read_record
-from mini_world.mini_decoders import build_mini_decoder
-from model.caption_encoders import CaptionEncoder
+from nextgpt.dataset.readers import iter_captions, read_record
+from nextgpt.mini_world.mini_decoders import build_mini_decoder
+from nextgpt.model.text_encoders import TextEncoder
+from nextgpt.tools.embed_captions import embed_captions
+from nextgpt.training.data import Example, collate
 from tiny_decoders import TINY, tiny_decoder
 from tiny_system import tiny_encoder
-from training.embed_captions import embed_captions
-from training.samples import ReadySample, collate
 
 CPU = torch.device("cpu")
 SHAPES: dict[Modality, tuple[int, ...]] = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
@@ -62,7 +62,7 @@ def test_embeddings_are_the_encoders_in_half_precision(modality: Modality, tmp_p
     path = tmp_path / "out" / "a.b.npy"
     assert np.load(path, allow_pickle=False).dtype == np.float16
     found = read_embedding(path, SHAPES[modality])
-    encoder = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU)
+    encoder = TextEncoder(modality, str(tiny_decoder(modality)), CPU)
     assert torch.equal(found, encoder.encode(['A "red" circle.'])[0].half().float())
     assert not torch.equal(found, encoder.encode(["a red circle."])[0].half().float())
 
@@ -71,7 +71,7 @@ def test_captions_embedded_while_training_are_those_embedded_ahead(tmp_path: Pat
     record = {"image_name": "a.png", "caption": 'A "Red"  circle (small)'}
     file = written(tmp_path, [record])
     encoded = tiny_encoder().encode(read_record(record, "caption_out", file, 0))
-    ready = collate([ReadySample(encoded, [], {}, [])], pad_id=0, feature_width=4)
+    ready = collate([Example(encoded, [], {}, [])], pad_id=0, feature_width=4)
     assert ready.texts == {"image": [record["caption"]]}
     assert list(iter_captions(file, "image")) == [("a.png", record["caption"])]
 
@@ -122,7 +122,7 @@ def test_every_form_of_annotation_gives_the_same(form: str, tmp_path: Path) -> N
 def test_interrupted_run_goes_on_and_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     file, out = written(tmp_path, pairs()), tmp_path / "out"
     (out / "2.png.npy").mkdir(parents=True)  # in the way of the second batch
-    with pytest.raises(InputError, match=r"2\.png"):
+    with pytest.raises(UserError, match=r"2\.png"):
         embed(file, out)
     assert sorted(p.name for p in out.glob("[01].png.npy")) == ["0.png.npy", "1.png.npy"]
     assert not list(out.glob(".*partial*"))
@@ -177,7 +177,7 @@ def test_another_text_encoder_is_an_error_but_the_same_elsewhere_is_not(tmp_path
     for name, seed in (("same", 1), ("other", 2)):
         build_mini_decoder("image", tmp_path / name, seed, ["a small red circle on the left"], TINY)
     assert embed(file, out, model=str(tmp_path / "same")) == 0
-    with pytest.raises(InputError, match=r"embeddings\.image\.json.*other differs"):
+    with pytest.raises(UserError, match=r"embeddings\.image\.json.*other differs"):
         embed(file, out, model=str(tmp_path / "other"))
 
 
@@ -185,9 +185,9 @@ def test_another_caption_for_the_same_medium_is_an_error(tmp_path: Path) -> None
     out = tmp_path / "out"
     embed(written(tmp_path, pairs(2)), out)
     changed = [pairs(2)[0], {"image_name": "1.png", "caption": "a green star"}]
-    with pytest.raises(InputError, match=r"1\.png\.npy .*'A blue circle', not 'a green star'"):
+    with pytest.raises(UserError, match=r"1\.png\.npy .*'A blue circle', not 'a green star'"):
         embed(written(tmp_path, changed), out)
-    with pytest.raises(InputError, match=r"1\.png has two captions"):
+    with pytest.raises(UserError, match=r"1\.png has two captions"):
         embed(written(tmp_path, [*pairs(2), changed[1]]), tmp_path / "new")
     assert embed(written(tmp_path, [*pairs(2), pairs(2)[0]]), tmp_path / "new") == 2
 
@@ -207,7 +207,7 @@ def test_a_few_second_captions_are_left_out_with_a_word(
 
 def test_embedding_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "audio", EmbeddingMaker("m", "f", "t", (2,)))
-    with pytest.raises(InputError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         store.write(["a.wav"], ["a bell"], torch.tensor([[1e6, 0.0]]))
     assert not arrays(tmp_path)
 
@@ -221,7 +221,7 @@ def test_reading_names_file_and_shapes(tmp_path: Path) -> None:
     with pytest.raises(MediaError, match=r"a\.png\.npy"):
         read_embedding(path, (2,))
     np.save(path, np.zeros((3,), np.float16))
-    with pytest.raises(InputError, match=r"a\.png\.npy: shape \(3,\), expected \(2,\)"):
+    with pytest.raises(UserError, match=r"a\.png\.npy: shape \(3,\), expected \(2,\)"):
         read_embedding(path, (2,))
     assert read_embedding(path, (3,)).dtype == torch.float32
 

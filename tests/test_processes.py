@@ -7,21 +7,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from config.errors import InputError
-from training.processes import compute_in_first_process
+from nextgpt.common.distributed import compute_on_rank_0
+from nextgpt.common.errors import UserError
 
 
 def refuse() -> None:
-    raise InputError("row 3 is wrong")
+    raise UserError("row 3 is wrong")
 
 
 def member(rank: int, meeting: Path, found: Queue) -> None:
     """One of two processes: what it is given, and the error that it is given."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
-    given = compute_in_first_process(os.getpid)
+    given = compute_on_rank_0(os.getpid)
     try:
-        compute_in_first_process(refuse)
-    except InputError as error:
+        compute_on_rank_0(refuse)
+    except UserError as error:
         found.put((rank, os.getpid(), given, str(error)))
     dist.destroy_process_group()
 

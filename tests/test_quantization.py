@@ -7,18 +7,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from chat.assistant import Assistant
-from chat.options import ChatOptions
-from config.errors import InputError
-from config.loader import load_config
-from conversation.parts import Conversation, Text, Turn
-from model.build import build_model
-from model.quantization import saved_bytes
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.model.build import build_model
+from nextgpt.model.quantization import saved_bytes
+from nextgpt.tools.memory_estimate import estimate_memory
 from test_training import ONE_AT_A_TIME, from_stage, zero
 from tiny_parts import tiny_overrides, write_tiny_parts
 from tiny_run import TinyRun, same
 from tiny_system import tiny_config
-from training.plan import plan_stage
 
 IN_BITS = {kind: f"language_model.quantization={kind}" for kind in ("none", "8bit", "4bit")}
 
@@ -48,7 +48,7 @@ def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
     whole, small = language_model("none"), language_model(kind)
     sizes = [sum(p.numel() * p.itemsize for p in model.parameters()) for model in (whole, small)]
     assert saved_bytes(whole, kind) == pytest.approx(sizes[0] - sizes[1], rel=0.01)  # scales apart
-    plans = [plan_stage(tiny_config(3, [IN_BITS[k]]), 3, 1) for k in ("none", kind)]
+    plans = [estimate_memory(tiny_config(3, [IN_BITS[k]]), 3, 1) for k in ("none", kind)]
     frozen = [plan.on_device["weights that stay frozen"] for plan in plans]
     served = [plan.serving["language model"] for plan in plans]
     assert frozen[1] < 0.8 * frozen[0] and served[1] < 0.8 * served[0]
@@ -63,7 +63,7 @@ def test_it_answers_with_words_and_media(kind: str, tmp_path: Path) -> None:
     assert any(
         p.dtype in (torch.int8, torch.uint8) for p in assistant.model.language_model.parameters()
     )
-    options = replace(ChatOptions.from_config(config), top_p=1.0)
+    options = replace(GenerationSettings.from_config(config), top_p=1.0)
     asked = Conversation((Turn("human", (Text("Show me all of it."),)),))
     answers = [assistant.chat(asked, seed=seed, options=options) for seed in range(4)]
     assert any(answer.text for answer in answers) and any(answer.outputs for answer in answers)
@@ -90,5 +90,5 @@ def test_zero_3_refuses_to_divide_it(tmp_path: Path) -> None:
     sets = [IN_BITS["8bit"], zero(3, tmp_path)]
     refused = "ZeRO 3 cannot divide weights in 8bit: take stage 2 or less"
     assert refused in TinyRun(tmp_path, 3, sets, from_stage(2)).fail()
-    with pytest.raises(InputError, match=refused):
-        plan_stage(tiny_config(3, sets), 3, 2)
+    with pytest.raises(UserError, match=refused):
+        estimate_memory(tiny_config(3, sets), 3, 2)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from conversation.parts import MODALITIES
-from dataset.media import load_views
-from evaluation.items import CASES
+from nextgpt.common.modality import MODALITIES
+from nextgpt.media.transforms import load_views
+from nextgpt.mini_world.scoreboard.items import CASES
 
 ROOT = Path(__file__).parent.parent
 SUFFIX_OF = {"image": ".png", "video": ".mp4", "audio": ".wav"}

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import InputError
-from conversation.captions import clean_caption
-from conversation.parts import Conversation, Media, Text, Turn
-from dataset.json_rows import iter_rows
-from dataset.readers import Kind, iter_captions, read_record
+from nextgpt.common.errors import UserError
+from nextgpt.conversation.caption_cleaning import clean_caption
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.dataset.json_stream import iter_rows
+from nextgpt.dataset.readers import Kind, iter_captions, read_record
 
 FILE = Path("some.json")
 
@@ -212,7 +212,7 @@ PICTURE = {"modality": "image", "name": "x.png"}
     ],
 )
 def test_a_wrong_record_is_named_by_row_and_field(kind: Kind, record: dict, named: str) -> None:
-    with pytest.raises(InputError, match=rf"some\.json: row 41 .*{named}"):
+    with pytest.raises(UserError, match=rf"some\.json: row 41 .*{named}"):
         read_record(record, kind, FILE, 41)
 
 
@@ -229,7 +229,7 @@ def test_captions_of_output_media_are_found_in_every_format(tmp_path: Path) -> N
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(rows))
         assert list(iter_captions(file, modality)) == expected
-    with pytest.raises(InputError, match="no captions of video"):
+    with pytest.raises(UserError, match="no captions of video"):
         list(iter_captions(tmp_path / "pairs.json", "video"))
 
 
@@ -261,7 +261,7 @@ def test_rows_longer_than_a_chunk_and_cut_by_its_end_are_read_whole(tmp_path: Pa
 def test_a_file_that_is_not_json_says_where(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "bad.json"
     file.write_text(text)
-    with pytest.raises(InputError, match=r"bad\.json") as raised:
+    with pytest.raises(UserError, match=r"bad\.json") as raised:
         list(iter_rows(file))
     assert message in str(raised.value)
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config.errors import InputError
-from config.loader import load_config
-from conversation.parts import MODALITIES
-from dataset.conversations import open_conversations
-from mini_world.mini_decoders import build_mini_decoder
-from model.build import resolve_model_path
-from model.tokenizer_files import tokenizer_files
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config
+from nextgpt.dataset.conversations import open_conversations
+from nextgpt.mini_world.mini_decoders import build_mini_decoder
+from nextgpt.model.build import resolve_model_path
+from nextgpt.model.tokenizer_files import tokenizer_files
+from nextgpt.tools.embed_captions import embed_captions
+from nextgpt.training.run_inputs import RunInputs, compare_inputs, identify_inputs, read_inputs
 from test_training import copied_data
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 from tiny_run import TinyRun, same, tiny_world, trained
-from training.embed_captions import embed_captions
-from training.run_inputs import RunInputs, compare_inputs, identify_inputs, read_inputs
 
 IMAGES = "mini_world/T-X_pair_data/image/image.json"
 
@@ -303,5 +303,5 @@ def test_processes_that_start_together_on_empty_caches_record_the_same(world: Wo
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_text("{")
-    with pytest.raises(InputError, match=r"inputs\.json is damaged: give --restart"):
+    with pytest.raises(UserError, match=r"inputs\.json is damaged: give --restart"):
         read_inputs(tmp_path / "inputs.json")

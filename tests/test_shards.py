@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.errors import InputError
-from conversation.parts import MODALITIES, Modality
-from dataset.feature_cache import FeatureCache
-from dataset.media import load_views
-from dataset.readers import iter_captions
-from dataset.shards import annotation_rows
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.dataset.readers import iter_captions
+from nextgpt.dataset.shards import annotation_rows
+from nextgpt.media.feature_cache import FeatureCache
+from nextgpt.media.transforms import load_views
 from test_training import copied_data, from_stage
 from tiny_run import TinyRun, tiny_world, trained
 
@@ -105,7 +105,7 @@ def test_samples_without_a_medium_or_a_caption_are_left_out_and_counted(
 def test_a_shard_cut_short_is_named(packed: Path, tmp_path: Path) -> None:
     whole = (packed / PAIRS / "image" / "00000.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes(whole[: len(whole) // 2 + 700])
-    with pytest.raises(InputError, match=r"00000.tar: not a whole tar file.*fetch it again"):
+    with pytest.raises(UserError, match=r"00000.tar: not a whole tar file.*fetch it again"):
         list(annotation_rows(tmp_path))
 
 
@@ -113,5 +113,5 @@ def test_json_that_is_none_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         add(tar, "000.jpg", b"a picture")
         add(tar, "000.json", b"{")
-    with pytest.raises(InputError, match=r"00000.tar: 000.json holds no caption"):
+    with pytest.raises(UserError, match=r"00000.tar: 000.json holds no caption"):
         list(annotation_rows(tmp_path))

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from chat.assistant import Assistant
-from config.loader import load_config, project_path
-from evaluation.items import QUICK
-from evaluation.scoreboard import Questions, average, measure
-from mini_world.build_parts import PARTS, RECORD
-from mini_world.mini_decoders import FOLDERS
-from model.delta import DELTA_FILE, read_delta
+from nextgpt.config.loader import load_config, project_path
+from nextgpt.generation.assistant import Assistant
+from nextgpt.mini_world.build_components import PARTS, RECORD
+from nextgpt.mini_world.mini_decoders import FOLDERS
+from nextgpt.mini_world.scoreboard.items import QUICK
+from nextgpt.mini_world.scoreboard.scoreboard import Questions, average, measure
+from nextgpt.model.delta import DELTA_FILE, read_delta
 from test_mini_parts import megabytes_to_ship
 
 CONFIG = load_config("mini")

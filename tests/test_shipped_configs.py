@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from config.loader import STAGES, load_config
-from conversation.parts import MODALITIES
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import STAGES, load_config
 from test_config import SHIPPED
 from tiny_parts import tiny_overrides
 from tiny_run import TinyRun, tiny_world

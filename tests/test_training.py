@@ -13,14 +13,14 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
 import tiny_run
-import training.samples
-from config.errors import InputError, MediaError
-from config.loader import load_config
-from model.delta import write_delta
-from model.parts import part_of
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.config.loader import load_config
+from nextgpt.model.delta import write_delta
+from nextgpt.model.trainable import group_of
+from nextgpt.training import data as training_data
+from nextgpt.training.engine import learning_rate_schedule, micro_batch_size
+from nextgpt.training.loss_scale import LossScale, non_finite_gradient
 from tiny_run import TinyRun, same, tiny_world, trained
-from training.agent import learning_rate_schedule, micro_batch_size
-from training.loss_scale import LossScale, non_finite_gradient
 
 ONE_AT_A_TIME = ["training.global_batch_size=4", "training.micro_batch_size=1"]
 
@@ -59,7 +59,7 @@ def test_what_the_table_says_trains_and_nothing_else(tmp_path: Path, stage: int)
     run = TinyRun(tmp_path, stage, ["training.max_steps=6"], init)
     changed: Counter[str | None] = Counter()
     for name, size in run.watch().items():
-        changed[part_of(name)] += size
+        changed[group_of(name)] += size
     rows = re.findall(r"^(\w+) +[\d,]+  ([\d,]+|frozen)$", run.output, re.MULTILINE)
     table = {part: int(trained.replace(",", "")) for part, trained in rows if trained != "frozen"}
     assert changed == table
@@ -74,7 +74,7 @@ def test_each_stage_starts_from_the_one_before_and_says_what_it_took() -> None:
     assert "input_projection: 2 tensors loaded" in trained(2).output
     assert "output_projections: not in the file, starts new" in trained(2).output
     assert "lora: not in the file, starts new" in trained(3).output
-    kept = [name for name in trained(1).delta if part_of(name) == "input_projection"]
+    kept = [name for name in trained(1).delta if group_of(name) == "input_projection"]
     assert kept
     assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in kept)
 
@@ -82,7 +82,7 @@ def test_each_stage_starts_from_the_one_before_and_says_what_it_took() -> None:
 def test_the_adapters_second_matrices_may_have_a_rate_of_their_own(tmp_path: Path) -> None:
     sets = ["training.max_steps=3", "training.learning_rates={lora: 1.0e-12, lora_B: 1.0e-2}"]
     before, after = trained(3).delta, TinyRun(tmp_path, 3, sets, from_stage(3)).finish().delta
-    moved = {n: float((after[n] - before[n]).abs().max()) for n in after if part_of(n) == "lora"}
+    moved = {n: float((after[n] - before[n]).abs().max()) for n in after if group_of(n) == "lora"}
     first = [distance for name, distance in moved.items() if ".lora_A." in name]
     second = [distance for name, distance in moved.items() if ".lora_B." in name]
     assert first and max(first) < 1e-9
@@ -93,7 +93,7 @@ def test_what_a_run_does_not_train_is_kept_for_the_next(tmp_path: Path) -> None:
     again = TinyRun(tmp_path, 1, (), from_stage(3)).finish()
     assert "output_projections: not used by this run, kept for the next file" in again.output
     assert re.search(r"^lora +[\d,]+  frozen$", again.output, re.MULTILINE)
-    kept = [n for n in trained(3).delta if part_of(n) in ("lora", "output_projections")]
+    kept = [n for n in trained(3).delta if group_of(n) in ("lora", "output_projections")]
     assert kept
     assert all(torch.equal(trained(3).delta[n], again.delta[n]) for n in kept)
 
@@ -168,15 +168,15 @@ def test_ways_to_save_memory_change_no_loss(
 def _train_offloading(*given: Any) -> None:
     """A process that offloads although its device is the CPU: with DeepSpeed's own optimizer."""
     import tiny_run
-    from training.agent import Agent, read_settings
+    from nextgpt.training.engine import TrainEngine, read_deepspeed_config
 
-    own_settings = Agent._settings
+    own_settings = TrainEngine._settings
 
-    def settings(agent: Agent, dtype: torch.dtype) -> dict:
-        zero = {"zero_optimization": read_settings(agent.training)["zero_optimization"]}
+    def settings(agent: TrainEngine, dtype: torch.dtype) -> dict:
+        zero = {"zero_optimization": read_deepspeed_config(agent.training)["zero_optimization"]}
         return own_settings(agent, dtype) | zero
 
-    Agent._settings = settings
+    TrainEngine._settings = settings
     tiny_run._train(*given)
 
 
@@ -232,7 +232,7 @@ def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_by_many_good_steps(
     again.load(loss_scale.state())
     again.update(overflowed=False)
     assert again.scale == first
-    with pytest.raises(InputError, match="a gradient is not finite"):
+    with pytest.raises(UserError, match="a gradient is not finite"):
         for _ in range(100):
             again.update(overflowed=True)
 
@@ -290,7 +290,7 @@ def train_without_decoding(*given: Any) -> None:
     def refuse(*_: object) -> None:
         raise MediaError("decoded again")
 
-    training.samples.load_views = refuse
+    training_data.load_views = refuse
     tiny_run._train(*given)
 
 
@@ -437,7 +437,7 @@ def test_the_micro_batch_is_the_largest_that_divides_a_share() -> None:
         "7b", 1, ["training.global_batch_size=24", "training.micro_batch_size=8"]
     ).training
     assert [micro_batch_size(training, world) for world in (1, 2, 4)] == [8, 6, 6]
-    with pytest.raises(InputError, match="multiple"):
+    with pytest.raises(UserError, match="multiple"):
         micro_batch_size(training, 5)
 
 

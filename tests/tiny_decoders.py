@@ -4,8 +4,8 @@ from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 
-from conversation.parts import Modality
-from mini_world.mini_decoders import MiniFigures, build_mini_decoder
+from nextgpt.common.modality import Modality
+from nextgpt.mini_world.mini_decoders import MiniFigures, build_mini_decoder
 
 TINY = MiniFigures(
     text_width=32,

@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from config.loader import load_config
-from conversation.parts import Conversation, Modality, Text, Turn
-from model.build import build_conversation_encoder, build_model
-from model.delta import DELTA_FILE, write_delta
-from model.imagebind.config import ImageBindConfig, TrunkConfig
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import save_imagebind
-from model.nextgpt import NextGPT
-from model.output_projection import OutputProjection
-from model.parts import tuned_parameters
+from nextgpt.common.modality import Modality
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.model.build import build_model, build_prompt_builder
+from nextgpt.model.delta import DELTA_FILE, write_delta
+from nextgpt.model.imagebind.config import ImageBindConfig, TrunkConfig
+from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.loading import save_imagebind
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.output_projection import OutputProjection
+from nextgpt.model.trainable import tuned_parameters
 from parity_tools import PARITY, fill_by_recipe
 from tiny_decoders import TINY, tiny_decoder
 from tiny_system import TINY_OVERRIDES, tiny_model
@@ -109,7 +110,7 @@ def script_language_model(folder: Path, answer: Sequence[int]) -> list[str]:
     config = load_config("7b", overrides=overrides)
     model = build_model(config, torch.float32, lora=False, output_projections=True)
     prompt = Conversation((Turn("human", (Text("a"),)),))
-    chain = [build_conversation_encoder(config).encode(prompt).input_ids[-1], *answer]
+    chain = [build_prompt_builder(config).encode(prompt).input_ids[-1], *answer]
     assert len(set(chain)) == len(chain) <= own.config.hidden_size
     rows = own.config.vocab_size
     embedding = torch.zeros(rows + 38, own.config.hidden_size)

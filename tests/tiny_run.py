@@ -22,18 +22,17 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from conversation.parts import MODALITIES
-from mini_world.write_data import write_world
-from model.delta import Delta
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import save_imagebind
-from model.nextgpt import NextGPT
+from nextgpt.common.modality import MODALITIES
+from nextgpt.mini_world.write_data import write_world
+from nextgpt.model.delta import Delta
+from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.loading import save_imagebind
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.tools.embed_captions import embed_captions
 from parity_tools import fill_by_recipe
 from tiny_decoders import tiny_decoder
 from tiny_parts import TINY_IMAGEBIND, tiny_overrides
-from training.embed_captions import embed_captions
 
-CODE = Path(__file__).parent.parent / "code"
 DATASETS = {
     1: "[mini_image_enc, mini_video_enc, mini_audio_enc]",
     2: "[mini_image_dec, mini_video_dec, mini_audio_dec]",
@@ -41,7 +40,7 @@ DATASETS = {
     4: "[mini_request, mini_mosit]",
 }
 # DeepSpeed imports the last only when it makes an engine, and torch's compiler with it.
-_IMPORTED = ["train", "tiny_run", "deepspeed.runtime.zero.muon.muon_optimizer"]
+_IMPORTED = ["nextgpt.train", "tiny_run", "deepspeed.runtime.zero.muon.muon_optimizer"]
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
@@ -127,7 +126,6 @@ class TinyRun:
 
     def start(self, target: Callable[..., None] | None = None) -> "TinyRun":
         """Start the processes."""
-        os.environ["PYTHONPATH"] = f"{CODE}{os.pathsep}{CODE.parent / 'tests'}"
         _CONTEXT.set_forkserver_preload(_IMPORTED)
         self.save_path.mkdir(parents=True, exist_ok=True)
         port = str(_free_port())
@@ -248,8 +246,8 @@ def _train(
     arguments: list[str], environment: dict[str, str], output: Path, file_bytes: int
 ) -> None:
     """What a process does: the entry itself."""
-    import train
-    from config.entry import run_entry
+    from nextgpt import train
+    from nextgpt.common.cli import run_cli
 
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -258,12 +256,12 @@ def _train(
     multiprocessing.set_start_method("fork", force=True)  # the system's own, for loader processes
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
     sys.argv = ["train.py", *arguments]
-    run_entry(train.main)
+    run_cli(train.main)
 
 
 def _train_watched(*given: Any) -> None:
     """The same, and `watched.json` says which of all the model's parameters it changed."""
-    from training.loop import Trainer
+    from nextgpt.training.trainer import Trainer
 
     class Watched(Trainer):
         def make_model(self, delta: Delta | None) -> NextGPT:
@@ -278,7 +276,7 @@ def _train_watched(*given: Any) -> None:
             Path(self.config.save_path, "watched.json").write_text(json.dumps(changed))
             return finished
 
-    import train
+    from nextgpt import train
 
     train.Trainer = Watched
     _train(*given)

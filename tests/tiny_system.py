@@ -6,16 +6,16 @@ from functools import cache
 
 import torch
 
-from config.loader import load_config
-from config.schema import Config
-from conversation.batch import Batch, locate_runs, pad_conversations
-from conversation.captions import clean_caption
-from conversation.encoding import ConversationEncoder
-from conversation.parts import Conversation, Media, Text, Turn
-from model.build import build_conversation_encoder, build_model
-from model.nextgpt import NextGPT
-from model.parts import part_of, tuned_parameters
-from model.published import published_name
+from nextgpt.config.loader import load_config
+from nextgpt.config.schema import Config
+from nextgpt.conversation.batch import Batch, locate_signal_spans, pad_conversations
+from nextgpt.conversation.caption_cleaning import clean_caption
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.model.build import build_model, build_prompt_builder
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.trainable import group_of, tuned_parameters
+from nextgpt.model.upstream_checkpoint import published_name
 from parity.recipe import new_vocabulary_rows, recipe_tensor
 from parity_tools import PARITY, cases
 
@@ -33,8 +33,8 @@ def tiny_config(stage: int | None = None, overrides: list[str] | None = None) ->
     return load_config("7b", stage, TINY_OVERRIDES + (overrides or []))
 
 
-def tiny_encoder() -> ConversationEncoder:
-    return build_conversation_encoder(tiny_config())
+def tiny_encoder() -> PromptBuilder:
+    return build_prompt_builder(tiny_config())
 
 
 def tiny_model(*, lora: bool) -> NextGPT:
@@ -50,7 +50,7 @@ def _filled_model(lora: bool) -> NextGPT:
     lm.get_input_embeddings().new_rows.copy_(new_vocabulary_rows("embed_tokens"))
     lm.get_output_embeddings().new_rows.copy_(new_vocabulary_rows("lm_head"))
     for name, parameter in tuned_parameters(model, own_vocabulary=False):
-        if part_of(name) != "vocabulary":
+        if group_of(name) != "vocabulary":
             parameter.copy_(recipe_tensor(published_name(name), parameter.shape))
     return model
 
@@ -100,7 +100,7 @@ def recorded_batch(case: str) -> Batch:
     shown = "image" if kind in ("image_to_text", "multiturn") else kind
     if len(batch.slots):
         batch.features = cases()[f"imagebind.{shown}"]
-    for modality, runs in locate_runs(encoded).items():
+    for modality, runs in locate_signal_spans(encoded).items():
         batch.runs[modality] = torch.tensor([[row, position] for row, position, _ in runs])
         batch.captions[modality] = cases()[f"in.caption_emb.{modality}"]
     return batch

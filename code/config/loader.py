@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from config.errors import InputError
-from config.schema import Config
+from nextgpt.common.errors import UserError
+from nextgpt.config.schema import Config
 
 CONFIG_DIR = Path(__file__).parent
 PROJECT_ROOT = CONFIG_DIR.parent.parent
@@ -33,7 +33,7 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
         overrides: `section.key=value`, the value in YAML.
 
     Raises:
-        InputError: an unknown or ill-typed key; names the file, the key and the nearest right one.
+        UserError: an unknown or ill-typed key; names the file, the key and the nearest right one.
     """
     layers = [_read_yaml(CONFIG_DIR / "base.yaml")]
     if stage is not None:
@@ -42,7 +42,7 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
     by_stage = {number: named.pop(f"stage_{number}", None) or {} for number in STAGES}
     for number, section in by_stage.items():
         if not isinstance(section, dict):
-            raise InputError(f"{source}: stage_{number} holds no keys: expected `section:` lines")
+            raise UserError(f"{source}: stage_{number} holds no keys: expected `section:` lines")
     layers.append((source, named))
     if stage is not None:
         layers.append((f"{source}, section stage_{stage}", by_stage[stage]))
@@ -55,7 +55,7 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(item, origins) for item in error.errors())) from None
+        raise UserError("\n".join(_explain(item, origins) for item in error.errors())) from None
 
 
 def _find(name: str) -> Path:
@@ -63,7 +63,7 @@ def _find(name: str) -> Path:
     if not path.is_file():
         known = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml"))
         shipped = [stem for stem in known if stem != "base" and not stem.startswith("stage_")]
-        raise InputError(f"no config {name!r}: give one of {', '.join(shipped)} or a YAML file")
+        raise UserError(f"no config {name!r}: give one of {', '.join(shipped)} or a YAML file")
     return path
 
 
@@ -71,20 +71,20 @@ def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
+        raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no keys: expected `section:` lines")
+        raise UserError(f"{path} holds no keys: expected `section:` lines")
     return str(path), content
 
 
 def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {override}: write it as section.key=value")
+        raise UserError(f"--set {override}: write it as section.key=value")
     try:
         nested: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not YAML: {error}") from error
+        raise UserError(f"--set {override}: the value is not YAML: {error}") from error
     for name in reversed(key.split(".")):
         nested = {name: nested}
     return f"--set {override}", nested

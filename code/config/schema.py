@@ -7,9 +7,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from conversation.parts import Modality
+from nextgpt.common.modality import Modality
 
-Part = Literal["input_projection", "output_projections", "lora", "vocabulary"]
+TrainableGroup = Literal["input_projection", "output_projections", "lora", "vocabulary"]
 Quantization = Literal["none", "8bit", "4bit"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -61,7 +61,7 @@ class OutputProjectionConfig(Section):
     decoder_layers: Positive
     heads: Positive
     feedforward: Positive  # hidden width of the feed-forward layers
-    centred: bool  # begin with what varies in what comes in: see training/centring.py
+    centred: bool  # begin with what varies in what comes in: see callbacks/whitening.py
 
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> Self:
@@ -105,11 +105,11 @@ class DataConfig(Section):
 class TrainingConfig(Section):
     """One stage: what trains, for how long, how fast."""
 
-    trains: list[Part] = []
+    trains: list[TrainableGroup] = []
     learning_rate: AboveZero  # peak
     # Peaks of parts that differ. `lora_B` are the adapters' second matrices, which begin at 0: they
     # gain from a higher rate than the first ones (LoRA+, Hayou et al. 2024).
-    learning_rates: dict[Part | Literal["lora_B"], AboveZero] = {}
+    learning_rates: dict[TrainableGroup | Literal["lora_B"], AboveZero] = {}
     betas: tuple[Decay, Decay]
     epsilon: AboveZero
     weight_decay: Annotated[float, Field(ge=0)]

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from conversation.encoding import IGNORE, EncodedConversation
-from conversation.parts import Media, Modality
+from nextgpt.common.modality import Modality
+from nextgpt.conversation.messages import Media
+from nextgpt.conversation.prompt import IGNORE_INDEX, EncodedPrompt
 
 
 @dataclass
@@ -16,7 +17,7 @@ class Batch:
     Attributes:
         input_ids: (B, L) int64, padded on the right.
         attention_mask: (B, L) int64, 0 on padding.
-        targets: (B, L) int64, `IGNORE` where there is no loss; not shifted.
+        targets: (B, L) int64, `IGNORE_INDEX` where there is no loss; not shifted.
         slots: (S, 2) int64, row and first position of every input medium.
         features: (S, E) float32, the encoder's vectors of those media.
         runs: by modality (R, 2) int64, row and first position of the signal runs to be projected.
@@ -51,13 +52,13 @@ class Batch:
 Places = list[tuple[int, int]]  # of each conversation: its row and its first position there
 
 
-def pad_conversations(encoded: list[EncodedConversation], pad_id: int) -> Batch:
+def pad_conversations(encoded: list[EncodedPrompt], pad_id: int) -> Batch:
     """The batch of `encoded`, a row each, with its features and captions still empty."""
     return _lay_out(encoded, [(row, 0) for row in range(len(encoded))], pad_id)
 
 
 def pack_conversations(
-    encoded: list[EncodedConversation], pad_id: int, row_length: int
+    encoded: list[EncodedPrompt], pad_id: int, row_length: int
 ) -> tuple[Batch, Places]:
     """As `pad_conversations`, but with several in a row of `row_length` tokens; and their places.
 
@@ -80,12 +81,12 @@ def pack_conversations(
     return batch, places
 
 
-def _lay_out(encoded: list[EncodedConversation], places: Places, pad_id: int) -> Batch:
+def _lay_out(encoded: list[EncodedPrompt], places: Places, pad_id: int) -> Batch:
     rows = 1 + max(row for row, _ in places)
     ends = [first + len(one.input_ids) for (_, first), one in zip(places, encoded, strict=True)]
     input_ids = torch.full((rows, max(ends)), pad_id)
     attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE)
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
     for (row, first), end, one in zip(places, ends, encoded, strict=True):
         input_ids[row, first:end] = torch.tensor(one.input_ids)
         attention_mask[row, first:end] = 1
@@ -104,7 +105,9 @@ def _lay_out(encoded: list[EncodedConversation], places: Places, pad_id: int) ->
     )
 
 
-def locate_runs(encoded: list[EncodedConversation]) -> dict[Modality, list[tuple[int, int, Media]]]:
+def locate_signal_spans(
+    encoded: list[EncodedPrompt],
+) -> dict[Modality, list[tuple[int, int, Media]]]:
     """Conversation, first position and medium of the signal runs, by modality, in reading order.
 
     Left out are media that say no caption: they have no alignment target.

@@ -10,24 +10,24 @@ import re
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from config.errors import InputError
-from conversation.templates import Markup, Special, Template
+from nextgpt.common.errors import UserError
+from nextgpt.conversation.templates import Markup, Special, Template
 
 _TURNS = ("first question", "first answer", "second question", "second answer")
 
 
-def own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+def template_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
     """The template that the tokenizer's chat template amounts to.
 
     What it says before the first turn (often a system prompt) opens every conversation. An answer
     ends with the first special token behind it, which the loss counts.
 
     Raises:
-        InputError: there is none, or it does not write questions and answers one after the other.
+        UserError: there is none, or it does not write questions and answers one after the other.
     """
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
-        raise InputError(
+        raise UserError(
             f"language_model.template own: the tokenizer of {name} has no chat template; take "
             "published or chatml"
         )
@@ -36,21 +36,21 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     try:
         written = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateError as error:
-        raise InputError(
+        raise UserError(
             f"language_model.template own: {name}'s chat template refuses a chat: {error}"
         ) from error
     found = re.fullmatch("(.*?)".join(("", *map(re.escape, _TURNS), "")), written, re.DOTALL)
     if not found:
-        raise InputError(f"language_model.template own: {name} writes a chat as {written!r}")
+        raise UserError(f"language_model.template own: {name} writes a chat as {written!r}")
     first, opening, between, again, end = found.groups()
     if not between.startswith(end) or again != opening:
-        raise InputError(
+        raise UserError(
             f"language_model.template own: {name} does not write every round alike: {written!r}"
         )
     ending = _markup(end, tokenizer)
     special = [index for index, part in enumerate(ending) if isinstance(part, Special)]
     if not special:
-        raise InputError(f"language_model.template own: nothing ends an answer of {name}")
+        raise UserError(f"language_model.template own: nothing ends an answer of {name}")
     last = special[0] + 1
     return Template(
         begins_with_bos=False,  # where there is one, it is written

@@ -4,7 +4,7 @@ They are ids behind the language model's own vocabulary and are never looked up 
 types `[IMG0]` has typed six characters.
 """
 
-from conversation.parts import MODALITIES, Modality
+from nextgpt.common.modality import MODALITIES, Modality
 
 _NAMES: dict[Modality, str] = {"image": "IMG", "video": "VID", "audio": "AUD"}
 

@@ -21,11 +21,11 @@ import torch
 from filelock import Timeout
 from torch import Tensor
 
-from config.atomic import written_aside, written_aside_together
-from config.errors import InputError, MediaError
-from config.json_text import to_json
-from config.locks import hold_lock
-from conversation.parts import Modality
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.io import atomic_write, atomic_write_many
+from nextgpt.common.json_io import to_json
+from nextgpt.common.locks import hold_lock
+from nextgpt.common.modality import Modality
 
 _BLOCK = 1 << 16  # bytes of a list read at a time
 
@@ -40,7 +40,7 @@ def read_embedding(path: Path, shape: tuple[int, ...]) -> Tensor:
 
     Raises:
         MediaError: the file is missing or is no array.
-        InputError: its shape is not `shape`: it is another decoder's.
+        UserError: its shape is not `shape`: it is another decoder's.
     """
     try:
         array = np.load(path, allow_pickle=False)
@@ -49,7 +49,7 @@ def read_embedding(path: Path, shape: tuple[int, ...]) -> Tensor:
             f"{path}: no caption embedding can be read (run process_embeddings.py): {error}"
         ) from error
     if array.shape != shape:
-        raise InputError(
+        raise UserError(
             f"{path}: shape {array.shape}, expected {shape}. Run process_embeddings.py with the "
             "decoder of the configuration, or set its caption_shape"
         )
@@ -96,7 +96,7 @@ def read_maker(folder: Path, modality: Modality) -> EmbeddingMaker | None:
     """What made the embeddings in `folder`; none where there is no record of it.
 
     Raises:
-        InputError: the record is damaged.
+        UserError: the record is damaged.
     """
     file = _maker_file(folder, modality)
     try:
@@ -107,7 +107,7 @@ def read_maker(folder: Path, modality: Modality) -> EmbeddingMaker | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise InputError(f"{file} is damaged: empty the folder") from error
+        raise UserError(f"{file} is damaged: empty the folder") from error
 
 
 def caption_lists(folder: Path, modality: Modality) -> list[Path]:
@@ -119,7 +119,7 @@ def iter_caption_records(folder: Path, modality: Modality) -> Iterator[CaptionRe
     """All lines of all lists in `folder`, one list after the other; memory does not grow.
 
     Raises:
-        InputError: a line is damaged.
+        UserError: a line is damaged.
     """
     for file in caption_lists(folder, modality):
         with file.open(encoding="utf-8") as lines:
@@ -130,7 +130,7 @@ def iter_caption_records(folder: Path, modality: Modality) -> Iterator[CaptionRe
                     entry = json.loads(line)
                     yield CaptionRecord(entry["name"], entry["caption"], entry.get("time_ns", 0))
                 except (ValueError, TypeError, LookupError, AttributeError) as error:
-                    raise InputError(
+                    raise UserError(
                         f"{file}: line {number} is damaged: delete the line; process_embeddings.py "
                         "makes that embedding again"
                     ) from error
@@ -159,7 +159,7 @@ class EmbeddingStore:
             replace: make embeddings of other captions again, instead of refusing them.
 
         Raises:
-            InputError: what is there was made by another text encoder, or another process is
+            UserError: what is there was made by another text encoder, or another process is
                 writing the same list, or the folder cannot be written.
         """
         self.folder = folder
@@ -169,7 +169,7 @@ class EmbeddingStore:
             try:
                 opened.enter_context(hold_lock(folder / f".{self._list.name}.lock", blocking=False))
             except Timeout:
-                raise InputError(
+                raise UserError(
                     f"{self._list}: another process is writing {modality} embeddings there: wait "
                     "for its end, or give another folder"
                 ) from None
@@ -192,10 +192,10 @@ class EmbeddingStore:
         with hold_lock(self.folder / f".{file.name}.lock"):
             found = read_maker(self.folder, modality)
             if found is None:
-                with written_aside(file) as aside:
+                with atomic_write(file) as aside:
                     aside.write_text(to_json(maker._asdict(), indent=2) + "\n", "utf-8")
             elif found.differs_from(maker):
-                raise InputError(
+                raise UserError(
                     f"{file}: the embeddings here are {found.model}'s, of shape "
                     f"{list(found.shape)}; {maker.model} differs. Give another folder, or empty "
                     "this one"
@@ -205,11 +205,11 @@ class EmbeddingStore:
         """Whether the embedding of `caption` is there for the medium `name`.
 
         Raises:
-            InputError: the one there is of another caption, which is not to be replaced.
+            UserError: the one there is of another caption, which is not to be replaced.
         """
         known = self._captions.get(name)
         if known not in (None, caption) and not self._replace:
-            raise InputError(
+            raise UserError(
                 f"{embedding_path(self.folder, name)} was made from the caption {known!r}, not "
                 f"{caption!r}. Give another folder, or --replace to make it again"
             )
@@ -219,18 +219,16 @@ class EmbeddingStore:
         """Store `embeddings` (B, *shape), one file each, and list them.
 
         Raises:
-            InputError: a value is not finite in half precision, or the disk is full.
+            UserError: a value is not finite in half precision, or the disk is full.
         """
         arrays = embeddings.to("cpu", torch.float16).numpy()
         for name, array in zip(names, arrays, strict=True):
             if not np.isfinite(array).all():
-                raise InputError(
-                    f"{name}: its caption's embedding is not finite; try another dtype"
-                )
+                raise UserError(f"{name}: its caption's embedding is not finite; try another dtype")
         # First the record goes, then the array: at no moment does a record speak of another array.
         self._append([(name, None) for name in names if self._captions.get(name) is not None])
         paths = [embedding_path(self.folder, name) for name in names]
-        with written_aside_together(paths) as asides:
+        with atomic_write_many(paths) as asides:
             for aside, array in zip(asides, arrays, strict=True):
                 np.save(aside, array, allow_pickle=False)
         self._append(list(zip(names, captions, strict=True)))
@@ -248,7 +246,7 @@ class EmbeddingStore:
                 os.fsync(file.fileno())
         except OSError as error:
             fault = f"could not write {self._list} (is the disk full?): {error.strerror}"
-            raise InputError(fault) from error
+            raise UserError(fault) from error
         self._captions.update(entries)
 
 

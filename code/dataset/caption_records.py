@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config.atomic import written_aside
-from config.file_digests import FileState
-from config.locks import hold_lock
-from conversation.parts import MODALITIES, Media, Modality
-from dataset.caption_embeddings import caption_lists, embedding_path, iter_caption_records
-from dataset.conversations import ConversationDataset
-from dataset.readers import READER_VERSION
+from nextgpt.common.file_digests import FileState
+from nextgpt.common.io import atomic_write
+from nextgpt.common.locks import hold_lock
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.conversation.messages import Media
+from nextgpt.dataset.caption_embeddings import caption_lists, embedding_path, iter_caption_records
+from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.dataset.readers import READER_VERSION
 
 _FORMAT = 1  # of the tables; raise it when one holds something else than before
 _OUTPUT = np.dtype([("modality", "u1"), ("name", "u8"), ("caption", "u8"), ("row", "i8")])
@@ -271,6 +272,6 @@ def _cached(path: Path, key: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         except (FileNotFoundError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass  # not there, or damaged: it is made again
         table = make()
-        with written_aside(path) as aside:
+        with atomic_write(path) as aside:
             np.savez(aside, key=np.array(key), table=table)
     return table

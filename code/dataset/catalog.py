@@ -4,10 +4,10 @@ import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
-from config.errors import InputError
-from conversation.parts import Modality
-from dataset.readers import Kind
-from dataset.shards import shards_of
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import Modality
+from nextgpt.dataset.readers import Kind
+from nextgpt.dataset.shards import shards_of
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,11 @@ def find_entry(name: str) -> DatasetEntry:
     """The data set `name`, whether its files are there or not.
 
     Raises:
-        InputError: an unknown name; says the nearest right one.
+        UserError: an unknown name; says the nearest right one.
     """
     if name not in CATALOG:
         nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0)[0]
-        raise InputError(
+        raise UserError(
             f"data set {name!r} is unknown: is {nearest!r} meant? Known: {', '.join(CATALOG)}"
         )
     return CATALOG[name]
@@ -92,7 +92,7 @@ def resolve_entry(name: str, data_root: Path, embed_root: Path) -> DatasetSource
     """Where the data set `name` lies: caption pairs without their file may be shards beside it.
 
     Raises:
-        InputError: an unknown name (says the nearest right one), or its annotations are missing.
+        UserError: an unknown name (says the nearest right one), or its annotations are missing.
     """
     entry = find_entry(name)
     annotation = data_root.resolve() / entry.annotation
@@ -100,7 +100,7 @@ def resolve_entry(name: str, data_root: Path, embed_root: Path) -> DatasetSource
     if not annotation.is_file() and entry.kind in _PAIRS and shards_of(annotation.parent):
         annotation = media = annotation.parent
     if not annotation.exists():
-        mini = "`python -m mini_world.write_data` writes it"
+        mini = "`python -m nextgpt.mini_world.write_data` writes it"
         hint = mini if name.startswith("mini_") else "its folder's prepare.md says how to get it"
-        raise InputError(f"data set {name!r}: {annotation} is missing: {hint}")
+        raise UserError(f"data set {name!r}: {annotation} is missing: {hint}")
     return DatasetSource(name, entry.kind, annotation, media, embed_root.resolve())

@@ -7,20 +7,21 @@ from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from config.errors import InputError, MediaError
-from config.loader import project_path
-from config.schema import Config, DataConfig
-from conversation.parts import Conversation, Media, Modality, Part, Turn
-from dataset.catalog import DatasetSource, resolve_entry
-from dataset.index import open_index
-from dataset.readers import READER_VERSION, Record, read_record
-from dataset.shards import medium_exists
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.modality import Modality
+from nextgpt.config.loader import project_path
+from nextgpt.config.schema import Config, DataConfig
+from nextgpt.conversation.messages import ContentPart, Conversation, Media, Turn
+from nextgpt.dataset.catalog import DatasetSource, resolve_entry
+from nextgpt.dataset.readers import READER_VERSION, Record, read_record
+from nextgpt.dataset.row_index import open_index
+from nextgpt.media.shard_members import medium_exists
 
 
 class ConversationDataset(Dataset[Conversation]):
     """Map-style: `dataset[name, row]` is a conversation with absolute paths.
 
-    Opening makes the row indexes that are missing (see `dataset.index`); a lookup costs tens of
+    Opening makes the row indexes that are missing (see `dataset.row_index`); a lookup costs tens of
     microseconds, media are not opened.
 
     Args:
@@ -28,7 +29,7 @@ class ConversationDataset(Dataset[Conversation]):
         cache_dir: folder of the row indexes.
 
     Raises:
-        InputError: an annotation file is missing or has a wrong record.
+        UserError: an annotation file is missing or has a wrong record.
     """
 
     def __init__(self, sources: Sequence[DatasetSource], cache_dir: Path) -> None:
@@ -70,7 +71,7 @@ class ConversationDataset(Dataset[Conversation]):
         source = self.sources[name]
         read = self.record(name, row)
 
-        def placed(part: Part) -> Part:
+        def placed(part: ContentPart) -> ContentPart:
             if not isinstance(part, Media):
                 return part
             if part.embedding is not None:
@@ -88,10 +89,10 @@ def open_conversations(data: DataConfig) -> ConversationDataset:
     """The data sets that a configuration names.
 
     Raises:
-        InputError: it names none or an unknown one, or an annotation file is missing or wrong.
+        UserError: it names none or an unknown one, or an annotation file is missing or wrong.
     """
     if not data.datasets:
-        raise InputError("data.datasets is empty: name data sets of dataset/catalog.py")
+        raise UserError("data.datasets is empty: name data sets of dataset/catalog.py")
     root, embeddings = project_path(data.root), project_path(data.embeddings)
     sources = [resolve_entry(name, root, embeddings) for name in data.datasets]
     return ConversationDataset(sources, project_path(data.cache))

@@ -10,21 +10,17 @@ What cannot be used is left out, counted by reason, and listed with row and reas
 """
 
 import argparse
-import sys
 from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
-if __package__ in (None, ""):  # run as a script: this folder is on the path instead of code/
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from config.atomic import written_aside
-from config.entry import run_entry
-from config.errors import InputError
-from config.json_text import to_json
-from dataset.json_rows import iter_rows
-from dataset.readers import Record, read_record
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
+from nextgpt.dataset.json_stream import iter_rows
+from nextgpt.dataset.readers import Record, read_record
 
 
 class _Dropped(Exception):
@@ -38,15 +34,15 @@ def preprocess(kind: str, raw: Path, output: Path) -> tuple[int, Counter[str]]:
         How many records were written, and how many were dropped for each reason.
 
     Raises:
-        InputError: `raw` is not a JSON array, is also the output, or has nothing usable.
+        UserError: `raw` is not a JSON array, is also the output, or has nothing usable.
     """
     if raw.resolve() == output.resolve():
-        raise InputError(f"{raw} would be overwritten: give another output")
+        raise UserError(f"{raw} would be overwritten: give another output")
     dropped_file = output.with_suffix(".dropped.jsonl")
     written, dropped = 0, Counter[str]()
     with (
-        written_aside(dropped_file) as dropped_aside,
-        written_aside(output) as rows_aside,
+        atomic_write(dropped_file) as dropped_aside,
+        atomic_write(output) as rows_aside,
         dropped_aside.open("w") as dropped_out,
         rows_aside.open("w") as rows_out,
     ):
@@ -63,7 +59,7 @@ def preprocess(kind: str, raw: Path, output: Path) -> tuple[int, Counter[str]]:
             written += 1
         rows_out.write("\n]\n")
         if not written:
-            raise InputError(f"{raw}: no record is usable as {kind}: {_listed(dropped)}")
+            raise UserError(f"{raw}: no record is usable as {kind}: {_listed(dropped)}")
     return written, dropped
 
 
@@ -140,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from config.errors import InputError
-from conversation.captions import clean_caption
-from conversation.parts import MODALITIES, Conversation, Media, Modality, Part, Text, Turn
-from dataset.shards import annotation_rows
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.conversation.caption_cleaning import clean_caption
+from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
+from nextgpt.dataset.shards import annotation_rows
 
 Kind = Literal["caption_in", "caption_out", "instruction", "interleaved"]
 Record = dict[str, Any]
@@ -44,7 +45,7 @@ def read_record(record: Record, kind: Kind, file: Path, row: int) -> Conversatio
         file, row: where the record stands (the first row is 0), for error messages.
 
     Raises:
-        InputError: a field is missing or wrong; names file, row, field and what is expected.
+        UserError: a field is missing or wrong; names file, row, field and what is expected.
     """
     try:
         is_later = kind in ("caption_in", "caption_out") and "conversations" in record
@@ -54,7 +55,7 @@ def read_record(record: Record, kind: Kind, file: Path, row: int) -> Conversatio
         if not all(turn.parts for turn in turns):
             raise _Fault("value: a turn is empty; expected text or a medium")
     except _Fault as fault:
-        raise InputError(f"{file}: row {row} (the first is 0): {fault}") from None
+        raise UserError(f"{file}: row {row} (the first is 0): {fault}") from None
     return Conversation(turns)
 
 
@@ -65,7 +66,7 @@ def iter_captions(file: Path, modality: Modality) -> Iterator[tuple[str, str]]:
     belongs in `<medium's file name>.npy`. `file` may be a folder of shards.
 
     Raises:
-        InputError: a wrong record, or no such medium in the whole file.
+        UserError: a wrong record, or no such medium in the whole file.
     """
     found = False
     for row, (record, _) in enumerate(annotation_rows(file)):
@@ -75,7 +76,7 @@ def iter_captions(file: Path, modality: Modality) -> Iterator[tuple[str, str]]:
                     found = True
                     yield part.embedding.removesuffix(".npy"), part.caption or ""
     if not found:
-        raise InputError(f"{file} has no captions of {modality} outputs: is {modality} meant?")
+        raise UserError(f"{file} has no captions of {modality} outputs: is {modality} meant?")
 
 
 def _kind_of(record: Record) -> Kind:
@@ -157,7 +158,7 @@ def _instruction(record: Record) -> tuple[Turn, ...]:
     used: list[tuple[str, Modality]] = []
     turns = []
     for index, (role, text, turn, where) in enumerate(rounds):
-        parts: tuple[Part, ...] = (Text(text),) if text.strip() else ()
+        parts: tuple[ContentPart, ...] = (Text(text),) if text.strip() else ()
         side = "input_modality" if role == "human" else "output_modality"
         modality = turn.get(side, first if index == 0 else "text")
         if modality not in ("text", *MODALITIES):
@@ -201,13 +202,13 @@ def _turns(record: Record, key: str) -> Iterator[tuple[Role, str, Record, str]]:
         yield ("human" if side == "human" else "assistant"), value, turn, where
 
 
-def _in_place(value: str, media: list[Media], where: str) -> tuple[Part, ...]:
+def _in_place(value: str, media: list[Media], where: str) -> tuple[ContentPart, ...]:
     """Words and media of `value` in order, each placeholder standing for the next of `media`."""
     pieces = _PLACEHOLDER.split(value)  # words, modality, words, modality, words ...
     expected, found = pieces[1::2], [medium.modality for medium in media]
     if expected != found:
         raise _Fault(f"{where}.value: its placeholders {expected} do not match its media {found}")
-    parts: list[Part] = []
+    parts: list[ContentPart] = []
     for index, piece in enumerate(pieces):
         if index % 2:
             parts.append(media[index // 2])

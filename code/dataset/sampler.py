@@ -14,13 +14,13 @@ from typing import Literal
 
 import numpy as np
 
-from config.errors import InputError
+from nextgpt.common.errors import UserError
 
 Sample = tuple[str, int]  # data set, row
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class BatchSchedule:
     """The global batches of every epoch; all are full.
 
     Attributes:
@@ -33,7 +33,7 @@ class BatchPlan:
         seed: of the shuffles.
 
     Raises:
-        InputError: a data set without rows, or more samples a batch than there are.
+        UserError: a data set without rows, or more samples a batch than there are.
     """
 
     sizes: Mapping[str, int]
@@ -44,9 +44,9 @@ class BatchPlan:
     def __post_init__(self) -> None:
         empty = [name for name, size in self.sizes.items() if size < 1]
         if empty or not self.sizes:
-            raise InputError(f"data sets without rows: {', '.join(empty) or 'none are named'}")
+            raise UserError(f"data sets without rows: {', '.join(empty) or 'none are named'}")
         if self.global_batch_size > self._rows:
-            raise InputError(
+            raise UserError(
                 f"a global batch of {self.global_batch_size} samples is more than the {self._rows} "
                 "there are: use fewer processes or lower training.global_batch_size"
             )
@@ -95,7 +95,7 @@ class BatchPlan:
             yield batch
 
 
-def share(
+def split_for_rank(
     batch: Sequence[Sample], rank: int, world: int, length: Callable[[Sample], int]
 ) -> list[Sample]:
     """Process `rank`'s part of a global batch: as many samples as any, and about as long.
@@ -108,10 +108,10 @@ def share(
         length: of a sample, in any unit.
 
     Raises:
-        InputError: the processes cannot have equal parts.
+        UserError: the processes cannot have equal parts.
     """
     if len(batch) % world:
-        raise InputError(
+        raise UserError(
             f"{world} processes cannot share a global batch of {len(batch)} samples equally: "
             "set training.global_batch_size to a multiple of the processes"
         )

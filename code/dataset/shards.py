@@ -7,74 +7,22 @@ takes about a second, once.
 """
 
 import json
-import re
 import tarfile
 from collections.abc import Iterator
-from io import BytesIO
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-from config.errors import InputError
-from config.file_digests import FileState
-from config.json_text import to_json
-from conversation.parts import Modality
-from dataset.json_rows import iter_rows
+from nextgpt.common.errors import UserError
+from nextgpt.common.json_io import to_json
+from nextgpt.common.modality import Modality
+from nextgpt.dataset.json_stream import iter_rows
 
-_INSIDE = re.compile(r"(.+\.tar)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
 _SUFFIXES: dict[Modality, tuple[str, ...]] = {
     "video": (".mp4", ".webm", ".mkv", ".avi", ".mov"),
     "audio": (".wav", ".flac", ".mp3", ".ogg", ".m4a"),
     "image": (".jpg", ".jpeg", ".png", ".webp"),
 }
-
-
-class _Place(NamedTuple):
-    """Where a medium lies in a shard, in bytes."""
-
-    shard: Path
-    offset: int
-    size: int
-
-
-def _place(path: Path) -> _Place | None:
-    found = _INSIDE.fullmatch(path.as_posix())
-    return _Place(Path(found[1]), int(found[2]), int(found[3])) if found else None
-
-
-def in_shard(path: Path) -> bool:
-    """Whether `path` is that of a medium in a shard."""
-    return _place(path) is not None
-
-
-def medium_exists(path: Path) -> bool:
-    """Whether there is such a file, or such a shard."""
-    place = _place(path)
-    return place.shard.is_file() if place else path.is_file()
-
-
-def medium_state(path: Path) -> FileState:
-    """The state of the file, or, with the medium's own size, of its shard.
-
-    Raises:
-        OSError: it is not there.
-    """
-    place = _place(path)
-    return FileState.of(place.shard)._replace(size=place.size) if place else FileState.of(path)
-
-
-def open_medium(path: Path) -> BinaryIO:
-    """The bytes of a file, or of a medium in a shard; those are read at once.
-
-    Raises:
-        OSError: it is not there.
-    """
-    place = _place(path)
-    if place is None:
-        return path.open("rb")
-    with place.shard.open("rb") as shard:
-        shard.seek(place.offset)
-        return BytesIO(shard.read(place.size))
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -88,7 +36,7 @@ def annotation_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     What a shard holds without a medium or a caption is left out, and counted at the end.
 
     Raises:
-        InputError: the file is no JSON array of objects, or a shard is broken.
+        UserError: the file is no JSON array of objects, or a shard is broken.
     """
     if not path.is_dir():
         yield from iter_rows(path)
@@ -121,7 +69,7 @@ def _samples(shard: Path) -> Iterator[_Files]:
                     sample[suffix] = entry, content
                 yield sample
     except (tarfile.TarError, OSError) as error:
-        raise InputError(
+        raise UserError(
             f"{shard}: not a whole tar file ({error}): fetch it again or remove it"
         ) from error
 
@@ -153,5 +101,5 @@ def _caption(shard: Path, files: _Files) -> str:
             return str(json.loads(files[".json"][1])["caption"] or "").strip()
     except (ValueError, TypeError, KeyError) as error:
         (entry, _) = files.get(".txt") or files[".json"]
-        raise InputError(f"{shard}: {entry.name} holds no caption: {error}") from error
+        raise UserError(f"{shard}: {entry.name} holds no caption: {error}") from error
     return ""

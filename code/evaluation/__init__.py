@@ -1,1 +1,1 @@
-"""Measures what the system makes: the judge reads it, by rules, and learns nothing."""
+"""Metrics that any evaluation uses."""

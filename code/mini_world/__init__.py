@@ -1,3 +1,1 @@
-"""The mini world: a closed world of things, rendered by code, where every claim is measurable."""
-
-import model  # noqa: F401  (quiets libraries, before they are loaded)
+"""The mini world: a closed world of objects, rendered by code, where every claim is measurable."""

@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from conversation.captions import clean_caption
-from conversation.parts import Modality
-from mini_world.things import ATTRIBUTES, PITCH_OF, TIMBRE_OF, Split, Thing, Value
-from mini_world.words import Wording, choose, phrases, say
+from nextgpt.common.modality import Modality
+from nextgpt.conversation.caption_cleaning import clean_caption
+from nextgpt.mini_world.objects import ATTRIBUTES, PITCH_OF, TIMBRE_OF, Split, Value, WorldObject
+from nextgpt.mini_world.words import Wording, choose, phrases, say
 
 CAPTIONS: dict[Modality, Wording] = {
     "image": Wording(
@@ -140,7 +140,7 @@ _PATTERN = re.compile(
 
 
 def caption(
-    thing: Thing,
+    thing: WorldObject,
     modality: Modality,
     rng: np.random.Generator,
     named: Collection[str] | None = None,
@@ -158,7 +158,7 @@ def caption(
 
 
 def plain_caption(
-    thing: Thing,
+    thing: WorldObject,
     modality: Modality,
     named: Collection[str] | None = None,
     *,

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from mini_world.render_image import RGB
+from nextgpt.mini_world.render_image import RGB
 
 # Distance in CIELAB beyond which a colour has none of the names. Wide, since blur and JPEG move the
 # colour of a small thing by up to 40.

@@ -11,10 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from conversation.parts import MODALITIES, Modality
-from mini_world.album import Album
-from mini_world.captions import caption, plain_caption
-from mini_world.phrasing import (
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.mini_world.captions import caption, plain_caption
+from nextgpt.mini_world.media_set import Album
+from nextgpt.mini_world.objects import (
+    ATTRIBUTES,
+    OPPOSITE_MOTION,
+    Split,
+    WorldObject,
+    changes,
+    sample_object,
+)
+from nextgpt.mini_world.questions import ask, ask_world
+from nextgpt.mini_world.request_templates import (
     COURSE_REQUESTS,
     EDITS,
     HEAR,
@@ -25,9 +34,7 @@ from mini_world.phrasing import (
     SHOW,
     VIEWED,
 )
-from mini_world.questions import ask, ask_world
-from mini_world.things import ATTRIBUTES, OPPOSITE_MOTION, Split, Thing, changes, sample_thing
-from mini_world.words import choose, say, sentence
+from nextgpt.mini_world.words import choose, say, sentence
 
 OUTPUTS: tuple[str, ...] = ("text", *MODALITIES)
 # The course's four cases, and what the human shows in each.
@@ -57,12 +64,12 @@ class Scene:
         by_maker: whether its sound is spoken of by the thing that makes it.
     """
 
-    thing: Thing
+    thing: WorldObject
     known: frozenset[str]
     last: Modality | None
     by_maker: bool
 
-    def showing(self, thing: Thing, modality: Modality, *told: str) -> "Scene":
+    def showing(self, thing: WorldObject, modality: Modality, *told: str) -> "Scene":
         """The scene after a medium with `thing`, of which `told` was said besides."""
         return replace(self, thing=thing, known=self.known | set(told), last=modality)
 
@@ -76,12 +83,12 @@ class Step:
     scene: Scene
 
 
-def shown(thing: Thing, modality: Modality) -> Scene:
+def shown(thing: WorldObject, modality: Modality) -> Scene:
     """The scene after the human has shown a medium."""
     return Scene(thing, frozenset(_KNOWN[modality]), modality, by_maker=modality != "audio")
 
 
-def unseen(thing: Thing) -> Scene:
+def unseen(thing: WorldObject) -> Scene:
     """The scene before anything is shown."""
     return Scene(thing, frozenset({"size", "shape"}), None, by_maker=True)
 
@@ -118,14 +125,14 @@ def opening(
     output: str,
     rng: np.random.Generator,
     split: Split = "training",
-    thing: Thing | None = None,
+    thing: WorldObject | None = None,
 ) -> Step:
     """A first request in words alone, and its answer; `split` is that of the wording.
 
     Args:
         thing: what the request is about; None draws one of the split.
     """
-    thing = thing or sample_thing(rng, split)
+    thing = thing or sample_object(rng, split)
     scene = unseen(thing)
     if output == "text":
         return step(scene, output, rng, split)
@@ -138,7 +145,7 @@ def opening(
 
 def course_case(
     case: str,
-    thing: Thing,
+    thing: WorldObject,
     rng: np.random.Generator,
     split: Split = "training",
     pairs: Collection[Split] = ("training",),
@@ -191,7 +198,7 @@ def dialogue(
         if number > 0:
             source = choose(rng, MODALITIES) if rng.random() < 0.2 else None
             goal = choose(rng, OUTPUTS)
-        media: list[tuple[str, Modality, Thing]] = []
+        media: list[tuple[str, Modality, WorldObject]] = []
         if source is not None:
             name, thing = album.draw(source, rng)
             scene, media = shown(thing, source), [(name, source, thing)]
@@ -204,13 +211,13 @@ def dialogue(
 def _take(scene: Scene | None, goal: str, rng: np.random.Generator, split: Split) -> Step:
     pairs = {"training", split}
     if goal in CASE_INPUT:
-        thing = sample_thing(rng, split) if scene is None else scene.thing
+        thing = sample_object(rng, split) if scene is None else scene.thing
         return course_case(goal, thing, rng, split, pairs)
     return opening(goal, rng, split) if scene is None else step(scene, goal, rng, split, pairs)
 
 
 def _human(
-    request: str, media: list[tuple[str, Modality, Thing]], rng: np.random.Generator
+    request: str, media: list[tuple[str, Modality, WorldObject]], rng: np.random.Generator
 ) -> Turn:
     """Mostly the medium stands before the words, as in the prompt; sometimes within or after."""
     value = request

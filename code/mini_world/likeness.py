@@ -4,8 +4,8 @@ from functools import cache
 
 import numpy as np
 
-from mini_world.render_image import PIXELS, coverage
-from mini_world.things import SHAPES
+from nextgpt.mini_world.objects import SHAPES
+from nextgpt.mini_world.render_image import PIXELS, coverage
 
 PATCH = 44  # pixels, the side of a template
 RADII = np.geomspace(3.5, 19.0, 24)  # pixels

@@ -30,10 +30,10 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
-from config.atomic import written_aside
-from conversation.parts import Modality
-from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
-from model.decoders import PIPELINES
+from nextgpt.common.io import atomic_write
+from nextgpt.common.modality import Modality
+from nextgpt.mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
+from nextgpt.model.decoders import PIPELINES
 
 FOLDERS: dict[Modality, str] = {
     "image": "mini_stable_diffusion",
@@ -106,7 +106,7 @@ def build_mini_decoder(
         # Copies: the pipeline turns its parts to half precision where they lie.
         parts = _PARTS[modality](figures, captions) | deepcopy(dict(trained or {}))
         pipeline: DiffusionPipeline = PIPELINES[modality](scheduler=scheduler(), **parts)
-    with written_aside(folder) as aside:
+    with atomic_write(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from config.atomic import written_aside
-from model.imagebind.config import ImageBindConfig, TrunkConfig
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import save_imagebind
+from nextgpt.common.io import atomic_write
+from nextgpt.model.imagebind.config import ImageBindConfig, TrunkConfig
+from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.loading import save_imagebind
 
 # What goes in has the huge model's format, in larger patches.
 MINI_IMAGEBIND = ImageBindConfig(
@@ -30,7 +30,7 @@ def write_mini_encoder(
     tokenizer: CLIPTokenizer,
 ) -> None:
     """Write the encoder and its text tower to `folder` in float16, whole or not at all."""
-    with written_aside(folder) as aside:
+    with atomic_write(folder) as aside:
         save_imagebind(model, aside, torch.float16)
         deepcopy(text_tower).half().save_pretrained(aside / TEXT_TOWER)
         tokenizer.save_pretrained(aside / TEXT_TOWER)

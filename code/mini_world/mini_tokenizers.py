@@ -10,9 +10,9 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BatchEncoding, CLIPTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
-from conversation.parts import MODALITIES
-from mini_world.captions import caption
-from mini_world.things import sample_thing
+from nextgpt.common.modality import MODALITIES
+from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.objects import sample_object
 
 _WORD_END = "</w>"
 _NO_LIMIT = 4096  # tokens; training stops earlier, when every word is whole
@@ -23,7 +23,9 @@ def sample_captions() -> list[str]:
     """Captions of all modalities, the same every time, with all words of the training split."""
     rng = np.random.default_rng(0)
     return [
-        caption(sample_thing(rng), modality, rng) for modality in MODALITIES for _ in range(_SAMPLE)
+        caption(sample_object(rng), modality, rng)
+        for modality in MODALITIES
+        for _ in range(_SAMPLE)
     ]
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from conversation.parts import Modality
-from mini_world.captions import plain_caption
-from mini_world.things import SHAPES, SIZES, Split, Thing
-from mini_world.words import Wording, choose, say, sentence
+from nextgpt.common.modality import Modality
+from nextgpt.mini_world.captions import plain_caption
+from nextgpt.mini_world.objects import SHAPES, SIZES, Split, WorldObject
+from nextgpt.mini_world.words import Wording, choose, say, sentence
 
 
 @dataclass(frozen=True)
@@ -282,7 +282,7 @@ ASKED = {"sound": ("pitch", "timbre"), "maker": ("size", "shape")}
 
 
 def ask(
-    thing: Thing,
+    thing: WorldObject,
     modality: Modality,
     rng: np.random.Generator,
     named: Collection[str] | None = None,
@@ -394,7 +394,10 @@ WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
 
 
 def ask_world(
-    thing: Thing, rng: np.random.Generator, split: Split = "training", topic: str | None = None
+    thing: WorldObject,
+    rng: np.random.Generator,
+    split: Split = "training",
+    topic: str | None = None,
 ) -> tuple[str, str]:
     """A question about how the world's things sound, without a medium, and its answer.
 
@@ -411,7 +414,7 @@ def world_facts() -> list[tuple[str, str]]:
     facts = {}
     for shape in SHAPES:
         for size in SIZES:
-            thing = Thing(shape, "yellow", size, "middle", None, 1)
+            thing = WorldObject(shape, "yellow", size, "middle", None, 1)
             for questions, answers in WORLD.values():
                 for question in questions.training:
                     facts[say(question, None, thing)] = say(answers[0], None, thing)

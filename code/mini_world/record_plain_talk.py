@@ -3,7 +3,7 @@
 They are cut after a sentence, and as right or wrong as it is; those that say a sentence twice are
 left out. The questions lie beside them.
 
-    cd code; python -m mini_world.record_plain_talk
+    cd code; python -m nextgpt.mini_world.record_plain_talk
 """
 
 import re
@@ -13,15 +13,15 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from chat.generation import greedy_answers, words
-from config.atomic import written_aside
-from config.entry import run_entry
-from config.json_text import to_json
-from config.loader import load_config
-from conversation.parts import Conversation, Text, Turn
-from mini_world.plain_talk import ANSWERS
-from model.build import build_conversation_encoder, resolve_model_path
-from model.pretrained_folder import load_whole
+from nextgpt.common.cli import run_cli
+from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.generation.sampling import greedy_answers, words
+from nextgpt.mini_world.plain_talk import ANSWERS
+from nextgpt.model.build import build_prompt_builder, resolve_model_path
+from nextgpt.model.pretrained_folder import load_pretrained
 
 QUESTIONS = Path(__file__).with_name("plain_talk_questions.txt")
 _TOKENS = 72  # an answer that goes on is cut after its last whole sentence
@@ -32,9 +32,9 @@ _SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s)")
 def record_answers() -> list[tuple[str, str]]:
     """Ask the untuned language model of the mini configuration all questions."""
     config = load_config("mini")
-    encoder = build_conversation_encoder(config)
+    encoder = build_prompt_builder(config)
     path = resolve_model_path(config.language_model.path)
-    model = load_whole(AutoModelForCausalLM, path, torch.float32).eval()
+    model = load_pretrained(AutoModelForCausalLM, path, torch.float32).eval()
     questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
     pairs = []
     for start in tqdm(range(0, len(questions), _AT_ONCE)):
@@ -61,11 +61,11 @@ def _whole_sentences(answer: str, ended: bool) -> str:
 def main() -> None:
     """Record and write."""
     pairs = record_answers()
-    with written_aside(ANSWERS) as aside:
+    with atomic_write(ANSWERS) as aside:
         rows = ",\n".join(to_json(pair, ensure_ascii=False) for pair in pairs)
         aside.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
     print(f"{len(pairs)} answers in {ANSWERS}")
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mini_world.things import Thing
+from nextgpt.mini_world.objects import WorldObject
 
 PIXELS = 64
 Rgb = tuple[int, int, int]
@@ -127,7 +127,7 @@ def to_bytes(pixels: np.ndarray, noise: float, rng: np.random.Generator) -> np.n
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def render_image(thing: Thing, rng: np.random.Generator, look: Look = OWN_LOOK) -> np.ndarray:
+def render_image(thing: WorldObject, rng: np.random.Generator, look: Look = OWN_LOOK) -> np.ndarray:
     """A picture of `thing`: (64, 64, 3) uint8 RGB."""
     nuisance = draw_nuisance(rng)
     x, y = np.add(CENTRE[thing.place], nuisance.shift)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mini_world.things import Thing
+from nextgpt.mini_world.objects import WorldObject
 
 RATE = 16_000  # samples a second
 SECONDS = 2.0
@@ -33,7 +33,7 @@ FREQUENCY = {  # Hz: low for big things, high for small ones
 }
 
 
-def render_sound(thing: Thing, rng: np.random.Generator) -> np.ndarray:
+def render_sound(thing: WorldObject, rng: np.random.Generator) -> np.ndarray:
     """The sound of `thing`: (32000,) float32 in -1..1 at 16 kHz."""
     frequency = FREQUENCY[thing.timbre][thing.pitch] * rng.uniform(0.99, 1.01)
     loudness, before = rng.uniform(0.35, 0.9), rng.uniform(*SILENCE_BEFORE)

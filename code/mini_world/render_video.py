@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from config.errors import InputError
-from mini_world.render_image import (
+from nextgpt.common.errors import UserError
+from nextgpt.mini_world.objects import WorldObject
+from nextgpt.mini_world.render_image import (
     CENTRE,
     OWN_LOOK,
     RADIUS,
@@ -19,7 +20,6 @@ from mini_world.render_image import (
     paint,
     to_bytes,
 )
-from mini_world.things import Thing
 
 FRAMES = 16
 FRAMES_PER_SECOND = 8
@@ -34,25 +34,25 @@ _DIRECTION = {
 _GROWTH = {"grows": 1, "shrinks": -1}
 
 
-def render_video(thing: Thing, rng: np.random.Generator, look: Look = OWN_LOOK) -> np.ndarray:
+def render_video(thing: WorldObject, rng: np.random.Generator, look: Look = OWN_LOOK) -> np.ndarray:
     """A video of `thing`: (16, 64, 64, 3) uint8 RGB.
 
     Raises:
-        InputError: the thing has no motion.
+        UserError: the thing has no motion.
     """
     return render_moments(thing, np.linspace(-1.0, 1.0, FRAMES), rng, look)
 
 
 def render_moments(
-    thing: Thing, times: Sequence[float], rng: np.random.Generator, look: Look = OWN_LOOK
+    thing: WorldObject, times: Sequence[float], rng: np.random.Generator, look: Look = OWN_LOOK
 ) -> np.ndarray:
     """Frames of a video of `thing` at `times`, from -1, its first, to 1: (T, 64, 64, 3) uint8 RGB.
 
     Raises:
-        InputError: the thing has no motion.
+        UserError: the thing has no motion.
     """
     if thing.motion is None:
-        raise InputError(f"{thing} has no motion: give it one before rendering a video")
+        raise UserError(f"{thing} has no motion: give it one before rendering a video")
     nuisance = draw_nuisance(rng)
     x, y = np.add(CENTRE[thing.place], nuisance.shift)
     dx, dy = _DIRECTION.get(thing.motion, (0, 0))

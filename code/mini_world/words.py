@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mini_world.things import Split, Thing, Value
+from nextgpt.mini_world.objects import Split, Value, WorldObject
 
 _T = TypeVar("_T")
 
@@ -130,7 +130,7 @@ def choose(rng: np.random.Generator, options: Sequence[_T]) -> _T:
 def say(
     template: str,
     rng: np.random.Generator | None,
-    thing: Thing,
+    thing: WorldObject,
     named: Collection[str] | None = None,
 ) -> str:
     """Fill `template`'s slots with words for `thing`.
@@ -168,7 +168,7 @@ def phrases() -> dict[str, tuple[str, Value]]:
     return found
 
 
-def _word(slot: str, rng: np.random.Generator | None, thing: Thing) -> str:
+def _word(slot: str, rng: np.random.Generator | None, thing: WorldObject) -> str:
     if slot == "rings":
         return _RINGS[thing.timbre]
     if slot in ("move", "moves", "moving"):

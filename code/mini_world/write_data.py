@@ -1,4 +1,6 @@
-"""Writes the mini world in the course's data layout: `python -m mini_world.write_data --out DIR`.
+"""Write the mini world in the course's data layout.
+
+    python -m nextgpt.mini_world.write_data --out DIR
 
 At scale 1 it takes 11 s on two cores with AVX-512, and 40 MB. The folder appears whole or not at
 all, is left alone if it holds the same world already, and otherwise is replaced with all that is in
@@ -18,20 +20,20 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from config.atomic import written_aside
-from config.entry import run_entry
-from config.errors import InputError
-from config.json_text import to_json
-from conversation.parts import MODALITIES, Modality
-from mini_world.album import Album, generator, write_medium
-from mini_world.captions import caption, plain_caption
-from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening
-from mini_world.phrasing import COURSE_REQUESTS
-from mini_world.plain_talk import plain_pairs
-from mini_world.questions import ask, ask_world, world_facts
-from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
-from mini_world.words import choose, say, sentence
-from model.media_files import SUFFIXES
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.media.writing import SUFFIXES
+from nextgpt.mini_world.captions import caption, plain_caption
+from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening
+from nextgpt.mini_world.media_set import Album, generator, write_medium
+from nextgpt.mini_world.objects import HELD_OUT_PAIRS, WorldObject, changes, sample_object
+from nextgpt.mini_world.plain_talk import plain_pairs
+from nextgpt.mini_world.questions import ask, ask_world, world_facts
+from nextgpt.mini_world.request_templates import COURSE_REQUESTS
+from nextgpt.mini_world.words import choose, say, sentence
 
 VERSION = 18  # of the world: raise it when the same seed gives something else
 COUNTS = {  # at scale 1
@@ -82,18 +84,18 @@ def write_world(
         plain_talk: rows of plain talk at scale 1.
 
     Raises:
-        InputError: `out` holds something else than a mini world, or a number is out of range.
+        UserError: `out` holds something else than a mini world, or a number is out of range.
     """
     if not 0 < scale < math.inf:
-        raise InputError(f"--scale {scale}: expected a number above 0")
+        raise UserError(f"--scale {scale}: expected a number above 0")
     if seed < 0:
-        raise InputError(f"--seed {seed}: expected 0 or more")
+        raise UserError(f"--seed {seed}: expected 0 or more")
     if not 0 <= unnamed_colours <= 1:
-        raise InputError(f"--unnamed_colours {unnamed_colours}: expected 0 to 1")
+        raise UserError(f"--unnamed_colours {unnamed_colours}: expected 0 to 1")
     if plain_talk < 1:
-        raise InputError(f"--plain_talk {plain_talk}: expected 1 or more")
+        raise UserError(f"--plain_talk {plain_talk}: expected 1 or more")
     if out.exists() and not (out / "world.json").is_file() and any(out.iterdir()):
-        raise InputError(f"{out} holds no mini world (no world.json): name an empty or new folder")
+        raise UserError(f"{out} holds no mini world (no world.json): name an empty or new folder")
     wanted = COUNTS | {"text_plain": plain_talk}
     counts = {name: max(1, round(count * scale)) for name, count in wanted.items()}
     world = {"version": VERSION, "seed": seed, "scale": scale, "counts": counts}
@@ -106,7 +108,7 @@ def write_world(
             print(f"{out} holds this world already")
             return
         print(f"{out} holds another world, which is replaced")
-    with written_aside(out) as aside:
+    with atomic_write(out) as aside:
         media = [
             *_write_pairs(aside / "T-X_pair_data", seed, counts, unnamed_colours),
             *_write_instructions(aside / "IT_data", seed, counts, unnamed_colours),
@@ -137,7 +139,7 @@ def _write_pairs(folder: Path, seed: int, counts: dict[str, int], unnamed_colour
 
 
 def _pair_caption(
-    thing: Thing, modality: Modality, named: frozenset[str], rng: np.random.Generator
+    thing: WorldObject, modality: Modality, named: frozenset[str], rng: np.random.Generator
 ) -> str:
     """Mostly in the plain words of answers, which is what both alignments are used for later."""
     if rng.random() < _PLAIN_PAIRS:
@@ -216,7 +218,7 @@ def texts(seed: int, world: int, plain: int) -> Rows:
         plain: rows of plain talk; beyond those that there are, they come again.
     """
     rng = generator(seed, "texts")
-    pairs = world_facts() + [ask_world(sample_thing(rng), rng) for _ in range(world)]
+    pairs = world_facts() + [ask_world(sample_object(rng), rng) for _ in range(world)]
     pairs = list(dict(pairs).items())
     pairs += itertools.islice(itertools.cycle(plain_pairs(rng)), plain)
     return [{"conversation": _round(*pairs[index])} for index in rng.permutation(len(pairs))]
@@ -237,7 +239,7 @@ def _render(media: _Media, seed: int, progress: bool) -> None:
     for folder, _ in media:
         folder.mkdir(parents=True, exist_ok=True)
 
-    def render(job: tuple[Path, Album, str, Modality, Thing]) -> None:
+    def render(job: tuple[Path, Album, str, Modality, WorldObject]) -> None:
         folder, album, name, modality, thing = job
         write_medium(folder / name, modality, thing, seed, album.look(name))
 
@@ -254,7 +256,7 @@ def write_examples(folder: Path, seed: int) -> None:
     outputs = {"T": "text", "I": "image", "V": "video", "A": "audio"}
     cases = []
     for number, (name, source) in enumerate(CASE_INPUT.items(), start=1):
-        thing = sample_thing(rng)
+        thing = sample_object(rng)
         shown: dict[str, str | None] = dict.fromkeys(MODALITIES)
         if source is not None:
             file = f"mini_example_{source}_{number:06d}{SUFFIXES[source]}"
@@ -295,4 +297,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

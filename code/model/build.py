@@ -6,19 +6,19 @@ import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from config.errors import InputError, NotThereError
-from config.loader import project_path
-from config.schema import Config
-from conversation.chat_template import own_template
-from conversation.encoding import ConversationEncoder
-from conversation.parts import Modality
-from conversation.signal_tokens import SignalTokens
-from conversation.templates import TEMPLATES
-from model.imagebind import ImageBind, load_imagebind
-from model.language_model import fit_language_model, load_language_model, load_tokenizer
-from model.nextgpt import NextGPT
-from model.output_projection import OutputProjection
-from model.pretrained_folder import resolve
+from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.modality import Modality
+from nextgpt.config.loader import project_path
+from nextgpt.config.schema import Config
+from nextgpt.conversation.chat_template import template_from_tokenizer
+from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.conversation.templates import TEMPLATES
+from nextgpt.model.imagebind import ImageBind, load_imagebind
+from nextgpt.model.language_model import load_language_model, load_tokenizer, prepare_language_model
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.output_projection import OutputProjection
+from nextgpt.model.pretrained_folder import resolve_model_name
 
 
 def resolve_model_path(path: str) -> str:
@@ -34,25 +34,25 @@ def find_folder(path: str, file: str) -> Path:
         file: that the hub's repository has.
 
     Raises:
-        NotThereError: there is no such folder, and none in the cache.
+        MissingFileError: there is no such folder, and none in the cache.
     """
-    name = resolve(resolve_model_path(path))
+    name = resolve_model_name(resolve_model_path(path))
     if Path(name).is_dir():
         return Path(name)
     cached = try_to_load_from_cache(name, file)
     if not isinstance(cached, str):
-        raise NotThereError(f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE})")
+        raise MissingFileError(f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE})")
     return Path(cached).parent
 
 
-def build_conversation_encoder(config: Config) -> ConversationEncoder:
+def build_prompt_builder(config: Config) -> PromptBuilder:
     """The encoder of conversations; loads the tokenizer but no weights."""
     path = resolve_model_path(config.language_model.path)
     tokenizer = load_tokenizer(path)
     signals = SignalTokens(signal_counts(config), first_id=len(tokenizer))
     name = config.language_model.template
-    template = own_template(tokenizer) if name == "own" else TEMPLATES[name]
-    return ConversationEncoder(tokenizer, signals, template, config.input_projection.tokens)
+    template = template_from_tokenizer(tokenizer) if name == "own" else TEMPLATES[name]
+    return PromptBuilder(tokenizer, signals, template, config.input_projection.tokens)
 
 
 def signal_counts(config: Config) -> dict[Modality, int]:
@@ -67,12 +67,12 @@ def build_media_encoder(config: Config, dtype: torch.dtype | None = torch.float3
         dtype: of the weights; none: the file's own, and they stay on disk until they are used.
 
     Raises:
-        InputError: it is not there, is broken, or gives features of another width.
+        UserError: it is not there, is broken, or gives features of another width.
     """
     path, width = project_path(config.encoder.path), config.encoder.width
     imagebind = load_imagebind(path, dtype)
     if imagebind.config.output_dim != width:
-        raise InputError(
+        raise UserError(
             f"{path} gives features of {imagebind.config.output_dim} numbers, but encoder.width is "
             f"{width}: set it to match"
         )
@@ -91,7 +91,7 @@ def build_model(
         output_projections: whether the run uses them.
     """
     path = resolve_model_path(config.language_model.path)
-    signals = build_conversation_encoder(config).signals
+    signals = build_prompt_builder(config).signals
     language_model = load_language_model(config.language_model, path, signals, dtype, lora=lora)
     return _join(config, language_model, signals, output_projections=output_projections)
 
@@ -116,7 +116,7 @@ def build_on_meta(
     signals = SignalTokens(signal_counts(config), first_id=own_tokens)
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(figures)
-        fit_language_model(
+        prepare_language_model(
             language_model, config.language_model, own_tokens, len(signals), lora=lora
         )
         return _join(config, language_model, signals, output_projections=output_projections)

@@ -25,11 +25,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from config.errors import InputError
-from conversation.parts import Modality
-from model.caption_encoders import CaptionEncoder
-from model.media_files import Frames, Output, Sound
-from model.pretrained_folder import loading, resolve
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import Modality
+from nextgpt.media.writing import Frames, Output, Sound
+from nextgpt.model.pretrained_folder import explain_load_errors, resolve_model_name
+from nextgpt.model.text_encoders import TextEncoder
 
 disable_progress_bar()  # of loading a pipeline's five parts
 
@@ -42,7 +42,7 @@ PIPELINES: dict[Modality, type[DiffusionPipeline]] = {
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
+class DiffusionSettings:
     """How to decode. The defaults are the published system's; none: the pipeline's own figure."""
 
     steps: int = 40
@@ -62,14 +62,14 @@ class DecodeOptions:
         """Check what a user can set.
 
         Raises:
-            InputError: naming the option.
+            UserError: naming the option.
         """
         for name in ("height", "width"):
             if (getattr(self, name) or 0) % 8:
-                raise InputError(f"{name} {getattr(self, name)}: give a multiple of 8")
+                raise UserError(f"{name} {getattr(self, name)}: give a multiple of 8")
         for name in ("steps", "frames", "fps"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: give 1 or more")
+                raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
 
 
 def initial_noise(
@@ -106,24 +106,24 @@ class Decoder:
             offloaded: whether all but its text encoder waits in the machine's memory between uses.
         """
         self.modality: Modality = modality
-        self.path = resolve(path)
+        self.path = resolve_model_name(path)
         self.device = device
         self.offloaded = offloaded
 
     @cached_property
-    def captions(self) -> CaptionEncoder:
+    def captions(self) -> TextEncoder:
         """The pipeline's tokenizer and text encoder, loaded on first use."""
-        return CaptionEncoder(self.modality, self.path, self.device)
+        return TextEncoder(self.modality, self.path, self.device)
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:
         """The diffusers pipeline, on the device unless it is offloaded.
 
         Raises:
-            InputError: it cannot be loaded.
+            UserError: it cannot be loaded.
         """
         unchecked = {"safety_checker": None, "feature_extractor": None}
-        with loading(self.path, "model_index.json"):
+        with explain_load_errors(self.path, "model_index.json"):
             pipeline = PIPELINES[self.modality].from_pretrained(
                 self.path,
                 dtype=self.captions.encoder.dtype,
@@ -156,7 +156,7 @@ class Decoder:
     def decode(
         self,
         embeddings: Tensor,
-        options: DecodeOptions | None = None,
+        options: DiffusionSettings | None = None,
         progress: Progress | None = None,
     ) -> list[Output]:
         """Decode a batch of embeddings into media, one each.
@@ -170,12 +170,12 @@ class Decoder:
             PIL images, `Frames` or `Sound`. The same seed gives the same media.
 
         Raises:
-            InputError: the embeddings have another shape than this pipeline's, or it refuses the
+            UserError: the embeddings have another shape than this pipeline's, or it refuses the
                 options.
         """
-        options = options or DecodeOptions()
+        options = options or DiffusionSettings()
         if tuple(embeddings.shape[1:]) != self.captions.shape:
-            raise InputError(
+            raise UserError(
                 f"{self.path} takes {self.modality} embeddings of shape {self.captions.shape}, "
                 f"not {tuple(embeddings.shape[1:])}: set caption_shape to match"
             )
@@ -183,7 +183,7 @@ class Decoder:
             return self._decode(embeddings, options, progress)
 
     def _decode(
-        self, embeddings: Tensor, options: DecodeOptions, progress: Progress | None
+        self, embeddings: Tensor, options: DiffusionSettings, progress: Progress | None
     ) -> list[Output]:
         arguments = self._arguments(embeddings, options)
 
@@ -209,7 +209,9 @@ class Decoder:
 
         return self._run(callback_on_step_end=on_step_end, **arguments).images
 
-    def _video_noise(self, count: int, options: DecodeOptions, arguments: dict[str, Any]) -> Tensor:
+    def _video_noise(
+        self, count: int, options: DiffusionSettings, arguments: dict[str, Any]
+    ) -> Tensor:
         """What a batch of videos begins with: (B, C, frames, H / 8, W / 8)."""
         unet, scale = self.pipeline.unet.config, self.pipeline.vae_scale_factor
         sides = [
@@ -223,9 +225,9 @@ class Decoder:
         try:
             return self.pipeline(**arguments)
         except (ValueError, torch.OutOfMemoryError) as error:
-            raise InputError(f"{self.path} cannot make this {self.modality}: {error}") from error
+            raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
 
-    def _arguments(self, embeddings: Tensor, options: DecodeOptions) -> dict[str, Any]:
+    def _arguments(self, embeddings: Tensor, options: DiffusionSettings) -> dict[str, Any]:
         """What the pipelines have in common, and sound's own."""
         count = len(embeddings)
         arguments: dict[str, Any] = {

@@ -12,24 +12,24 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from config.errors import InputError
-from config.schema import LanguageModelConfig
-from conversation.signal_tokens import SignalTokens
-from model.pretrained_folder import load_whole, loading
-from model.quantization import leave_scales_out_of_states, quantization_config
-from model.vocabulary import grow_vocabulary
+from nextgpt.common.errors import UserError
+from nextgpt.config.schema import LanguageModelConfig
+from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.model.pretrained_folder import explain_load_errors, load_pretrained
+from nextgpt.model.quantization import leave_scales_out_of_states, quantization_config
+from nextgpt.model.vocabulary import extend_vocabulary
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of the model in folder `path`, or of that hub name.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read.
     """
-    with loading(path, "config.json", "tokenizer.json|tokenizer.model|vocab.json"):
+    with explain_load_errors(path, "config.json", "tokenizer.json|tokenizer.model|vocab.json"):
         tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.is_fast:
-        raise InputError(f"the tokenizer of {path} has no fast version, which offsets need")
+        raise UserError(f"the tokenizer of {path} has no fast version, which offsets need")
     return tokenizer
 
 
@@ -46,10 +46,10 @@ def load_language_model(
         lora: whether to fit the adapters (float32).
 
     Raises:
-        InputError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks an
+        UserError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks an
             adapter's target.
     """
-    model = load_whole(
+    model = load_pretrained(
         AutoModelForCausalLM,
         path,
         dtype,
@@ -59,13 +59,13 @@ def load_language_model(
         leave_scales_out_of_states(model)
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
-        raise InputError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
+        raise UserError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
     model.set_attn_implementation(config.attention)
-    fit_language_model(model, config, signals.first_id, len(signals), lora=lora)
+    prepare_language_model(model, config, signals.first_id, len(signals), lora=lora)
     return model
 
 
-def fit_language_model(
+def prepare_language_model(
     model: PreTrainedModel,
     config: LanguageModelConfig,
     own_tokens: int,
@@ -76,10 +76,10 @@ def fit_language_model(
     """Freeze `model`, grow its vocabulary and fit the adapters, in place.
 
     Raises:
-        InputError: the model lacks an adapter's target.
+        UserError: the model lacks an adapter's target.
     """
     model.requires_grad_(False)
-    grow_vocabulary(model, own_tokens, new_tokens)
+    extend_vocabulary(model, own_tokens, new_tokens)
     if not lora:
         return
     adapters = LoraConfig(
@@ -91,13 +91,13 @@ def fit_language_model(
     try:
         inject_adapter_in_model(adapters, model)
     except ValueError as error:
-        raise InputError(f"language_model.lora_targets {config.lora_targets}: {error}") from error
+        raise UserError(f"language_model.lora_targets {config.lora_targets}: {error}") from error
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
 
 
-def fold_adapters(model: nn.Module) -> None:
+def merge_lora(model: nn.Module) -> None:
     """Add the adapters to the weights under them, in place, where those are float32.
 
     For a `model` whose adapters change no more. They stay as they are, to be saved, but cost

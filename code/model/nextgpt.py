@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from conversation.batch import Batch
-from conversation.encoding import IGNORE
-from conversation.parts import Modality
-from model.output_projection import OutputProjection, alignment_distance
-from model.parts import set_modes, trained_parts
+from nextgpt.common.modality import Modality
+from nextgpt.conversation.batch import Batch
+from nextgpt.conversation.prompt import IGNORE_INDEX
+from nextgpt.model.output_projection import OutputProjection, alignment_loss
+from nextgpt.model.trainable import set_modes, trained_groups
 
 
 @dataclass
@@ -77,7 +77,7 @@ class NextGPT(nn.Module):
         """
         if not mode:
             return super().train(False)
-        set_modes(self, trained_parts(self))
+        set_modes(self, trained_groups(self))
         self.training = True
         return self
 
@@ -155,7 +155,7 @@ class NextGPT(nn.Module):
             states_2RTH = states.get(modality)
             if states_2RTH is not None:
                 found = projection(*states_2RTH)
-                losses.alignment[modality] = alignment_distance(found, batch.captions[modality])
+                losses.alignment[modality] = alignment_loss(found, batch.captions[modality])
                 losses.runs[modality] = len(found)
             else:  # not a look at a weight: under ZeRO 3 it would be gathered, by this rank alone
                 nothing = losses.text.new_zeros(1, 1, projection.fc.in_features)
@@ -171,7 +171,7 @@ class NextGPT(nn.Module):
         hidden = self.read(embeddings, batch.attention_mask, batch.position_ids)
 
         next_targets = batch.targets[:, 1:]
-        has_target = next_targets != IGNORE
+        has_target = next_targets != IGNORE_INDEX
         logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_target])
         text = F.cross_entropy(logits.float(), next_targets[has_target], reduction="sum")
         states = {

@@ -67,7 +67,7 @@ class OutputProjection(nn.Module):
         return self.model(self.tfm(x, queries)).view(len(x), *self.caption_shape)
 
 
-def alignment_distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def alignment_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """The alignment loss, summed over samples: mean over queries of the Euclidean distance.
 
     Args:

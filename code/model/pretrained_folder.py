@@ -12,9 +12,9 @@ from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from config.errors import InputError, NotThereError
-from conversation.parts import Modality
-from model.device import choose_device
+from nextgpt.common.device import choose_device
+from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.modality import Modality
 
 disable_progress_bar()  # parts are loaded in a second or two, and a bar each hides what is said
 
@@ -34,40 +34,40 @@ PIPELINE_NAMES: dict[Modality, str] = {
 }
 
 
-def resolve(path: str) -> str:
+def resolve_model_name(path: str) -> str:
     """Return `path` if it is a folder or can be a hub name (moved ones are mapped, with a word).
 
     Raises:
-        NotThereError: it is neither.
+        MissingFileError: it is neither.
     """
     if path in MOVED and not Path(path).is_dir():
         print(f"{path} is gone from the hub; using {MOVED[path]}")
         return MOVED[path]
     if Path(path).is_dir() or HUB_NAME.fullmatch(path):
         return path
-    raise NotThereError(f"{path}: no such folder. Give one, or a hub name (owner/name)")
+    raise MissingFileError(f"{path}: no such folder. Give one, or a hub name (owner/name)")
 
 
 def check_kind(path: str, modality: Modality) -> None:
     """See that the folder `path`, if it says what it is, is a pipeline for `modality`.
 
     Raises:
-        InputError: it is another.
+        UserError: it is another.
     """
     index = Path(path) / "model_index.json"
     if not index.is_file():
         return
-    with loading(path):
+    with explain_load_errors(path):
         found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     if found != PIPELINE_NAMES[modality]:
-        raise InputError(
+        raise UserError(
             f"{path} is a {found}, but {modality} takes a {PIPELINE_NAMES[modality]}: give another"
         )
 
 
 @contextmanager
-def loading(path: str, *files: str) -> Iterator[None]:
-    """Load from `path` inside: what is missing or does not fit becomes an InputError naming it.
+def explain_load_errors(path: str, *files: str) -> Iterator[None]:
+    """Load from `path` inside: what is missing or does not fit becomes an UserError naming it.
 
     Args:
         files: that a local folder must have, `a|b` for either.
@@ -75,18 +75,18 @@ def loading(path: str, *files: str) -> Iterator[None]:
     for names in files:
         if Path(path).is_dir() and not any((Path(path) / n).is_file() for n in names.split("|")):
             missing = " or ".join(names.split("|"))
-            raise InputError(f"{path}: {missing} is missing. Download or build the folder again")
+            raise UserError(f"{path}: {missing} is missing. Download or build the folder again")
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         fault = str(error).strip().partition("\n")[0]
-        raise InputError(
+        raise UserError(
             f"{path}: cannot be loaded (folder or hub name; ckpt/pretrained_ckpt/README.md says "
             f"where to get it): {fault}"
         ) from error
 
 
-def load_whole(
+def load_pretrained(
     model_class: Any,
     path: str,
     dtype: torch.dtype,
@@ -106,12 +106,12 @@ def load_whole(
         quantization: of the layers; such a model is loaded onto this process's device.
 
     Raises:
-        InputError: it cannot be read, or a weight is missing or of another shape.
+        UserError: it cannot be read, or a weight is missing or of another shape.
     """
     placed: dict[str, Any] = {"device_map": "meta" if on_meta else None}
     if quantization:
         placed = {"quantization_config": quantization, "device_map": {"": choose_device()}}
-    with loading(path):
+    with explain_load_errors(path):
         model, report = model_class.from_pretrained(
             path,
             subfolder=subfolder,
@@ -122,7 +122,7 @@ def load_whole(
         )
     wrong = sorted([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
     if wrong:
-        raise InputError(
+        raise UserError(
             f"{Path(path, subfolder)}: {len(wrong)} weights are missing or of another shape, first "
             f"{wrong[0]}: is it another model's? Download or build it again"
         )

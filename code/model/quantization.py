@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
 
-from config.errors import InputError
-from config.schema import Quantization
+from nextgpt.common.errors import UserError
+from nextgpt.config.schema import Quantization
 
 # Bytes of one number: 8 bits; 4 bits and, for every 64 numbers, a scale of 8 bits.
 _BYTES: dict[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
@@ -74,10 +74,10 @@ def refuse_to_divide(source: str, settings: dict[str, Any], kind: Quantization) 
         source: DeepSpeed's JSON; settings: what it says.
 
     Raises:
-        InputError: it would divide it, and DeepSpeed cannot.
+        UserError: it would divide it, and DeepSpeed cannot.
     """
     if settings.get("zero_optimization", {}).get("stage") == 3 and kind != "none":
-        raise InputError(
+        raise UserError(
             f"{source}: ZeRO 3 cannot divide weights in {kind}: take stage 2 or less, or "
             "language_model.quantization none"
         )

@@ -25,7 +25,7 @@ class _GrownMatrix(nn.Module):
         self.new_rows = new_rows
 
 
-class GrownEmbedding(_GrownMatrix):
+class ExtendedEmbedding(_GrownMatrix):
     """Token embedding whose ids from V on are looked up in `new_rows`."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,7 @@ class GrownEmbedding(_GrownMatrix):
         return torch.where(is_new.unsqueeze(-1), new.to(own.dtype), own)
 
 
-class GrownHead(_GrownMatrix):
+class ExtendedLMHead(_GrownMatrix):
     """Logits over the language model's own tokens and, behind them, the new ones."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -47,7 +47,7 @@ class GrownHead(_GrownMatrix):
         return torch.cat([own, new.to(own.dtype)], dim=-1)
 
 
-def grow_vocabulary(language_model: nn.Module, own: int, count: int) -> None:
+def extend_vocabulary(language_model: nn.Module, own: int, count: int) -> None:
     """Replace the embedding and the head of a Hugging Face causal model by grown ones, in place.
 
     A new row is the mean of the own rows and noise of their spread: no new token starts likelier
@@ -65,8 +65,8 @@ def grow_vocabulary(language_model: nn.Module, own: int, count: int) -> None:
     own_head = own_embedding if tied else nn.Parameter(head.detach()[:own], requires_grad=False)
     new_embedding = nn.Parameter(_new_rows(own_embedding, count))
     new_head = new_embedding if tied else nn.Parameter(_new_rows(own_head, count))
-    language_model.set_input_embeddings(GrownEmbedding(own_embedding, new_embedding))
-    language_model.set_output_embeddings(GrownHead(own_head, new_head))
+    language_model.set_input_embeddings(ExtendedEmbedding(own_embedding, new_embedding))
+    language_model.set_output_embeddings(ExtendedLMHead(own_head, new_head))
     language_model.config.vocab_size = own + count
     if tied:
         language_model.register_state_dict_post_hook(_leave_out_head)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from config.errors import InputError, NotThereError
+from nextgpt.common.errors import MissingFileError, UserError
 
 INDEX_SUFFIX = ".index.json"
 # In the order in which the libraries look for them.
@@ -34,7 +34,7 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
     A file of torch's format before 1.6, which cannot be mapped, is read whole.
 
     Raises:
-        InputError: the file cannot be read (says what it looks like instead), or holds no tensors.
+        UserError: the file cannot be read (says what it looks like instead), or holds no tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -50,22 +50,22 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         raise _unreadable(path, _looks_like(path) or type(error).__name__) from error
     if isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values()):
         return tensors
-    raise InputError(f"{path} holds no tensors by name: give another")
+    raise UserError(f"{path} holds no tensors by name: give another")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that a folder's weights lie in, those that transformers or diffusers would take.
 
     Raises:
-        NotThereError: there are none, or one that the index names is missing.
-        InputError: the index cannot be read.
+        MissingFileError: there are none, or one that the index names is missing.
+        UserError: the index cannot be read.
     """
     single, index = _single_or_index(folder)
     if index is None:
         return [single]
     shards = [folder / name for name in dict.fromkeys(_weight_map(index).values())]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise NotThereError(f"{index} names files that are not there: {', '.join(missing)}")
+        raise MissingFileError(f"{index} names files that are not there: {', '.join(missing)}")
     return shards
 
 
@@ -73,15 +73,15 @@ def map_folder(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name, mapped from its one file or its several.
 
     Raises:
-        NotThereError: as in `weight_files`.
-        InputError: a file cannot be read, or the index names tensors that no file holds.
+        MissingFileError: as in `weight_files`.
+        UserError: a file cannot be read, or the index names tensors that no file holds.
     """
     files = weight_files(folder)
     tensors = {name: tensor for file in files for name, tensor in map_tensors(file).items()}
     _, index = _single_or_index(folder)
     absent = [] if index is None else [n for n in _weight_map(index) if n not in tensors]
     if absent:
-        raise InputError(
+        raise UserError(
             f"{index} names {len(absent)} tensors that no file holds, first {absent[0]}: files and "
             "index are not of one download, fetch the folder again"
         )
@@ -96,18 +96,18 @@ def _single_or_index(folder: Path) -> tuple[Path, Path | None]:
             return single, None
         if index.is_file():
             return single, index
-    raise NotThereError(f"{folder}: no weights ({' or '.join(_SINGLE_FILES)}, or an index)")
+    raise MissingFileError(f"{folder}: no weights ({' or '.join(_SINGLE_FILES)}, or an index)")
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, TypeError, LookupError) as error:
-        raise InputError(f"{index} is no index of weight files, fetch it again") from error
+        raise UserError(f"{index} is no index of weight files, fetch it again") from error
 
 
-def _unreadable(path: Path, why: str) -> InputError:
-    return InputError(f"{path} is no readable checkpoint ({why}): download or build it again")
+def _unreadable(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is no readable checkpoint ({why}): download or build it again")
 
 
 def _looks_like(path: Path) -> str:

@@ -8,25 +8,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from config.errors import InputError, NotThereError
-from config.file_digests import DigestCache
-from config.loader import project_path
-from config.schema import Config
-from conversation.parts import Media, Modality
-from dataset.caption_embeddings import read_embedding, read_maker
-from dataset.caption_records import (
+from nextgpt.common.device import choose_device
+from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.file_digests import DigestCache
+from nextgpt.common.modality import Modality
+from nextgpt.config.loader import project_path
+from nextgpt.config.schema import Config
+from nextgpt.conversation.messages import Media
+from nextgpt.dataset.caption_embeddings import read_embedding, read_maker
+from nextgpt.dataset.caption_records import (
     CaptionFinding,
     compare_captions,
     output_modalities,
     sample_outputs,
 )
-from dataset.conversations import ConversationDataset
-from model.build import find_folder, resolve_model_path
-from model.caption_encoders import CaptionEncoder
-from model.device import choose_device
-from model.tokenizer_files import tokenizer_files
-from model.weight_files import weight_files
-from training.samples import MAX_SKIPPED_SHARE
+from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.model.build import find_folder, resolve_model_path
+from nextgpt.model.text_encoders import TextEncoder
+from nextgpt.model.tokenizer_files import tokenizer_files
+from nextgpt.model.weight_files import weight_files
+from nextgpt.training.data import MAX_SKIPPED_SHARE
 
 _SAMPLED_ROWS = 8  # of a data set, whose embeddings are computed again
 # Relative distance of two embeddings. Half precision moves one by 0.0006, in the mini parts; the
@@ -53,7 +54,7 @@ def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> Ca
     A few embeddings of other captions are samples to be skipped, like other broken ones.
 
     Raises:
-        InputError: more than `MAX_SKIPPED_SHARE` of a data set's embeddings are of other captions
+        UserError: more than `MAX_SKIPPED_SHARE` of a data set's embeddings are of other captions
             (names the first, both captions and the command that makes it again), or all are of
             another text encoder.
     """
@@ -64,7 +65,7 @@ def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> Ca
         size, fault = dataset.sizes[name], min(findings[name].faults.items())[1]
         counted = f"{name}: {len(rows):,} of {size:,} rows have embeddings of other captions"
         if len(rows) > MAX_SKIPPED_SHARE * size:
-            raise InputError(f"{fault} ({counted}; check_data.py lists the first)")
+            raise UserError(f"{fault} ({counted}; check_data.py lists the first)")
         lines.append(f"{counted} and are skipped, first: {fault}")
     lines += [
         f"{name}: {count:,} of {finding.outputs[modality]:,} {modality} caption embeddings have no "
@@ -100,9 +101,9 @@ def compare_unrecorded(
         for modality in [modality for modality, count in finding.unrecorded.items() if count]:
             try:
                 folder = find_folder(config.decoders[modality].path, "model_index.json")
-            except NotThereError:
+            except MissingFileError:
                 continue
-            encoder = CaptionEncoder(modality, str(folder), choose_device())
+            encoder = TextEncoder(modality, str(folder), choose_device())
             for row, medium in sample_outputs(dataset, name, _SAMPLED_ROWS):
                 there = Path(medium.embedding or "").is_file()
                 if medium.modality == modality and there and (fault := _compare(encoder, medium)):
@@ -110,12 +111,12 @@ def compare_unrecorded(
                     finding.faults[row] = f"{fault} (row {row}; the first is 0)"
 
 
-def _compare(encoder: CaptionEncoder, medium: Media) -> str | None:
+def _compare(encoder: TextEncoder, medium: Media) -> str | None:
     """What is wrong with the stored embedding of a medium's caption."""
     expected = encoder.encode([medium.caption or ""])[0].float().cpu()
     try:
         found = read_embedding(Path(medium.embedding or ""), tuple(expected.shape))
-    except InputError as error:
+    except UserError as error:
         return str(error)
     distance = ((found - expected).norm() / expected.norm()).item()
     if distance < _NEAR:
@@ -133,7 +134,7 @@ def check_makers(config: Config, dataset: ConversationDataset) -> list[str]:
         what could not be checked, a line each.
 
     Raises:
-        InputError: they are of another one.
+        UserError: they are of another one.
     """
     folder = project_path(config.data.embeddings).resolve()
     used = output_modalities(dataset, project_path(config.data.cache))
@@ -148,14 +149,14 @@ def _check_maker(config: Config, folder: Path, modality: Modality) -> list[str]:
     path = config.decoders[modality].path
     try:
         weights, tokenizer = text_encoder_fingerprints(config, modality)
-    except InputError as fault:  # a stage that reads embeddings does without the decoders
+    except UserError as fault:  # a stage that reads embeddings does without the decoders
         return [
             f"{folder}: it could not be checked that the {modality} embeddings are of the text "
             f"encoder of decoders.{modality}.path: {fault}"
         ]
     configured = made_by._replace(fingerprint=weights, tokenizer=tokenizer)
     if made_by.differs_from(configured):
-        raise InputError(
+        raise UserError(
             f"the {modality} embeddings in {folder} were made by {made_by.model}, whose text "
             f"encoder is another than that of decoders.{modality}.path {path}: set it to the one "
             "that made them, or run process_embeddings.py with it and an empty folder, and set "
@@ -170,7 +171,7 @@ def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, 
     The text encoder is loaded once for each state of its files: 2 s for Stable Diffusion's.
 
     Raises:
-        InputError: it is not on this machine, or cannot be loaded.
+        UserError: it is not on this machine, or cannot be loaded.
     """
     folder = find_folder(config.decoders[modality].path, "model_index.json")
     inner = folder / "text_encoder"
@@ -180,7 +181,7 @@ def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, 
     def compute() -> str:
         # A run's random numbers must not depend on what was cached.
         with torch.random.fork_rng(devices=[]):
-            encoder = CaptionEncoder(modality, str(folder), torch.device("cpu"), torch.float32)
+            encoder = TextEncoder(modality, str(folder), torch.device("cpu"), torch.float32)
         return " ".join(encoder.fingerprints())
 
     digests = DigestCache(project_path(config.data.cache))

@@ -6,17 +6,17 @@ overflows (DeepSpeed 0.19): from then on no step is taken.
 
 import torch
 
-from config.errors import InputError
+from nextgpt.common.errors import UserError
 
 _FIRST = 2.0**12
 _GOOD_STEPS = 500  # after which twice as much is tried
 _STATE = "loss_scale"
 
 
-def non_finite_gradient(dtype: torch.dtype) -> InputError:
+def non_finite_gradient(dtype: torch.dtype) -> UserError:
     """The error of a gradient that is not finite, in a run whose products are in `dtype`."""
     other = "" if dtype == torch.float32 else ", or use fp32"
-    return InputError(f"a gradient is not finite: lower the learning rate{other}")
+    return UserError(f"a gradient is not finite: lower the learning rate{other}")
 
 
 class LossScale:
@@ -26,12 +26,12 @@ class LossScale:
         optimizer: DeepSpeed's, of ZeRO 1 to 3.
 
     Raises:
-        InputError: it is another one.
+        UserError: it is another one.
     """
 
     def __init__(self, optimizer: object) -> None:
         if not hasattr(optimizer, "override_loss_scale"):
-            raise InputError("training.precision fp16 needs ZeRO stage 1, 2 or 3: see dsconfig")
+            raise UserError("training.precision fp16 needs ZeRO stage 1, 2 or 3: see dsconfig")
         self._optimizer = optimizer
         self._optimizer.torch_autocast_gradscaler = None
         self._good_steps = 0
@@ -45,7 +45,7 @@ class LossScale:
         """After a step, or after one that an overflow let fail.
 
         Raises:
-            InputError: nothing is left to be halved: it is no overflow.
+            UserError: nothing is left to be halved: it is no overflow.
         """
         self._good_steps = 0 if overflowed else self._good_steps + 1
         if overflowed:

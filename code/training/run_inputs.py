@@ -12,21 +12,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from config.atomic import written_aside
-from config.errors import InputError, NotThereError
-from config.file_digests import DigestCache
-from config.json_text import to_json
-from config.loader import project_path
-from config.schema import Config
-from dataset.caption_embeddings import read_maker
-from dataset.caption_records import output_modalities, sample_outputs
-from dataset.conversations import ConversationDataset
-from model.build import find_folder
-from model.imagebind import fingerprint
-from model.tokenizer_files import tokenizer_files
-from model.weight_files import weight_files
-from training.agent import read_settings
-from training.caption_check import text_encoder_fingerprints
+from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.file_digests import DigestCache
+from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
+from nextgpt.config.loader import project_path
+from nextgpt.config.schema import Config
+from nextgpt.dataset.caption_embeddings import read_maker
+from nextgpt.dataset.caption_records import output_modalities, sample_outputs
+from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.model.build import find_folder
+from nextgpt.model.imagebind import fingerprint
+from nextgpt.model.tokenizer_files import tokenizer_files
+from nextgpt.model.weight_files import weight_files
+from nextgpt.training.caption_check import text_encoder_fingerprints
+from nextgpt.training.engine import read_deepspeed_config
 
 RunInputs = dict[str, Any]  # as it stands in the file: by section, by name, what identifies it
 
@@ -43,7 +43,7 @@ def identify_inputs(
         predecessor: file of the tuned parameters that the run starts from.
 
     Raises:
-        InputError: something cannot be read, or changes meanwhile.
+        UserError: something cannot be read, or changes meanwhile.
     """
     digests = DigestCache(project_path(config.data.cache))
     return {
@@ -58,13 +58,13 @@ def identify_inputs(
         },
         "caption_embeddings": _identify_embeddings(config, dataset),
         "frozen": _identify_frozen(config, dataset, digests),
-        "deepspeed": read_settings(config.training),
+        "deepspeed": read_deepspeed_config(config.training),
     }
 
 
 def write_inputs(inputs: RunInputs, file: Path) -> None:
     """Write what `identify_inputs` gave."""
-    with written_aside(file) as aside:
+    with atomic_write(file) as aside:
         aside.write_text(to_json(inputs, indent=1) + "\n", encoding="utf-8")
 
 
@@ -72,14 +72,14 @@ def read_inputs(file: Path) -> RunInputs | None:
     """What `write_inputs` wrote; none if there is no such file.
 
     Raises:
-        InputError: the file is damaged.
+        UserError: the file is damaged.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise InputError(f"{file} is damaged: give --restart") from error
+        raise UserError(f"{file} is damaged: give --restart") from error
 
 
 def compare_inputs(before: RunInputs, now: RunInputs) -> list[str]:
@@ -179,7 +179,7 @@ def _identify_frozen(
         try:
             identity = fingerprint(path, digests)
             identities["media encoder"] = {"file": str(path), "digest": identity}
-        except NotThereError:  # conversations without media do without it
+        except MissingFileError:  # conversations without media do without it
             pass
     if config.data.caption_embeddings == "online":
         for modality in output_modalities(dataset, project_path(config.data.cache)):

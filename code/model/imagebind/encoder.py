@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from model.imagebind.config import ImageBindConfig, TrunkConfig
+from nextgpt.model.imagebind.config import ImageBindConfig, TrunkConfig
 
 Modality = Literal["image", "video", "audio"]
 _EPS = 1e-6  # of every layer norm but the audio stem's, which keeps torch's 1e-5

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from config.atomic import written_aside
-from config.errors import InputError, NotThereError
-from config.file_digests import DigestCache
-from config.json_text import to_json
-from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
-from model.imagebind.encoder import ImageBind
-from model.weight_files import map_tensors
+from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.file_digests import DigestCache
+from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
+from nextgpt.model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
+from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.weight_files import map_tensors
 
 PUBLISHED_NAME = "imagebind_huge.pth"
 _LEFT_OUT = tuple(
@@ -43,7 +43,7 @@ def load_imagebind(path: Path | str, dtype: torch.dtype | None = torch.float32) 
         dtype: of the weights in memory; none: the file's own, in which they stay mapped from it.
 
     Raises:
-        InputError: no such file, not readable, or its tensors are not exactly the model's.
+        UserError: no such file, not readable, or its tensors are not exactly the model's.
     """
     weights = _weights_file(Path(path))
     config = _read_config(weights)
@@ -55,11 +55,11 @@ def load_imagebind(path: Path | str, dtype: torch.dtype | None = torch.float32) 
     return model.eval().requires_grad_(False)
 
 
-def encoder_figures(path: Path | str) -> ImageBindConfig:
+def read_imagebind_config(path: Path | str) -> ImageBindConfig:
     """What the encoder at `path` looks like; the published one is known before it is there.
 
     Raises:
-        InputError: no such folder, or its config.json is none.
+        UserError: no such folder, or its config.json is none.
     """
     path = Path(path)
     return IMAGEBIND_HUGE if path.suffix == ".pth" else _read_config(_weights_file(path))
@@ -69,9 +69,9 @@ def save_imagebind(model: ImageBind, folder: Path | str, dtype: torch.dtype) -> 
     """Write `config.json` and `model.safetensors` with weights of `dtype`, each in one rename."""
     folder = Path(folder)
     tensors = {n: t.detach().to("cpu", dtype).contiguous() for n, t in model.state_dict().items()}
-    with written_aside(folder / "model.safetensors") as aside:
+    with atomic_write(folder / "model.safetensors") as aside:
         save_file(tensors, aside)
-    with written_aside(folder / "config.json") as aside:
+    with atomic_write(folder / "config.json") as aside:
         aside.write_text(to_json(asdict(model.config), indent=2) + "\n", encoding="utf-8")
 
 
@@ -81,7 +81,7 @@ def fingerprint(path: Path | str, digests: DigestCache) -> str:
     Every byte of the weight file counts; 5 s for the published 4.5 GB the first time, then none.
 
     Raises:
-        NotThereError: there are no weights.
+        MissingFileError: there are no weights.
     """
     weights = _weights_file(Path(path))
     figures = asdict(_read_config(weights))
@@ -93,7 +93,7 @@ def _weights_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix in (".safetensors", ".pth"):
             return candidate
-    raise NotThereError(
+    raise MissingFileError(
         f"{path}: no ImageBind weights. Give {PUBLISHED_NAME}, or a folder with it or with "
         "config.json and model.safetensors."
     )
@@ -109,7 +109,7 @@ def _read_config(weights: Path) -> ImageBindConfig:
         return ImageBindConfig(**trunks, **figures)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         fault = f"{type(error).__name__} {error}"
-        raise InputError(
+        raise UserError(
             f"{path}: not the figures of an ImageBind encoder, build it again: {fault}"
         ) from error
 
@@ -124,4 +124,4 @@ def _check(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> N
     ]
     if faults:
         listed = "\n  ".join(sorted(faults))
-        raise InputError(f"{path}: not this encoder's weights, {len(faults)} faults:\n  {listed}")
+        raise UserError(f"{path}: not this encoder's weights, {len(faults)} faults:\n  {listed}")

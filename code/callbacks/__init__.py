@@ -1,0 +1,1 @@
+"""Training callbacks: warm starts of new projections, and the hidden-state cache."""

@@ -1,0 +1,1 @@
+"""What every room uses and what uses none: errors, files, command lines, processes, devices."""

@@ -1,0 +1,37 @@
+"""Locks between processes, each a file beside what it guards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nextgpt.common.errors import UserError
+
+
+@contextmanager
+def hold_lock(path: Path, *, blocking: bool = True) -> Iterator[None]:
+    """Hold the lock file `path` during the block; its folder is made if it is missing.
+
+    Args:
+        blocking: wait while another process holds it.
+
+    Raises:
+        UserError: the folder cannot be written.
+        Timeout: another process holds it, and `blocking` is off.
+    """
+    lock = FileLock(path, blocking=blocking)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:  # an OSError, too
+        raise
+    except OSError as error:
+        raise UserError(
+            f"{path.parent} cannot be written ({error.strerror or error}): make it writable, or "
+            "configure another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()

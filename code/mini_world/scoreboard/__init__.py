@@ -1,0 +1,1 @@
+"""The mini world's scoreboard: a rule-based judge measures what the system makes."""

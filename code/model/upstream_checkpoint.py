@@ -1,0 +1,88 @@
+"""The published layout of tuned parameters (`pytorch_model.pt` of 7b_tiva_v0), read and written.
+
+It holds the language model's vocabulary matrices whole, new rows last; here the new rows stand by
+themselves (`model/vocabulary.py`), so the matrices are split on reading and joined on writing.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from nextgpt.common.errors import UserError
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.trainable import tuned_parameters
+
+Tensors = dict[str, torch.Tensor]
+_PREFIXES = {  # theirs, and ours
+    "llama_model.base_model.model.": "language_model.",
+    "llama_proj.": "input_projection.",
+    "gen_text_hidden_fcs.0.": "output_projections.image.",
+    "gen_text_hidden_fcs_video.0.": "output_projections.video.",
+    "gen_text_hidden_fcs_audio.0.": "output_projections.audio.",
+}
+_MATRIX = re.compile(r"(model\.embed_tokens|lm_head)\.weight$")
+NEW_ROWS = 38  # `<Img>`, `</Img>`, 4 + 24 + 8 signal tokens: the published vocabulary
+
+
+def is_published(tensors: Tensors) -> bool:
+    """Whether `tensors` carry the published names."""
+    return any(name.startswith(tuple(_PREFIXES)) and "llama" in name for name in tensors)
+
+
+def is_newer(names: Iterable[str]) -> bool:
+    """Whether parameters called `names` are of the code's later generation: modules are `mm_*`."""
+    return any(module.startswith("mm_") for name in names for module in name.split("."))
+
+
+def published_to_delta(tensors: Tensors, source: Path) -> Tensors:
+    """Our names for the tensors of a published file; vocabulary matrices are split in two.
+
+    Raises:
+        UserError: names that the published layout does not have.
+    """
+    unknown = [name for name in tensors if not name.startswith(tuple(_PREFIXES))]
+    if unknown:
+        raise UserError(f"{source}: names that are not the published ones: {', '.join(unknown)}")
+    delta: Tensors = {}
+    for name, tensor in tensors.items():
+        prefix = next(theirs for theirs in _PREFIXES if name.startswith(theirs))
+        ours = _PREFIXES[prefix] + name.removeprefix(prefix)
+        if _MATRIX.search(name):
+            delta[ours] = tensor[:-NEW_ROWS]
+            delta[ours.removesuffix("weight") + "new_rows"] = tensor[-NEW_ROWS:]
+        else:
+            delta[ours] = tensor
+    return delta
+
+
+def published_name(ours: str) -> str:
+    """The published name of the tuned parameter that we call `ours`."""
+    theirs, mine = next(pair for pair in _PREFIXES.items() if ours.startswith(pair[1]))
+    return theirs + ours.removeprefix(mine)
+
+
+def model_to_published(model: NextGPT) -> Tensors:
+    """The tuned tensors of `model` under the published names, vocabulary matrices whole."""
+    return delta_to_published(
+        {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=True)}
+    )
+
+
+def delta_to_published(tuned: Tensors) -> Tensors:
+    """Tuned tensors by our names under the published ones, new rows behind the matrices' own.
+
+    A centre, which the published system does not know, goes into the bias behind it.
+    """
+    published: Tensors = {}
+    for name, tensor in tuned.items():
+        if name.endswith((".new_rows", ".centre")):
+            continue
+        centre = tuned.get(name.removesuffix("fc.bias") + "centre")
+        if centre is not None and name.endswith(".fc.bias"):
+            tensor = tensor - tuned[name.removesuffix("bias") + "weight"] @ centre
+        new_rows = tuned.get(name.removesuffix("weight") + "new_rows")
+        whole = tensor if new_rows is None else torch.cat([tensor.to(new_rows.dtype), new_rows])
+        published[published_name(name)] = whole
+    return published

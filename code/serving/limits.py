@@ -1,0 +1,163 @@
+"""What people may show: told by content, not by name, and measured before any of it is kept.
+
+A picture costs reading its header, a video reading its packets once (50 MB: below 0.1 s for most
+formats), a sound decoding it once up to the limit; all of it in `media.decode_worker`'s process.
+Decoding for the encoder comes later and may still refuse a broken file.
+"""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+from av.audio.stream import AudioStream
+from av.container import InputContainer
+from av.video.stream import VideoStream
+from PIL import Image, UnidentifiedImageError
+
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.modality import Modality
+from nextgpt.media.decode_worker import MAX_WORKERS, TimeLimits, decode
+from nextgpt.media.decoding import CONTAINERS, MAX_CHANNELS, PICTURES, moving_pictures
+
+MAX_BYTES = 50_000_000  # of a file
+MAX_PIXELS = 40_000_000  # of a picture
+MAX_FRAME_PIXELS = 3840 * 2160  # of a video's frame
+MAX_VIDEO_PIXELS = 4_000_000_000  # of all frames together: two minutes of 720p
+MAX_FRAMES = 30_000  # of a video: two minutes of 240 a second
+MAX_RATE = 192_000  # samples a second of a sound
+MAX_SECONDS: dict[Modality, float] = {"video": 120, "audio": 300}
+MAX_FILES = 8  # of a message
+MAX_CHARACTERS = 20_000  # of a message
+MAX_CHECKS = MAX_WORKERS - 1  # at once, of all visitors: one worker is left to the desk
+_CHECK_LIMITS = TimeLimits(cpu_seconds=30, wall_seconds=60)
+
+
+def check_words(text: str) -> None:
+    """Refuse a text that is too long.
+
+    Raises:
+        UserError: with the numbers.
+    """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"the text has {len(text)} characters, more than {MAX_CHARACTERS}")
+
+
+def check_medium(path: Path, name: str, check: Callable[[], None] | None = None) -> Modality:
+    """What the file at `path` is, if it may be shown.
+
+    Args:
+        name: what people call the file; messages name it and never the path.
+        check: called ten times a second meanwhile; what it raises comes out.
+
+    Raises:
+        MediaError: it is no medium, or beyond a limit.
+    """
+    return decode(
+        find_modality, str(path), name, label=name, limits=_CHECK_LIMITS, check=check
+    )  # fmt: skip
+
+
+def find_modality(file: str, name: str) -> Modality:
+    """`check_medium` in this process, which a hostile file may end."""
+    path = Path(file)
+    try:
+        size = path.stat().st_size
+    except OSError as error:  # as where the tab was closed meanwhile
+        raise _unreadable(name, error) from error
+    if size == 0:
+        raise MediaError(f"{name}: an empty file (0 bytes)")
+    if size > MAX_BYTES:
+        raise MediaError(f"{name}: {size / 1e6:.0f} MB, more than {MAX_BYTES / 1e6:.0f} MB")
+    return "image" if _is_picture(path, name) else _check_stream(path, name)
+
+
+def _is_picture(path: Path, name: str) -> bool:
+    try:
+        with warnings.catch_warnings():  # Pillow's own limit is higher, it warns first
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=PICTURES) as image:
+                width, height = image.size
+    except UnidentifiedImageError:
+        return False
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name}: {_too_many_pixels()}") from error
+    except Exception as error:  # Pillow raises more kinds than it documents
+        if isinstance(error, OSError) and error.errno:  # its text would name the path
+            raise _unreadable(name, error) from error
+        raise MediaError(f"{name}: a broken picture: {error}") from error
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"{name}: {width}x{height}: {_too_many_pixels()}")
+    return True
+
+
+def _unreadable(name: str, error: OSError) -> MediaError:
+    return MediaError(f"{name}: cannot be read ({error.strerror}): upload it again")
+
+
+def _too_many_pixels() -> str:
+    return f"a picture may have at most {MAX_PIXELS / 1e6:.0f} million pixels, make it smaller"
+
+
+def _check_stream(path: Path, name: str) -> Modality:
+    try:
+        with av.open(str(path), options={"format_whitelist": CONTAINERS}) as container:
+            return _check_container(container, name)
+    except MediaError:
+        raise
+    except FileNotFoundError as error:
+        raise _unreadable(name, error) from error
+    except Exception as error:
+        raise MediaError(
+            f"{name}: neither a picture nor a video nor a sound that can be read"
+        ) from error
+
+
+def _check_container(container: InputContainer, name: str) -> Modality:
+    moving = moving_pictures(container)
+    if moving is not None:
+        _check_video(container, moving, name)
+        return "video"
+    if not container.streams.audio:
+        raise MediaError(f"{name}: neither moving pictures nor sound in it")
+    _check_sound(container, container.streams.audio[0], name)
+    return "audio"
+
+
+def _check_video(container: InputContainer, stream: VideoStream, name: str) -> None:
+    frame_pixels = stream.width * stream.height
+    if frame_pixels > MAX_FRAME_PIXELS:
+        raise MediaError(f"{name}: {frame_pixels} pixels a frame are too many, make it smaller")
+    frames = 0
+    for packet in container.demux(stream):  # what the header says of the length may be wrong
+        frames += packet.size > 0
+        if packet.pts is not None and packet.time_base is not None:
+            start = stream.start_time or 0
+            seconds = float((packet.pts - start + (packet.duration or 0)) * packet.time_base)
+            if seconds > MAX_SECONDS["video"] + 0.5:
+                raise MediaError(f"{name}: {_too_long('video')}")
+        if frames > MAX_FRAMES or frames * frame_pixels > MAX_VIDEO_PIXELS:
+            raise MediaError(f"{name}: too many frames of this size, shorten or shrink it")
+    if not frames:
+        raise MediaError(f"{name}: nothing in it")
+
+
+def _check_sound(container: InputContainer, stream: AudioStream, name: str) -> None:
+    rate = stream.codec_context.sample_rate
+    if rate > MAX_RATE:
+        raise MediaError(f"{name}: {rate} samples a second, more than {MAX_RATE}, convert it")
+    channels = stream.codec_context.channels
+    if channels > MAX_CHANNELS:
+        raise MediaError(f"{name}: {channels} channels, more than {MAX_CHANNELS}, mix it down")
+    samples = 0
+    for frame in container.decode(stream):  # a few bytes may be an hour, whatever times they claim
+        samples += frame.samples
+        if samples > (MAX_SECONDS["audio"] + 0.5) * rate:
+            raise MediaError(f"{name}: {_too_long('audio')}")
+    if not samples:
+        raise MediaError(f"{name}: nothing in it")
+
+
+def _too_long(modality: Modality) -> str:
+    kind = {"video": "a video", "audio": "a sound"}[modality]
+    return f"longer than {MAX_SECONDS[modality]:.0f} s, the limit for {kind}: cut it"

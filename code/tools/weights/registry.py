@@ -1,0 +1,113 @@
+"""The table of what others made: what it is called, on what terms, and how it is got."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.config.schema import Config
+from nextgpt.model.delta import DELTA_FILE
+from nextgpt.model.pretrained_folder import HUB_NAME, MOVED
+from nextgpt.tools.weights.download import HubFolder, HubPipeline, OwnCommand, Way, WebFile
+
+PartName = Literal["encoder", "language_model", "image", "video", "audio", "tuned"]
+PART_NAMES: tuple[PartName, ...] = get_args(PartName)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a part comes from.
+
+    Attributes:
+        title: what it is called.
+        licence: as its makers state it.
+        way: how it is got.
+        then: what is still to be done by hand, a command.
+        numbers: how many weights of a decoder are loaded; 0: not known.
+    """
+
+    title: str
+    licence: str
+    way: Way
+    then: str = ""
+    numbers: int = 0
+
+
+def configured_path(config: Config, part: PartName) -> str:
+    """Where the configuration says that `part` lies: a path, or a hub name."""
+    if part == "tuned":
+        return config.save_path
+    if part in MODALITIES:
+        return config.decoders[part].path
+    return config.encoder.path if part == "encoder" else config.language_model.path
+
+
+def source_of(part: PartName, path: str) -> Source | None:
+    """Where the part that is configured as `path` comes from; none if nobody but the user knows."""
+    path = MOVED.get(path, path)
+    if path in SOURCES:
+        return SOURCES[path]
+    if part in MODALITIES and HUB_NAME.fullmatch(path):
+        return Source(path, "see its card", HubPipeline(path, part))
+    if part == "language_model" and HUB_NAME.fullmatch(path):
+        return Source(path, "see its card", OwnCommand(("hf", "download", path)))
+    return None
+
+
+def _hub_decoder(
+    repo: str, modality: Modality, title: str, licence: str, numbers: int
+) -> dict[str, Source]:
+    return {repo: Source(title, licence, HubPipeline(repo, modality), numbers=numbers)}
+
+
+def _shipped(path: str, title: str) -> dict[str, Source]:
+    restore = OwnCommand(("git", "checkout", "--", path))
+    return {path: Source(title, "the project's own (BSD 3-Clause)", restore)}
+
+
+_VICUNA = "ckpt/pretrained_ckpt/vicuna_ckpt/7b_v0"
+_BUILD = ("python", "-m", "nextgpt.mini_world.build_components", "--only", "language_model")
+# By the path in the shipped configurations. The terms are those of README.md's table.
+SOURCES: dict[str, Source] = {
+    "ckpt/pretrained_ckpt/imagebind_ckpt/huge/imagebind_huge.pth": Source(
+        "ImageBind huge",
+        "CC BY-NC 4.0 (its model card: BY-NC-SA 4.0)",
+        WebFile("https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth"),
+    ),
+    _VICUNA: Source(
+        "LLaMA-1 7B and Vicuna-7B v0 delta, merged",
+        "LLaMA: non-commercial research; the delta's card: Apache-2.0",
+        HubFolder("lmsys/vicuna-7b-delta-v0", beside="_delta"),
+        then=f"python merge_vicuna.py --base LLAMA_FOLDER --delta {_VICUNA}_delta "
+        "(LLaMA-1 itself: see ckpt/pretrained_ckpt/prepare_vicuna.md)",
+    ),
+    **_hub_decoder(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "image",
+        "Stable Diffusion v1-5",
+        "CreativeML OpenRAIL-M",
+        1_066_235_307,
+    ),
+    **_hub_decoder(
+        "cerspense/zeroscope_v2_576w", "video", "ZeroScope v2 576w", "CC BY-NC 4.0", 1_835_275_563
+    ),
+    **_hub_decoder(
+        "cvssp/audioldm-l-full", "audio", "AudioLDM l-full", "CC BY-NC-SA 4.0", 975_082_866
+    ),
+    "ckpt/delta_ckpt/nextgpt/7b_tiva_v0": Source(
+        "NExT-GPT 7b_tiva_v0, tuned",
+        "see its card",
+        HubFolder("ChocoWu/nextgpt_7b_tiva_v0", ("pytorch_model.pt",)),
+    ),
+    "ckpt/pretrained_ckpt/smollm2_ckpt/135m_instruct": Source(
+        "SmolLM2-135M-Instruct", "Apache-2.0", OwnCommand(_BUILD, "code")
+    ),
+    **_shipped("ckpt/pretrained_ckpt/imagebind_ckpt/mini", "mini ImageBind"),
+    **_shipped("ckpt/pretrained_ckpt/mini_stable_diffusion", "mini Stable Diffusion"),
+    **_shipped("ckpt/pretrained_ckpt/mini_zeroscope", "mini ZeroScope"),
+    **_shipped("ckpt/pretrained_ckpt/mini_audioldm", "mini AudioLDM"),
+    "ckpt/delta_ckpt/nextgpt/mini_tiva_v0": Source(
+        "tuned parameters of the mini system",
+        "the project's own (BSD 3-Clause)",
+        OwnCommand(("git", "checkout", "--", f"ckpt/delta_ckpt/nextgpt/mini_tiva_v0/{DELTA_FILE}")),
+    ),
+}
