@@ -26,7 +26,8 @@ from nextgpt.common.device import choose_device, choose_dtype
 from nextgpt.common.distributed import init_process_group
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES
-from nextgpt.config.loader import load_config, project_path
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
 from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Batch
 from nextgpt.conversation.messages import Conversation, Text, Turn
@@ -61,7 +62,7 @@ def random_model(config: Config, device: torch.device, *, lora: bool, outputs: b
     if known is None:
         raise UserError(f"{config.language_model.path}: not there, and its shapes are not known")
     model = build_on_meta(config, *known, lora=lora, output_projections=outputs)
-    model.language_model.set_attn_implementation(config.language_model.attention)
+    model.language_model.set_attn_implementation(config.language_model.attn_implementation)
     dtype = choose_dtype(config.training.precision, device)
     configure_trainable(model, config)
     for parameter in model.parameters():
@@ -77,7 +78,7 @@ def random_model(config: Config, device: torch.device, *, lora: bool, outputs: b
 
 def measure_stage(config: Config, stage: int, steps: int, device: torch.device) -> str:
     """One stage's row."""
-    trains = config.training.trains
+    trains = config.training.trainable
     model = random_model(
         config, device, lora="lora" in trains, outputs="output_projections" in trains
     )
@@ -86,7 +87,7 @@ def measure_stage(config: Config, stage: int, steps: int, device: torch.device) 
     batches = [random_batch(config, model, agent.micro_batch_size).to(device)]
     batches *= agent.accumulation
     tokens = sum(batch.input_ids.numel() for batch in batches)
-    runs = {m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in MODALITIES}
+    runs = {m: sum(len(batch.signal_spans.get(m, ())) for batch in batches) for m in MODALITIES}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with FlopCounterMode(display=False) as counter:
@@ -111,9 +112,9 @@ def random_batch(config: Config, model: NextGPT, micro: int) -> Batch:
     batch = full_batch(config, model, micro)
     vocabulary = model.own_vocabulary_size
     batch.input_ids = torch.randint(vocabulary, batch.input_ids.shape)
-    batch.targets = batch.input_ids.clone()
+    batch.labels = batch.input_ids.clone()
     batch.features = torch.randn(batch.features.shape)
-    batch.captions = {m: torch.randn(one.shape) for m, one in batch.captions.items()}
+    batch.caption_embeds = {m: torch.randn(one.shape) for m, one in batch.caption_embeds.items()}
     return batch
 
 
@@ -122,9 +123,9 @@ def measure_answer(config: Config, device: torch.device) -> str:
     config = with_decoders(config, Path(tempfile.mkdtemp(prefix="random_decoders_")))
     known = language_model_figures(config)
     signals = SignalTokens(signal_counts(config), first_id=known[1])
-    template = TEMPLATES[config.language_model.template]
+    template = TEMPLATES[config.language_model.prompt_format]
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    encoder = PromptBuilder(tokenizer, signals, template, config.input_projection.tokens)
+    encoder = PromptBuilder(tokenizer, signals, template, config.input_projection.tokens_per_medium)
     model = random_model(config, device, lora=True, outputs=True)
     assistant = Assistant(config, encoder, model, device, [])
     options = replace(GenerationSettings.from_config(config), max_new_tokens=WORDS, temperature=0)

@@ -1,7 +1,8 @@
 """Compares settings of the mini system's third stage by what is learned about things never shown.
 
     python benchmarks/stage_3_settings.py --init-from DELTA --steps 60 "" \
-        "training.learning_rate=1e-3" "language_model.lora_targets=[q_proj,v_proj] training.seed=1"
+        "training.learning_rate=1e-3" \
+        "language_model.lora_target_modules=[q_proj,v_proj] training.seed=1"
 
 Each argument is a variant: settings as `--set` of train.py takes them, parted by spaces; an empty
 one is the configuration as it is. Each starts from the second stage's DELTA, trains on the mini
@@ -23,7 +24,8 @@ from nextgpt.common.cli import run_cli
 from nextgpt.common.device import autocast_to, choose_device
 from nextgpt.common.distributed import init_process_group
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.config.loader import load_config, project_path
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
 from nextgpt.config.schema import Config
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.conversation.prompt import IGNORE_INDEX
@@ -57,7 +59,7 @@ def ask_validation(config: Config, folder: Path) -> dict[Modality, list[Example]
             human_turn(question, {modality: [folder / name]}),
             Turn("assistant", (Text(answer),)),
         )
-        encoded = encoder.encode(Conversation(turns), config.data.max_length)
+        encoded = encoder.encode(Conversation(turns), config.data.max_seq_length)
         views = load_views(modality, folder / name)[None].to(device)
         feature_E = imagebind.encode(modality, views)[0].float().cpu().numpy()
         asked[modality].append(Example(encoded, [feature_E], {}, []))
@@ -72,10 +74,10 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[Example]) -> tuple[flo
         some = samples[start : start + AT_ONCE]
         batch = collate(some, pad_id=0, feature_width=trainer.config.encoder.width).batch
         batch = batch.to(trainer.device)
-        wanted_BL = batch.targets[:, 1:]
+        wanted_BL = batch.labels[:, 1:]
         told_BL = wanted_BL != IGNORE_INDEX
         with autocast_to(trainer.dtype, trainer.device):
-            embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
+            embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
             hidden_BLH = model.read(embeddings, batch.attention_mask)[:, :-1]
             logits_NV = model.language_model.get_output_embeddings()(hidden_BLH[told_BL]).float()
         wanted_N = wanted_BL[told_BL]

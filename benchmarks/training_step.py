@@ -53,7 +53,7 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     width = trainer.config.encoder.width
     completer = BatchEncoder(trainer.config, samples.caches, trainer.device)
     size = training.micro_batch_size
-    with load_batches(samples, order, size, width, 0, data.row_length) as ready:
+    with load_batches(samples, order, size, width, 0, data.packed_seq_length) as ready:
         return [
             [completer.complete(one) for one in step] for step in itertools.islice(ready, count)
         ]
@@ -61,8 +61,8 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
 
 def counts_of(batches: list[Batch]) -> StepCounts:
     """Tokens and runs of one step."""
-    tokens = sum(int((batch.targets[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
-    runs = {m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in MODALITIES}
+    tokens = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+    runs = {m: sum(len(batch.signal_spans.get(m, ())) for batch in batches) for m in MODALITIES}
     return StepCounts(tokens, runs)
 
 
@@ -77,7 +77,7 @@ def measure(config_name: str, stage: int, steps: int) -> None:
     )
     path = resolve_model_path(config.language_model.path)
     bare = AutoModelForCausalLM.from_pretrained(
-        path, dtype=trainer.dtype, attn_implementation=config.language_model.attention
+        path, dtype=trainer.dtype, attn_implementation=config.language_model.attn_implementation
     ).to(trainer.device)
     last_id = bare.config.vocab_size - 1
 
@@ -89,7 +89,7 @@ def measure(config_name: str, stage: int, steps: int) -> None:
                 inputs_embeds=embeddings if trained else embeddings.requires_grad_(),
                 attention_mask=batch.attention_mask if batch.position_ids is None else None,
                 position_ids=batch.position_ids,
-                labels=batch.targets.clamp(max=last_id),
+                labels=batch.labels.clamp(max=last_id),
             ).loss.backward()
         bare.zero_grad(set_to_none=True)
 

@@ -14,7 +14,7 @@ import sys
 
 from nextgpt.common.cli import run_cli
 from nextgpt.config.loader import STAGES, load_config
-from nextgpt.dataset.conversations import caption_shapes, open_conversations
+from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
 from nextgpt.tools.validate_data import check_datasets
 from nextgpt.training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
 
@@ -32,8 +32,8 @@ def main() -> None:
     if arguments.datasets:
         overrides.append(f"data.datasets=[{', '.join(arguments.datasets)}]")
     config = load_config(arguments.config, arguments.stage, overrides)
-    aligned = "output_projections" in config.training.trains
-    shapes = caption_shapes(config) if aligned else None
+    aligned = "output_projections" in config.training.trainable
+    shapes = prompt_embeds_shapes(config) if aligned else None
     dataset, unusable = open_conversations(config.data), 0
     captions = find_wrong_captions(config, dataset) if shapes else {}
     compare_unrecorded(config, dataset, captions)

@@ -11,7 +11,8 @@ import argparse
 from pathlib import Path
 
 from nextgpt.common.cli import run_cli
-from nextgpt.config.loader import load_config, project_path
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
 from nextgpt.generation.cli import find_delta
 from nextgpt.mini_world.objects import HELD_OUT_PAIRS
 from nextgpt.mini_world.scoreboard.items import CELLS, parse_cells

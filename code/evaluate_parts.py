@@ -8,7 +8,8 @@ from pathlib import Path
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.modality import MODALITIES
-from nextgpt.config.loader import load_config, project_path
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
 from nextgpt.mini_world.objects import HELD_OUT_PAIRS
 from nextgpt.mini_world.scoreboard.component_scores import score_parts
 

@@ -21,15 +21,15 @@ PUBLISHED_FLAGS = {
     "temperature": "generation.temperature",
     "max_new_tokens": "generation.max_new_tokens",
     "guidance_scale_for_img": "decoders.image.guidance_scale",
-    "num_inference_steps_for_img": "decoders.image.steps",
+    "num_inference_steps_for_img": "decoders.image.num_inference_steps",
     "guidance_scale_for_vid": "decoders.video.guidance_scale",
-    "num_inference_steps_for_vid": "decoders.video.steps",
+    "num_inference_steps_for_vid": "decoders.video.num_inference_steps",
     "height": "decoders.video.height",
     "width": "decoders.video.width",
-    "num_frames": "decoders.video.frames",
+    "num_frames": "decoders.video.num_frames",
     "guidance_scale_for_aud": "decoders.audio.guidance_scale",
-    "num_inference_steps_for_aud": "decoders.audio.steps",
-    "audio_length_in_s": "decoders.audio.seconds",
+    "num_inference_steps_for_aud": "decoders.audio.num_inference_steps",
+    "audio_length_in_s": "decoders.audio.audio_length_in_s",
 }
 
 

@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 
 from nextgpt.common.cli import run_cli
-from nextgpt.config.loader import load_config, project_path
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
 from nextgpt.tools.weights.merge import merge_vicuna
 
 

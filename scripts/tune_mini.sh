@@ -26,13 +26,13 @@ train() { # stage, folder of the runs, arguments
 train 1 $runs "$@"
 train 2 $runs "$@"
 # Captions are encoded as they come: most of them are read once or never.
-train 3 $runs "$@" --set data.root=data/tuning --set data.caption_embeddings=online \
+train 3 $runs "$@" --set data.data_dir=data/tuning --set data.caption_embeddings=online \
     --set training.max_steps=1500 \
-    --set training.learning_rate=1.2e-3 --set training.learning_rates.lora_B=1.2e-3
-finishing=(--set data.root=data/finishing --set data.caption_embeddings=online)
+    --set training.learning_rate=1.2e-3 --set training.group_learning_rates.lora_B=1.2e-3
+finishing=(--set data.data_dir=data/finishing --set data.caption_embeddings=online)
 train 3 $runs/finishing "$@" "${finishing[@]}" --init-from $runs/stage_3/delta.safetensors \
     --set training.max_steps=600 \
-    --set training.learning_rate=6.0e-4 --set training.learning_rates.lora_B=6.0e-4
+    --set training.learning_rate=6.0e-4 --set training.group_learning_rates.lora_B=6.0e-4
 # From dialogues too: requests in words alone name everything, but captions of what was heard do not.
 train 4 $runs/finishing "$@" "${finishing[@]}" --set data.datasets=[mini_request,mini_mosit] \
     --set training.epochs=4

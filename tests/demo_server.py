@@ -47,7 +47,7 @@ def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: in
     """Always says the same, with media of its own seed."""
     write_tiny_parts(folder)
     overrides = script_language_model(folder, scripted_ids(*said))
-    overrides += [f"decoders.{modality}.steps={steps}" for modality in MODALITIES]
+    overrides += [f"decoders.{modality}.num_inference_steps={steps}" for modality in MODALITIES]
     return Assistant.load(load_config("7b", overrides=overrides), folder / "tuned" / "stage_3")
 
 

@@ -20,7 +20,7 @@ def runs(save_path: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
     """Each stage's name and the losses of all its steps, one stage starting from the one before."""
     for stage in STAGES:
         sets = [f"training.max_steps={STEPS}", "training.precision=fp32", "training.epochs=50"]
-        sets += ["training.keep_states=true"] if stage == 4 else []
+        sets += ["training.cache_hidden_states=true"] if stage == 4 else []
         metrics = TinyRun(save_path, stage, sets=sets).finish().metrics
         kept = [
             {k: v for k, v in row.items() if v is not None and ("loss" in k or "align" in k)}

@@ -150,7 +150,10 @@ ANSWERS = {
     "a seed beyond": (["--seed", "-1"], "seed -1"),
     "a place that is no folder": (["--out", str(PARITY / "recipe.py" / "x")], "no folder"),
     "a sound too short to be made": (["--audio_length_in_s", "1e-4"], "cannot make this audio"),
-    "too many steps": (["--num_inference_steps_for_img", "1001"], "decoders.image.steps"),
+    "too many steps": (
+        ["--num_inference_steps_for_img", "1001"],
+        "decoders.image.num_inference_steps",
+    ),
     "a picture too large": (["--height", "80000"], "decoders.video.height"),
     "an infinite temperature": (["--temperature", "inf"], "finite number"),
 }
@@ -199,11 +202,11 @@ def test_a_damaged_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     ("override", "word"),
     [
         ("training.betas=[0.9, 1]", "betas.1"),
-        ("training.epsilon=-1", "epsilon"),
+        ("training.adam_epsilon=-1", "epsilon"),
         ("training.seed=-1", "seed"),
-        ("training.learning_rates={lora: -1}", "learning_rates.lora"),
+        ("training.group_learning_rates={lora: -1}", "learning_rates.lora"),
         ("output_projection.heads=7", "multiple of heads 7"),
-        ("decoders.image.caption_shape=[]", "caption_shape"),
+        ("decoders.image.prompt_embeds_shape=[]", "prompt_embeds_shape"),
         ("decoders.audio.guidance_scale=.inf", "guidance_scale"),
     ],
 )
@@ -222,10 +225,10 @@ def test_a_configuration_of_another_kind_is_named(content: bytes, tmp_path: Path
 @pytest.mark.parametrize(
     ("sets", "word"),
     [
-        (["training.trains=[]"], "training.trains is empty"),
+        (["training.trainable=[]"], "training.trainable is empty"),
         (["encoder.width=64"], "encoder.width"),
-        (["training.deepspeed={file}"], "holds no JSON object"),
-        (["data.cache={file}"], "list.json"),
+        (["training.deepspeed_config={file}"], "holds no JSON object"),
+        (["data.cache_dir={file}"], "list.json"),
         (["save_path={file}"], "list.json"),
     ],
 )
@@ -237,7 +240,7 @@ def test_a_run_that_cannot_start_says_why(sets: list[str], word: str, tmp_path: 
 
 
 def test_missing_caption_embeddings_name_the_command(tmp_path: Path) -> None:
-    sets = [f"data.embeddings={tmp_path / 'none'}"]
+    sets = [f"data.caption_embedding_dir={tmp_path / 'none'}"]
     start = ["--init-from", str(trained(1).folder)]
     assert "run process_embeddings.py" in TinyRun(tmp_path, 2, sets, start).fail()
 

@@ -31,8 +31,12 @@ def recorded_samples() -> list[Example]:
     for index, conversation in enumerate(conversations):
         encoded = ENCODER.encode(conversation)
         row = index % 2
-        features = [cases()[f"imagebind.{m.modality}"][row].numpy() for _, m in encoded.slots]
-        captions = {m: cases()[f"in.caption_emb.{m.modality}"][row] for _, m in encoded.runs}
+        features = [
+            cases()[f"imagebind.{m.modality}"][row].numpy() for _, m in encoded.media_positions
+        ]
+        captions = {
+            m: cases()[f"in.caption_emb.{m.modality}"][row] for _, m in encoded.signal_spans
+        }
         samples.append(Example(encoded, features, captions, skipped=[]))
     return samples
 
@@ -45,12 +49,12 @@ def model() -> NextGPT:
     for modality, recorded in model.output_projections.items():
         model.output_projections[modality] = OutputProjection(
             recorded.fc.in_features,
-            caption_shape=recorded.caption_shape,
-            width=32,
+            prompt_embeds_shape=recorded.prompt_embeds_shape,
+            d_model=32,
             encoder_layers=1,
             decoder_layers=1,
             heads=2,
-            feedforward=32,
+            dim_feedforward=32,
         )
     set_trainable(model, list(TRAINABLE_GROUPS), own_vocabulary=False)
     return model
@@ -74,9 +78,10 @@ def step_gradient(
     training = load_config("7b", 3).training
     agent = SimpleNamespace(training=training, world=world, accumulation=len(batches) // world)
     counts = StepCounts(
-        tokens=sum(int((batch.targets[:, 1:] >= 0).sum()) for batch in batches),
-        runs={
-            m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in ENCODER.signals.counts
+        tokens=sum(int((batch.labels[:, 1:] >= 0).sum()) for batch in batches),
+        signal_spans={
+            m: sum(len(batch.signal_spans.get(m, ())) for batch in batches)
+            for m in ENCODER.signals.counts
         },
     )
     model.zero_grad()
@@ -110,7 +115,7 @@ def texts(*answers: str) -> list[EncodedPrompt]:
 
 def states(model: NextGPT, batch: Batch) -> torch.Tensor:
     """Last hidden states (B, L, H) of a batch without media."""
-    embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
+    embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
     return model.read(embeddings, batch.attention_mask, batch.position_ids)
 
 

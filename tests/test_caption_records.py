@@ -38,9 +38,9 @@ def sets(tmp_path: Path) -> list[str]:
     """Overrides for copies of the world's data and embeddings, to be spoilt."""
     shutil.copytree(tiny_world() / "embed", tmp_path / "embed")
     return [
-        f"data.root={copied_data(tmp_path)}",
-        f"data.embeddings={tmp_path / 'embed'}",
-        f"data.cache={tmp_path / 'cache'}",
+        f"data.data_dir={copied_data(tmp_path)}",
+        f"data.caption_embedding_dir={tmp_path / 'embed'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
     ]
 
 

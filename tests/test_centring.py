@@ -15,7 +15,7 @@ from nextgpt.model.output_projection import OutputProjection
 from nextgpt.model.upstream_checkpoint import model_to_published, published_to_delta
 from tiny_run import TinyRun, same, trained
 
-CENTRED = "output_projection.centred=true"
+CENTRED = "output_projection.whiten_inputs=true"
 
 
 @pytest.fixture(scope="module")
@@ -49,17 +49,23 @@ def test_two_processes_measure_the_centres_that_one_measures(run: TinyRun, tmp_p
 
 def test_a_resumed_run_measures_the_same_centres_again(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
-    broken = TinyRun(tmp_path, 2, [CENTRED, "training.save_every=1"], start)
+    broken = TinyRun(tmp_path, 2, [CENTRED, "training.save_steps=1"], start)
     broken.kill_when(lambda: "step_000002" in broken.checkpoints)
-    resumed = TinyRun(tmp_path, 2, [CENTRED, "training.save_every=1"], ["--resume"]).finish()
+    resumed = TinyRun(tmp_path, 2, [CENTRED, "training.save_steps=1"], ["--resume"]).finish()
     assert same(run.delta, resumed.delta)
 
 
 def test_states_come_in_with_the_mean_that_was_measured_taken_away() -> None:
-    figures = {"width": 8, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "feedforward": 8}
+    figures = {
+        "d_model": 8,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "heads": 2,
+        "dim_feedforward": 8,
+    }
     torch.manual_seed(0)
-    plain = OutputProjection(16, caption_shape=(3, 4), **figures)
-    centred = OutputProjection(16, caption_shape=(3, 4), **figures, centred=True)
+    plain = OutputProjection(16, prompt_embeds_shape=(3, 4), **figures)
+    centred = OutputProjection(16, prompt_embeds_shape=(3, 4), **figures, whiten_inputs=True)
     centred.load_state_dict(plain.state_dict() | {"centre": torch.full((16,), 3.0)})
     hidden, embeddings = torch.randn(2, 5, 2, 16)
     torch.testing.assert_close(centred(hidden + 3, embeddings), plain(hidden, embeddings))
@@ -106,7 +112,7 @@ def test_the_published_layout_has_the_centre_in_the_bias(run: TinyRun) -> None:
     model = build_model(config, torch.float32, lora=True, output_projections=True)
     load_delta(model, read_delta(run.folder), {"output_projections"})
     written = published_to_delta(model_to_published(model), run.folder)
-    plain_config = load_config("7b", 2, [*overrides, "output_projection.centred=false"])
+    plain_config = load_config("7b", 2, [*overrides, "output_projection.whiten_inputs=false"])
     plain = build_model(plain_config, torch.float32, lora=True, output_projections=True)
     names = plain.state_dict().keys()
     plain.load_state_dict({n: t for n, t in written.items() if n in names}, strict=False)

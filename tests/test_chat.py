@@ -296,8 +296,8 @@ def test_media_of_every_turn_are_read(babbler: Assistant) -> None:
     )
     encoded = babbler.encoder.encode(Conversation(turns))
     (prompt,) = babbler._read([encoded], {})
-    photo, bell = (prompt[position] for position, _ in encoded.slots)
-    assert [m.modality for _, m in encoded.runs] == ["audio"]
+    photo, bell = (prompt[position] for position, _ in encoded.media_positions)
+    assert [m.modality for _, m in encoded.signal_spans] == ["audio"]
     assert not torch.allclose(photo, bell)
     assert ask(babbler, Conversation(turns), max_new_tokens=4).token_ids
 

@@ -87,8 +87,8 @@ def test_answers_and_their_ends_alone_are_learned_and_read_back(form: str) -> No
     shown = (Media("image", path="a.png"), Text(SAID[0]))
     made = (Text(SAID[1]), Media("audio", caption="a bell", embedding="a.npy"))
     encoded = encoder.encode(Conversation((Turn("human", shown), Turn("assistant", made))))
-    learned = [i for i in encoded.targets if i != IGNORE_INDEX]
-    assert len(encoded.slots) == len(encoded.runs) == 1
+    learned = [i for i in encoded.labels if i != IGNORE_INDEX]
+    assert len(encoded.media_positions) == len(encoded.signal_spans) == 1
     assert encoder.decode_answer(learned) == (Text(SAID[1]), Media("audio"))
     assert any(learned[-len(stop) :] == stop for stop in encoder.stop_sequences)
 

@@ -34,7 +34,7 @@ def test_missing_and_broken_media_are_counted_and_named(tmp_path: Path) -> None:
     first, second, *_ = media(data, "image")
     first.unlink()
     second.write_bytes(b"no picture")
-    run = TinyRun(tmp_path, 1, [f"data.root={data}", f"data.cache={tmp_path / 'cache'}"])
+    run = TinyRun(tmp_path, 1, [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}"])
     code, said, _ = check(run, "mini_image_enc")
     assert code == 1
     assert "mini_image_enc: 34 of 36 usable" in said
@@ -43,7 +43,7 @@ def test_missing_and_broken_media_are_counted_and_named(tmp_path: Path) -> None:
 
 
 def test_missing_embeddings_are_named_with_what_makes_them(tmp_path: Path) -> None:
-    run = TinyRun(tmp_path, 2, [f"data.embeddings={tmp_path}"])
+    run = TinyRun(tmp_path, 2, [f"data.caption_embedding_dir={tmp_path}"])
     code, said, _ = check(run, "mini_audio_dec", "--decode", "0")
     assert code == 1
     assert "mini_audio_dec: 0 of 7 usable" in said and "and 2 more" in said
@@ -54,6 +54,6 @@ def test_a_wrong_record_is_named_with_its_row(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     annotation = data / "mini_world" / "T-X_pair_data" / "image" / "image.json"
     annotation.write_text('[{"image_name": "a.png"}]')
-    run = TinyRun(tmp_path, 1, [f"data.root={data}", f"data.cache={tmp_path / 'cache'}"])
+    run = TinyRun(tmp_path, 1, [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}"])
     code, _, said = check(run, "mini_image_enc")
     assert code == 2 and "row 0" in said and "caption" in said

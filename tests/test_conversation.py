@@ -27,7 +27,7 @@ def encoder() -> PromptBuilder:
 
 def encoder_of(template: str) -> PromptBuilder:
     """With sentencepiece and the published template, or with byte-level BPE and ChatML."""
-    return tiny_encoder() if template == "published" else build_prompt_builder(load_config("mini"))
+    return tiny_encoder() if template == "vicuna_v0" else build_prompt_builder(load_config("mini"))
 
 
 @pytest.mark.parametrize("case", CASE_NAMES)
@@ -41,15 +41,15 @@ def test_token_ids_targets_and_masks_are_the_published_ones(
     recorded_ids = cases()[f"{case}.input_ids"][row, :recorded_length].tolist()
     assert encoded.input_ids[opening:] == recorded_ids
     recorded_targets = cases()[f"{case}.targets"][row, :recorded_length].tolist()
-    assert encoded.targets[opening:] == recorded_targets
+    assert encoded.labels[opening:] == recorded_targets
     tokens = encoder.tokenizer.convert_ids_to_tokens
-    if encoded.slots:
+    if encoded.media_positions:
         assert tokens(encoded.input_ids[:4]) == ["<s>", "▁###", "▁Human", ":"]
         assert encoded.input_ids[4] == encoder.signals.open
-        assert [position for position, _ in encoded.slots] == [5]
+        assert [position for position, _ in encoded.media_positions] == [5]
     else:
         assert tokens(encoded.input_ids[:opening]) == ["<s>", "▁###", "▁Human", ":", "▁"]
-    assert set(encoded.targets[:opening]) == {IGNORE_INDEX}
+    assert set(encoded.labels[:opening]) == {IGNORE_INDEX}
 
 
 def test_an_open_conversation_is_the_beginning_of_the_answered_one(
@@ -59,8 +59,8 @@ def test_an_open_conversation_is_the_beginning_of_the_answered_one(
     prompt = encoder.encode(Conversation((question,)))
     answered = encoder.encode(Conversation((question, answer)))
     assert answered.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-    assert set(prompt.targets) == {IGNORE_INDEX}
-    first_target = next(i for i, target in enumerate(answered.targets) if target != IGNORE_INDEX)
+    assert set(prompt.labels) == {IGNORE_INDEX}
+    first_target = next(i for i, target in enumerate(answered.labels) if target != IGNORE_INDEX)
     assert first_target == len(prompt.input_ids)
 
 
@@ -81,7 +81,7 @@ def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
     return Conversation(tuple(Turn(role, parts(2)) for role in roles))
 
 
-@pytest.mark.parametrize("template", ["published", "chatml"])
+@pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
 def test_prompts_of_every_round_are_the_beginning_of_what_training_reads(template: str) -> None:
     encoder = encoder_of(template)
     for seed in range(40):
@@ -91,11 +91,11 @@ def test_prompts_of_every_round_are_the_beginning_of_what_training_reads(templat
             prompt = encoder.encode(Conversation(whole.turns[:asked]))
             length = len(prompt.input_ids)
             assert trained.input_ids[:length] == prompt.input_ids, (seed, asked)
-            assert trained.targets[:length] == prompt.targets, (seed, asked)
-            assert trained.slots[: len(prompt.slots)] == prompt.slots
-            assert trained.runs[: len(prompt.runs)] == prompt.runs
+            assert trained.labels[:length] == prompt.labels, (seed, asked)
+            assert trained.media_positions[: len(prompt.media_positions)] == prompt.media_positions
+            assert trained.signal_spans[: len(prompt.signal_spans)] == prompt.signal_spans
             # What comes next is the answer: all of it is learned, from its first token on.
-            assert trained.targets[length] == trained.input_ids[length], (seed, asked)
+            assert trained.labels[length] == trained.input_ids[length], (seed, asked)
 
 
 def test_media_stand_where_they_are_in_any_turn_of_either_side(
@@ -110,33 +110,33 @@ def test_media_stand_where_they_are_in_any_turn_of_either_side(
         )
     )
     encoded = encoder.encode(conversation)
-    assert [medium.modality for _, medium in encoded.slots] == ["image", "audio", "video"]
-    assert [medium.modality for _, medium in encoded.runs] == ["video", "audio", "image"]
-    for position, _ in encoded.slots:
+    assert [medium.modality for _, medium in encoded.media_positions] == ["image", "audio", "video"]
+    assert [medium.modality for _, medium in encoded.signal_spans] == ["video", "audio", "image"]
+    for position, _ in encoded.media_positions:
         around = encoded.input_ids[position - 1], encoded.input_ids[position + 1]
         assert around == (encoder.signals.open, encoder.signals.close)
-    for position, medium in encoded.runs:
+    for position, medium in encoded.signal_spans:
         run = encoder.signals.run(medium.modality)
         assert encoded.input_ids[position : position + len(run)] == run
-        assert encoded.targets[position : position + len(run)] == run
+        assert encoded.labels[position : position + len(run)] == run
 
 
 def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
-    config = tiny_config(overrides=["input_projection.tokens=3"])
+    config = tiny_config(overrides=["input_projection.tokens_per_medium=3"])
     encoder = build_prompt_builder(config)
     turn = Turn("human", (Media("audio"), Text("and"), Media("image")))
     encoded = encoder.encode(Conversation((turn,)))
     open_, close = encoder.signals.open, encoder.signals.close
-    for position, _ in encoded.slots:
+    for position, _ in encoded.media_positions:
         assert encoded.input_ids[position - 1 : position + 4] == [open_, SLOT, SLOT, SLOT, close]
-    assert [medium.modality for _, medium in encoded.slots] == ["audio", "image"]
+    assert [medium.modality for _, medium in encoded.media_positions] == ["audio", "image"]
 
     model = build_model(config, torch.float32, lora=False, output_projections=False)
     batch = pad_conversations([encoded], pad_id=encoder.tokenizer.eos_token_id)
     features = torch.randn(2, config.encoder.width)
-    made = model.embed(batch.input_ids, batch.slots, features)[0]
+    made = model.embed(batch.input_ids, batch.media_positions, features)[0]
     own = model.language_model.get_input_embeddings()(batch.input_ids)[0]
-    places = [position + place for position, _ in encoded.slots for place in range(3)]
+    places = [position + place for position, _ in encoded.media_positions for place in range(3)]
     hidden_size = model.language_model.config.hidden_size
     assert torch.equal(made[places], model.input_projection(features).view(6, hidden_size))
     others = [place for place in range(len(own)) if place not in places]
@@ -151,7 +151,7 @@ def test_what_is_typed_stays_text(encoder: PromptBuilder, typed: str) -> None:
     assert all(token < encoder.signals.first_id for token in encoded.input_ids)
     specials = {encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id}
     assert not specials & set(encoded.input_ids[1:])
-    assert encoded.slots == [] and encoded.runs == []
+    assert encoded.media_positions == [] and encoded.signal_spans == []
     assert typed in encoder.tokenizer.decode(encoded.input_ids[1:])
 
 
@@ -166,8 +166,8 @@ def test_truncation_cuts_text_only_and_counts_it(encoder: PromptBuilder, max_len
     run = encoder.signals.run("video")
     assert cut.input_ids[-1 - len(run) : -1] == run
     assert cut.input_ids[-1] == whole.input_ids[-1]
-    assert cut.input_ids[cut.runs[0][0] :][: len(run)] == run
-    assert cut.input_ids[cut.slots[0][0] - 1] == encoder.signals.open
+    assert cut.input_ids[cut.signal_spans[0][0] :][: len(run)] == run
+    assert cut.input_ids[cut.media_positions[0][0] - 1] == encoder.signals.open
     decoded = encoder.tokenizer.decode([i for i in cut.input_ids if i < encoder.signals.first_id])
     assert "### Assistant:" in decoded
 
@@ -177,10 +177,10 @@ LONG = "It looks like an ordinary day by the lake; nothing unusual happens. " * 
 
 def labelled(encoded: EncodedPrompt) -> list[int]:
     """The ids that carry the loss, in order."""
-    return [target for target in encoded.targets if target != IGNORE_INDEX]
+    return [target for target in encoded.labels if target != IGNORE_INDEX]
 
 
-@pytest.mark.parametrize("template", ["published", "chatml"])
+@pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
 def test_truncated_answer_is_not_trained_to_end_where_it_was_cut(template: str) -> None:
     encoder = encoder_of(template)
     conversation = Conversation((*ask("Why?", LONG), *ask("And then?", "Nothing.")))
@@ -194,12 +194,12 @@ def test_truncated_answer_is_not_trained_to_end_where_it_was_cut(template: str) 
     kept = labelled(cut)[: -len(second)]
     assert len(words) > len(kept) > 0 and kept == words[: len(kept)]
     # The end itself stays in the ids, behind the last word that was kept.
-    last = next(i for i, target in enumerate(cut.targets) if target != IGNORE_INDEX) + len(kept)
+    last = next(i for i, target in enumerate(cut.labels) if target != IGNORE_INDEX) + len(kept)
     assert cut.input_ids[last : last + len(end)] == end
-    assert cut.targets[last : last + len(end)] == [IGNORE_INDEX] * len(end)
+    assert cut.labels[last : last + len(end)] == [IGNORE_INDEX] * len(end)
 
 
-@pytest.mark.parametrize("template", ["published", "chatml"])
+@pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
 def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(template: str) -> None:
     encoder = encoder_of(template)
     conversation = Conversation(ask("Draw it.", LONG, made=Media("image")))
@@ -209,7 +209,7 @@ def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(templat
     run = encoder.signals.run("image")
     start = with_loss.index(run[0])
     assert with_loss[start : start + len(run)] == run
-    end = encoder.stop_sequences[1 if template == "published" else 0]
+    end = encoder.stop_sequences[1 if template == "vicuna_v0" else 0]
     assert with_loss[start + len(run) :] == end
 
 
@@ -221,8 +221,8 @@ def test_truncated_text_behind_signal_tokens_is_not_trained_to_end(
     cut = encoder.encode(Conversation(turns), max_length=100)
     end = encoder.stop_sequences[0]
     assert cut.input_ids[-len(end) :] == end
-    assert cut.targets[-len(end) :] == [IGNORE_INDEX] * len(end)
-    assert cut.targets[-len(end) - 1] != IGNORE_INDEX
+    assert cut.labels[-len(end) :] == [IGNORE_INDEX] * len(end)
+    assert cut.labels[-len(end) - 1] != IGNORE_INDEX
     assert set(encoder.signals.run("image")) <= set(labelled(cut))
 
 
@@ -238,7 +238,7 @@ def test_question_that_is_cut_leaves_the_whole_answer_its_loss(
 def test_a_conversation_whose_markup_alone_is_too_long_is_refused(
     encoder: PromptBuilder,
 ) -> None:
-    with pytest.raises(MediaError, match=r"raise data\.max_length"):
+    with pytest.raises(MediaError, match=r"raise data\.max_seq_length"):
         encoder.encode(Conversation(ask("a", "b", made=Media("video"))), max_length=20)
 
 
@@ -267,12 +267,14 @@ def test_packed_conversations_lie_whole_in_their_places_and_count_from_zero() ->
     batch, places = pack_conversations(encoded, pad_id=0, row_length=2 * longest)
     assert len(batch.input_ids) < len(encoded)
     assert int(batch.attention_mask.sum()) == sum(len(one.input_ids) for one in encoded)
-    slots = [tuple(slot) for slot in batch.slots.tolist()]
+    slots = [tuple(slot) for slot in batch.media_positions.tolist()]
     for (row, first), one in zip(places, encoded, strict=True):
         here = slice(first, first + len(one.input_ids))
         assert batch.input_ids[row, here].tolist() == one.input_ids
-        assert batch.targets[row, here].tolist() == one.targets
+        assert batch.labels[row, here].tolist() == one.labels
         assert batch.position_ids[row, here].tolist() == list(range(len(one.input_ids)))
-        assert [(row, first + position) for position, _ in one.slots] == slots[: len(one.slots)]
-        slots = slots[len(one.slots) :]
+        assert [(row, first + position) for position, _ in one.media_positions] == slots[
+            : len(one.media_positions)
+        ]
+        slots = slots[len(one.media_positions) :]
     assert not slots

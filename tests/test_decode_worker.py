@@ -325,8 +325,8 @@ def test_a_crash_while_training_costs_one_sample_and_not_the_run(
     first.rename(first.with_name("crash.png"))
     annotation = pictures / "image.json"
     annotation.write_text(annotation.read_text().replace(first.name, "crash.png"))
-    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
-    sets += ["data.datasets=[mini_image_enc]", "training.epochs=9", f"data.workers={workers}"]
+    sets = [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=9"]
+    sets += ["data.datasets=[mini_image_enc]", "training.epochs=9", f"data.num_workers={workers}"]
     run = TinyRun(tmp_path, 1, sets)
     assert run.start(target=_train_with_crashes).wait() == 0, run.output
     reasons = {line["reason"] for line in run.skipped}

@@ -25,7 +25,9 @@ from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
 CPU = torch.device("cpu")
 SHAPES = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
-OPTIONS = DiffusionSettings(steps=2, guidance_scale=3.0, frames=3, seconds=0.025, seed=5)
+OPTIONS = DiffusionSettings(
+    num_inference_steps=2, guidance_scale=3.0, num_frames=3, audio_length_in_s=0.025, seed=5
+)
 # The pipelines' own names for the length of what comes out.
 LENGTH = {"image": {}, "video": {"num_frames": 3}, "audio": {"audio_length_in_s": 0.025}}
 
@@ -108,7 +110,7 @@ def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
     assert torch.corrcoef(frames[0])[0, 1:] == pytest.approx(torch.full((3,), 0.9), abs=0.01)
     assert torch.corrcoef(frames[:, 0])[0, 1].abs() < 0.05  # two videos share nothing
     decoder = Decoder("video", str(tiny_decoder("video")), torch.device("cpu"))
-    embeddings = decoder.captions.encode(CAPTIONS)
+    embeddings = decoder.text_encoder.encode(CAPTIONS)
     alike, apart = (
         decoder.decode(embeddings, DiffusionSettings(**{**vars(OPTIONS), "shared_noise": shared}))
         for shared in (1.0, 0.0)
@@ -164,9 +166,11 @@ def test_an_offloaded_decoder_makes_the_same_and_leaves_the_device_even_when_sto
 ) -> None:
     device = torch.device("cpu", 0)  # the same as without a number, but told apart by name
     decoder = Decoder(modality, str(tiny_decoder(modality)), device, offloaded=True)
-    embeddings = decoder.captions.encode(CAPTIONS[:1])
+    embeddings = decoder.text_encoder.encode(CAPTIONS[:1])
     parts = decoder.pipeline.components.values()
-    networks = {part for part in parts if isinstance(part, nn.Module)} - {decoder.captions.encoder}
+    networks = {part for part in parts if isinstance(part, nn.Module)} - {
+        decoder.text_encoder.encoder
+    }
     moves: dict[nn.Module, list[str]] = {network: [] for network in networks}
     move = nn.Module.to
 
@@ -210,7 +214,9 @@ def test_embedding_of_another_shape_is_an_input_error() -> None:
         decoder.decode(torch.zeros(1, 77, 768))
 
 
-@pytest.mark.parametrize("options", [{"height": 100}, {"steps": 0}, {"frames": 0}])
+@pytest.mark.parametrize(
+    "options", [{"height": 100}, {"num_inference_steps": 0}, {"num_frames": 0}]
+)
 def test_wrong_option_is_named(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         DiffusionSettings(**options)

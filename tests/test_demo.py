@@ -264,7 +264,7 @@ def test_every_knob_is_turned_within_its_range_and_refused_beyond() -> None:
             with pytest.raises(UserError, match=rf"{knob.name}.*give"):
                 apply_settings(OPTIONS, {knob.name: value})
     turned = apply_settings(OPTIONS, {"steps_video": 7, "top_p": 0.5, "frames_video": None})
-    assert turned.decode["video"] == replace(OPTIONS.decode["video"], steps=7)
+    assert turned.decode["video"] == replace(OPTIONS.decode["video"], num_inference_steps=7)
     assert turned.top_p == 0.5 and turned.decode["image"] == OPTIONS.decode["image"]
     with pytest.raises(UserError, match="no knob"):
         apply_settings(OPTIONS, {"path": 1})

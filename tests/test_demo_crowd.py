@@ -97,7 +97,7 @@ def saved(output: Output, folder: Path) -> bytes:
 
 def job(running: Running, **figures: int) -> Job:
     options = GenerationSettings.from_config(running.desk.assistant.config)
-    decode = {m: replace(one, steps=100) for m, one in options.decode.items()}
+    decode = {m: replace(one, num_inference_steps=100) for m, one in options.decode.items()}
     said = Conversation((Turn("human", (Text("all of it"),)),))
     return Job(said, replace(options, decode=decode), 0, running.folder / "desk")
 

@@ -346,10 +346,10 @@ def test_ceilings_are_decoded_from_the_captions_as_they_stand(babbler: Path) -> 
     decoder = assistant.load_decoder("audio")
     written = "A BELL (low): it rings twice"
     (found,) = decode_captions(assistant, "audio", [written], [3], options)
-    embedded = decoder.captions.encode([written])
+    embedded = decoder.text_encoder.encode([written])
     (wanted,) = decoder.decode(embedded, replace(options.decode["audio"], seed=(3,)))
     np.testing.assert_array_equal(found.samples, wanted.samples)
-    assert not torch.equal(embedded, decoder.captions.encode([clean_caption(written)]))
+    assert not torch.equal(embedded, decoder.text_encoder.encode([clean_caption(written)]))
 
 
 def test_the_entry_writes_json_and_pictures(

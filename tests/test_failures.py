@@ -18,7 +18,7 @@ from tiny_run import TinyRun
 ROOT = Path(__file__).parent.parent
 SECONDS = 20  # in which everything is gone
 CAUSE = "a fault of this very test"
-LONG = ["training.epochs=1000", "training.max_steps=20000", "data.workers=2"]
+LONG = ["training.epochs=1000", "training.max_steps=20000", "data.num_workers=2"]
 
 
 def _train_failing(*given: Any) -> None:

@@ -155,7 +155,7 @@ def test_another_version_of_the_preprocessing_has_features_of_its_own(
     media: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_tiny_parts(tmp_path)
-    overrides = [*tiny_overrides(tmp_path), f"data.cache={tmp_path / 'cache'}"]
+    overrides = [*tiny_overrides(tmp_path), f"data.cache_dir={tmp_path / 'cache'}"]
     config = load_config("7b", 1, overrides)
     before = FeatureCaches(config)
     for modality in ("image", "audio"):

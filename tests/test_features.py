@@ -9,7 +9,12 @@ from tiny_run import TinyRun, trained
 def cached_features(folder: Path, *sets: str) -> dict[bytes, bytes]:
     """What stage 2 in bf16 on dialogues with media leaves in an empty cache, by content."""
     cache = folder / "cache"
-    sets = (*sets, "training.precision=bf16", "data.datasets=[mini_mosit]", f"data.cache={cache}")
+    sets = (
+        *sets,
+        "training.precision=bf16",
+        "data.datasets=[mini_mosit]",
+        f"data.cache_dir={cache}",
+    )
     TinyRun(folder, 2, sets, ["--init-from", str(trained(1).folder)]).finish()
     with sqlite3.connect(cache / "features.sqlite") as database:
         return dict(database.execute("SELECT digest, vector FROM feature"))
@@ -19,5 +24,5 @@ def test_media_first_met_in_a_warm_start_get_the_features_they_get_in_a_step(
     tmp_path: Path,
 ) -> None:
     stepped = cached_features(tmp_path / "stepped")
-    warmed = cached_features(tmp_path / "warmed", "output_projection.centred=true")
+    warmed = cached_features(tmp_path / "warmed", "output_projection.whiten_inputs=true")
     assert len(stepped) > 10 and warmed == stepped

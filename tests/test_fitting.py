@@ -41,7 +41,7 @@ def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
 def test_each_place_of_a_medium_is_put_among_its_share_of_the_captions_words(
     tmp_path: Path, places: int
 ) -> None:
-    overrides = [*tiny_overrides(tmp_path), f"input_projection.tokens={places}"]
+    overrides = [*tiny_overrides(tmp_path), f"input_projection.tokens_per_medium={places}"]
     config = load_config("7b", overrides=overrides)
     torch.manual_seed(0)
     model = build_model(config, torch.float32, lora=False, output_projections=False)
@@ -97,7 +97,9 @@ def test_a_fit_to_no_media_is_refused(tmp_path: Path) -> None:
 
 def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:
     sets = ["training.max_steps=1", "training.learning_rate=1e-9"]
-    fitted = TinyRun(tmp_path / "fitted", 1, [*sets, "training.fit_input_projection=true"]).finish()
+    fitted = TinyRun(
+        tmp_path / "fitted", 1, [*sets, "input_projection.init=least_squares"]
+    ).finish()
     plain = TinyRun(tmp_path / "plain", 1, sets).finish()
     assert "fitting the input projection" in fitted.output
     name = "input_projection.weight"
@@ -106,14 +108,14 @@ def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:
 
 def test_two_processes_fit_the_projection_that_one_fits(tmp_path: Path) -> None:
     sets = ["training.max_steps=1", "training.learning_rate=1e-9"]
-    sets.append("training.fit_input_projection=true")
+    sets.append("input_projection.init=least_squares")
     alone = TinyRun(tmp_path / "alone", 1, sets).finish()
     both = TinyRun(tmp_path / "both", 1, sets, world=2).finish()
     torch.testing.assert_close(both.delta, alone.delta, rtol=1e-3, atol=1e-4)
 
 
 def test_a_later_stage_keeps_the_projection_that_it_is_given(tmp_path: Path) -> None:
-    sets = ["training.fit_input_projection=true", "training.trains=[output_projections]"]
+    sets = ["input_projection.init=least_squares", "training.trainable=[output_projections]"]
     later = TinyRun(tmp_path, 2, sets, ["--init-from", str(trained(1).folder)]).finish()
     before, after = trained(1).delta, later.delta
     assert torch.equal(before["input_projection.weight"], after["input_projection.weight"])

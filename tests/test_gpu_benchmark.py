@@ -16,7 +16,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 def test_every_stage_and_an_answer_are_measured_on_the_tiny_system(tmp_path: Path) -> None:
-    overrides = [*tiny_overrides(tmp_path), "data.max_length=64", "training.micro_batch_size=4"]
+    overrides = [*tiny_overrides(tmp_path), "data.max_seq_length=64", "training.micro_batch_size=4"]
     sets = [word for one in overrides for word in ("--set", one)]
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--steps", "1", "--answer", *sets]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -47,7 +47,7 @@ def gradients(
     """Those of the same eight samples, by parameter, not clipped."""
     folder.mkdir()
     sets = ["training.max_steps=1", f"training.micro_batch_size={micro_batch}"]
-    sets += [f"training.precision={precision}", "training.gradient_clipping=1e9"]
+    sets += [f"training.precision={precision}", "training.max_grad_norm=1e9"]
     run = TinyRun(folder, 3, [*sets, zero(stage, folder)], from_stage(2), world=world)
     assert run.start(target=_train_keeping_gradients).wait() == 0, run.output
     return load_file(f"{run._output(0)}.gradients")
@@ -122,7 +122,7 @@ def fp16_run(
     folder.mkdir(exist_ok=True)
     weights = f"{{image: {weight}, video: {weight}, audio: {weight}}}"
     sets = ("training.precision=fp16", f"training.micro_batch_size={micro_batch}", *sets)
-    sets = (*sets, f"training.alignment_weights={weights}", zero(stage, folder))
+    sets = (*sets, f"training.alignment_loss_weights={weights}", zero(stage, folder))
     return TinyRun(folder, 2, sets, from_stage(1), world=world)
 
 
@@ -169,4 +169,4 @@ def test_settings_that_hide_or_cause_overflows_are_refused(
     file = tmp_path / "settings.json"
     file.write_text(settings)
     with pytest.raises(UserError, match=key):
-        read_deepspeed_config(load_config("7b", 1, [f"training.deepspeed={file}"]).training)
+        read_deepspeed_config(load_config("7b", 1, [f"training.deepspeed_config={file}"]).training)

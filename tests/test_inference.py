@@ -98,7 +98,7 @@ def test_what_is_typed_is_never_a_path(scripted: Path, tmp_path: Path) -> None:
     human = read_history(tmp_path / "history.json")[0]
     assert human.parts == (Text(typed),)
     encoded = tiny_encoder().encode(Conversation((human,)))
-    assert not encoded.slots and max(encoded.input_ids) < SIGNALS.first_id
+    assert not encoded.media_positions and max(encoded.input_ids) < SIGNALS.first_id
 
 
 def test_cases_get_a_folder_each(scripted: Path, tmp_path: Path) -> None:

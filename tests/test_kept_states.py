@@ -17,7 +17,7 @@ from test_training import zero
 from tiny_run import TinyRun, trained
 from tiny_system import randomise_adapters, tiny_config
 
-ALONE = ["training.trains=[output_projections]", "training.max_steps=12", "training.epochs=9"]
+ALONE = ["training.trainable=[output_projections]", "training.max_steps=12", "training.epochs=9"]
 
 
 def run(folder: Path, *sets: str, world: int = 1) -> TinyRun:
@@ -30,10 +30,12 @@ def some_batch() -> Batch:
     return Batch(
         input_ids=torch.arange(60).view(2, 30),
         attention_mask=torch.ones(2, 30, dtype=torch.int64),
-        targets=torch.full((2, 30), -100),
-        slots=torch.tensor([[0, 1], [1, 18]]),  # the second begins before the other row's end
+        labels=torch.full((2, 30), -100),
+        media_positions=torch.tensor(
+            [[0, 1], [1, 18]]
+        ),  # the second begins before the other row's end
         features=torch.randn(2, 32),
-        runs={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
+        signal_spans={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
     )
 
 
@@ -51,7 +53,7 @@ SINGLY = ["training.global_batch_size=4", "training.micro_batch_size=1"]  # some
 def test_kept_states_give_the_losses_of_states_read_every_time(
     sets: list[str], tmp_path: Path
 ) -> None:
-    kept = run(tmp_path / "kept", "training.keep_states=true", *sets).finish().metrics
+    kept = run(tmp_path / "kept", "training.cache_hidden_states=true", *sets).finish().metrics
     read = run(tmp_path / "read", *sets).finish().metrics
     assert len(kept) == 12  # some captions come more than once
     for one, other in zip(kept, read, strict=True):
@@ -64,8 +66,8 @@ def test_kept_states_give_the_losses_of_states_read_every_time(
 
 
 def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
-    alone = run(tmp_path / "alone", "training.keep_states=true").finish().metrics
-    both = run(tmp_path / "both", "training.keep_states=true", world=2).finish().metrics
+    alone = run(tmp_path / "alone", "training.cache_hidden_states=true").finish().metrics
+    both = run(tmp_path / "both", "training.cache_hidden_states=true", world=2).finish().metrics
     assert [line["loss"] for line in both] == pytest.approx(
         [line["loss"] for line in alone], rel=1e-4
     )
@@ -76,9 +78,9 @@ def test_under_zero_3_processes_that_lack_different_states_read_in_step(
     tmp_path: Path, centred: str
 ) -> None:
     sets = [*SINGLY, "data.datasets=[mini_request,mini_mosit,mini_text]", "training.max_steps=30"]
-    sets.append(f"output_projection.centred={centred}")
+    sets.append(f"output_projection.whiten_inputs={centred}")
     alone = run(tmp_path / "alone", *sets).finish().metrics
-    divided = ["training.keep_states=true", zero(3, tmp_path)]
+    divided = ["training.cache_hidden_states=true", zero(3, tmp_path)]
     both = run(tmp_path / "both", *sets, *divided, world=2).finish()
     for one, other in zip(both.metrics, alone, strict=True):
         names = [name for name in one if name.startswith("alignment_")]
@@ -88,9 +90,9 @@ def test_under_zero_3_processes_that_lack_different_states_read_in_step(
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_states_without_room_are_computed_again_and_counted(tmp_path: Path, world: int) -> None:
-    sets = ["training.keep_states=true", "training.hidden_state_cache_gb=3.0e-5"]
+    sets = ["training.cache_hidden_states=true", "training.hidden_state_cache_gb=3.0e-5"]
     small = run(tmp_path / "small", *sets, world=world).finish()
-    large = run(tmp_path / "large", "training.keep_states=true").finish()
+    large = run(tmp_path / "large", "training.cache_hidden_states=true").finish()
     assert small.losses == pytest.approx(large.losses, rel=1e-4)
     told = re.search(r"states of (\d+) conv.* computed again for want of room (\d+)", small.output)
     kept, again = told.groups()
@@ -101,9 +103,9 @@ def test_states_without_room_are_computed_again_and_counted(tmp_path: Path, worl
 
 
 def test_one_epoch_keeps_no_states(tmp_path: Path) -> None:
-    sets = ["training.keep_states=true", "training.epochs=1", "training.max_steps=2"]
+    sets = ["training.cache_hidden_states=true", "training.epochs=1", "training.max_steps=2"]
     once = run(tmp_path / "once", *sets).finish()
-    assert "one epoch reads no state again" in once.output
+    assert "no state is read twice in one epoch" in once.output
     assert "hidden states of" not in once.output
     read = run(tmp_path / "read", "training.epochs=1", "training.max_steps=2").finish()
     assert once.metrics == read.metrics
@@ -111,7 +113,7 @@ def test_one_epoch_keeps_no_states(tmp_path: Path) -> None:
 
 def test_no_shipped_configuration_of_7b_keeps_states_and_the_mini_system_does() -> None:
     for name in SHIPPED:
-        kept = [s for s in STAGES if load_config(name, s).training.keep_states]
+        kept = [s for s in STAGES if load_config(name, s).training.cache_hidden_states]
         assert kept == ([2, 4] if name == "mini" else []), name
 
 
@@ -134,27 +136,31 @@ def test_frozen_adapters_with_dropout_leave_kept_states_as_they_are(dtype: torch
 @pytest.mark.parametrize(
     ("sets", "fault"),
     [
-        (["training.trains=[output_projections,vocabulary]"], "states change"),
-        (["data.row_length=128"], "one conversation a row"),
+        (["training.trainable=[output_projections,vocabulary]"], "states change"),
+        (["data.packed_seq_length=128"], "one conversation a row"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(tmp_path: Path, sets: list[str], fault: str) -> None:
-    assert fault in run(tmp_path, "training.keep_states=true", *sets).fail()
+    assert fault in run(tmp_path, "training.cache_hidden_states=true", *sets).fail()
 
 
 def test_media_behind_the_last_run_of_a_row_are_not_read() -> None:
-    config = tiny_config(4, ["input_projection.tokens=4"])
+    config = tiny_config(4, ["input_projection.tokens_per_medium=4"])
     model = build_model(config, torch.float32, lora=False, output_projections=True)
     batch = Batch(
         input_ids=torch.arange(60).view(2, 30),
         attention_mask=torch.ones(2, 30, dtype=torch.int64),
-        targets=torch.full((2, 30), -100),
-        slots=torch.tensor([[0, 1], [1, 18]]),  # the second begins before the other row's end
+        labels=torch.full((2, 30), -100),
+        media_positions=torch.tensor(
+            [[0, 1], [1, 18]]
+        ),  # the second begins before the other row's end
         features=torch.randn(2, 32),
-        runs={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
+        signal_spans={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
     )
     model.requires_grad_(False)
     filled = HiddenStateCache(model, config.training).fill(batch).states
-    embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
-    read = model.states_of_runs("image", batch.runs["image"], model.read(embeddings), embeddings)
+    embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
+    read = model.states_of_runs(
+        "image", batch.signal_spans["image"], model.read(embeddings), embeddings
+    )
     torch.testing.assert_close(filled["image"], read)

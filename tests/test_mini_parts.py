@@ -80,7 +80,7 @@ def megabytes_to_ship(*folders: Path) -> float:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_caption_shapes_are_the_configurations(modality: Modality, parts: Path) -> None:
-    expected = load_config("mini").decoders[modality].caption_shape
+    expected = load_config("mini").decoders[modality].prompt_embeds_shape
     assert list(TextEncoder(modality, str(parts / FOLDERS[modality]), CPU).shape) == expected
 
 

@@ -82,7 +82,7 @@ def test_dropout_is_active_in_what_trains_and_nowhere_else(
 ) -> None:
     model = model_of(stage)
     for _ in range(2):
-        trains = tiny_config(stage).training.trains
+        trains = tiny_config(stage).training.trainable
         for name, module in model.named_modules():
             if name and not isinstance(module, nn.Embedding):
                 assert module.training == (group_of(f"{name}.") in trains), name
@@ -118,7 +118,7 @@ def test_quantized_matrices_let_gradients_through_after_a_pass_without_dropout(k
 def test_measuring_a_centre_draws_no_dropout() -> None:
     centres = []
     for seed in (1, 2):
-        model = model_of(3, "output_projection.centred=true")
+        model = model_of(3, "output_projection.whiten_inputs=true")
         torch.manual_seed(seed)
         whiten_projections(model, [batch()])
         centres.append(model.output_projections["image"].centre.clone())
@@ -128,8 +128,8 @@ def test_measuring_a_centre_draws_no_dropout() -> None:
 
 def test_stage_4_reads_frozen_adapters_without_dropout_resumed_or_not(tmp_path: Path) -> None:
     start = ["--init-from", str(trained(3).folder)]
-    sets = ["training.save_every=1", "training.epochs=9", "training.max_steps=6"]
-    sets.append("training.keep_states=false")
+    sets = ["training.save_steps=1", "training.epochs=9", "training.max_steps=6"]
+    sets.append("training.cache_hidden_states=false")
     plain = TinyRun(tmp_path / "plain", 4, sets, start).finish()
     killed = TinyRun(tmp_path / "killed", 4, [*sets, DROPOUT], start)
     killed.kill_when(lambda: len(killed.metrics) >= 3)

@@ -46,13 +46,13 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     shapes = {"image": picture, "video": picture, "audio": [FIGURES.sound_width]}
     sets = [
         f"language_model.path={folder / 'language_model'}",
-        "language_model.template=own",
+        "language_model.prompt_format=tokenizer",
         "data.caption_embeddings=online",
     ]
     for modality in MODALITIES:
         build_mini_decoder(modality, folder / modality, 1, CAPTIONS[:1], FIGURES)
         sets.append(f"decoders.{modality}.path={folder / modality}")
-        sets.append(f"decoders.{modality}.caption_shape={shapes[modality]}")
+        sets.append(f"decoders.{modality}.prompt_embeds_shape={shapes[modality]}")
         sets.append(f"decoders.{modality}.signal_tokens={SIGNALS[modality]}")
     return sets
 
@@ -94,7 +94,7 @@ def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: 
     answers.append(assistant.chat(asked, seed=1, options=options))
     media = [part for one in answers for part in one.turn.parts if isinstance(part, Media)]
     captions = [caption for one in answers for caption in one.captions]
-    shape = tuple(assistant.config.decoders[modality].caption_shape)
+    shape = tuple(assistant.config.decoders[modality].prompt_embeds_shape)
     assert (modality, shape) in [
         (medium.modality, tuple(caption.shape))
         for medium, caption in zip(media, captions, strict=True)
@@ -116,6 +116,6 @@ def test_embeddings_of_another_decoder_are_refused_with_maker_or_both_shapes(
     assert re.search(r"the \w+ embeddings in .*embed were made by .*, whose text encoder", said)
     records = shutil.ignore_patterns("captions.*", "embeddings.*", ".*")
     shutil.copytree(tiny_world() / "embed", tmp_path / "embed", ignore=records)
-    unrecorded = [*precomputed, f"data.embeddings={tmp_path / 'embed'}"]
+    unrecorded = [*precomputed, f"data.caption_embedding_dir={tmp_path / 'embed'}"]
     said = TinyRun(tmp_path / "unrecorded", 2, unrecorded, start).fail()
     assert re.search(r"shape \((12, 32|16,)\), expected \((10, 48|24,)\)", said)

@@ -32,7 +32,7 @@ def weighted_loss(losses: Losses, video_weight: float) -> torch.Tensor:
     total = losses.text / losses.tokens
     for modality, distance in losses.alignment.items():
         weight = video_weight if modality == "video" else 1.0
-        total = total + weight * distance / losses.runs[modality]
+        total = total + weight * distance / losses.signal_spans[modality]
     return total
 
 
@@ -43,7 +43,7 @@ def test_batches_are_padded_and_masked_as_recorded() -> None:
         opening = batch.input_ids.shape[1] - recorded.shape[1]
         assert torch.equal(batch.attention_mask[:, opening:], recorded), case
         assert torch.equal(batch.input_ids[:, opening:], cases()[f"{case}.input_ids"]), case
-        assert torch.equal(batch.targets[:, opening:], cases()[f"{case}.targets"]), case
+        assert torch.equal(batch.labels[:, opening:], cases()[f"{case}.targets"]), case
 
 
 @pytest.mark.parametrize("whole_vocabulary", [True, False])
@@ -54,7 +54,7 @@ def test_losses_and_gradients_are_the_published_ones(case: str, whole_vocabulary
     assert relative_error(loss, cases()[f"{case}.loss"]) < 1e-5
     modality = case.split(".")[1]
     if modality in losses.alignment:
-        found = losses.alignment[modality] / losses.runs[modality]
+        found = losses.alignment[modality] / losses.signal_spans[modality]
         assert relative_error(found, cases()[f"{case}.mse"]) < 1e-4
     loss.backward()
     embedding = model.language_model.get_input_embeddings()
@@ -75,7 +75,7 @@ def test_a_batch_without_a_target_has_no_text_loss_and_finite_gradients() -> Non
     """All of an answer's words may have been cut to fit."""
     model = tiny_model(lora=False)
     batch = recorded_batch("stage1.image")
-    batch.targets.fill_(IGNORE_INDEX)
+    batch.labels.fill_(IGNORE_INDEX)
     losses = model(batch)
     assert losses.tokens == 0 and losses.text.item() == 0
     losses.text.backward()

@@ -22,13 +22,13 @@ from parity_tools import PARITY
 from tiny_system import tiny_config
 
 ROOT = Path(__file__).parent.parent
-KEPT = ["training.keep_states=true"]
+KEPT = ["training.cache_hidden_states=true"]
 PASSING = ("gradients", "activations")
 
 
 def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
     """Bytes that the allocator hands out at once in a real forward and backward pass."""
-    trains = config.training.trains
+    trains = config.training.trainable
     parts = {"lora": stage >= 3, "output_projections": "output_projections" in trains}
     model = build_model(config, dtype, **parts)
     configure_trainable(model, config)
@@ -70,7 +70,7 @@ def test_activations_are_planned_as_measured(
         "training.precision=fp32",
         "training.micro_batch_size=4",
         "training.global_batch_size=4",
-        "data.max_length=64",
+        "data.max_seq_length=64",
         *more,
     ]
     config = tiny_config(stage, sets)
@@ -80,8 +80,8 @@ def test_activations_are_planned_as_measured(
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_activations_of_the_mini_model_are_planned_as_measured(checkpointing: str) -> None:
-    sets = [f"training.activation_checkpointing={checkpointing}", "data.row_length=512"]
-    sets += ["training.precision=bf16", "data.max_length=128", "training.global_batch_size=4"]
+    sets = [f"training.activation_checkpointing={checkpointing}", "data.packed_seq_length=512"]
+    sets += ["training.precision=bf16", "data.max_seq_length=128", "training.global_batch_size=4"]
     config = load_config("mini", 3, sets)
     planned = passing(estimate_memory(config, 3, 1))
     assert planned == pytest.approx(measured_peak(config, 3, torch.bfloat16), rel=0.05)
@@ -91,7 +91,7 @@ def planned_with(tmp_path: Path, processes: int, **zero: object) -> Plan:
     """Stage 3 of the tiny system with this in DeepSpeed's JSON."""
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"zero_optimization": zero}))
-    sets = [f"training.deepspeed={settings}", "training.global_batch_size=8"]
+    sets = [f"training.deepspeed_config={settings}", "training.global_batch_size=8"]
     return estimate_memory(tiny_config(3, sets), 3, processes)
 
 
@@ -146,7 +146,7 @@ def test_kept_states_are_counted_in_the_machines_memory_up_to_their_limit() -> N
 def test_each_loader_process_has_one_that_decodes() -> None:
     use = "decoding processes, at most"
     for workers, count in ((0, 1), (3, 3)):
-        plan = estimate_memory(tiny_config(1, [f"data.workers={workers}"]), 1, 1)
+        plan = estimate_memory(tiny_config(1, [f"data.num_workers={workers}"]), 1, 1)
         assert plan.in_memory[use] == count << 30
     captions_alone = tiny_config(2, ["data.datasets=[mini_image_dec]"])
     assert use not in estimate_memory(captions_alone, 2, 1).in_memory

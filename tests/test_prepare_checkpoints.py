@@ -285,11 +285,11 @@ def test_a_decoder_of_another_kind_or_shape_or_without_a_network_is_named(
         words = [word for one in (path, *sets) for word in ("--set", one)]
         return report("--config", "7b", *words, "--only", modality)
 
-    assert ask("image", f"decoders.image.caption_shape={shape}")[0] == 0
-    assert "caption_shape is [77, 768]" in ask("image")[1]
+    assert ask("image", f"decoders.image.prompt_embeds_shape={shape}")[0] == 0
+    assert "prompt_embeds_shape is [77, 768]" in ask("image")[1]
     assert "video takes a TextToVideoSDPipeline" in ask("video")[1]
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    status, said = ask("image", f"decoders.image.caption_shape={shape}")
+    status, said = ask("image", f"decoders.image.prompt_embeds_shape={shape}")
     assert status == 1 and f"{folder / 'unet'}: no weights" in said
 
 
@@ -360,10 +360,10 @@ def write_repositories(hub: Path, overrides: list[str]) -> None:
 
 def test_the_hubs_parts_are_fetched_to_their_places_and_found_right(tmp_path: Path) -> None:
     """The real command, in a project of its own, with HF_ENDPOINT at the server of the tests."""
-    overrides = [f"decoders.image.caption_shape=[{TINY.text_tokens},{TINY.text_width}]"]
+    overrides = [f"decoders.image.prompt_embeds_shape=[{TINY.text_tokens},{TINY.text_width}]"]
     write_repositories(tmp_path / "hub", overrides)
     project = tmp_path / "project"
-    shutil.copytree(ROOT / "code", project / "code", ignore=shutil.ignore_patterns("__pycache__"))
+    project.mkdir()
     with serve(tmp_path / "hub") as served:
         ended = fetch(project, served, overrides)
         loaded = {path.rpartition("/")[2] for path, size in served.sent if "resolve" in path}
@@ -386,13 +386,14 @@ def fetch(project: Path, served: Served, overrides: list[str]) -> subprocess.Com
     only = ["--only", "image", "language_model", "tuned", "video"]
     environment = {
         **os.environ,
+        "NEXTGPT_HOME": str(project),
         "HF_ENDPOINT": served.url,
         "HF_HOME": str(project / "hf"),
         "HF_HUB_OFFLINE": "0",
         "NO_PROXY": "127.0.0.1",
     }
     return subprocess.run(
-        [sys.executable, project / "code" / "prepare_checkpoints.py", "--config", "7b", "--fetch",
+        [sys.executable, ROOT / "code" / "prepare_checkpoints.py", "--config", "7b", "--fetch",
          *sets, *only],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip

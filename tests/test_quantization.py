@@ -70,7 +70,7 @@ def test_it_answers_with_words_and_media(kind: str, tmp_path: Path) -> None:
 
 
 def test_4_bits_train_nearly_as_well_alone_or_in_two_processes_and_resume(tmp_path: Path) -> None:
-    sets = [*ONE_AT_A_TIME, "training.max_steps=12", "training.save_every=4"]
+    sets = [*ONE_AT_A_TIME, "training.max_steps=12", "training.save_steps=4"]
     whole = TinyRun(tmp_path / "whole", 3, sets, from_stage(2)).finish()
     sets.append(IN_BITS["4bit"])
     small = TinyRun(tmp_path / "small", 3, sets, from_stage(2)).finish()

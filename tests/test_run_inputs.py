@@ -54,12 +54,12 @@ class World:
     def sets(self) -> list[str]:
         """Overrides that name the copies."""
         return [
-            f"data.root={self.data}",
-            f"data.embeddings={self.folder / 'embed'}",
-            f"data.cache={self.folder / 'cache'}",
+            f"data.data_dir={self.data}",
+            f"data.caption_embedding_dir={self.folder / 'embed'}",
+            f"data.cache_dir={self.folder / 'cache'}",
             f"encoder.path={self.folder / 'imagebind'}",
             f"language_model.path={self.folder / 'language_model'}",
-            f"training.deepspeed={self.zero}",
+            f"training.deepspeed_config={self.zero}",
         ]
 
     def inputs(self, stage: int = 2, *more: str) -> RunInputs:
@@ -227,14 +227,14 @@ def test_embeddings_made_again_by_the_same_decoder_are_the_same(world: World) ->
 def killed(world: World, *flags: str) -> TinyRun:
     """A run of stage 2 from the world, killed after its first checkpoint."""
     run = TinyRun(
-        world.folder, 2, [*world.sets, "training.save_every=1", "training.max_steps=8"], flags
+        world.folder, 2, [*world.sets, "training.save_steps=1", "training.max_steps=8"], flags
     )
     run.kill_when(lambda: "step_000002" in run.checkpoints)
     return run
 
 
 def resumed(world: World, *more: str, flags: tuple[str, ...] = ()) -> TinyRun:
-    sets = [*world.sets, "training.save_every=1", "training.max_steps=8", *more]
+    sets = [*world.sets, "training.save_steps=1", "training.max_steps=8", *more]
     return TinyRun(world.folder, 2, sets, ["--resume", *flags])
 
 

@@ -24,7 +24,7 @@ def test_mixed_shows_every_row_once_an_epoch_and_fills_the_last_batch() -> None:
 
 
 def test_in_turn_gives_one_data_set_a_batch_until_the_largest_is_through() -> None:
-    plan = BatchSchedule(SIZES, 4, "one_dataset_in_turn", seed=1)
+    plan = BatchSchedule(SIZES, 4, "round_robin", seed=1)
     batches = list(plan.batches(epoch=0))
     assert len(batches) == plan.steps_per_epoch == 18
     assert [{name for name, _ in batch} for batch in batches] == [{"a"}, {"b"}, {"c"}] * 6
@@ -37,7 +37,7 @@ def test_in_turn_gives_one_data_set_a_batch_until_the_largest_is_through() -> No
             assert all(one != other for one, other in pairwise(shuffles))
 
 
-@pytest.mark.parametrize("mode", ["mixed", "one_dataset_in_turn"])
+@pytest.mark.parametrize("mode", ["mixed", "round_robin"])
 def test_the_order_depends_on_seed_and_epoch_alone_and_can_be_entered_anywhere(mode: str) -> None:
     plan = BatchSchedule(SIZES, 4, mode, seed=1)
     whole = list(plan.batches(epoch=2))
@@ -69,7 +69,7 @@ def test_what_cannot_be_batched_or_shared_says_what_to_do() -> None:
     with pytest.raises(UserError, match="global_batch_size"):
         BatchSchedule({"a": 3}, 4, "mixed", seed=0)
     with pytest.raises(UserError, match="more than the 23 there are"):
-        BatchSchedule(SIZES, 24, "one_dataset_in_turn", seed=0)
+        BatchSchedule(SIZES, 24, "round_robin", seed=0)
     with pytest.raises(UserError, match="without rows: b"):
         BatchSchedule({"a": 3, "b": 0}, 2, "mixed", seed=0)
     with pytest.raises(UserError, match="without rows"):
@@ -78,7 +78,7 @@ def test_what_cannot_be_batched_or_shared_says_what_to_do() -> None:
         split_for_rank([("a", row) for row in range(4)], rank=0, world=8, length=len)
 
 
-@pytest.mark.parametrize("mode", ["mixed", "one_dataset_in_turn"])
+@pytest.mark.parametrize("mode", ["mixed", "round_robin"])
 def test_a_million_rows_are_resumed_in_the_middle_at_once(mode: str) -> None:
     plan = BatchSchedule({"big": 1_000_000, "small": 1000}, 64, mode, seed=0)
     begun = time.perf_counter()

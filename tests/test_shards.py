@@ -56,7 +56,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stage_on_shards_loses_what_it_loses_on_files(
     packed: Path, tmp_path: Path, stage: int
 ) -> None:
-    sets = [f"data.root={packed}", f"data.cache={tmp_path / 'cache'}"]
+    sets = [f"data.data_dir={packed}", f"data.cache_dir={tmp_path / 'cache'}"]
     init = from_stage(1) if stage == 2 else []
     run = TinyRun(tmp_path, stage, sets, init).finish()
     assert run.losses == trained(stage).losses

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from nextgpt.config.loader import load_config, project_path
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
 from nextgpt.generation.assistant import Assistant
 from nextgpt.mini_world.build_components import PARTS, RECORD
 from nextgpt.mini_world.mini_decoders import FOLDERS

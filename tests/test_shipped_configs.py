@@ -62,11 +62,11 @@ class ShippedRun(TinyRun):
         share = config.training.global_batch_size // PROCESSES.get(self.config, 1)
         overrides = [
             *tiny_overrides(system),
-            "language_model.template=published",
+            "language_model.prompt_format=vicuna_v0",
             f"save_path={self.save_path}",
-            f"data.root={self.data_root}",
-            f"data.cache={system / 'cache'}",
-            f"data.embeddings={system / 'embed'}",
+            f"data.data_dir={self.data_root}",
+            f"data.cache_dir={system / 'cache'}",
+            f"data.caption_embedding_dir={system / 'embed'}",
             f"training.global_batch_size={share}",
             f"training.max_steps={len(config.data.datasets)}",
         ]

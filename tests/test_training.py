@@ -47,7 +47,7 @@ def zero(stage: int, folder: Path, **more: object) -> str:
         "zero_allow_untested_optimizer": True,
     }
     file.write_text(json.dumps(settings))
-    return f"training.deepspeed={file}"
+    return f"training.deepspeed_config={file}"
 
 
 # ---------------------------------------------------------------- what trains, and from what
@@ -63,7 +63,7 @@ def test_what_the_table_says_trains_and_nothing_else(tmp_path: Path, stage: int)
     rows = re.findall(r"^(\w+) +[\d,]+  ([\d,]+|frozen)$", run.output, re.MULTILINE)
     table = {part: int(trained.replace(",", "")) for part, trained in rows if trained != "frozen"}
     assert changed == table
-    assert table.keys() == set(load_config("7b", stage).training.trains)
+    assert table.keys() == set(load_config("7b", stage).training.trainable)
     assert "language_model" in dict(rows)
 
 
@@ -80,7 +80,7 @@ def test_each_stage_starts_from_the_one_before_and_says_what_it_took() -> None:
 
 
 def test_the_adapters_second_matrices_may_have_a_rate_of_their_own(tmp_path: Path) -> None:
-    sets = ["training.max_steps=3", "training.learning_rates={lora: 1.0e-12, lora_B: 1.0e-2}"]
+    sets = ["training.max_steps=3", "training.group_learning_rates={lora: 1.0e-12, lora_B: 1.0e-2}"]
     before, after = trained(3).delta, TinyRun(tmp_path, 3, sets, from_stage(3)).finish().delta
     moved = {n: float((after[n] - before[n]).abs().max()) for n in after if group_of(n) == "lora"}
     first = [distance for name, distance in moved.items() if ".lora_A." in name]
@@ -107,7 +107,7 @@ def test_stage_2_needs_no_encoder_no_media_and_no_decoders(tmp_path: Path) -> No
     for kind in ("image", "video", "audio"):
         shutil.rmtree(media(data, kind)[0].parent)
     nowhere = tmp_path / "nowhere"
-    sets = [f"data.root={data}", f"encoder.path={nowhere}"]
+    sets = [f"data.data_dir={data}", f"encoder.path={nowhere}"]
     sets += [f"decoders.{kind}.path={nowhere}" for kind in ("image", "video", "audio")]
     run = TinyRun(tmp_path, 2, sets, from_stage(1)).finish()
     assert run.losses == trained(2).losses
@@ -116,7 +116,7 @@ def test_stage_2_needs_no_encoder_no_media_and_no_decoders(tmp_path: Path) -> No
 def test_stage_1_needs_no_decoders_and_no_caption_embeddings(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     sets = [f"decoders.{kind}.path={nowhere}" for kind in ("image", "video", "audio")]
-    run = TinyRun(tmp_path, 1, [*sets, f"data.embeddings={nowhere}"]).finish()
+    run = TinyRun(tmp_path, 1, [*sets, f"data.caption_embedding_dir={nowhere}"]).finish()
     assert run.losses == trained(1).losses
     assert "output_projections" not in run.output
 
@@ -245,7 +245,10 @@ def test_fp32_is_advised_against_a_bad_gradient_where_the_run_is_not_in_it() -> 
 
 def test_fp16_takes_no_step_that_overflows(tmp_path: Path) -> None:
     sets = [*ONE_AT_A_TIME, "training.max_steps=3", "training.precision=fp16"]
-    sets += ["training.alignment_weights={image: 1e9, video: 1e9, audio: 1e9}", zero(2, tmp_path)]
+    sets += [
+        "training.alignment_loss_weights={image: 1e9, video: 1e9, audio: 1e9}",
+        zero(2, tmp_path),
+    ]
     run = TinyRun(tmp_path, 2, sets, from_stage(1)).finish()
     assert [row["gradient_norm"] for row in run.metrics] == [None] * 3
     assert [row["loss_scale"] for row in run.metrics] == [2.0**12, 2.0**11, 2.0**10]
@@ -265,7 +268,7 @@ def test_packed_rows_lose_what_rows_of_one_conversation_lose(
     tmp_path: Path, alone: TinyRun, attention: str
 ) -> None:
     sets = [*ONE_AT_A_TIME, "training.micro_batch_size=4", "training.max_steps=6"]
-    sets += ["data.row_length=300", f"language_model.attention={attention}"]
+    sets += ["data.packed_seq_length=300", f"language_model.attn_implementation={attention}"]
     packed = TinyRun(tmp_path, 3, sets, from_stage(2)).finish()
     assert packed.losses == pytest.approx(alone.losses, rel=1e-4)
 
@@ -295,13 +298,13 @@ def train_without_decoding(*given: Any) -> None:
 
 
 def test_a_medium_is_decoded_and_encoded_once_for_all_runs(tmp_path: Path) -> None:
-    sets = [f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+    sets = [f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=9"]
     first = TinyRun(tmp_path / "first", 1, sets).finish()
     second = TinyRun(tmp_path / "second", 1, sets).start(train_without_decoding)
     assert second.wait() == 0, second.output
     assert second.metrics == first.metrics
     assert first.metrics[-1]["skipped"] == 0
-    new = TinyRun(tmp_path / "new", 1, [f"data.cache={tmp_path / 'empty'}"])
+    new = TinyRun(tmp_path / "new", 1, [f"data.cache_dir={tmp_path / 'empty'}"])
     assert new.start(train_without_decoding).wait() == 2 and "decoded again" in new.output
 
 
@@ -336,7 +339,7 @@ def test_the_published_learning_rate_is_deepspeeds_warmup_decay(steps: int) -> N
         warmup_max_lr=training.learning_rate,
         warmup_num_steps=max(10, steps // 10),
     )
-    factor = learning_rate_schedule(steps, training.warmup, training.warmup_type)
+    factor = learning_rate_schedule(steps, training.warmup_ratio, training.warmup_type)
     for step in range(steps):
         published.step()
         rate = training.learning_rate * factor(step)
@@ -367,14 +370,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(tmp_path: Path) 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(
     tmp_path: Path, stage: int, world: int
 ) -> None:
-    weights = "training.alignment_weights={image: 1.0e+38, video: 1.0, audio: 1.0}"
+    weights = "training.alignment_loss_weights={image: 1.0e+38, video: 1.0, audio: 1.0}"
     run = TinyRun(tmp_path, 2, [weights, zero(stage, tmp_path)], from_stage(1), world=world)
     assert "a gradient is not finite" in run.fail()
     assert not run.metrics
 
 
 def test_a_run_that_diverges_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    sets = ["training.learning_rate=1e+30", "training.save_every=1", "training.max_steps=8"]
+    sets = ["training.learning_rate=1e+30", "training.save_steps=1", "training.max_steps=8"]
     run = TinyRun(tmp_path, 2, sets, from_stage(1))
     assert "is not finite" in run.fail()
     assert run.checkpoints == [f"step_{len(run.metrics):06d}"]
@@ -386,7 +389,7 @@ def test_media_that_cannot_be_used_are_skipped_counted_and_listed(tmp_path: Path
     missing.unlink()
     broken.write_bytes(b"no sound")
     cut.write_bytes(cut.read_bytes()[:100])
-    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+    sets = [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=9"]
     for world in (1, 2):
         run = TinyRun(tmp_path / str(world), 1, sets, world=world).finish()
         reasons = [line["reason"] for line in run.skipped]
@@ -400,8 +403,8 @@ def test_skipped_samples_are_listed_once_when_a_run_is_resumed(tmp_path: Path) -
     data = copied_data(tmp_path)
     for file in media(data, "image")[::6]:
         file.unlink()
-    sets = [f"data.root={data}", "data.datasets=[mini_image_enc]", "training.max_steps=40"]
-    sets += ["training.epochs=20", "training.save_every=5", "training.fit_input_projection=true"]
+    sets = [f"data.data_dir={data}", "data.datasets=[mini_image_enc]", "training.max_steps=40"]
+    sets += ["training.epochs=20", "training.save_steps=5", "input_projection.init=least_squares"]
     whole = TinyRun(tmp_path / "whole", 1, sets).finish()
     run = TinyRun(tmp_path / "killed", 1, sets)
     run.kill_when(lambda: len(run.metrics) >= 9)
@@ -416,7 +419,7 @@ def test_too_many_unusable_samples_end_the_run(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     for file in media(data, "image")[::9]:
         file.unlink()
-    sets = [f"data.root={data}", "data.datasets=[mini_image_enc]", "training.epochs=100"]
+    sets = [f"data.data_dir={data}", "data.datasets=[mini_image_enc]", "training.epochs=100"]
     sets += ["training.global_batch_size=32", "training.micro_batch_size=32"]
     run = TinyRun(tmp_path, 1, [*sets, "training.max_steps=100"])
     said = run.fail()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 SETS = [
     "language_model.lora_dropout=0.1",
     "training.max_steps=12",
-    "training.save_every=4",
+    "training.save_steps=4",
 ]  # fmt: skip
 
 
@@ -46,7 +46,7 @@ def assert_same(run: TinyRun, expected: TinyRun) -> None:
 
 def test_killed_between_saves_it_resumes_bit_for_bit(tmp_path: Path, undisturbed: TinyRun) -> None:
     dropout_run(tmp_path).kill_when(lambda: len(dropout_run(tmp_path).metrics) >= 6)
-    resumed = dropout_run(tmp_path, "--resume", sets=["data.workers=2"]).finish()
+    resumed = dropout_run(tmp_path, "--resume", sets=["data.num_workers=2"]).finish()
     assert "resumed after step" in resumed.output
     assert_same(resumed, undisturbed)
     assert not resumed.checkpoints
@@ -68,7 +68,7 @@ def test_tensorboard_shows_every_step_once_when_a_run_is_resumed(tmp_path: Path)
 def test_killed_in_the_middle_of_a_save_it_resumes_from_the_one_before(
     tmp_path: Path, undisturbed: TinyRun
 ) -> None:
-    sets = ["training.save_every=1"]
+    sets = ["training.save_steps=1"]
     for attempt in range(8):
         run = dropout_run(tmp_path / str(attempt), sets=sets)
         saves = run.folder / "checkpoints"
@@ -85,7 +85,7 @@ def test_killed_in_the_middle_of_a_save_it_resumes_from_the_one_before(
 def test_sigterm_to_all_its_processes_saves_and_leaves_with_143(
     tmp_path: Path, undisturbed: TinyRun
 ) -> None:
-    run = dropout_run(tmp_path, sets=["data.workers=2"]).start()
+    run = dropout_run(tmp_path, sets=["data.num_workers=2"]).start()
     run.wait_until(lambda: len(run.metrics) >= 2)
     main = psutil.Process(run.processes[0].pid)
     for process in [*main.children(recursive=True), main]:  # as a scheduler does
@@ -103,7 +103,7 @@ def test_two_processes_under_zero_2_and_one_under_zero_3_resume_bit_for_bit(
     zero_3.write_text(
         json.dumps({"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True})
     )
-    for world, sets in ((2, []), (1, [f"training.deepspeed={zero_3}"])):
+    for world, sets in ((2, []), (1, [f"training.deepspeed_config={zero_3}"])):
         alone = dropout_run(tmp_path / f"alone_{world}", world=world, sets=sets).finish()
         path = tmp_path / f"killed_{world}"
         run = dropout_run(path, world=world, sets=sets)
@@ -139,7 +139,7 @@ def test_a_tied_vocabulary_resumes_and_nothing_frozen_is_saved(tmp_path: Path) -
     model = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny", tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "tied")
     AutoTokenizer.from_pretrained(PARITY / "llama_tiny").save_pretrained(tmp_path / "tied")
-    sets = [f"language_model.path={tmp_path / 'tied'}", "training.save_every=2"]
+    sets = [f"language_model.path={tmp_path / 'tied'}", "training.save_steps=2"]
     whole = TinyRun(tmp_path / "whole", 1, sets).finish()
     killed = TinyRun(tmp_path / "killed", 1, sets)
     killed.kill_when(lambda: len(killed.metrics) >= 3)

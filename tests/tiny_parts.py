@@ -33,7 +33,7 @@ _SHAPES: dict[Modality, tuple[int, ...]] = {
     "audio": (TINY.sound_width,),
 }
 _PROJECTION = {
-    "width": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "feedforward": 32
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "dim_feedforward": 32
 }  # fmt: skip
 
 
@@ -41,8 +41,8 @@ def tiny_overrides(folder: Path) -> list[str]:
     """What to `--set` over config 7b to run on the parts in `folder`."""
     lengths = {
         "image": {"height": TINY.size, "width": TINY.size},
-        "video": {"height": TINY.size, "width": TINY.size, "frames": 3},
-        "audio": {"seconds": 0.025},
+        "video": {"height": TINY.size, "width": TINY.size, "num_frames": 3},
+        "audio": {"audio_length_in_s": 0.025},
     }
     return [
         *TINY_OVERRIDES,
@@ -55,8 +55,8 @@ def tiny_overrides(folder: Path) -> list[str]:
             for modality, shape in _SHAPES.items()
             for key, value in {
                 "path": tiny_decoder(modality),
-                "caption_shape": list(shape),
-                "steps": 2,
+                "prompt_embeds_shape": list(shape),
+                "num_inference_steps": 2,
                 **lengths[modality],
             }.items()
         ),
@@ -82,7 +82,7 @@ def write_tiny_delta(path: Path, favoured: Sequence[int] = ()) -> None:
     torch.manual_seed(0)
     for modality, shape in _SHAPES.items():
         model.output_projections[modality] = OutputProjection(
-            hidden, caption_shape=shape, **_PROJECTION
+            hidden, prompt_embeds_shape=shape, **_PROJECTION
         )
     favour(model, favoured)
     tensors = {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=False)}

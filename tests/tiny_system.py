@@ -98,9 +98,9 @@ def recorded_batch(case: str) -> Batch:
     encoded = [encoder.encode(recorded_conversation(case, row)) for row in (0, 1)]
     batch = pad_conversations(encoded, pad_id=encoder.tokenizer.eos_token_id)
     shown = "image" if kind in ("image_to_text", "multiturn") else kind
-    if len(batch.slots):
+    if len(batch.media_positions):
         batch.features = cases()[f"imagebind.{shown}"]
     for modality, runs in locate_signal_spans(encoded).items():
-        batch.runs[modality] = torch.tensor([[row, position] for row, position, _ in runs])
-        batch.captions[modality] = cases()[f"in.caption_emb.{modality}"]
+        batch.signal_spans[modality] = torch.tensor([[row, position] for row, position, _ in runs])
+        batch.caption_embeds[modality] = cases()[f"in.caption_emb.{modality}"]
     return batch

@@ -31,7 +31,7 @@ _States = dict[_Run, Tensor]  # of a conversation, (2, T, H) float32 each
 
 def caches_hidden_states(training: TrainingConfig) -> bool:
     """Whether hidden states are cached: not where every row is read in one epoch only."""
-    return training.keep_states and training.epochs > 1
+    return training.cache_hidden_states and training.epochs > 1
 
 
 def hidden_state_cache_bytes(training: TrainingConfig) -> float:
@@ -54,10 +54,10 @@ class HiddenStateCache:
     def __init__(
         self, model: NextGPT, training: TrainingConfig, dtype: torch.dtype = torch.float32
     ) -> None:
-        if set(training.trains) != {"output_projections"}:
+        if set(training.trainable) != {"output_projections"}:
             raise UserError(
-                f"training.keep_states: with training.trains {training.trains} the language "
-                "model's states change; it goes with [output_projections] alone"
+                f"training.cache_hidden_states needs training.trainable [output_projections], not "
+                f"{training.trainable}: with others the language model's states change"
             )
         merge_lora(model)
         self._model = model
@@ -80,11 +80,11 @@ class HiddenStateCache:
         """
         if batch.position_ids is not None:
             raise UserError(
-                "training.keep_states is for one conversation a row: set data.row_length to null, "
-                "or turn it off"
+                "training.cache_hidden_states needs one conversation a row: set "
+                "data.packed_seq_length to null, or turn it off"
             )
         runs: dict[int, list[_Run]] = {}
-        for modality, places in batch.runs.items():
+        for modality, places in batch.signal_spans.items():
             for row, first in places.tolist():
                 runs.setdefault(row, []).append((modality, first))
         ends = {row: max(self._end(run) for run in found) for row, found in runs.items()}
@@ -100,7 +100,7 @@ class HiddenStateCache:
             self._keep(computed)
             self._not_kept += sum(keys[row] not in self._kept for row in unread)
         batch.states = {}  # of a batch without runs it stays so, and nothing is read
-        for modality, places in batch.runs.items():
+        for modality, places in batch.signal_spans.items():
             found = [
                 (self._kept.get(keys[row]) or computed[keys[row]])[modality, first]
                 for row, first in places.tolist()
@@ -151,7 +151,7 @@ class HiddenStateCache:
         places = {row: place for place, row in enumerate(ends)}
         shown = [
             (index, places[row], first)
-            for index, (row, first) in enumerate(batch.slots.tolist())
+            for index, (row, first) in enumerate(batch.media_positions.tolist())
             if first < ends.get(row, 0)  # what a row shows behind its last run, no run has seen
         ]
         wanted: dict[Modality, list[tuple[int, int]]] = {}
@@ -162,10 +162,14 @@ class HiddenStateCache:
             batch,
             input_ids=batch.input_ids[rows, :end],
             attention_mask=batch.attention_mask[rows, :end],
-            slots=batch.slots.new_tensor([slot for _, *slot in shown]).view(-1, 2),
+            media_positions=batch.media_positions.new_tensor([slot for _, *slot in shown]).view(
+                -1, 2
+            ),
             features=batch.features[[index for index, *_ in shown]],
-            runs={
-                modality: batch.slots.new_tensor([(places[row], first) for row, first in found])
+            signal_spans={
+                modality: batch.media_positions.new_tensor(
+                    [(places[row], first) for row, first in found]
+                )
                 for modality, found in wanted.items()
             },
         )
@@ -179,7 +183,9 @@ class HiddenStateCache:
 
 
 def _key(batch: Batch, row: int, end: int) -> _Key:
-    features = batch.features[(batch.slots[:, 0] == row) & (batch.slots[:, 1] < end)]
+    features = batch.features[
+        (batch.media_positions[:, 0] == row) & (batch.media_positions[:, 1] < end)
+    ]
     digest = hashlib.blake2b(batch.input_ids[row, :end].cpu().numpy().tobytes(), digest_size=16)
     digest.update(features.cpu().numpy().tobytes())
     return end.to_bytes(4, "big") + digest.digest()

@@ -42,15 +42,16 @@ def init_input_projection(model: NextGPT, batches: Iterable[Batch]) -> None:
     for batch in batches:
         said = embed(batch.input_ids).float()  # (B, L, H)
         wanted: list[Tensor] = []
-        for row in batch.slots[:, 0]:
-            said_WH = said[row][batch.targets[row] != IGNORE_INDEX]
+        for row in batch.media_positions[:, 0]:
+            said_WH = said[row][batch.labels[row] != IGNORE_INDEX]
             wanted.append(adaptive_avg_pool1d(said_WH.T, model.media_tokens).T.flatten())
         if wanted:
             moments.add(batch.features, torch.stack(wanted))
     all_reduce_tensors([*vars(moments).values()])
     if not moments.count:
         raise UserError(
-            "training.fit_input_projection: the data sets show no medium to fit it to: turn it off"
+            "input_projection.init least_squares: the data sets show no medium to fit it to: set "
+            "it to random"
         )
     spread = embed.weight.float().std(dim=0).norm()
     weight, bias = stretched_ridge(moments, spread, model.media_tokens)

@@ -22,9 +22,9 @@ def compute_signal_states(
         dtype: of the products.
     """
     with dropout_disabled(model), autocast_to(dtype, batch.input_ids.device):
-        embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
+        embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
         hidden = model.read(embeddings, batch.attention_mask, batch.position_ids)
     return {
         modality: model.states_of_runs(modality, runs, hidden, embeddings)
-        for modality, runs in batch.runs.items()
+        for modality, runs in batch.signal_spans.items()
     }

@@ -4,6 +4,7 @@ A named YAML may hold sections `stage_1` to `stage_4`, which count for that stag
 """
 
 import difflib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from nextgpt.common.errors import UserError
+from nextgpt.config.renamed_keys import update_keys
 from nextgpt.config.schema import Config
 
 CONFIG_DIR = Path(__file__).parent
-PROJECT_ROOT = CONFIG_DIR.parent.parent
 STAGES = (1, 2, 3, 4)
-
-
-def project_path(path: str) -> Path:
-    """`path` from the configuration, which may be relative to the project's root."""
-    return PROJECT_ROOT / path
 
 
 def load_config(name: str, stage: int | None = None, overrides: list[str] | None = None) -> Config:
@@ -51,6 +47,8 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for source, layer in layers:
+        for note in update_keys(layer, source):
+            print(note, file=sys.stderr)
         _merge(values, layer, source, origins)
     try:
         return Config.model_validate(values)

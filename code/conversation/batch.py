@@ -17,11 +17,12 @@ class Batch:
     Attributes:
         input_ids: (B, L) int64, padded on the right.
         attention_mask: (B, L) int64, 0 on padding.
-        targets: (B, L) int64, `IGNORE_INDEX` where there is no loss; not shifted.
-        slots: (S, 2) int64, row and first position of every input medium.
+        labels: (B, L) int64, `IGNORE_INDEX` where there is no loss; not shifted.
+        media_positions: (S, 2) int64, row and first position of every input medium.
         features: (S, E) float32, the encoder's vectors of those media.
-        runs: by modality (R, 2) int64, row and first position of the signal runs to be projected.
-        captions: by modality (R, *caption_shape) float32, what the projections should give.
+        signal_spans: by modality (R, 2) int64, row and first position of the spans of signal tokens
+            that are projected.
+        caption_embeds: by modality (R, *prompt_embeds_shape) float32, targets of the projections.
         states: by modality (2, R, T, H), hidden states and input embeddings of the runs' T tokens,
             where the language model has read them before: it is then left out. None elsewhere.
         position_ids: (B, L) int64 of packed rows: 0 begins another conversation, which sees nothing
@@ -30,11 +31,11 @@ class Batch:
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    targets: torch.Tensor
-    slots: torch.Tensor
+    labels: torch.Tensor
+    media_positions: torch.Tensor
     features: torch.Tensor
-    runs: dict[Modality, torch.Tensor] = field(default_factory=dict)
-    captions: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    signal_spans: dict[Modality, torch.Tensor] = field(default_factory=dict)
+    caption_embeds: dict[Modality, torch.Tensor] = field(default_factory=dict)
     states: dict[Modality, torch.Tensor] | None = None
     position_ids: torch.Tensor | None = None
 
@@ -86,21 +87,21 @@ def _lay_out(encoded: list[EncodedPrompt], places: Places, pad_id: int) -> Batch
     ends = [first + len(one.input_ids) for (_, first), one in zip(places, encoded, strict=True)]
     input_ids = torch.full((rows, max(ends)), pad_id)
     attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE_INDEX)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
     for (row, first), end, one in zip(places, ends, encoded, strict=True):
         input_ids[row, first:end] = torch.tensor(one.input_ids)
         attention_mask[row, first:end] = 1
-        targets[row, first:end] = torch.tensor(one.targets)
+        labels[row, first:end] = torch.tensor(one.labels)
     slots = [
         (row, first + position)
         for (row, first), one in zip(places, encoded, strict=True)
-        for position, _ in one.slots
+        for position, _ in one.media_positions
     ]
     return Batch(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        targets=targets,
-        slots=torch.tensor(slots, dtype=torch.int64).view(-1, 2),
+        labels=labels,
+        media_positions=torch.tensor(slots, dtype=torch.int64).view(-1, 2),
         features=torch.empty(0, 0),
     )
 
@@ -114,7 +115,7 @@ def locate_signal_spans(
     """
     located: dict[Modality, list[tuple[int, int, Media]]] = {}
     for index, one in enumerate(encoded):
-        for position, medium in one.runs:
+        for position, medium in one.signal_spans:
             if medium.caption or medium.embedding:
                 located.setdefault(medium.modality, []).append((index, position, medium))
     return located

@@ -28,8 +28,8 @@ def template_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
     name = tokenizer.name_or_path
     if not tokenizer.chat_template:
         raise UserError(
-            f"language_model.template own: the tokenizer of {name} has no chat template; take "
-            "published or chatml"
+            f"prompt_format tokenizer: the tokenizer of {name} has no chat template; take "
+            "vicuna_v0 or chatml"
         )
     roles = ("user", "assistant") * 2
     turns = [{"role": r, "content": t} for r, t in zip(roles, _TURNS, strict=True)]
@@ -37,20 +37,20 @@ def template_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
         written = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateError as error:
         raise UserError(
-            f"language_model.template own: {name}'s chat template refuses a chat: {error}"
+            f"prompt_format tokenizer: {name}'s chat template refuses a chat: {error}"
         ) from error
     found = re.fullmatch("(.*?)".join(("", *map(re.escape, _TURNS), "")), written, re.DOTALL)
     if not found:
-        raise UserError(f"language_model.template own: {name} writes a chat as {written!r}")
+        raise UserError(f"prompt_format tokenizer: {name} writes a chat as {written!r}")
     first, opening, between, again, end = found.groups()
     if not between.startswith(end) or again != opening:
         raise UserError(
-            f"language_model.template own: {name} does not write every round alike: {written!r}"
+            f"prompt_format tokenizer: {name} does not write every round alike: {written!r}"
         )
     ending = _markup(end, tokenizer)
     special = [index for index, part in enumerate(ending) if isinstance(part, Special)]
     if not special:
-        raise UserError(f"language_model.template own: nothing ends an answer of {name}")
+        raise UserError(f"prompt_format tokenizer: nothing ends an answer of {name}")
     last = special[0] + 1
     return Template(
         begins_with_bos=False,  # where there is one, it is written

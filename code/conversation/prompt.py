@@ -24,16 +24,16 @@ class EncodedPrompt:
 
     Attributes:
         input_ids: L ids; a medium's places hold `SLOT`.
-        targets: L ids, `IGNORE_INDEX` where there is no loss; not shifted.
-        slots: (position of its first place, medium) of every input medium.
-        runs: (position of its first signal token, medium) of every output medium.
+        labels: L ids, `IGNORE_INDEX` where there is no loss; not shifted.
+        media_positions: (position of its first place, medium) of every input medium.
+        signal_spans: (position of its first signal token, medium) of every output medium.
         cut_tokens: text tokens left out to fit the maximal length.
     """
 
     input_ids: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    slots: list[tuple[int, Media]] = field(default_factory=list)
-    runs: list[tuple[int, Media]] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    media_positions: list[tuple[int, Media]] = field(default_factory=list)
+    signal_spans: list[tuple[int, Media]] = field(default_factory=list)
     cut_tokens: int = 0
 
 
@@ -137,7 +137,7 @@ class PromptBuilder:
         if sum(lengths.values()) < excess:
             raise MediaError(
                 f"markup, media and signal tokens alone are longer than {max_length} tokens: "
-                "raise data.max_length or split the conversation"
+                "raise data.max_seq_length or split the conversation"
             )
         for _ in range(excess):
             longest = max(lengths, key=lambda index: lengths[index])
@@ -181,10 +181,10 @@ def _assemble(pieces: list[Piece], cut_tokens: int) -> EncodedPrompt:
     for piece in pieces:
         position = len(encoded.input_ids)
         if piece.slot is not None:
-            encoded.slots.append((position + 1, piece.slot))
+            encoded.media_positions.append((position + 1, piece.slot))
         if piece.run is not None:
-            encoded.runs.append((position, piece.run))
+            encoded.signal_spans.append((position, piece.run))
         encoded.input_ids += piece.ids
         with_loss = piece.ids[: piece.num_labels] if piece.target else []
-        encoded.targets += with_loss + [IGNORE_INDEX] * (len(piece.ids) - len(with_loss))
+        encoded.labels += with_loss + [IGNORE_INDEX] * (len(piece.ids) - len(with_loss))
     return encoded

@@ -1,8 +1,8 @@
 """How turns are written down for the language model.
 
-`published` is Vicuna v0's form as NExT-GPT was trained on it; `chatml` is the form of SmolLM2 and
-many others; a model's own is read off its tokenizer (see chat_template.py). A template is strings
-around the turns; a `Special` is one token of the tokenizer.
+`vicuna_v0` is the format that NExT-GPT was trained on, as published; `chatml` that of SmolLM2 and
+many others; `tokenizer` reads the format off the tokenizer's chat template (chat_template.py). A
+template is strings around the turns; a `Special` is one token of the tokenizer.
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Template:
 _IM_START, _IM_END = Special("<|im_start|>"), Special("<|im_end|>")
 
 TEMPLATES = {
-    "published": Template(
+    "vicuna_v0": Template(
         begins_with_bos=True,
         first_human=("### Human: ",),
         next_human=("Human: ",),

@@ -51,7 +51,7 @@ def read_embedding(path: Path, shape: tuple[int, ...]) -> Tensor:
     if array.shape != shape:
         raise UserError(
             f"{path}: shape {array.shape}, expected {shape}. Run process_embeddings.py with the "
-            "decoder of the configuration, or set its caption_shape"
+            "decoder of the configuration, or set its prompt_embeds_shape"
         )
     return torch.from_numpy(array.astype(np.float32))
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config, DataConfig
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Turn
 from nextgpt.dataset.catalog import DatasetSource, resolve_entry
@@ -93,16 +93,16 @@ def open_conversations(data: DataConfig) -> ConversationDataset:
     """
     if not data.datasets:
         raise UserError("data.datasets is empty: name data sets of dataset/catalog.py")
-    root, embeddings = project_path(data.root), project_path(data.embeddings)
+    root, embeddings = project_path(data.data_dir), project_path(data.caption_embedding_dir)
     sources = [resolve_entry(name, root, embeddings) for name in data.datasets]
-    return ConversationDataset(sources, project_path(data.cache))
+    return ConversationDataset(sources, project_path(data.cache_dir))
 
 
-def caption_shapes(config: Config) -> dict[Modality, tuple[int, ...]] | None:
+def prompt_embeds_shapes(config: Config) -> dict[Modality, tuple[int, ...]] | None:
     """Shapes of the caption embeddings computed ahead; none if they are computed while training."""
     if config.data.caption_embeddings == "online":
         return None
-    return {modality: tuple(one.caption_shape) for modality, one in config.decoders.items()}
+    return {modality: tuple(one.prompt_embeds_shape) for modality, one in config.decoders.items()}
 
 
 def _read(source: DatasetSource, record: Record, row: int) -> Conversation:

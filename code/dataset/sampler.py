@@ -26,7 +26,7 @@ class BatchSchedule:
     Attributes:
         sizes: rows of each data set.
         global_batch_size: samples a batch, over all processes.
-        mode: `one_dataset_in_turn`, the published order: a batch holds one data set, the data sets
+        mode: `round_robin`, the published order: a batch holds one data set, the data sets
             take turns, and the smaller ones start again, reshuffled, until the largest is through;
             the largest's last batch is filled from its next shuffle. `mixed`: batches mix all rows;
             every row comes once an epoch, and the last batch is filled from the epoch's first.
@@ -38,7 +38,7 @@ class BatchSchedule:
 
     sizes: Mapping[str, int]
     global_batch_size: int
-    mode: Literal["mixed", "one_dataset_in_turn"]
+    mode: Literal["mixed", "round_robin"]
     seed: int
 
     def __post_init__(self) -> None:

@@ -216,7 +216,7 @@ class Assistant:
                 Answer(
                     turn=turn,
                     outputs=tuple(made[run] for run in own),
-                    captions=tuple(given[run] for run in own),
+                    prompt_embeds=tuple(given[run] for run in own),
                     token_ids=one,
                     token_names=names[i],
                     seconds=seconds,
@@ -241,7 +241,7 @@ class Assistant:
         limits: TimeLimits = DEFAULT_LIMITS,
     ) -> list[torch.Tensor]:
         """Input embeddings (L, H) of every prompt, the human's media in their slots."""
-        media = [medium for one in encoded for _, medium in one.slots]
+        media = [medium for one in encoded for _, medium in one.media_positions]
         if media:
             with self._timed(seconds, "load"):
                 self.load_encoder()
@@ -250,7 +250,7 @@ class Assistant:
             features = [self._feature(medium, check, limits) for medium in media]
         if features:
             batch.features = torch.stack(features)
-        embeddings = self.model.embed(batch.input_ids, batch.slots, batch.features)
+        embeddings = self.model.embed(batch.input_ids, batch.media_positions, batch.features)
         return [row[: len(one.input_ids)] for row, one in zip(embeddings, encoded, strict=True)]
 
     def _feature(
@@ -290,7 +290,7 @@ class Assistant:
     def _project(
         self, prompts: list[torch.Tensor], ids: list[list[int]], runs: dict[Modality, list[_Run]]
     ) -> dict[Modality, torch.Tensor]:
-        """By modality the caption embeddings (R, *caption_shape) of its runs.
+        """By modality the caption embeddings (R, *prompt_embeds_shape) of its runs.
 
         As in training, the hidden states are those of one pass over everything.
 
@@ -354,7 +354,7 @@ class Assistant:
         """The decoder of `modality`, loaded when first asked for and kept."""
         if modality not in self._decoders:
             path = resolve_model_path(self.config.decoders[modality].path)
-            offloaded = self.config.serving.decoder_placement == "offloaded"
+            offloaded = self.config.serving.offload_decoders
             decoder = Decoder(modality, path, self.device, offloaded=offloaded)
             _ = decoder.pipeline  # loads it
             self._decoders[modality] = decoder

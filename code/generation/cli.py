@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Turn
 from nextgpt.generation.assistant import Answer, Assistant, Progress

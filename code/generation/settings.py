@@ -8,14 +8,14 @@ from nextgpt.config.schema import Config, DecoderConfig
 from nextgpt.model.decoders import DiffusionSettings
 
 _FIGURES = {
-    "steps",
+    "num_inference_steps",
     "guidance_scale",
     "height",
     "width",
-    "frames",
+    "num_frames",
     "fps",
     "shared_noise",
-    "seconds",
+    "audio_length_in_s",
 }
 
 

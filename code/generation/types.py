@@ -20,7 +20,7 @@ class Answer:
     Attributes:
         turn: its parts in order; the media have no path yet.
         outputs: the media themselves, in the order of the turn's `Media` parts.
-        captions: what each decoder was given, (T, D) or (D,) float32 on the CPU, in the same order.
+        prompt_embeds: input of each decoder, (T, D) or (D,) float32 on the CPU, in the same order.
         token_ids: as written, the end included.
         token_names: of the same tokens.
         seconds: of every link: `load` (what was not loaded yet), `encode`, `language_model`,
@@ -29,7 +29,7 @@ class Answer:
 
     turn: Turn
     outputs: tuple[Output, ...]
-    captions: tuple[Tensor, ...]
+    prompt_embeds: tuple[Tensor, ...]
     token_ids: list[int]
     token_names: list[str]
     seconds: dict[str, float]

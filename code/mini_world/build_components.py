@@ -33,7 +33,7 @@ from nextgpt.common.cli import run_cli
 from nextgpt.common.io import rename_durably
 from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.mini_world.component_training.diffusion import train_unet
 from nextgpt.mini_world.component_training.encoder import train_encoder
 from nextgpt.mini_world.component_training.runner import last_line

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.conversation.chat_template import template_from_tokenizer
 from nextgpt.conversation.prompt import PromptBuilder
@@ -50,9 +50,9 @@ def build_prompt_builder(config: Config) -> PromptBuilder:
     path = resolve_model_path(config.language_model.path)
     tokenizer = load_tokenizer(path)
     signals = SignalTokens(signal_counts(config), first_id=len(tokenizer))
-    name = config.language_model.template
-    template = template_from_tokenizer(tokenizer) if name == "own" else TEMPLATES[name]
-    return PromptBuilder(tokenizer, signals, template, config.input_projection.tokens)
+    name = config.language_model.prompt_format
+    template = template_from_tokenizer(tokenizer) if name == "tokenizer" else TEMPLATES[name]
+    return PromptBuilder(tokenizer, signals, template, config.input_projection.tokens_per_medium)
 
 
 def signal_counts(config: Config) -> dict[Modality, int]:
@@ -137,7 +137,7 @@ def _join(
         config.encoder.width,
         projections,
         signals.counts,
-        config.input_projection.tokens,
+        config.input_projection.tokens_per_medium,
     )
 
 
@@ -146,7 +146,7 @@ def build_output_projections(config: Config, hidden_size: int) -> dict[Modality,
     return {
         modality: OutputProjection(
             hidden_size,
-            caption_shape=tuple(decoder.caption_shape),
+            prompt_embeds_shape=tuple(decoder.prompt_embeds_shape),
             **config.output_projection.model_dump(),
         )
         for modality, decoder in config.decoders.items()

@@ -45,15 +45,15 @@ PIPELINES: dict[Modality, type[DiffusionPipeline]] = {
 class DiffusionSettings:
     """How to decode. The defaults are the published system's; none: the pipeline's own figure."""
 
-    steps: int = 40
+    num_inference_steps: int = 40
     guidance_scale: float = 7.5  # 1 or less: no guidance, half the cost
     height: int | None = None  # pixels, a multiple of 8; image and video
     width: int | None = None
-    frames: int = 24  # video
+    num_frames: int = 24  # video
     fps: int = 8  # video, frames per second
     # Video: what the frames have in common of their first noise's variance, as it was in training.
     shared_noise: float = 0.0
-    seconds: float | None = 5.0  # sound
+    audio_length_in_s: float | None = 5.0  # sound
     # Of a batch's first sample, the next has seed + 1 ...; or one each; none: never the same twice.
     seed: int | tuple[int, ...] | None = None
     negative_prompt: str = ""
@@ -67,7 +67,7 @@ class DiffusionSettings:
         for name in ("height", "width"):
             if (getattr(self, name) or 0) % 8:
                 raise UserError(f"{name} {getattr(self, name)}: give a multiple of 8")
-        for name in ("steps", "frames", "fps"):
+        for name in ("num_inference_steps", "num_frames", "fps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
 
@@ -111,7 +111,7 @@ class Decoder:
         self.offloaded = offloaded
 
     @cached_property
-    def captions(self) -> TextEncoder:
+    def text_encoder(self) -> TextEncoder:
         """The pipeline's tokenizer and text encoder, loaded on first use."""
         return TextEncoder(self.modality, self.path, self.device)
 
@@ -126,9 +126,9 @@ class Decoder:
         with explain_load_errors(self.path, "model_index.json"):
             pipeline = PIPELINES[self.modality].from_pretrained(
                 self.path,
-                dtype=self.captions.encoder.dtype,
-                tokenizer=self.captions.tokenizer,
-                text_encoder=self.captions.encoder,
+                dtype=self.text_encoder.encoder.dtype,
+                tokenizer=self.text_encoder.tokenizer,
+                text_encoder=self.text_encoder.encoder,
                 **(unchecked if self.modality == "image" else {}),
             )
         if self.device.type == "cuda":
@@ -150,7 +150,7 @@ class Decoder:
 
     def _move_networks(self, device: torch.device) -> None:
         for part in self.pipeline.components.values():
-            if isinstance(part, nn.Module) and part is not self.captions.encoder:
+            if isinstance(part, nn.Module) and part is not self.text_encoder.encoder:
                 part.to(device)
 
     def decode(
@@ -174,10 +174,10 @@ class Decoder:
                 options.
         """
         options = options or DiffusionSettings()
-        if tuple(embeddings.shape[1:]) != self.captions.shape:
+        if tuple(embeddings.shape[1:]) != self.text_encoder.shape:
             raise UserError(
-                f"{self.path} takes {self.modality} embeddings of shape {self.captions.shape}, "
-                f"not {tuple(embeddings.shape[1:])}: set caption_shape to match"
+                f"{self.path} takes {self.modality} embeddings of shape {self.text_encoder.shape}, "
+                f"not {tuple(embeddings.shape[1:])}: set prompt_embeds_shape to match"
             )
         with self._on_device():
             return self._decode(embeddings, options, progress)
@@ -189,7 +189,7 @@ class Decoder:
 
         def on_step(step: int, *_: Any) -> None:
             if progress:  # some schedulers take one step more than asked for
-                progress(min(step + 1, options.steps), options.steps)
+                progress(min(step + 1, options.num_inference_steps), options.num_inference_steps)
 
         if self.modality == "audio":
             samples_BN = self._run(callback=on_step, **arguments).audios
@@ -197,7 +197,7 @@ class Decoder:
             return [Sound(samples, rate) for samples in samples_BN]
         arguments |= {"height": options.height, "width": options.width}
         if self.modality == "video":
-            arguments["num_frames"] = options.frames
+            arguments["num_frames"] = options.num_frames
             if options.shared_noise:
                 arguments["latents"] = self._video_noise(len(embeddings), options, arguments)
             videos_BTHWC = self._run(callback=on_step, **arguments).frames
@@ -217,7 +217,7 @@ class Decoder:
         sides = [
             side // scale if side else unet.sample_size for side in (options.height, options.width)
         ]
-        shape = (count, unet.in_channels, options.frames, *sides)
+        shape = (count, unet.in_channels, options.num_frames, *sides)
         noise = initial_noise(shape, options.shared_noise, arguments.get("generator"))
         return noise.to(self.device, self.pipeline.dtype)
 
@@ -231,18 +231,18 @@ class Decoder:
         """What the pipelines have in common, and sound's own."""
         count = len(embeddings)
         arguments: dict[str, Any] = {
-            "num_inference_steps": options.steps,
+            "num_inference_steps": options.num_inference_steps,
             "guidance_scale": options.guidance_scale,
         }
         if self.modality == "audio":
             embeddings = normalize(embeddings.float(), dim=-1)
-            arguments["audio_length_in_s"] = options.seconds
+            arguments["audio_length_in_s"] = options.audio_length_in_s
         arguments["prompt_embeds"] = embeddings.to(self.device, self.pipeline.dtype)
         if options.seed is not None:  # on the CPU: the same noise for every device
             first = options.seed
             seeds = range(first, first + count) if isinstance(first, int) else first
             arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         if options.guidance_scale > 1:
-            negative = self.captions.encode([options.negative_prompt])
+            negative = self.text_encoder.encode([options.negative_prompt])
             arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
         return arguments

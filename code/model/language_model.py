@@ -60,7 +60,7 @@ def load_language_model(
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
         raise UserError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
-    model.set_attn_implementation(config.attention)
+    model.set_attn_implementation(config.attn_implementation)
     prepare_language_model(model, config, signals.first_id, len(signals), lora=lora)
     return model
 
@@ -86,12 +86,14 @@ def prepare_language_model(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets),
+        target_modules=list(config.lora_target_modules),
     )
     try:
         inject_adapter_in_model(adapters, model)
     except ValueError as error:
-        raise UserError(f"language_model.lora_targets {config.lora_targets}: {error}") from error
+        raise UserError(
+            f"language_model.lora_target_modules {config.lora_target_modules}: {error}"
+        ) from error
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()

@@ -27,7 +27,7 @@ class Losses:
         text: scalar, cross entropy summed over target tokens.
         tokens: how many target tokens.
         alignment: by modality a scalar, the alignment loss summed over signal runs.
-        runs: by modality how many runs.
+        signal_spans: by modality how many runs.
         unused: scalar 0 that hangs on the output projections this batch did not need: every rank
             then has the same graph, and so a gradient for every parameter in the same order,
             whatever its samples hold. Gradients are summed over ranks in the order they come.
@@ -36,7 +36,7 @@ class Losses:
     text: torch.Tensor
     tokens: int
     alignment: dict[Modality, torch.Tensor] = field(default_factory=dict)
-    runs: dict[Modality, int] = field(default_factory=dict)
+    signal_spans: dict[Modality, int] = field(default_factory=dict)
     unused: torch.Tensor | float = 0.0
 
 
@@ -129,7 +129,7 @@ class NextGPT(nn.Module):
         hidden: torch.Tensor,
         embeddings: torch.Tensor,
     ) -> torch.Tensor:
-        """Caption embeddings (R, *caption_shape) of the signal runs at `runs` (R, 2)."""
+        """Caption embeddings (R, *prompt_embeds_shape) of the signal runs at `runs` (R, 2)."""
         states_2RTH = self.states_of_runs(modality, runs, hidden, embeddings)
         return self.output_projections[modality](*states_2RTH)
 
@@ -155,8 +155,8 @@ class NextGPT(nn.Module):
             states_2RTH = states.get(modality)
             if states_2RTH is not None:
                 found = projection(*states_2RTH)
-                losses.alignment[modality] = alignment_loss(found, batch.captions[modality])
-                losses.runs[modality] = len(found)
+                losses.alignment[modality] = alignment_loss(found, batch.caption_embeds[modality])
+                losses.signal_spans[modality] = len(found)
             else:  # not a look at a weight: under ZeRO 3 it would be gathered, by this rank alone
                 nothing = losses.text.new_zeros(1, 1, projection.fc.in_features)
                 # As hidden states would: ZeRO 3 lets go of a layer's weights after its backward
@@ -167,16 +167,16 @@ class NextGPT(nn.Module):
 
     def _read_and_score(self, batch: Batch) -> tuple[Losses, dict[Modality, torch.Tensor]]:
         """The loss of the text, and by modality what is to be projected, (2, R, T, H)."""
-        embeddings = self.embed(batch.input_ids, batch.slots, batch.features)
+        embeddings = self.embed(batch.input_ids, batch.media_positions, batch.features)
         hidden = self.read(embeddings, batch.attention_mask, batch.position_ids)
 
-        next_targets = batch.targets[:, 1:]
+        next_targets = batch.labels[:, 1:]
         has_target = next_targets != IGNORE_INDEX
         logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_target])
         text = F.cross_entropy(logits.float(), next_targets[has_target], reduction="sum")
         states = {
             modality: self.states_of_runs(modality, runs, hidden, embeddings)
-            for modality, runs in batch.runs.items()
+            for modality, runs in batch.signal_spans.items()
             if len(runs) and modality in self.output_projections
         }
         return Losses(text, int(has_target.sum())), states

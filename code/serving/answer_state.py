@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nextgpt.common.errors import UserError
-from nextgpt.config.loader import PROJECT_ROOT
+from nextgpt.common.paths import PROJECT_ROOT
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.serving.scheduler import (

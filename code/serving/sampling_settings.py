@@ -13,7 +13,8 @@ SEED_LIMIT = 2**31 - 1
 _WORDS = ("top_p", "temperature", "max_new_tokens")
 _TITLES = {"image": "Picture", "video": "Video", "audio": "Sound"}
 _FIELDS = {
-    "guidance": "guidance_scale", "steps": "steps", "frames": "frames", "seconds": "seconds"
+    "guidance": "guidance_scale", "steps": "num_inference_steps", "frames": "num_frames",
+    "seconds": "audio_length_in_s",
 }  # fmt: skip
 
 
@@ -49,9 +50,11 @@ def setting_specs(options: GenerationSettings) -> list[SettingSpec]:
         decode, title = options.decode[modality], _TITLES[modality]
         knobs += [
             _knob(f"guidance_{modality}", title, "guidance", 1, 15, 0.5, decode.guidance_scale),
-            _knob(f"steps_{modality}", title, "denoising steps", 1, 100, 1, decode.steps),
+            _knob(
+                f"steps_{modality}", title, "denoising steps", 1, 100, 1, decode.num_inference_steps
+            ),
         ]
-    frames, seconds = options.decode["video"].frames, options.decode["audio"].seconds
+    frames, seconds = options.decode["video"].num_frames, options.decode["audio"].audio_length_in_s
     knobs.append(_knob("frames_video", "Video", "frames", 1, 48, 1, frames))
     if seconds is not None:
         knobs.append(_knob("seconds_audio", "Sound", "seconds", 0.5, 10, 0.5, seconds))

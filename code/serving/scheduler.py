@@ -149,7 +149,7 @@ class InferenceQueue:
             self.assistant.load_decoder(modality)
             yield
         for modality in self.assistant.config.decoders:
-            yield from self.bank.embedding(self.assistant.load_decoder(modality).captions)
+            yield from self.bank.embedding(self.assistant.load_decoder(modality).text_encoder)
 
     def _warm(self, pieces: Iterator[None]) -> None:
         try:
@@ -251,8 +251,8 @@ class InferenceQueue:
     def _nearest(self, answer: Answer) -> tuple[Near, ...]:
         modalities = [part.modality for part in answer.turn.parts if isinstance(part, Media)]
         return tuple(
-            self.bank.nearest(self.assistant.load_decoder(modality).captions, caption)
-            for modality, caption in zip(modalities, answer.captions, strict=True)
+            self.bank.nearest(self.assistant.load_decoder(modality).text_encoder, caption)
+            for modality, caption in zip(modalities, answer.prompt_embeds, strict=True)
         )
 
 

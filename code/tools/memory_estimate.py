@@ -24,7 +24,7 @@ from nextgpt.callbacks.hidden_state_cache import (
 from nextgpt.common.device import autocast_to, choose_dtype
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config, Quantization
 from nextgpt.conversation.batch import Batch
 from nextgpt.dataset.catalog import find_entry
@@ -92,7 +92,7 @@ def estimate_memory(config: Config, stage: int, processes: int) -> Plan:
     zero = settings.get("zero_optimization", {})
     zero_stage = zero.get("stage", 0)
     quantization = config.language_model.quantization
-    refuse_to_divide(training.deepspeed, settings, quantization)
+    refuse_to_divide(training.deepspeed_config, settings, quantization)
     dtype = _planned_dtype(config)
     known = _figures(config)
     model = _lay_out(config, stage, known, dtype)
@@ -126,8 +126,9 @@ def estimate_memory(config: Config, stage: int, processes: int) -> Plan:
     on_device["activations"] = meter.peak_besides
     facts = (
         f"stage {stage}: {processes} processes, each {passes} x {micro} of "
-        f"{training.global_batch_size} conversations a step, up to {config.data.max_length} tokens "
-        f"each, {str(dtype).removeprefix('torch.')}, ZeRO {zero_stage}"
+        f"{training.global_batch_size} conversations a step, up to "
+        f"{config.data.max_seq_length} tokens each, {str(dtype).removeprefix('torch.')}, "
+        f"ZeRO {zero_stage}"
     )
     return Plan(
         processes,
@@ -163,14 +164,14 @@ def _lay_out(
 
     With what the stage trains, and the adapters that its predecessor brings.
     """
-    trains = config.training.trains
+    trains = config.training.trainable
     model = build_on_meta(
         config,
         *known,
         lora="lora" in trains or "lora" in TRAINED_BEFORE[stage],
         output_projections="output_projections" in trains,
     )
-    model.language_model.set_attn_implementation(config.language_model.attention)
+    model.language_model.set_attn_implementation(config.language_model.attn_implementation)
     for name, parameter in model.named_parameters():
         if group_of(name) is None or is_base_vocabulary(name):
             parameter.data = parameter.data.to(dtype)
@@ -204,7 +205,9 @@ def _take_through(
                 with torch.no_grad(), products:
                     rows = slice(min(micro, READ_TOGETHER))
                     ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
-                    model.read(model.embed(ids, batch.slots[rows], batch.features[rows]), mask)
+                    model.read(
+                        model.embed(ids, batch.media_positions[rows], batch.features[rows]), mask
+                    )
             for _ in range(passes):
                 with products:
                     losses = model(batch)
@@ -229,7 +232,7 @@ def _replace_by_fakes(model: nn.Module) -> None:
 
 def full_batch(config: Config, model: NextGPT, micro: int) -> Batch:
     """Conversations as long as they may be; each shows one medium, and one of each kind is made."""
-    length, packed = config.data.max_length, config.data.row_length
+    length, packed = config.data.max_seq_length, config.data.packed_seq_length
     rows = -(-micro * length // packed) if packed else micro
     columns = packed or length
     ids = torch.zeros(rows, columns, dtype=torch.int64)
@@ -243,11 +246,13 @@ def full_batch(config: Config, model: NextGPT, micro: int) -> Batch:
     return Batch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        targets=torch.zeros_like(ids),
-        slots=places,
+        labels=torch.zeros_like(ids),
+        media_positions=places,
         features=torch.empty(micro, config.encoder.width),
-        runs=dict.fromkeys(made, places),
-        captions={m: torch.empty(micro, *config.decoders[m].caption_shape) for m in made},
+        signal_spans=dict.fromkeys(made, places),
+        caption_embeds={
+            m: torch.empty(micro, *config.decoders[m].prompt_embeds_shape) for m in made
+        },
         states=states if caches_hidden_states(config.training) else None,
         position_ids=torch.zeros_like(ids) if packed else None,
     )
@@ -281,7 +286,7 @@ def _reading(config: Config) -> dict[str, float]:
     needs: dict[str, float] = {}
     if _may_show_media(config):
         needs["encoder, until all features are kept"] = _encoder_size(config)
-    aligned = "output_projections" in config.training.trains
+    aligned = "output_projections" in config.training.trainable
     if aligned and config.data.caption_embeddings == "online":
         for modality, decoder in config.decoders.items():
             folder = find_folder(decoder.path, "model_index.json")
@@ -302,9 +307,11 @@ def _keeping(config: Config, processes: int) -> dict[str, float]:
         needs["hidden states, kept (hidden_state_cache_gb)"] = most
     if _may_show_media(config):
         share = config.training.global_batch_size // processes
-        ready = max(1, _AHEAD * config.data.workers)
+        ready = max(1, _AHEAD * config.data.num_workers)
         needs["media, decoded for the encoder"] = float(ready * share * _VIDEO_VIEWS)
-        needs["decoding processes, at most"] = float(max(1, config.data.workers) * MAX_PEAK_MEMORY)
+        needs["decoding processes, at most"] = float(
+            max(1, config.data.num_workers) * MAX_PEAK_MEMORY
+        )
     return needs
 
 

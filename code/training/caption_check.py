@@ -12,7 +12,7 @@ from nextgpt.common.device import choose_device
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.conversation.messages import Media
 from nextgpt.dataset.caption_embeddings import read_embedding, read_maker
@@ -86,7 +86,7 @@ def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[st
         words = [str(annotation), modality, str(folder), model, "--replace"]
         return shlex.join(["python", "process_embeddings.py", *words])
 
-    return compare_captions(dataset, project_path(config.data.cache), command)
+    return compare_captions(dataset, project_path(config.data.cache_dir), command)
 
 
 def compare_unrecorded(
@@ -136,8 +136,8 @@ def check_makers(config: Config, dataset: ConversationDataset) -> list[str]:
     Raises:
         UserError: they are of another one.
     """
-    folder = project_path(config.data.embeddings).resolve()
-    used = output_modalities(dataset, project_path(config.data.cache))
+    folder = project_path(config.data.caption_embedding_dir).resolve()
+    used = output_modalities(dataset, project_path(config.data.cache_dir))
     return [line for modality in sorted(used) for line in _check_maker(config, folder, modality)]
 
 
@@ -160,7 +160,7 @@ def _check_maker(config: Config, folder: Path, modality: Modality) -> list[str]:
             f"the {modality} embeddings in {folder} were made by {made_by.model}, whose text "
             f"encoder is another than that of decoders.{modality}.path {path}: set it to the one "
             "that made them, or run process_embeddings.py with it and an empty folder, and set "
-            "data.embeddings to that"
+            "data.caption_embedding_dir to that"
         )
     return []
 
@@ -184,6 +184,6 @@ def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, 
             encoder = TextEncoder(modality, str(folder), torch.device("cpu"), torch.float32)
         return " ".join(encoder.fingerprints())
 
-    digests = DigestCache(project_path(config.data.cache))
+    digests = DigestCache(project_path(config.data.cache_dir))
     weights, tokenizer = digests.remember("text encoder", files, compute).split()
     return weights, tokenizer

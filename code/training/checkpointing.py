@@ -23,21 +23,27 @@ from safetensors import SafetensorError
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write, rename_durably
 from nextgpt.common.json_io import to_json
+from nextgpt.config.renamed_keys import update_keys
 from nextgpt.config.schema import Config, DecoderConfig
 from nextgpt.model.delta import DELTA_FILE, Tensors, write_delta
 from nextgpt.training.engine import TrainEngine
 from nextgpt.training.run_inputs import RunInputs, compare_inputs, read_inputs, write_inputs
 
 INPUTS_FILE = "inputs.json"
-_OF_TRAINING = ("path", "signal_tokens", "caption_shape")  # of a decoder; the rest is for answers
+_OF_TRAINING = (
+    "path",
+    "signal_tokens",
+    "prompt_embeds_shape",
+)  # of a decoder; the rest is for answers
 # What may differ between a run and its resumption without changing what it computes.
 _MAY_DIFFER = (
-    "name", "save_path", "data.workers", "data.root", "data.embeddings", "data.cache",
-    "training.save_every", "training.keep_checkpoints", "generation.*", "serving.*",
+    "name", "save_path", "data.num_workers", "data.data_dir", "data.caption_embedding_dir",
+    "data.cache_dir",
+    "training.save_steps", "training.save_total_limit", "generation.*", "serving.*",
     *(f"decoders.*.{key}" for key in DecoderConfig.model_fields if key not in _OF_TRAINING),
 )  # fmt: skip
 # Where things are that `run_inputs` knows by content.
-_PATHS = ("encoder.path", "language_model.path", "decoders.*.path", "training.deepspeed")
+_PATHS = ("encoder.path", "language_model.path", "decoders.*.path", "training.deepspeed_config")
 
 
 class CheckpointManager:
@@ -93,6 +99,7 @@ class CheckpointManager:
                 f"{dist.get_world_size()}: start as many, or --restart"
             )
         may_differ = _MAY_DIFFER + (_PATHS if self._inputs.is_file() else ())
+        update_keys(saved["config"], str(newest))
         now = self.config.model_dump(mode="json")
         if different := _differences(saved["config"], now, may_differ):
             raise UserError(
@@ -167,7 +174,7 @@ class CheckpointManager:
         dist.barrier()
         if first:
             rename_durably(aside, final)
-            kept = self.config.training.keep_checkpoints
+            kept = self.config.training.save_total_limit
             for old in sorted(self.checkpoints.glob("step_*"), key=_step_of)[:-kept]:
                 shutil.rmtree(old)
         dist.barrier()

@@ -38,7 +38,7 @@ from nextgpt.media.feature_cache import DecodedMedium, FeatureCache
 from nextgpt.media.transforms import load_views
 
 MAX_SKIPPED_SHARE = 0.05  # of a run's samples, or a data set's rows; more is an error
-CaptionShapes = dict[Modality, tuple[int, ...]]
+PromptEmbedsShapes = dict[Modality, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class CollatedBatch:
     @property
     def target_tokens(self) -> int:
         """How many positions have a text loss."""
-        return int((self.batch.targets[:, 1:] != IGNORE_INDEX).sum())
+        return int((self.batch.labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 class ExampleDataset(Dataset[Example]):
@@ -101,7 +101,7 @@ class ExampleDataset(Dataset[Example]):
         encoder: of conversations.
         max_length: tokens a conversation.
         caches: by modality, the features that are known already; `caches[modality]` is all it asks.
-        caption_shapes: of the precomputed embeddings; none where captions are encoded online.
+        prompt_embeds_shapes: of the precomputed embeddings; none where captions are encoded online.
         wrong_rows: by data set the rows whose embeddings are of other captions, (N,) int64,
             ascending; they are skipped.
     """
@@ -112,14 +112,14 @@ class ExampleDataset(Dataset[Example]):
         encoder: PromptBuilder,
         max_length: int,
         caches: Mapping[Modality, FeatureCache],
-        caption_shapes: CaptionShapes | None,
+        prompt_embeds_shapes: PromptEmbedsShapes | None,
         wrong_rows: Mapping[str, np.ndarray],
     ) -> None:
         self.conversations = conversations
         self.encoder = encoder
         self.max_length = max_length
         self.caches = caches
-        self.caption_shapes = caption_shapes
+        self.prompt_embeds_shapes = prompt_embeds_shapes
         self.wrong_rows = wrong_rows
 
     def __len__(self) -> int:
@@ -149,12 +149,12 @@ class ExampleDataset(Dataset[Example]):
                 "embedding is of another caption: check_data.py names the first of these rows"
             )
         encoded = self.encoder.encode(self.conversations[name, row], self.max_length)
-        features = [self._feature(medium) for _, medium in encoded.slots]
+        features = [self._feature(medium) for _, medium in encoded.media_positions]
         captions = {}
-        if self.caption_shapes is not None:
-            for _, medium in encoded.runs:
+        if self.prompt_embeds_shapes is not None:
+            for _, medium in encoded.signal_spans:
                 if medium.embedding:
-                    shape = self.caption_shapes[medium.modality]
+                    shape = self.prompt_embeds_shapes[medium.modality]
                     captions[medium] = read_embedding(Path(medium.embedding), shape)
         return Example(encoded, features, captions, skipped)
 
@@ -194,11 +194,13 @@ def collate(
     ready.cut_tokens = sum(one.cut_tokens for one in encoded)
     ready.skipped = [skipped for sample in samples for skipped in sample.skipped]
 
-    ready.batch.features = torch.zeros(len(ready.batch.slots), feature_width)
+    ready.batch.features = torch.zeros(len(ready.batch.media_positions), feature_width)
     slots = [
         (medium, feature)
         for sample in samples
-        for (_, medium), feature in zip(sample.encoded.slots, sample.features, strict=True)
+        for (_, medium), feature in zip(
+            sample.encoded.media_positions, sample.features, strict=True
+        )
     ]
     for index, (medium, feature) in enumerate(slots):
         if isinstance(feature, DecodedMedium):
@@ -208,12 +210,14 @@ def collate(
 
     for modality, runs in locate_signal_spans(encoded).items():
         starts = [(*places[index], position) for index, position, _ in runs]
-        ready.batch.runs[modality] = torch.tensor([[r, first + p] for r, first, p in starts])
+        ready.batch.signal_spans[modality] = torch.tensor(
+            [[r, first + p] for r, first, p in starts]
+        )
         known = [samples[index].captions.get(medium) for index, _, medium in runs]
         if any(caption is None for caption in known):
             ready.texts[modality] = [medium.caption for _, _, medium in runs]
         else:
-            ready.batch.captions[modality] = torch.stack(known)
+            ready.batch.caption_embeds[modality] = torch.stack(known)
     return ready
 
 

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import TrainingConfig
 from nextgpt.conversation.batch import Batch
 from nextgpt.model.nextgpt import Losses, NextGPT
@@ -41,7 +41,7 @@ class StepCounts:
     """What one optimizer step reads over all processes."""
 
     tokens: int
-    runs: dict[Modality, int]
+    signal_spans: dict[Modality, int]
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def read_deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, or sets what comes from the run.
     """
-    path = project_path(training.deepspeed)
+    path = project_path(training.deepspeed_config)
     try:
         settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"training.deepspeed: {path} cannot be read: {error}") from error
+        raise UserError(f"training.deepspeed_config: {path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
-        raise UserError(f"training.deepspeed: {path} holds no JSON object")
+        raise UserError(f"training.deepspeed_config: {path} holds no JSON object")
     if written := [key for key in _FILLED_IN if key in settings]:
         raise UserError(f"{path}: {', '.join(written)} come from the run, remove them here")
     if settings.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
@@ -119,7 +119,7 @@ class TrainEngine:
         self.micro_batch_size = micro_batch_size(training, self.world)
         self.accumulation = training.global_batch_size // self.world // self.micro_batch_size
         settings = self._settings(dtype)
-        self._factor = learning_rate_schedule(steps, training.warmup, training.warmup_type)
+        self._factor = learning_rate_schedule(steps, training.warmup_ratio, training.warmup_type)
         optimizer = _optimizer(model, training, offloaded=_offloads(settings))
         model.to(device)
         try:
@@ -132,7 +132,7 @@ class TrainEngine:
             )
         except ValueError as error:
             fault = " ".join(str(error).split())
-            raise UserError(f"DeepSpeed refuses {training.deepspeed}: {fault}") from error
+            raise UserError(f"DeepSpeed refuses {training.deepspeed_config}: {fault}") from error
         half = dtype == torch.float16
         self.loss_scale = LossScale(self.engine.optimizer) if half else None
 
@@ -214,8 +214,8 @@ class TrainEngine:
         """
         loss = losses.text / max(counts.tokens, 1)
         for modality, distance in losses.alignment.items():
-            weight = self.training.alignment_weights[modality]
-            loss = loss + weight * distance / counts.runs[modality]
+            weight = self.training.alignment_loss_weights[modality]
+            loss = loss + weight * distance / counts.signal_spans[modality]
         return loss * self.world * self.accumulation + losses.unused
 
     def _checked_totals(self, sums: torch.Tensor) -> list[float]:
@@ -257,11 +257,11 @@ class TrainEngine:
     ) -> StepResult:
         text_loss = totals[0] / max(counts.tokens, 1)
         alignment = {
-            modality: total / counts.runs[modality]
+            modality: total / counts.signal_spans[modality]
             for modality, total in zip(MODALITIES, totals[1:], strict=True)
-            if counts.runs[modality]
+            if counts.signal_spans[modality]
         }
-        weights = self.training.alignment_weights
+        weights = self.training.alignment_loss_weights
         loss = text_loss + sum(weights[m] * value for m, value in alignment.items())
         read = text_loss if counts.tokens else None
         return StepResult(loss, read, alignment, rate, None if norm is None else float(norm), scale)
@@ -276,7 +276,7 @@ class TrainEngine:
             "train_batch_size": self.training.global_batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
             "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": self.training.gradient_clipping,
+            "gradient_clipping": self.training.max_grad_norm,
             "steps_per_print": 2**31,
             "torch_autocast": {
                 "enabled": dtype != torch.float32,
@@ -310,7 +310,7 @@ def _optimizer(
             groups.setdefault(_peak_rate(name, training), []).append(parameter)
     arguments = {
         "betas": training.betas,
-        "eps": training.epsilon,
+        "eps": training.adam_epsilon,
         "weight_decay": training.weight_decay,
     }
     rates = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
@@ -321,7 +321,7 @@ def _optimizer(
 
 def _peak_rate(name: str, training: TrainingConfig) -> float:
     """The peak learning rate of the parameter called `name`."""
-    rates = training.learning_rates
+    rates = training.group_learning_rates
     if ".lora_B." in name and "lora_B" in rates:
         return rates["lora_B"]
     return rates.get(group_of(name), training.learning_rate)

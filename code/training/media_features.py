@@ -11,7 +11,7 @@ import torch
 
 from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Batch
 from nextgpt.media.feature_cache import FeatureCache
@@ -39,7 +39,7 @@ class FeatureCaches:
             InputError: the encoder is not there.
         """
         if modality not in self._caches:
-            folder = project_path(self.config.data.cache)
+            folder = project_path(self.config.data.cache_dir)
             encoder = fingerprint(project_path(self.config.encoder.path), DigestCache(folder))
             name = f"{encoder}-{modality}-{PREPROCESSING_VERSIONS[modality]}"
             self._caches[modality] = FeatureCache(folder, name, self.config.encoder.width)
@@ -77,7 +77,9 @@ class BatchEncoder:
             self.caches[modality].put_many(features)
         for modality, texts in ready.texts.items():
             with self._full_precision():
-                batch.captions[modality] = self._caption_encoder(modality).encode(texts).float()
+                batch.caption_embeds[modality] = (
+                    self._caption_encoder(modality).encode(texts).float()
+                )
         return batch
 
     def _encode_for_cache(self, modality: Modality, views: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.dataset.caption_embeddings import read_maker
 from nextgpt.dataset.caption_records import output_modalities, sample_outputs
@@ -45,7 +45,7 @@ def identify_inputs(
     Raises:
         UserError: something cannot be read, or changes meanwhile.
     """
-    digests = DigestCache(project_path(config.data.cache))
+    digests = DigestCache(project_path(config.data.cache_dir))
     return {
         "predecessor": _identify_predecessor(predecessor, digests),
         "datasets": {
@@ -140,9 +140,9 @@ def _identify_embeddings(config: Config, dataset: ConversationDataset) -> dict[s
     """By modality what made the embeddings that the run reads, and digests of some of them."""
     if config.data.caption_embeddings == "online":
         return {}
-    folder = project_path(config.data.embeddings).resolve()
+    folder = project_path(config.data.caption_embedding_dir).resolve()
     identities = {}
-    for modality in output_modalities(dataset, project_path(config.data.cache)):
+    for modality in output_modalities(dataset, project_path(config.data.cache_dir)):
         maker = read_maker(folder, modality)
         identities[modality] = {
             "folder": str(folder),
@@ -182,7 +182,7 @@ def _identify_frozen(
         except MissingFileError:  # conversations without media do without it
             pass
     if config.data.caption_embeddings == "online":
-        for modality in output_modalities(dataset, project_path(config.data.cache)):
+        for modality in output_modalities(dataset, project_path(config.data.cache_dir)):
             weights, tokenizer = text_encoder_fingerprints(config, modality)
             path = config.decoders[modality].path
             identities[f"text encoder of the {modality} decoder"] = {

@@ -21,10 +21,10 @@ from nextgpt.common.device import choose_device, choose_dtype
 from nextgpt.common.distributed import all_reduce_sum, compute_on_rank_0
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config, TrainableGroup
 from nextgpt.conversation.batch import Batch
-from nextgpt.dataset.conversations import caption_shapes, open_conversations
+from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
 from nextgpt.dataset.sampler import BatchSchedule
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.delta import Delta, load_delta, read_delta, tensors_of_absent_groups
@@ -109,7 +109,7 @@ class Trainer:
         torch.manual_seed(training.seed)
         model = self.make_model(delta)
         carried = tensors_of_absent_groups(model, delta) if delta else {}
-        own_vocabulary = config.language_model.train_vocabulary == "all" or bool(
+        own_vocabulary = config.language_model.trainable_embeddings == "full" or bool(
             delta and delta.holds_own_vocabulary
         )
         vocabulary_size = model.own_vocabulary_size
@@ -120,8 +120,10 @@ class Trainer:
             if caches_hidden_states(training)
             else None
         )
-        if training.keep_states and kept is None:
-            self.say("training.keep_states: one epoch reads no state again, so none is kept")
+        if training.cache_hidden_states and kept is None:
+            self.say(
+                "training.cache_hidden_states: no state is read twice in one epoch, none is cached"
+            )
         self.centre(model, samples, plan, steps, kept)
         agent = TrainEngine(model, training, steps, self.device, self.dtype)
         torch.manual_seed(training.seed + self.rank)  # every process drops out its own
@@ -151,7 +153,7 @@ class Trainer:
 
     def fit(self, model: NextGPT, samples: ExampleDataset, plan: BatchSchedule, steps: int) -> None:
         """Give a new input projection its measured start, the same in every process."""
-        if self.config.training.fit_input_projection:
+        if self.config.input_projection.init == "least_squares":
             self.say("fitting the input projection")
             init_input_projection(model.to(self.device), self.batches(samples, plan, steps))
 
@@ -202,8 +204,8 @@ class Trainer:
             order,
             agent.micro_batch_size,
             self.config.encoder.width,
-            self.config.data.workers,
-            self.config.data.row_length,
+            self.config.data.num_workers,
+            self.config.data.packed_seq_length,
         )
         completer = BatchEncoder(self.config, samples.caches, self.device)
         with loaded as batches:
@@ -221,7 +223,7 @@ class Trainer:
                     counts = replace(counts, tokens=0)
                 result = agent.step(whole, counts)
                 progress.report(step, result, counts)
-                if step % self.config.training.save_every == 0 and step < steps:
+                if step % self.config.training.save_steps == 0 and step < steps:
                     folder.save(agent, step, progress.counted)
         return True
 
@@ -232,7 +234,7 @@ class Trainer:
         mine = [0] * len(MODALITIES)
         for one in ready:
             for index, modality in enumerate(MODALITIES):
-                mine[index] += len(one.batch.runs.get(modality, ()))
+                mine[index] += len(one.batch.signal_spans.get(modality, ()))
         totals = all_reduce_sum(
             [
                 *mine,
@@ -253,7 +255,7 @@ class Trainer:
     def open_samples(self) -> ExampleDataset:
         """The stage's data sets, their features and their caption embeddings."""
         conversations = open_conversations(self.config.data)
-        shapes = caption_shapes(self.config)
+        shapes = prompt_embeds_shapes(self.config)
         wrong_rows: dict[str, np.ndarray] = {}
         if shapes is not None:
             # Once, because tables of all captions are held: 120 MB a million rows.
@@ -264,7 +266,7 @@ class Trainer:
         return ExampleDataset(
             conversations,
             build_prompt_builder(self.config),
-            self.config.data.max_length,
+            self.config.data.max_seq_length,
             FeatureCaches(self.config),
             shapes,
             wrong_rows,
@@ -282,15 +284,17 @@ class Trainer:
     def make_model(self, delta: Delta | None) -> NextGPT:
         """The model with what trains set free and the predecessor's parameters in it."""
         training = self.config.training
-        if not training.trains:
-            raise UserError("training.trains is empty: name what is to be trained")
+        if not training.trainable:
+            raise UserError("training.trainable is empty: name what is to be trained")
         settings = read_deepspeed_config(training)
-        refuse_to_divide(training.deepspeed, settings, self.config.language_model.quantization)
+        refuse_to_divide(
+            training.deepspeed_config, settings, self.config.language_model.quantization
+        )
         model = build_model(
             self.config,
             self.dtype,
-            lora="lora" in training.trains or (delta is not None and delta.holds("lora")),
-            output_projections="output_projections" in training.trains,
+            lora="lora" in training.trainable or (delta is not None and delta.holds("lora")),
+            output_projections="output_projections" in training.trainable,
         )
         if delta is not None:
             self.say(f"starting from {delta.source}")
@@ -315,8 +319,8 @@ def configure_trainable(model: NextGPT, config: Config) -> None:
     Where output projections alone train, no gradient passes through the language model: it keeps no
     activations, and is not to be asked to compute them again for a gradient of its inputs.
     """
-    trains = config.training.trains
+    trains = config.training.trainable
     if config.training.activation_checkpointing and set(trains) != {"output_projections"}:
         model.language_model.activation_checkpointing_enable({"use_reentrant": False})
-    whole = config.language_model.train_vocabulary == "all"
+    whole = config.language_model.trainable_embeddings == "full"
     set_trainable(model, trains, own_vocabulary=whole)

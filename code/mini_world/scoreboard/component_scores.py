@@ -22,7 +22,7 @@ from nextgpt.common.device import choose_device
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.settings import GenerationSettings
@@ -86,7 +86,7 @@ def _score_decoder(
     made: list[Output] = []
     with tqdm(total=samples, desc=f"{modality} decoder") as bar:
         for batch in in_batches(cases):
-            embeddings = decoder.captions.encode([text for _, text in batch])
+            embeddings = decoder.text_encoder.encode([text for _, text in batch])
             seeds = tuple(range(seed + len(made), seed + len(made) + len(batch)))
             made += decoder.decode(embeddings, replace(options, seed=seeds))
             bar.update(len(batch))

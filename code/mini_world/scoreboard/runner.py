@@ -185,7 +185,7 @@ def decode_captions(
 ) -> list[Output]:
     """Media of `captions`, as they are, by the decoder's own text encoder."""
     decoder = assistant.load_decoder(modality)
-    embeddings = decoder.captions.encode(captions)
+    embeddings = decoder.text_encoder.encode(captions)
     return decoder.decode(embeddings, replace(options.decode[modality], seed=tuple(seeds)))
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
-from nextgpt.config.loader import PROJECT_ROOT
+from nextgpt.common.paths import PROJECT_ROOT
 from nextgpt.config.schema import Config
 from nextgpt.conversation.messages import Text
 from nextgpt.evaluation.metrics import proportion

@@ -23,7 +23,7 @@ from transformers import (
 
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.generation.cli import find_delta
 from nextgpt.model.build import build_media_encoder, build_on_meta, find_folder
@@ -162,17 +162,18 @@ def _facts_of_decoder(config: Config, modality: Modality) -> Iterator[str]:
     for name in ("text_encoder", *NETWORKS[modality]):
         yield f"{name}: {_describe(map_folder(folder / name))}"
     captions = TextEncoder(modality, str(folder), torch.device("meta"))
-    if list(captions.shape) != decoder.caption_shape:
+    if list(captions.shape) != decoder.prompt_embeds_shape:
         raise UserError(
             f"{folder}: its caption embeddings have shape {list(captions.shape)}, but "
-            f"decoders.{modality}.caption_shape is {decoder.caption_shape}: set it to match"
+            f"decoders.{modality}.prompt_embeds_shape is {decoder.prompt_embeds_shape}: set it to "
+            "match"
         )
     for name, kind in NETWORKS[modality].items():
         load_pretrained(kind, str(folder), torch.float16, name, on_meta=True)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
         raise MissingFileError(f"{scheduler} is missing")
-    yield f"kind, names and shapes are right; captions have shape {decoder.caption_shape}"
+    yield f"kind, names and shapes are right; captions have shape {decoder.prompt_embeds_shape}"
 
 
 def _facts_of_tuned(config: Config) -> Iterator[str]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import rename_durably
 from nextgpt.common.modality import Modality
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.model.decoders import PIPELINES
 
 _CHUNK = 1 << 20  # bytes

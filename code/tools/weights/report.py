@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from nextgpt.common.errors import UserError
-from nextgpt.config.loader import project_path
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.tools.weights.checks import Finding, check_part
 from nextgpt.tools.weights.registry import PartName, Source, configured_path, source_of
