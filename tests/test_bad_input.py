@@ -34,7 +34,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("system")
     write_tiny_parts(folder)
     signals = tiny_encoder().signals
-    script_language_model(folder, [*signals.run("image"), *signals.run("audio"), 333])
+    script_language_model(folder, [*signals.span("image"), *signals.span("audio"), 333])
     return folder
 
 

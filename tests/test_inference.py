@@ -29,7 +29,7 @@ def scripted_answer() -> list[int]:
         tiny_encoder().tokenizer(text, add_special_tokens=False).input_ids
         for text in ("Sure", "the music")
     )
-    media = [SIGNALS.run(modality) for modality in ("image", "video", "audio")]
+    media = [SIGNALS.span(modality) for modality in ("image", "video", "audio")]
     return [*first, *media[0], *media[1], *second, *media[2], 333]
 
 

@@ -1,8 +1,7 @@
-"""How turns are written down for the language model.
+"""Prompt formats: the markup around the turns of a conversation.
 
-`vicuna_v0` is the format that NExT-GPT was trained on, as published; `chatml` that of SmolLM2 and
-many others; `tokenizer` reads the format off the tokenizer's chat template (chat_template.py). A
-template is strings around the turns; a `Special` is one token of the tokenizer.
+`vicuna_v0` is the format of the published NExT-GPT; `chatml` that of SmolLM2 and many others;
+`tokenizer` is derived from the tokenizer's chat template (chat_template.py).
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Special:
-    """A special token of the language model's tokenizer, by its written form."""
+    """A special token of the tokenizer, by its written form."""
 
     token: str
 
@@ -20,16 +19,16 @@ Markup = tuple[str | Special, ...]
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around the turns.
+    """Markup around the turns.
 
     Attributes:
-        begins_with_bos: whether the tokenizer's beginning-of-sequence token comes first.
-        first_human: opens the first human turn.
-        next_human: opens the others; tokenized together with the text behind it.
-        answer_opening: closes a human turn and opens the answer; no loss on it.
-        end_after_text, end_after_media: end of an answer; the loss counts them.
+        begins_with_bos: whether the tokenizer's BOS token comes first.
+        first_human: before the first human turn.
+        next_human: before the other human turns; tokenized together with their text.
+        answer_opening: between a human turn and its answer; no loss.
+        end_after_text, end_after_media: end of an answer; with loss.
         after_answer: between an answer and the next turn; no loss.
-        first_apart: whether `first_human` is tokenized apart from the text behind it, as published.
+        first_apart: whether `first_human` is tokenized separately from the text after it.
     """
 
     begins_with_bos: bool
