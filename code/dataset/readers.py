@@ -5,12 +5,12 @@ Kinds of files:
 - `caption_in`, `caption_out`: caption pairs, from medium to caption (stage 1) or from caption to
   medium (stage 2); a record may also have the later release's form (`input_image` ..,
   `conversations`);
-- `instruction`: `conversation` with `input_modality`, `output_modality`; the record names its media;
+- `instruction`: `conversation` with `input_modality`, `output_modality`, media named outside of it;
 - `interleaved`: MosIT; `<image>`, `<video>`, `<audio>` stand for their turn's `media` in order.
 
-Placeholders have a meaning in the later release's form and in `interleaved` only; white space around
-one is dropped. Names of media are relative to the data set's media folder. The caption embedding of
-an output medium is named after its file: `<base name>.npy`. Costs about 5 microseconds a record.
+Placeholders have a meaning in the later release's form and in `interleaved` only; white space
+around them is dropped. Names of media are relative to the data set's media folder. The caption
+embedding of an output medium is named `<base name>.npy`. Costs about 5 microseconds a record.
 """
 
 import re
@@ -42,8 +42,8 @@ class _RecordError(Exception):
 def clean_caption(caption: str) -> str:
     """Normalize a caption for the language model; text encoders embed the original.
 
-    Converts to lower case, replaces each of `"()*#:;~` by a space, collapses two or more white-space
-    characters to one space, and strips the ends.
+    Converts to lower case, replaces each of `"()*#:;~` by a space, collapses two or more
+    white-space characters to one space, and strips the ends.
     """
     return _SPACES.sub(" ", caption.lower().translate(_TO_SPACE)).strip()
 
@@ -231,7 +231,7 @@ def _output(modality: Modality, name: str, caption: str) -> Media:
 
 
 def _modality(value: Any, where: str, others: str = "") -> Modality:
-    if value not in MODALITIES:
+    if value not in tuple(MODALITIES):
         raise _RecordError(f"{where}: expected {others}image, video or audio, not {value!r}")
     return value
 

@@ -69,8 +69,8 @@ def open_index(file: Path, cache_dir: Path, check: Check, version: str) -> RowIn
         version: of `check`; part of the index's key.
 
     Raises:
-        UserError: the file is missing, empty or not a JSON array, a shard is broken, `check` rejects
-            a record, or `cache_dir` cannot be written.
+        UserError: the file is missing, empty or not a JSON array, a shard is broken, `check`
+            rejects a record, or `cache_dir` cannot be written.
     """
     if not file.exists():
         raise UserError(f"{file} does not exist")
