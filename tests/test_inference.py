@@ -132,7 +132,7 @@ def test_cases_whose_answer_has_other_media_than_expected_are_told_and_counted(
 
 FAULTS = {
     "a file that is missing": (["--prompt", "x", "--image", "none.png"], "none.png"),
-    "a file of another kind": (["--prompt", "x", "--video", BELL], "no moving pictures"),
+    "a file of another kind": (["--prompt", "x", "--video", BELL], "no video stream"),
     "nothing said": (["--prompt", " "], "nothing to answer"),
     "too long": (["--prompt", "long " * 2000], "clear the history"),
     "no tuned parameters": (["--prompt", "x", "--nextgpt_ckpt_path", "no"], "no tuned parameters"),

@@ -1,12 +1,12 @@
-"""Turns downloaded instruction data into the common instruction format.
+"""Converts downloaded instruction data to the common instruction format.
 
     python dataset/preprocess_dataset.py alpaca    .../alpaca/alpaca_data.json
     python dataset/preprocess_dataset.py llava     .../llava/llava_instruct_150k.json
     python dataset/preprocess_dataset.py videochat .../videochat/videochat_instruct_11k.json
 
-writes `alpaca.json`, `llava.json`, `videochat.json` beside the input, where the catalog looks.
-What cannot be used is left out, counted by reason, and listed with row and reason in
-`<output>.dropped.jsonl`. Reads row by row: memory does not grow with the file.
+writes `alpaca.json`, `llava.json`, `videochat.json` to the folder of the input, as the catalog
+expects. Unusable records are dropped, counted by reason, and listed with row and reason in
+`<output>.dropped.jsonl`. Streams row by row in constant memory.
 """
 
 import argparse
@@ -24,27 +24,27 @@ from nextgpt.dataset.readers import Record, read_record
 
 
 class _Dropped(Exception):
-    """Why a record cannot be used."""
+    """The reason why a record is dropped."""
 
 
 def preprocess(kind: str, raw: Path, output: Path) -> tuple[int, Counter[str]]:
-    """Writes the usable records of `raw` (alpaca, llava or videochat) to `output`, all or nothing.
+    """Convert the usable records of `raw` (alpaca, llava or videochat) to `output`, atomically.
 
     Returns:
-        How many records were written, and how many were dropped for each reason.
+        The number of records written, and of those dropped for each reason.
 
     Raises:
-        UserError: `raw` is not a JSON array, is also the output, or has nothing usable.
+        UserError: `raw` is not a JSON array, is also the output, or has no usable record.
     """
     if raw.resolve() == output.resolve():
         raise UserError(f"{raw} would be overwritten: give another output")
     dropped_file = output.with_suffix(".dropped.jsonl")
     written, dropped = 0, Counter[str]()
     with (
-        atomic_write(dropped_file) as dropped_aside,
-        atomic_write(output) as rows_aside,
-        dropped_aside.open("w") as dropped_out,
-        rows_aside.open("w") as rows_out,
+        atomic_write(dropped_file) as partial_dropped,
+        atomic_write(output) as partial_rows,
+        partial_dropped.open("w") as dropped_out,
+        partial_rows.open("w") as rows_out,
     ):
         for row, (record, _) in enumerate(tqdm(iter_rows(raw), unit=" rows", delay=2)):
             try:
@@ -54,7 +54,7 @@ def preprocess(kind: str, raw: Path, output: Path) -> tuple[int, Counter[str]]:
                 line = {"row": row, "reason": str(why), "record": record}
                 dropped_out.write(to_json(line) + "\n")
                 continue
-            read_record(converted, "instruction", raw, row)
+            read_record(converted, "instruction", raw, row)  # raises if the format is wrong
             rows_out.write((",\n" if written else "[\n") + to_json(converted))
             written += 1
         rows_out.write("\n]\n")
@@ -91,7 +91,7 @@ _CONVERTERS = {"alpaca": _alpaca, "llava": _llava, "videochat": _videochat}
 
 
 def _conversation(texts: list[str], modality: str = "text", name: str | None = None) -> Record:
-    """Questions and answers in turn; the medium, if there is one, is shown in the first turn."""
+    """A record of alternating questions and answers; a medium belongs to the first question."""
     turns = []
     for question, answer in zip(texts[::2], texts[1::2], strict=True):
         shown = modality if name and not turns else "text"
