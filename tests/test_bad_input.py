@@ -17,8 +17,8 @@ from nextgpt import inference, process_embeddings
 from nextgpt.common.cli import INTERRUPTED, run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
-from nextgpt.dataset import preprocess_dataset
 from nextgpt.mini_world import write_data
+from nextgpt.tools import preprocess_dataset
 from parity_tools import PARITY
 from tiny_decoders import tiny_decoder
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts

@@ -96,11 +96,11 @@ class PromptBuilder:
             if segment.text:
                 segment.ids = list(_tokenize(self.tokenizer, segment.text))
             segment.num_labels = len(segment.ids) if segment.has_loss else 0
-        excess = sum(len(segment.ids) for segment in segments) - (max_length or 0)
-        if max_length is None or excess <= 0:
-            return _concatenate(segments, cut_tokens=0)
-        self._truncate(segments, excess, max_length)
-        return _concatenate(segments, cut_tokens=excess)
+        length = sum(len(segment.ids) for segment in segments)
+        excess = 0 if max_length is None else max(0, length - max_length)
+        if excess:
+            self._truncate(segments, excess)
+        return _concatenate(segments, excess)
 
     def decode_answer(self, ids: list[int]) -> tuple[ContentPart, ...]:
         """Convert an answer's token ids to content parts, without its stop sequence."""
@@ -155,7 +155,7 @@ class PromptBuilder:
                     segments[-1].is_closed = True
             for part in turn.parts:
                 if isinstance(part, Text):
-                    _add_text(segments, part.text.strip(), has_loss=is_answer)
+                    _append(segments, part.text.strip(), is_answer, is_content=True)
                 elif is_answer:
                     ids = signals.span(part.modality)
                     segments.append(_Segment(has_loss=True, ids=ids, medium=part))
@@ -182,13 +182,14 @@ class PromptBuilder:
                 token_id = self.tokenizer.convert_tokens_to_ids(item.token)
                 segments.append(_Segment(has_loss, ids=[token_id]))
             else:
-                _open_segment(segments, has_loss).text += item
+                _append(segments, item, has_loss)
 
-    def _truncate(self, segments: list[_Segment], excess: int, max_length: int) -> None:
+    def _truncate(self, segments: list[_Segment], excess: int) -> None:
         """Remove `excess` tokens from the ends of the longest texts."""
         spans = {i: self._text_span(segment) for i, segment in enumerate(segments) if segment.text}
         lengths = {index: end - start for index, (start, end) in spans.items()}
         if sum(lengths.values()) < excess:
+            max_length = sum(len(segment.ids) for segment in segments) - excess
             raise MediaError(
                 f"markup, media and signal tokens alone are longer than {max_length} tokens: "
                 "raise data.max_seq_length or split the conversation"
@@ -221,23 +222,22 @@ class PromptBuilder:
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def _open_segment(segments: list[_Segment], has_loss: bool) -> _Segment:
-    """The last segment if text with this loss may be appended to it, otherwise a new one."""
-    if not segments or segments[-1].is_closed or segments[-1].has_loss != has_loss:
-        segments.append(_Segment(has_loss, is_closed=False))
-    return segments[-1]
-
-
-def _add_text(segments: list[_Segment], text: str, *, has_loss: bool) -> None:
+def _append(
+    segments: list[_Segment], text: str, has_loss: bool, *, is_content: bool = False
+) -> None:
+    """Append markup, or a turn's own text, to the last segment if allowed, or to a new one."""
     if not text:
         return
-    segment = _open_segment(segments, has_loss)
-    if segment.end and segment.end == len(segment.text):
-        segment.text += " "
-    else:
+    if not segments or segments[-1].is_closed or segments[-1].has_loss != has_loss:
+        segments.append(_Segment(has_loss, is_closed=False))
+    segment = segments[-1]
+    if is_content and segment.text and segment.end == len(segment.text):
+        text = f" {text}"  # two texts of one turn
+    elif is_content:
         segment.start = len(segment.text)
     segment.text += text
-    segment.end = len(segment.text)
+    if is_content:
+        segment.end = len(segment.text)
 
 
 def _concatenate(segments: list[_Segment], cut_tokens: int) -> EncodedPrompt:
