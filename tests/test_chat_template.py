@@ -5,10 +5,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
-from nextgpt.conversation.chat_template import template_from_tokenizer
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.conversation.prompt import IGNORE_INDEX, PromptBuilder
 from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.conversation.templates import template_from_tokenizer
 from nextgpt.model.build import resolve_model_path
 from parity_tools import PARITY
 

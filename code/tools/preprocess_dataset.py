@@ -128,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kind", choices=_CONVERTERS)
     parser.add_argument("raw", type=Path, help="the downloaded JSON file")
-    parser.add_argument("output", type=Path, nargs="?", help="default: KIND.json beside it")
+    parser.add_argument("output", type=Path, nargs="?", help="default: KIND.json, same folder")
     arguments = parser.parse_args()
     output = arguments.output or arguments.raw.with_name(f"{arguments.kind}.json")
     written, dropped = preprocess(arguments.kind, arguments.raw, output)
