@@ -110,7 +110,7 @@ def read_maker(folder: Path, modality: Modality) -> EmbeddingMaker | None:
         raise UserError(f"{file} is damaged: empty the folder") from error
 
 
-def caption_lists(folder: Path, modality: Modality) -> list[Path]:
+def caption_record_files(folder: Path, modality: Modality) -> list[Path]:
     """The caption record files of all ranks."""
     return sorted(folder.glob(f"captions.{modality}.rank*.jsonl"))
 
@@ -121,7 +121,7 @@ def iter_caption_records(folder: Path, modality: Modality) -> Iterator[CaptionRe
     Raises:
         UserError: a line is damaged.
     """
-    for file in caption_lists(folder, modality):
+    for file in caption_record_files(folder, modality):
         with file.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.endswith("\n"):  # another process is writing it

@@ -21,7 +21,11 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.locks import hold_lock
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import Media
-from nextgpt.dataset.caption_embeddings import caption_lists, embedding_path, iter_caption_records
+from nextgpt.dataset.caption_embeddings import (
+    caption_record_files,
+    embedding_path,
+    iter_caption_records,
+)
 from nextgpt.dataset.conversations import ConversationDataset
 from nextgpt.dataset.readers import READER_VERSION
 
@@ -193,7 +197,7 @@ def _outputs_table(dataset: ConversationDataset, name: str, cache_dir: Path) -> 
 
 def _records_table(folder: Path, modality: Modality, cache_dir: Path) -> np.ndarray:
     """The latest record of each name, sorted by the names' digests."""
-    lists = caption_lists(folder, modality)
+    lists = caption_record_files(folder, modality)
     states = [f"{file.name} {' '.join(map(str, FileState.of(file)))}" for file in lists]
 
     def make() -> np.ndarray:
