@@ -309,13 +309,13 @@ def _serve(line: bytes, answers: BinaryIO) -> None:
 
 
 def _peak_memory() -> int:
-    """Peak resident bytes of this process; `getrusage` includes its parent's at the fork."""
+    """Peak resident bytes of this process; `getrusage` would include its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _start_limits(cpu_seconds: int, wall_seconds: int) -> None:
-    """Have the kernel kill this process after these times from now."""
+    """Have the kernel kill this process when it exceeds these times from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _set_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds)
     signal.setitimer(signal.ITIMER_REAL, wall_seconds)
