@@ -16,8 +16,8 @@ import pytest
 from nextgpt.config.loader import load_config
 from nextgpt.dataset.catalog import CATALOG
 from nextgpt.dataset.json_stream import iter_rows
-from nextgpt.dataset.preprocess_dataset import preprocess
 from nextgpt.dataset.readers import read_record
+from nextgpt.tools.preprocess_dataset import preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]

@@ -10,9 +10,8 @@ import pytest
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.conversation.caption_cleaning import clean_caption
 from nextgpt.conversation.messages import Media
-from nextgpt.dataset.readers import read_record
+from nextgpt.dataset.readers import clean_caption, read_record
 from nextgpt.mini_world import questions, request_templates
 from nextgpt.mini_world.captions import CAPTIONS, as_heard, caption, read_caption
 from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening, shown, step

@@ -84,7 +84,7 @@ def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: 
     assistant = Assistant.load(config_of(stages[-1]), stages[-1].folder)
     signals = assistant.encoder.signals
     row = assistant.model.language_model.get_output_embeddings().new_rows[
-        signals.run(modality)[0] - signals.first_id
+        signals.span(modality)[0] - signals.first_id
     ]
     options = replace(GenerationSettings.from_config(assistant.config), top_p=1.0)
     asked = Conversation((Turn("human", (Text("Show me all of it."),)),))
