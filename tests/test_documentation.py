@@ -233,8 +233,12 @@ def test_every_message_in_the_troubleshooting_table_is_in_the_code() -> None:
             assert fragment in source, message
 
 
-def test_the_english_readme_fits_on_200_lines() -> None:
-    assert len(READMES[0].read_text(encoding="utf-8").splitlines()) <= 200
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
+def test_the_readme_is_short_and_links_every_page(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    pages = {name_of(page).replace(".zh-CN", "") for page in DOCS}
+    assert pages <= {target.partition("#")[0] for target in links_in(text)}
 
 
 @pytest.mark.parametrize("pair", [READMES, COURSE], ids=["readme", "course"])
