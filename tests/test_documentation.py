@@ -77,7 +77,8 @@ def program(folder: Path, words: list[str]) -> tuple[Path, list[str]]:
         return folder / words[at], words[at + 1 :]
     assert words[0] in ("bash", "python"), f"unknown command {words[0]}"
     if words[1] == "-m":
-        return folder / (words[2].replace(".", "/") + ".py"), words[3:]
+        inner = words[2].removeprefix("nextgpt.").replace(".", "/")
+        return ROOT / "code" / f"{inner}.py", words[3:]
     return folder / words[1], words[2:]
 
 
