@@ -14,9 +14,14 @@ from nextgpt.conversation.caption_cleaning import clean_caption
 from nextgpt.conversation.messages import Media
 from nextgpt.dataset.readers import read_record
 from nextgpt.mini_world import questions, request_templates
-from nextgpt.mini_world.captions import CAPTIONS, as_heard, caption, read_caption
-from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening, shown, step
-from nextgpt.mini_world.media_set import Album, render_medium
+from nextgpt.mini_world.captions import (
+    CAPTION_TEMPLATES,
+    audible_attributes,
+    parse_caption,
+    sample_caption,
+)
+from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, DialogueSampler, DialogueState
+from nextgpt.mini_world.media_set import MediaSet, render_medium
 from nextgpt.mini_world.objects import (
     ATTRIBUTES,
     COLOURS,
@@ -25,9 +30,9 @@ from nextgpt.mini_world.objects import (
     VALUES,
     sample_object,
 )
-from nextgpt.mini_world.plain_talk import plain_pairs
+from nextgpt.mini_world.plain_talk import plain_talk_pairs
 from nextgpt.mini_world.scoreboard.judge import judge, judge_file
-from nextgpt.mini_world.words import Wording, say
+from nextgpt.mini_world.words import TemplateSet, fill_template
 from nextgpt.mini_world.write_data import FOLDERS, write_world
 
 SCALE = 0.1
@@ -83,14 +88,14 @@ def test_held_out_pairs_leave_every_shape_and_colour_in_training() -> None:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_reading_a_caption_gives_back_what_was_told(modality: Modality) -> None:
-    wording = CAPTIONS[modality]
+    wording = CAPTION_TEMPLATES[modality]
     for template in wording.training + wording.validation + wording.test:
         for seed in range(60):
             thing = sample_object(rng(seed), ("training", "validation", "test")[seed % 3])
-            text = say(template, rng(seed), thing)
+            text = fill_template(template, rng(seed), thing)
             for written in (text, clean_caption(text)):
-                told = read_caption(written)
-                told = as_heard(told) if modality == "audio" else told
+                told = parse_caption(written)
+                told = audible_attributes(told) if modality == "audio" else told
                 assert told == thing.attributes(modality), written
             assert len(text.split()) <= 20
 
@@ -100,7 +105,7 @@ def test_reading_a_partial_caption_gives_what_was_named_and_no_more() -> None:
         thing = sample_object(rng(seed))
         for modality in ("image", "video"):
             for named in ({"shape", "size"}, {"shape", "colour", "place"}):
-                told = read_caption(caption(thing, modality, rng(seed), named))
+                told = parse_caption(sample_caption(thing, modality, rng(seed), named))
                 assert told == {name: getattr(thing, name) for name in named}
 
 
@@ -112,7 +117,7 @@ def test_single_answers_are_read_back() -> None:
                 thing = sample_object(rng(seed))
                 _, answer = questions.ask(thing, modality, rng(seed), topic=topic)
                 for name in asked.get(topic, (topic,)):
-                    assert read_caption(answer)[name] == getattr(thing, name), answer
+                    assert parse_caption(answer)[name] == getattr(thing, name), answer
 
 
 @pytest.mark.parametrize(
@@ -128,7 +133,7 @@ def test_single_answers_are_read_back() -> None:
     ],
 )
 def test_other_words_are_read_too(text: str, told: dict) -> None:
-    assert read_caption(text) == told
+    assert parse_caption(text) == told
 
 
 # The data sets
@@ -175,8 +180,8 @@ def test_captions_of_pairs_tell_what_the_media_show(world: Path) -> None:
     unnamed, total = [], 0
     for modality in MODALITIES:
         for row in rows(pairs / modality, f"{modality}.json"):
-            told = read_caption(row["caption"])
-            told = as_heard(told) if modality == "audio" else told
+            told = parse_caption(row["caption"])
+            told = audible_attributes(told) if modality == "audio" else told
             shown = set(ATTRIBUTES[modality])
             if modality != "audio" and "colour" not in told:
                 shown -= {"colour"}
@@ -187,7 +192,7 @@ def test_captions_of_pairs_tell_what_the_media_show(world: Path) -> None:
 
 
 def test_no_held_out_pair_and_no_held_out_wording_in_training_files(world: Path) -> None:
-    places = [CAPTIONS, questions.TOPICS, vars(questions), vars(request_templates)]
+    places = [CAPTION_TEMPLATES, questions.TOPICS, vars(questions), vars(request_templates)]
     templates = {
         text for place in places for w in wordings(place) for text in w.validation + w.test
     }
@@ -199,7 +204,7 @@ def test_no_held_out_pair_and_no_held_out_wording_in_training_files(world: Path)
     ]
     for file in [*world.glob("*_data/**/*.json")]:
         for text in set(texts(rows(world, str(file.relative_to(world))))):
-            told = read_caption(text)
+            told = parse_caption(text)
             assert (told.get("shape"), told.get("colour")) not in held_out_pairs, text
             bare = re.sub(r"\s*<\w+>\s*", "", text)
             assert not any(pattern.match(bare) for pattern in patterns), text
@@ -214,9 +219,9 @@ def test_no_medium_of_the_training_data_is_judged_to_show_a_held_out_pair(world:
         assert (seen["shape"], seen["colour"]) not in held_out_pairs, path
 
 
-def wordings(value: object) -> Iterator[Wording]:
+def wordings(value: object) -> Iterator[TemplateSet]:
     """Every wording within dictionaries, tuples and topics."""
-    if isinstance(value, Wording):
+    if isinstance(value, TemplateSet):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
@@ -243,34 +248,37 @@ def test_all_cells_and_all_four_cases_open_dialogues(world: Path) -> None:
 
 
 def test_an_answer_shows_what_was_asked_for_in_later_rounds() -> None:
-    album = Album("test", 0, dict.fromkeys(MODALITIES, 12))
+    media_set = MediaSet("test", 0, dict.fromkeys(MODALITIES, 12))
     for seed in range(150):
-        turns = dialogue("image", "image", 2, album, rng(seed))
-        asked = read_caption(turns[0]["value"])
-        shown = read_caption(turns[0]["media"][0]["caption"])
-        assert read_caption(turns[1]["media"][0]["caption"]) == shown | asked
+        turns = DialogueSampler(rng(seed)).dialogue("image", "image", 2, media_set)
+        asked = parse_caption(turns[0]["value"])
+        shown = parse_caption(turns[0]["media"][0]["caption"])
+        assert parse_caption(turns[1]["media"][0]["caption"]) == shown | asked
 
 
 def test_answers_call_a_sound_as_the_request_does() -> None:
     seen = set()
     for seed in range(40):
-        made = opening("audio", rng(seed))
-        asked, told = read_caption(made.request), read_caption(made.answer[0])
+        made = DialogueSampler(rng(seed)).opening("audio")
+        asked, told = parse_caption(made.request), parse_caption(made.answer[0])
         assert ("shape" in asked) == ("shape" in told) != ("timbre" in told)
         seen.add("shape" in told)
-        later = step(shown(made.scene.thing, "image"), "audio", rng(seed))
-        assert "shape" in read_caption(later.answer[0])
-        later = step(shown(made.scene.thing, "audio"), "audio", rng(seed))
-        assert "timbre" in read_caption(later.answer[0])
+        state = DialogueState.after_input(made.state.obj, "image")
+        later = DialogueSampler(rng(seed)).follow_up(state, "audio")
+        assert "shape" in parse_caption(later.answer[0])
+        state = DialogueState.after_input(made.state.obj, "audio")
+        later = DialogueSampler(rng(seed)).follow_up(state, "audio")
+        assert "timbre" in parse_caption(later.answer[0])
     assert seen == {True, False}
 
 
 def test_held_out_dialogues_can_be_made_for_every_cell_and_case() -> None:
-    album = Album("test", 0, dict.fromkeys(MODALITIES, 12), split="validation")
+    media_set = MediaSet("test", 0, dict.fromkeys(MODALITIES, 12), split="validation")
     cells = [(source, goal) for source in (None, *MODALITIES) for goal in OUTPUTS]
     for source, goal in [*cells, *((source, case) for case, source in CASE_INPUT.items())]:
         for seed in range(10):
-            assert len(dialogue(source, goal, 3, album, rng(seed), "validation")) == 6
+            sampler = DialogueSampler(rng(seed), "validation", ("training", "validation"))
+            assert len(sampler.dialogue(source, goal, 3, media_set)) == 6
 
 
 def test_examples_hold_the_four_cases_with_their_media(world: Path) -> None:
@@ -283,9 +291,9 @@ def test_examples_hold_the_four_cases_with_their_media(world: Path) -> None:
 
 
 def test_plain_talk_is_hundreds_of_different_questions_with_whole_answers() -> None:
-    pairs = plain_pairs(rng())
+    pairs = plain_talk_pairs(rng())
     assert len({question for question, _ in pairs}) == len(pairs) >= 250
-    assert pairs == plain_pairs(rng())
+    assert pairs == plain_talk_pairs(rng())
     for question, answer in pairs:
         assert answer.strip() == answer != "", question
 
@@ -320,7 +328,7 @@ def test_a_world_has_as_many_colours_without_a_name_as_asked_for(tmp_path: Path)
     for share in (0.0, 1.0):
         write_world(tmp_path / "world", scale=0.01, unnamed_colours=share, progress=False)
         pairs = rows(tmp_path / "world", "T-X_pair_data/image/image.json")
-        colours[share] = {read_caption(pair["caption"]).get("colour") for pair in pairs}
+        colours[share] = {parse_caption(pair["caption"]).get("colour") for pair in pairs}
     assert len(colours[0.0]) > 2 and None not in colours[0.0]
     assert colours[1.0] == {None}
     with pytest.raises(UserError, match=r"--unnamed_colours 1\.5: expected 0 to 1"):
@@ -328,7 +336,7 @@ def test_a_world_has_as_many_colours_without_a_name_as_asked_for(tmp_path: Path)
 
 
 def test_a_world_has_as_much_plain_talk_as_asked_for(tmp_path: Path) -> None:
-    plain = {question for question, _ in plain_pairs(rng())}
+    plain = {question for question, _ in plain_talk_pairs(rng())}
     for count in (100, 300):
         write_world(tmp_path / "world", scale=0.1, plain_talk=count, progress=False)
         texts = rows(tmp_path / "world", "IT_data/text/mini_text.json")
@@ -339,12 +347,18 @@ def test_a_world_has_as_much_plain_talk_as_asked_for(tmp_path: Path) -> None:
 
 
 def test_colours_without_a_name_are_shown_and_not_told() -> None:
-    album = Album("test", 0, dict.fromkeys(MODALITIES, 200), unnamed_colours=0.3)
+    media_set = MediaSet("test", 0, dict.fromkeys(MODALITIES, 200), unnamed_colours=0.3)
     for modality in ("image", "video"):
-        told = [album.named(name, modality) for name, one, _ in album if one == modality]
+        told = [
+            media_set.visible_attributes(name, modality)
+            for name, one, _ in media_set
+            if one == modality
+        ]
         assert 40 < sum("colour" not in named for named in told) < 80
-    name, thing = next(one for one in album.shown["image"] if album.look(one[0]).rgb)
-    assert "colour" not in album.named(name, "image")
-    picture = np.asarray(render_medium(name, "image", thing, 0, album.look(name)), dtype=float)
-    assert (np.linalg.norm(picture - album.look(name).rgb, axis=-1) < 20).sum() > 30
+    name, thing = next(one for one in media_set.inputs["image"] if media_set.appearance(one[0]).rgb)
+    assert "colour" not in media_set.visible_attributes(name, "image")
+    picture = np.asarray(
+        render_medium(name, "image", thing, 0, media_set.appearance(name)), dtype=float
+    )
+    assert (np.linalg.norm(picture - media_set.appearance(name).rgb, axis=-1) < 20).sum() > 30
     assert judge("image", render_medium(name, "image", thing, 0))["colour"] == thing.colour

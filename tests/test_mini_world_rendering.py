@@ -11,8 +11,8 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.mini_world.media_set import write_medium
 from nextgpt.mini_world.objects import COLOURS, COUNTS, MOTIONS, PLACES, SHAPES, SIZES, WorldObject
+from nextgpt.mini_world.render_audio import FREQUENCY, SAMPLE_RATE, render_audio
 from nextgpt.mini_world.render_image import CENTRE, PIXELS, RGB, coverage, render_image
-from nextgpt.mini_world.render_sound import FREQUENCY, RATE, render_sound
 from nextgpt.mini_world.render_video import FRAMES, render_video
 
 THING = WorldObject("star", "red", "big", "left", "moves right", 2)
@@ -118,8 +118,8 @@ def test_a_sound_has_its_pitch_and_sounds_as_often_as_told(shape: str, count: in
         peaks = {}
         for size in SIZES:
             thing = WorldObject(shape, "red", size, "left", None, count)
-            samples = render_sound(thing, rng(seed))
-            assert samples.shape == (2 * RATE,) and np.abs(samples).max() <= 1.0
+            samples = render_audio(thing, rng(seed))
+            assert samples.shape == (2 * SAMPLE_RATE,) and np.abs(samples).max() <= 1.0
             assert soundings(samples) == count
             peaks[size] = strongest(samples)
             nominal = FREQUENCY[thing.timbre][thing.pitch]
@@ -130,8 +130,8 @@ def test_a_sound_has_its_pitch_and_sounds_as_often_as_told(shape: str, count: in
 
 def test_timbres_differ_in_their_spectra() -> None:
     things = [WorldObject(shape, "red", "small", "left", None, 3) for shape in SHAPES]
-    spectra = [bands(render_sound(thing, rng(0))) for thing in things]
-    again = [bands(render_sound(thing, rng(1))) for thing in things]
+    spectra = [bands(render_audio(thing, rng(0))) for thing in things]
+    again = [bands(render_audio(thing, rng(1))) for thing in things]
     likeness = np.array([[a @ b for b in again] for a in spectra])
     assert (likeness.argmax(axis=1) == np.arange(len(SHAPES))).all()
     assert likeness[~np.eye(len(SHAPES), dtype=bool)].max() < 0.9 * likeness.diagonal().min()
@@ -157,7 +157,7 @@ def centroid(mask: np.ndarray) -> np.ndarray:
 
 def soundings(samples: np.ndarray) -> int:
     """How many stretches are louder than a fiftieth of the peak, gaps under 0.1 s bridged."""
-    frame = RATE // 50
+    frame = SAMPLE_RATE // 50
     loud = np.abs(samples).reshape(-1, frame).max(axis=1) > 0.02 * np.abs(samples).max()
     starts = np.flatnonzero(loud)
     return 1 + int((np.diff(starts) > 5).sum())
@@ -166,13 +166,13 @@ def soundings(samples: np.ndarray) -> int:
 def strongest(samples: np.ndarray) -> float:
     """The frequency with most energy, in Hz."""
     spectrum = np.abs(np.fft.rfft(samples))
-    return float(np.fft.rfftfreq(len(samples), 1 / RATE)[spectrum.argmax()])
+    return float(np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE)[spectrum.argmax()])
 
 
 def bands(samples: np.ndarray) -> np.ndarray:
     """Unit vector of the amplitude in 48 bands of equal ratio from 60 to 8000 Hz."""
     spectrum = np.abs(np.fft.rfft(samples)) ** 2
-    edges = np.geomspace(60, RATE / 2, 49)
-    band = np.digitize(np.fft.rfftfreq(len(samples), 1 / RATE), edges) - 1
+    edges = np.geomspace(60, SAMPLE_RATE / 2, 49)
+    band = np.digitize(np.fft.rfftfreq(len(samples), 1 / SAMPLE_RATE), edges) - 1
     energy = np.array([spectrum[band == index].sum() for index in range(48)])
     return np.sqrt(energy) / np.linalg.norm(np.sqrt(energy))

@@ -1,14 +1,14 @@
-"""How people ask for pictures, videos and sounds, and how the assistant leads them in."""
+"""Templates of requests for images, videos and sounds, and lead-ins of the answers."""
 
 from collections.abc import Sequence
 from itertools import product
 
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.words import Wording
+from nextgpt.mini_world.words import TemplateSet
 
-# In words alone, naming everything.
-OPENINGS: dict[Modality, Wording] = {
-    "image": Wording(
+# Without a medium, naming all attributes.
+OPENING_REQUESTS: dict[Modality, TemplateSet] = {
+    "image": TemplateSet(
         (
             "Show me a {size} {colour} {shape} {place}.",
             "Draw a {size} {colour} {shape} {place}.",
@@ -35,7 +35,7 @@ OPENINGS: dict[Modality, Wording] = {
             "Let me see an image of a {colour} {shape}, {size}, {place}.",
         ),
     ),
-    "video": Wording(
+    "video": TemplateSet(
         (
             "Show me a video of a {size} {colour} {shape} {place} {moving}.",
             "I want a video in which a {size} {colour} {shape} {place} {moves}.",
@@ -62,7 +62,7 @@ OPENINGS: dict[Modality, Wording] = {
             "Let me watch a video: a {size} {colour} {shape} {place}, {moving}.",
         ),
     ),
-    "audio": Wording(
+    "audio": TemplateSet(
         (
             "Let me hear a {size} {shape} {count}.",
             "Play a {pitch} {timbre} {count}.",
@@ -93,9 +93,9 @@ OPENINGS: dict[Modality, Wording] = {
     ),
 }
 
-# Leaning on the last medium, which stays of its kind.
+# Edits of the last medium, which keep its modality, by the edited attribute.
 _COMMON = {
-    "colour": Wording(
+    "colour": TemplateSet(
         (
             "The same in {colour}.",
             "Now make it {colour}.",
@@ -116,7 +116,7 @@ _COMMON = {
         ("I would like it {colour}.", "Change the colour to {colour}."),
         ("Please make it {colour}.", "Show me the same in {colour}."),
     ),
-    "size": Wording(
+    "size": TemplateSet(
         (
             "The same, but {size}.",
             "Now make it {size}.",
@@ -135,7 +135,7 @@ _COMMON = {
         ("I would like it {size}.",),
         ("Please make it {size}.", "Show me a {size} one."),
     ),
-    "place": Wording(
+    "place": TemplateSet(
         (
             "The same, but {place}.",
             "Put it {place}.",
@@ -154,7 +154,7 @@ _COMMON = {
         ("I would like it {place}.",),
         ("Please put it {place}.", "Show me the same {place}."),
     ),
-    "shape": Wording(
+    "shape": TemplateSet(
         (
             "The same, but as a {shape}.",
             "Turn it into a {shape}.",
@@ -173,11 +173,11 @@ _COMMON = {
         ("Please turn it into a {shape}.", "Show me a {shape} instead."),
     ),
 }
-EDITS: dict[Modality, dict[str, Wording]] = {
+EDIT_REQUESTS: dict[Modality, dict[str, TemplateSet]] = {
     "image": _COMMON,
     "video": _COMMON
     | {
-        "motion": Wording(
+        "motion": TemplateSet(
             (
                 "The same, but let it {move}.",
                 "Now make it {move}.",
@@ -197,7 +197,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
         )
     },
     "audio": {
-        "size": Wording(
+        "size": TemplateSet(
             (
                 "The same, but {pitch}.",
                 "Now make it {pitch}, please.",
@@ -213,7 +213,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
             ("I would like it {pitch}.",),
             ("Please make it {pitch}.", "Please let me hear it {pitch}."),
         ),
-        "count": Wording(
+        "count": TemplateSet(
             (
                 "The same, but {count}.",
                 "Let me hear it {count}.",
@@ -229,7 +229,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
         ),
     },
 }
-REVERSE = Wording(
+REVERSE_REQUESTS = TemplateSet(
     (
         "The same, the other way.",
         "Now the other way round.",
@@ -258,7 +258,7 @@ REVERSE = Wording(
     ("Please play it the other way.", "Make the motion go the other way."),
 )
 
-HEAR = Wording(
+AUDIO_REQUESTS = TemplateSet(
     (
         "What does it sound like?",
         "Let me hear it.",
@@ -275,7 +275,7 @@ HEAR = Wording(
     ("Make me hear what this sounds like.",),
     ("Please play its sound.", "Let me hear what it sounds like."),
 )
-HEAR_COUNTED = Wording(
+COUNTED_AUDIO_REQUESTS = TemplateSet(
     (
         "Let me hear it {count}.",
         "Make it sound {count}.",
@@ -290,9 +290,9 @@ HEAR_COUNTED = Wording(
     ("Please let it sound {count}.", "Let me listen to it {count}."),
 )
 
-# (how it was last shown, what is wanted now)
-SHOW: dict[tuple[Modality | None, Modality], Wording] = {
-    (None, "image"): Wording(
+# By the last modality (None: nothing shown yet) and the requested one.
+VISUAL_REQUESTS: dict[tuple[Modality | None, Modality], TemplateSet] = {
+    (None, "image"): TemplateSet(
         (
             "Show me a picture of it.",
             "Draw it.",
@@ -304,7 +304,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("Paint it.",),
         ("Show it to me.", "Please paint it for me."),
     ),
-    ("video", "image"): Wording(
+    ("video", "image"): TemplateSet(
         (
             "Show me a still picture of it.",
             "A picture of it, please.",
@@ -320,7 +320,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("Give me a single frame of it.",),
         ("Please show me a single picture of it.", "Draw one still image of it."),
     ),
-    ("audio", "image"): Wording(
+    ("audio", "image"): TemplateSet(
         (
             "Show me what made this sound.",
             "Draw what you hear.",
@@ -338,7 +338,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("Paint the thing that is heard.",),
         ("Please draw what makes this sound.", "Show me a picture of what you hear."),
     ),
-    (None, "video"): Wording(
+    (None, "video"): TemplateSet(
         (
             "Show me a video of it {moving}.",
             "Film it, {moving}.",
@@ -350,7 +350,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("A clip of it {moving}.",),
         ("Please make a video of it {moving}.", "Let me see it {moving}."),
     ),
-    ("image", "video"): Wording(
+    ("image", "video"): TemplateSet(
         (
             "Let it {move}.",
             "Make it {move}.",
@@ -367,7 +367,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("Animate it so that it {moves}.",),
         ("Please make a video in which it {moves}.", "Show me how it {moves}."),
     ),
-    ("audio", "video"): Wording(
+    ("audio", "video"): TemplateSet(
         (
             "Show what makes this sound, {moving}.",
             "A video of what made this sound, {moving}.",
@@ -389,7 +389,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
     ),
 }
 
-# The course's four cases: several at once. What is asked for, and in which order it may be said.
+# The course's four cases request several outputs at once; their requests are combined from parts.
 _TELL = (
     "describe it",
     "tell me what you see",
@@ -438,14 +438,14 @@ _IN_TURN = (
 
 
 def _in_turn(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
-    """Every way to ask for one thing and then for another."""
+    """Combine every first request with every second one."""
     return tuple(
         words.replace("{first}", one).replace("{second}", other)
         for words, one, other in product(_IN_TURN, first, second)
     )
 
 
-_WHAT_AND_SOUND = Wording(
+_WHAT_AND_SOUND = TemplateSet(
     (
         *_in_turn(_TELL, _PLAY),
         *(f"{ask}? {play.capitalize()}." for ask, play in product(_ASK, _PLAY)),
@@ -454,7 +454,7 @@ _WHAT_AND_SOUND = Wording(
     ("Say what it is, then play how it sounds.",),
     ("Tell me what it is and let me hear its sound.", "What is it? Let me hear how it sounds."),
 )
-# Picture, video and sound of one thing: what is asked for in turn, or in one list.
+# Image, video and sound of one object, requested in turn or as one list.
 _DRAW_THING = tuple(
     f"{ask} a {{size}} {{colour}} {{shape}} {{place}}"
     for ask in ("draw", "show me", "I want to see", "make an image of")
@@ -491,10 +491,10 @@ _THREE_KINDS = (
     ),
     *(f"{kinds}: {thing}." for kinds, thing in product(_ALL_THREE, _THING_AND_ALL)),
 )
-COURSE_REQUESTS: dict[str, Wording] = {
+COURSE_REQUESTS: dict[str, TemplateSet] = {
     "T+I→T+A": _WHAT_AND_SOUND,
     "T+V→T+A": _WHAT_AND_SOUND,
-    "T+I→T+I+V": Wording(
+    "T+I→T+I+V": TemplateSet(
         _in_turn(_RECOLOUR, _FILM),
         ("First paint it {colour}, then animate it so that it {moves}.",),
         (
@@ -502,7 +502,7 @@ COURSE_REQUESTS: dict[str, Wording] = {
             "Show me a {colour} one and let me watch it {moving}.",
         ),
     ),
-    "T→T+I+V+A": Wording(
+    "T→T+I+V+A": TemplateSet(
         (
             "Show me a picture of a {size} {colour} {shape} {place}, a video of it {moving}, "
             "and let me hear it {count}.",
@@ -533,8 +533,8 @@ COURSE_REQUESTS: dict[str, Wording] = {
     ),
 }
 
-# How a medium stands among the human's words: mostly before them.
-VIEWED = (
+# Position of a medium in the human's turn: mostly before the text.
+MEDIUM_LAYOUTS = (
     "{medium} {request}",
     "{medium} {request}",
     "{medium} {request}",
@@ -542,8 +542,8 @@ VIEWED = (
     "{request} {medium}",
 )
 
-# Before the caption of what comes.
-LEADS: dict[Modality, str] = {
+# Precede the caption of the medium in an answer.
+LEAD_INS: dict[Modality, str] = {
     "image": "Here is the picture:",
     "video": "Here is the video:",
     "audio": "It sounds like this:",
