@@ -115,7 +115,7 @@ def test_single_answers_are_read_back() -> None:
         for topic in topics:
             for seed in range(20):
                 thing = sample_object(rng(seed))
-                _, answer = questions.ask(thing, modality, rng(seed), topic=topic)
+                _, answer = questions.sample_question(thing, modality, rng(seed), topic=topic)
                 for name in asked.get(topic, (topic,)):
                     assert parse_caption(answer)[name] == getattr(thing, name), answer
 

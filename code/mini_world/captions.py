@@ -115,7 +115,7 @@ CAPTION_TEMPLATES: dict[Modality, TemplateSet] = {
     ),
 }
 # For captions that name only some attributes: any slot may stay empty.
-_PARTIAL: dict[Modality, tuple[str, ...]] = {
+_PARTIAL_TEMPLATES: dict[Modality, tuple[str, ...]] = {
     "image": (
         "a {size} {colour} {shape} {place}",
         "there is a {size} {colour} {shape} {place}",
@@ -132,7 +132,7 @@ _PARTIAL: dict[Modality, tuple[str, ...]] = {
         "{place} a {size} {colour} {shape} {moves}",
     ),
 }
-_BY_OBJECT = "a {size} {shape} sounds {count}"
+_OBJECT_AUDIO_TEMPLATE = "a {size} {shape} sounds {count}"
 _PHRASES = phrase_values()
 _PATTERN = re.compile(
     r"\b(?:" + "|".join(sorted(map(re.escape, _PHRASES), key=len, reverse=True)) + r")\b"
@@ -154,7 +154,7 @@ def sample_caption(
     """
     if known is None or modality == "audio" or set(ATTRIBUTES[modality]) <= set(known):
         return fill_template(CAPTION_TEMPLATES[modality].sample(rng, split), rng, obj)
-    return fill_template(choose(rng, _PARTIAL[modality]), rng, obj, known)
+    return fill_template(choose(rng, _PARTIAL_TEMPLATES[modality]), rng, obj, known)
 
 
 def canonical_caption(
@@ -172,7 +172,7 @@ def canonical_caption(
     """
     template = CAPTION_TEMPLATES[modality].training[0]
     if modality == "audio":
-        return fill_template(_BY_OBJECT if name_object else template, None, obj)
+        return fill_template(_OBJECT_AUDIO_TEMPLATE if name_object else template, None, obj)
     return fill_template(template, None, obj, known)
 
 

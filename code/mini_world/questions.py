@@ -26,7 +26,7 @@ class Topic:
     answers: tuple[str, ...]
 
 
-_IMAGE = {
+_IMAGE_TOPICS = {
     "describe": Topic(
         required=("size", "shape"),
         questions=TemplateSet(
@@ -147,7 +147,7 @@ _IMAGE = {
         answers=("It sounds like a {pitch} {timbre}.",),
     ),
 }
-_MOTION = Topic(
+_MOTION_TOPIC = Topic(
     required=("motion",),
     questions=TemplateSet(
         (
@@ -169,7 +169,7 @@ _MOTION = Topic(
     ),
     answers=("It {moves}.",),
 )
-_AUDIO = {
+_AUDIO_TOPICS = {
     "describe": Topic(
         required=(),
         questions=TemplateSet(
@@ -272,9 +272,9 @@ _AUDIO = {
     ),
 }
 TOPICS: dict[Modality, dict[str, Topic]] = {
-    "image": _IMAGE,
-    "video": _IMAGE | {"motion": _MOTION},
-    "audio": _AUDIO,
+    "image": _IMAGE_TOPICS,
+    "video": _IMAGE_TOPICS | {"motion": _MOTION_TOPIC},
+    "audio": _AUDIO_TOPICS,
 }
 # Attributes that an answer names where they are not the topic itself; "describe" names all known
 # ones. These topics take knowledge of the world: no medium shows which object makes which sound.

@@ -94,7 +94,7 @@ OPENING_REQUESTS: dict[Modality, TemplateSet] = {
 }
 
 # Edits of the last medium, which keep its modality, by the edited attribute.
-_COMMON = {
+_VISUAL_EDITS = {
     "colour": TemplateSet(
         (
             "The same in {colour}.",
@@ -174,8 +174,8 @@ _COMMON = {
     ),
 }
 EDIT_REQUESTS: dict[Modality, dict[str, TemplateSet]] = {
-    "image": _COMMON,
-    "video": _COMMON
+    "image": _VISUAL_EDITS,
+    "video": _VISUAL_EDITS
     | {
         "motion": TemplateSet(
             (
@@ -390,7 +390,7 @@ VISUAL_REQUESTS: dict[tuple[Modality | None, Modality], TemplateSet] = {
 }
 
 # The course's four cases request several outputs at once; their requests are combined from parts.
-_TELL = (
+_DESCRIBE = (
     "describe it",
     "tell me what you see",
     "tell me what it is",
@@ -406,8 +406,8 @@ _PLAY = (
     "make the sound of it",
     "let me hear how it sounds",
 )
-_ASK = ("what is this", "what do you see", "what is shown here")
-_ASK_SOUND = ("what does it sound like", "how does it sound", "what would it sound like")
+_QUESTIONS = ("what is this", "what do you see", "what is shown here")
+_SOUND_QUESTIONS = ("what does it sound like", "how does it sound", "what would it sound like")
 _RECOLOUR = (
     "make it {colour}",
     "show it in {colour}",
@@ -426,7 +426,7 @@ _FILM = (
     "make a clip in which it {moves}",
     "animate it, {moving}",
 )
-_IN_TURN = (
+_SEQUENCES = (
     "{first}, then {second}.",
     "{first}, and then {second}.",
     "{first}. Then {second}.",
@@ -437,36 +437,36 @@ _IN_TURN = (
 )
 
 
-def _in_turn(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
+def _sequences(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
     """Combine every first request with every second one."""
     return tuple(
-        words.replace("{first}", one).replace("{second}", other)
-        for words, one, other in product(_IN_TURN, first, second)
+        template.replace("{first}", one).replace("{second}", other)
+        for template, one, other in product(_SEQUENCES, first, second)
     )
 
 
-_WHAT_AND_SOUND = TemplateSet(
+_DESCRIBE_AND_PLAY = TemplateSet(
     (
-        *_in_turn(_TELL, _PLAY),
-        *(f"{ask}? {play.capitalize()}." for ask, play in product(_ASK, _PLAY)),
-        *(f"{ask}, and {ask_sound}?" for ask, ask_sound in product(_ASK, _ASK_SOUND)),
+        *_sequences(_DESCRIBE, _PLAY),
+        *(f"{ask}? {play.capitalize()}." for ask, play in product(_QUESTIONS, _PLAY)),
+        *(f"{ask}, and {ask_sound}?" for ask, ask_sound in product(_QUESTIONS, _SOUND_QUESTIONS)),
     ),
     ("Say what it is, then play how it sounds.",),
     ("Tell me what it is and let me hear its sound.", "What is it? Let me hear how it sounds."),
 )
 # Image, video and sound of one object, requested in turn or as one list.
-_DRAW_THING = tuple(
+_DRAW_OBJECT = tuple(
     f"{ask} a {{size}} {{colour}} {{shape}} {{place}}"
     for ask in ("draw", "show me", "I want to see", "make an image of")
 )
 _FILM_IT = ("film it {moving}", "make a video of it {moving}", "show me how it {moves}")
 _PLAY_IT = ("play its sound {count}", "let me hear it {count}")
-_IN_THREE_TURNS = (
+_THREE_STEPS = (
     "{0}, {1}, and {2}.",
     "first {0}, then {1}, then {2}.",
     "{0}. Then {1}, and after that {2}.",
 )
-_ALL_THREE = (
+_OUTPUT_LISTS = (
     "picture, video and sound, please",
     "a picture, a video and a sound, please",
     "I want a picture, a video and the sound",
@@ -478,24 +478,24 @@ _ALL_THREE = (
     "show me a picture and a clip, and let me hear the sound",
     "draw it, film it, and play its sound",
 )
-_THING_AND_ALL = (
+_OBJECT_DESCRIPTIONS = (
     "a {size} {colour} {shape} {place} that {moves} and sounds {count}",
     "a {size} {colour} {shape} {place}, {moving}, heard {count}",
     "a {colour} {shape}, {size}, {place}, that {moves} and is heard {count}",
     "a {size} {colour} {shape} {place}, it {moves} and sounds {count}",
 )
-_THREE_KINDS = (
+_THREE_OUTPUTS = (
     *(
         turns.replace("{0}", draw).replace("{1}", film).replace("{2}", play)
-        for turns, draw, film, play in product(_IN_THREE_TURNS, _DRAW_THING, _FILM_IT, _PLAY_IT)
+        for turns, draw, film, play in product(_THREE_STEPS, _DRAW_OBJECT, _FILM_IT, _PLAY_IT)
     ),
-    *(f"{kinds}: {thing}." for kinds, thing in product(_ALL_THREE, _THING_AND_ALL)),
+    *(f"{outputs}: {obj}." for outputs, obj in product(_OUTPUT_LISTS, _OBJECT_DESCRIPTIONS)),
 )
 COURSE_REQUESTS: dict[str, TemplateSet] = {
-    "T+I→T+A": _WHAT_AND_SOUND,
-    "T+V→T+A": _WHAT_AND_SOUND,
+    "T+I→T+A": _DESCRIBE_AND_PLAY,
+    "T+V→T+A": _DESCRIBE_AND_PLAY,
     "T+I→T+I+V": TemplateSet(
-        _in_turn(_RECOLOUR, _FILM),
+        _sequences(_RECOLOUR, _FILM),
         ("First paint it {colour}, then animate it so that it {moves}.",),
         (
             "Please draw it in {colour} and make a video of it {moving}.",
@@ -519,7 +519,7 @@ COURSE_REQUESTS: dict[str, TemplateSet] = {
             "then play its sound {count}.",
             "Make a picture, a clip and the sound of a {colour} {shape}, {size}, {place}, "
             "that {moves} and sounds {count}.",
-            *_THREE_KINDS,
+            *_THREE_OUTPUTS,
         ),
         (
             "Create a picture, a video and a sound: a {size} {colour} {shape} {place} that {moves} "

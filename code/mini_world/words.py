@@ -69,13 +69,13 @@ _VERBS = (  # base, third person, participle
     ("drift", "drifts", "drifting"),
     ("go", "goes", "going"),
 )
-_WAYS = {
+_DIRECTION_PHRASES = {
     "moves left": ("left", "to the left", "leftwards"),
     "moves right": ("right", "to the right", "rightwards"),
     "moves up": ("up", "upwards"),
     "moves down": ("down", "downwards"),
 }
-_SWELLING = {
+_SCALING_FORMS = {
     "grows": (("grow", "grows", "growing"), ("get bigger", "gets bigger", "getting bigger")),
     "shrinks": (
         ("shrink", "shrinks", "shrinking"),
@@ -83,15 +83,15 @@ _SWELLING = {
     ),
 }
 # (base, third person, participle) of each motion.
-_MOTION_FORMS: dict[str, tuple[tuple[str, str, str], ...]] = _SWELLING | {
+_MOTION_FORMS: dict[str, tuple[tuple[str, str, str], ...]] = _SCALING_FORMS | {
     motion: tuple(
         (f"{base} {way}", f"{third} {way}", f"{participle} {way}")
         for base, third, participle in _VERBS
         for way in ways
     )
-    for motion, ways in _WAYS.items()
+    for motion, ways in _DIRECTION_PHRASES.items()
 }
-_RINGS = {
+_TIMBRE_VERBS = {
     "bell": "rings",
     "buzzer": "buzzes",
     "flute": "plays",
@@ -100,7 +100,7 @@ _RINGS = {
     "whistle": "blows",
 }
 # Attribute that each slot of a template names.
-_SLOTS = {name: name for name in SYNONYMS} | {
+_SLOT_ATTRIBUTE = {name: name for name in SYNONYMS} | {
     "move": "motion",
     "moves": "motion",
     "moving": "motion",
@@ -143,7 +143,7 @@ def fill_template(
     words = {}
     for _, slot, _, _ in Formatter().parse(template):
         if slot is not None:
-            named = known is None or _SLOTS[slot] in known
+            named = known is None or _SLOT_ATTRIBUTE[slot] in known
             words[slot] = _word(slot, rng, obj) if named else _UNKNOWN_VALUE.get(slot, "")
     text = re.sub(r"\s+", " ", template.format(**words)).strip()
     text = re.sub(r" ([,.?;])", r"\1", text)
@@ -165,13 +165,13 @@ def phrase_values() -> dict[str, tuple[str, Value]]:
     for motion, forms in _MOTION_FORMS.items():
         found |= {form: ("motion", motion) for inflected in forms for form in inflected}
     for motion in ("moves up", "moves down"):
-        found |= dict.fromkeys(_WAYS[motion], ("motion", motion))
+        found |= dict.fromkeys(_DIRECTION_PHRASES[motion], ("motion", motion))
     return found
 
 
 def _word(slot: str, rng: np.random.Generator | None, obj: WorldObject) -> str:
     if slot == "rings":
-        return _RINGS[obj.timbre]
+        return _TIMBRE_VERBS[obj.timbre]
     if slot in _VERBS[0]:
         forms = _MOTION_FORMS[str(obj.motion)]
         form = forms[0] if rng is None else choose(rng, forms)
