@@ -1,4 +1,4 @@
-"""The mini world's frozen parts: sizes that ship, shapes that the configuration expects."""
+"""The mini system's frozen components: size on disk, and shapes that the configuration expects."""
 
 import json
 from pathlib import Path
@@ -32,13 +32,13 @@ from nextgpt.model.text_encoders import TextEncoder
 from tiny_decoders import TINY
 
 CPU = torch.device("cpu")
-TRAINED = [part for part in COMPONENTS if part != "language_model"]
+TRAINED = [component for component in COMPONENTS if component != "language_model"]
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All parts but the language model, as the command builds them."""
-    out = tmp_path_factory.mktemp("parts")
+def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All components but the language model, as the command builds them."""
+    out = tmp_path_factory.mktemp("components")
     builder = ComponentBuilder(out, tmp_path_factory.mktemp("work"), seed=0, untrained=True)
     build_components(builder, TRAINED)
     return out
@@ -46,7 +46,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every training takes one step on a few media."""
+    """Limit all training runs to one step on a few media."""
     short = Plan(steps=1, learning_rate=1e-4, warmup=1)
     for owner, name in [
         (text_encoders, "CLIP_PLAN"),
@@ -65,7 +65,7 @@ def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_step")
-def test_parts_are_small_enough_and_built_from_what_the_others_folders_hold(tmp_path: Path) -> None:
+def test_components_are_small_and_reuse_modules_of_each_other(tmp_path: Path) -> None:
     out = tmp_path / "parts"
     build_components(ComponentBuilder(out, tmp_path / "work", seed=0), TRAINED)
     record = json.loads((out / DECODER_FOLDERS["audio"] / TRAINING_RECORD).read_text())
@@ -82,26 +82,27 @@ def test_parts_are_small_enough_and_built_from_what_the_others_folders_hold(tmp_
 
 
 def megabytes_to_ship(*folders: Path) -> float:
-    """Size of all different files below: what two parts share, a repository holds once."""
+    """Total size of all distinct files: identical ones are stored once in a repository."""
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     return sum({path.read_bytes(): path.stat().st_size for path in files}.values()) / 1e6
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_caption_shapes_are_the_configurations(modality: Modality, parts: Path) -> None:
+def test_caption_embeddings_have_the_configured_shape(modality: Modality, components: Path) -> None:
     expected = load_config("mini").decoders[modality].prompt_embeds_shape
     assert (
-        list(TextEncoder(modality, str(parts / DECODER_FOLDERS[modality]), CPU).shape) == expected
+        list(TextEncoder(modality, str(components / DECODER_FOLDERS[modality]), CPU).shape)
+        == expected
     )
 
 
-def test_encoder_gives_features_of_the_configurations_width(parts: Path) -> None:
-    encoder = load_imagebind(parts / "imagebind_ckpt" / "mini")
+def test_encoder_features_have_the_configured_width(components: Path) -> None:
+    encoder = load_imagebind(components / "imagebind_ckpt" / "mini")
     assert encoder.config.output_dim == load_config("mini").encoder.width
 
 
 @pytest.mark.parametrize("make", [build_clip_tokenizer, build_roberta_tokenizer])
-def test_captions_of_every_split_fit_and_trained_words_are_whole(make: type) -> None:
+def test_captions_of_all_splits_fit_and_training_words_are_one_token(make: type) -> None:
     captions = tokenizer_captions()
     tokenizer = make(captions, MINI_DECODERS.text_tokens)
     rng = np.random.default_rng(1)
@@ -126,7 +127,7 @@ def test_failed_build_leaves_no_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_language_model_talks_and_its_special_tokens_are_right(tmp_path: Path) -> None:
+def test_language_model_answers_and_has_its_special_tokens(tmp_path: Path) -> None:
     folder = tmp_path / "language_model"
     ComponentBuilder(tmp_path, tmp_path, seed=0).write("language_model", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
