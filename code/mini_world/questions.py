@@ -295,10 +295,9 @@ def sample_question(
     Args:
         known: known attributes of the object; None for all.
         split: split of the question templates.
-        topic: topic; None samples one that can be answered. Those of `ANSWERED_ATTRIBUTES` are
-            three times as likely as others.
-        describe_proportion: proportion of "describe" among sampled topics, in addition to its share
-            of the others.
+        topic: a key of `TOPICS[modality]`; None samples one that can be answered. Those of
+            `ANSWERED_ATTRIBUTES` have three times the weight of others.
+        describe_proportion: probability of "describe" before all topics are sampled uniformly.
     """
     topics = TOPICS[modality]
     if topic is None:
