@@ -26,7 +26,7 @@ from tiny_run import TinyRun, tiny_world
 from tiny_system import tiny_model
 
 SIGNALS: dict[Modality, int] = {"image": 3, "video": 5, "audio": 2}
-FIGURES = replace(TINY, text_width=48, text_tokens=10, sound_width=24)
+FIGURES = replace(TINY, text_width=48, text_tokens=10, audio_embed_dim=24)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -43,7 +43,7 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     torch.manual_seed(0)
     LlamaForCausalLM(figures).save_pretrained(folder / "language_model")
     picture = [FIGURES.text_tokens, FIGURES.text_width]
-    shapes = {"image": picture, "video": picture, "audio": [FIGURES.sound_width]}
+    shapes = {"image": picture, "video": picture, "audio": [FIGURES.audio_embed_dim]}
     sets = [
         f"language_model.path={folder / 'language_model'}",
         "language_model.prompt_format=tokenizer",

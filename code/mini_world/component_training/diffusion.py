@@ -33,7 +33,12 @@ from nextgpt.mini_world.component_training.init_video_unet import (
 from nextgpt.mini_world.component_training.latent_cache import LatentPool
 from nextgpt.mini_world.component_training.runner import Losses, Plan, cheap_products, train
 from nextgpt.mini_world.component_training.text_encoders import Tower
-from nextgpt.mini_world.mini_decoders import MINI, SHARED_NOISE, scheduler, unet
+from nextgpt.mini_world.mini_decoders import (
+    MINI_DECODERS,
+    SHARED_NOISE,
+    build_scheduler,
+    build_unet,
+)
 from nextgpt.model.decoders import initial_noise
 
 PLANS: dict[Modality, Plan] = {
@@ -69,7 +74,7 @@ def train_unet(
     """
     device = choose_device()
     torch.manual_seed(seed)
-    model = unet(modality, MINI)
+    model = build_unet(modality, MINI_DECODERS)
     if pictures_unet is not None:
         begin_with(model, pictures_unet)
     model.to(device)
@@ -114,7 +119,7 @@ class _Examples:
         self.modality = modality
         self.pool = pool
         self.tower = tower
-        self.schedule = scheduler()
+        self.schedule = build_scheduler()
         with torch.no_grad():
             self.empty = tower.embed(tower.tokens([""]))
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.appearance import unnamed_colour, unnamed_outline
-from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.appearance import sample_unnamed_colour, sample_unnamed_outline
+from nextgpt.mini_world.captions import sample_caption
 from nextgpt.mini_world.component_training.contrast import (
     SCALE,
     Probes,
@@ -39,7 +39,7 @@ from nextgpt.mini_world.component_training.samples import (
 from nextgpt.mini_world.component_training.text_encoders import ClipTower, clip_states
 from nextgpt.mini_world.mini_encoder import MINI_IMAGEBIND
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject
-from nextgpt.mini_world.render_image import OWN_LOOK, Look
+from nextgpt.mini_world.render_image import DEFAULT_APPEARANCE, Appearance
 from nextgpt.model.imagebind import ImageBind
 
 PLAN = Plan(steps=4500, learning_rate=1e-3, weight_decay=0.05, average=0.995)
@@ -89,7 +89,7 @@ class _Binding:
             things, views = self._media(modality, count, rng)
             told = _told(modality, count)
             captions = [
-                caption(thing, modality, rng, names)
+                sample_caption(thing, modality, rng, names)
                 for thing, names in zip(things, told, strict=True)
             ]
             with cheap_products(), sdpa_kernel(SDPBackend.MATH):  # few tokens: faster than flash
@@ -122,9 +122,9 @@ class _Binding:
         things = neighbours(rng, modality, count, self.oftener)
         third = count // 3
         looks = [
-            *(Look(rgb=unnamed_colour(rng)) for _ in range(third)),
-            *(Look(outline=unnamed_outline(rng)) for _ in range(third)),
-            *[OWN_LOOK] * third,
+            *(Appearance(rgb=sample_unnamed_colour(rng)) for _ in range(third)),
+            *(Appearance(outline=sample_unnamed_outline(rng)) for _ in range(third)),
+            *[DEFAULT_APPEARANCE] * third,
         ]
         views = picture_views if modality == "image" else clip_views
         return things, views(things, rng, looks)

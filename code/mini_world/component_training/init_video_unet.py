@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss
 
 from nextgpt.common.errors import UserError
 from nextgpt.mini_world.component_training.samples import DECODED_FRAMES
-from nextgpt.mini_world.mini_decoders import SHARED_NOISE, scheduler
+from nextgpt.mini_world.mini_decoders import SHARED_NOISE, build_scheduler
 from nextgpt.model.decoders import initial_noise
 
 # Steps of last frames alone, steps in which frames spread to the whole, when motion is learned.
@@ -81,7 +81,7 @@ def teach_places(video: UNet3DConditionModel, latents: Tensor, states: Tensor) -
     layer = video.get_submodule(_PLACES)
     given: list[Tensor] = []  # (N * T, width, H, W) each
     hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    noise_schedule = scheduler()
+    noise_schedule = build_scheduler()
     with torch.no_grad():
         for some in latents.split(4):
             steps_N = torch.randint(noise_schedule.config.num_train_timesteps, (len(some),))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nextgpt.common.io import atomic_write
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.appearance import unnamed_colour, unnamed_outline
+from nextgpt.mini_world.appearance import sample_unnamed_colour, sample_unnamed_outline
 from nextgpt.mini_world.component_training.mel import log_mel
 from nextgpt.mini_world.component_training.runner import cheap_products
 from nextgpt.mini_world.component_training.samples import (
@@ -33,7 +33,7 @@ from nextgpt.mini_world.component_training.samples import (
 )
 from nextgpt.mini_world.component_training.text_encoders import Tower
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject
-from nextgpt.mini_world.render_image import Look
+from nextgpt.mini_world.render_image import Appearance
 
 # Of pictures and videos, in colours and shapes that no caption tells: else "red is never a square"
 # is learned from a world in which red squares are held out.
@@ -169,10 +169,10 @@ def _hidden(modality: Modality, place: float) -> tuple[str, ...]:
     return ("colour",) if place < _UNNAMED_COLOURS else ("shape",)
 
 
-def _look(hidden: tuple[str, ...], rng: np.random.Generator) -> Look:
-    return Look(
-        rgb=unnamed_colour(rng) if "colour" in hidden else None,
-        outline=unnamed_outline(rng) if "shape" in hidden else None,
+def _look(hidden: tuple[str, ...], rng: np.random.Generator) -> Appearance:
+    return Appearance(
+        rgb=sample_unnamed_colour(rng) if "colour" in hidden else None,
+        outline=sample_unnamed_outline(rng) if "shape" in hidden else None,
     )
 
 

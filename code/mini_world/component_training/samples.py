@@ -18,19 +18,19 @@ from tqdm import tqdm
 from nextgpt.common.io import atomic_write
 from nextgpt.common.modality import Modality
 from nextgpt.media.transforms import SIZE, audio_views, image_views, normalise
-from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.captions import sample_caption
 from nextgpt.mini_world.objects import (
     ATTRIBUTES,
     PITCH_OF,
     TIMBRE_OF,
     VALUES,
     WorldObject,
-    changes,
+    attribute_variants,
     sample_object,
 )
-from nextgpt.mini_world.render_image import OWN_LOOK, Look, render_image
-from nextgpt.mini_world.render_sound import render_sound
-from nextgpt.mini_world.render_video import render_moments, render_video
+from nextgpt.mini_world.render_audio import render_audio
+from nextgpt.mini_world.render_image import DEFAULT_APPEARANCE, Appearance, render_image
+from nextgpt.mini_world.render_video import render_frames, render_video
 from nextgpt.mini_world.words import choose
 
 ALL_ATTRIBUTES = tuple(VALUES)
@@ -59,7 +59,7 @@ def neighbours(
         thing = sample_object(rng)
         drawn.append(thing)
         for _ in range(3):
-            drawn.append(choose(rng, changes(thing, choose(rng, attributes)) or [thing]))
+            drawn.append(choose(rng, attribute_variants(thing, choose(rng, attributes)) or [thing]))
     return drawn[:count]
 
 
@@ -70,7 +70,7 @@ def _source(attribute: str) -> str:
 
 def full_caption(thing: WorldObject, modality: Modality, rng: np.random.Generator) -> str:
     """A caption that tells all that the medium shows."""
-    return caption(thing, modality, rng)
+    return sample_caption(thing, modality, rng)
 
 
 def some_caption(
@@ -92,12 +92,12 @@ def some_caption(
         The caption and the attributes that it tells.
     """
     if told is not None:
-        return caption(thing, modality, rng, told), told
+        return sample_caption(thing, modality, rng, told), told
     told = frozenset(ATTRIBUTES[modality])
     if modality != "audio" and rng.random() < 0.5:
         told -= {name for name in sorted(told) if rng.random() < 0.4}
     told -= set(hidden)
-    return caption(thing, modality, rng, told), told
+    return sample_caption(thing, modality, rng, told), told
 
 
 def labels(things_: Sequence[WorldObject], told: Sequence[Collection[str]]) -> Tensor:
@@ -119,7 +119,7 @@ def _value(thing: WorldObject, attribute: str) -> str | int:
 
 
 def painted(
-    things_: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Look] = ()
+    things_: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Appearance] = ()
 ) -> np.ndarray:
     """Fresh pictures: (N, 64, 64, 3) uint8.
 
@@ -130,13 +130,13 @@ def painted(
 
 
 def _with_looks(
-    things_: Sequence[WorldObject], looks: Sequence[Look]
-) -> Iterable[tuple[WorldObject, Look]]:
-    return zip(things_, looks or [OWN_LOOK] * len(things_), strict=True)
+    things_: Sequence[WorldObject], looks: Sequence[Appearance]
+) -> Iterable[tuple[WorldObject, Appearance]]:
+    return zip(things_, looks or [DEFAULT_APPEARANCE] * len(things_), strict=True)
 
 
 def filmed(
-    things_: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Look] = ()
+    things_: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Appearance] = ()
 ) -> np.ndarray:
     """Fresh videos at half the frame rate: (N, 8, 64, 64, 3) uint8; `looks` as for `painted`."""
     step = 16 // DECODED_FRAMES
@@ -146,7 +146,7 @@ def filmed(
 
 def sounds(things_: Sequence[WorldObject], rng: np.random.Generator) -> Tensor:
     """Fresh sounds: (N, 32000) float32."""
-    return torch.from_numpy(np.stack([render_sound(thing, rng) for thing in things_]))
+    return torch.from_numpy(np.stack([render_audio(thing, rng) for thing in things_]))
 
 
 def to_unit(pixels: np.ndarray) -> Tensor:
@@ -155,7 +155,7 @@ def to_unit(pixels: np.ndarray) -> Tensor:
 
 
 def picture_views(
-    things_: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Look] = ()
+    things_: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Appearance] = ()
 ) -> Tensor:
     """What the encoder takes in of fresh pictures: (N, 3, 224, 224); `looks` as for `painted`."""
     rendered = painted(things_, rng, looks)
@@ -163,7 +163,7 @@ def picture_views(
 
 
 def clip_views(
-    things_: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Look] = ()
+    things_: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Appearance] = ()
 ) -> Tensor:
     """What the encoder takes in of fresh videos, one view each: (N, 3, 2, 224, 224).
 
@@ -174,7 +174,7 @@ def clip_views(
         looks: as for `painted`.
     """
     ends = [
-        render_moments(thing, (-1.0, 1.0), rng, look) for thing, look in _with_looks(things_, looks)
+        render_frames(thing, (-1.0, 1.0), rng, look) for thing, look in _with_looks(things_, looks)
     ]
     return torch.stack([clip_view(_compressed(frames, rng)) for frames in ends])
 
@@ -226,5 +226,5 @@ class SoundPool:
 
 def _sound_view(seed: int, number: int, thing: WorldObject) -> Tensor:
     """(1, 128, 204) float16."""
-    samples = render_sound(thing, np.random.default_rng([seed, 2, number]))
+    samples = render_audio(thing, np.random.default_rng([seed, 2, number]))
     return audio_views(torch.from_numpy(samples))[0].half()

@@ -31,12 +31,12 @@ from nextgpt.mini_world.component_training.samples import (
     neighbours,
     some_caption,
 )
-from nextgpt.mini_world.mini_decoders import MINI, clap_text_model, clip_text_config
+from nextgpt.mini_world.mini_decoders import MINI_DECODERS, build_clap_text_model, clip_text_config
 from nextgpt.mini_world.mini_tokenizers import (
-    clip_tokenizer,
-    roberta_tokenizer,
-    sample_captions,
-    tokenize,
+    build_clip_tokenizer,
+    build_roberta_tokenizer,
+    tokenize_captions,
+    tokenizer_captions,
 )
 from nextgpt.mini_world.objects import ATTRIBUTES
 
@@ -57,7 +57,7 @@ class Tower(ABC):
 
     def tokens(self, captions: list[str]) -> Tensor:
         """Captions padded and cut: (N, T) int64 on the tower's device."""
-        return tokenize(self.tokenizer, captions).input_ids.to(self.model.device)
+        return tokenize_captions(self.tokenizer, captions).input_ids.to(self.model.device)
 
     @abstractmethod
     def embed(self, ids_NT: Tensor) -> Tensor:
@@ -87,9 +87,11 @@ class ClapTower(Tower):
 
 def train_clip(work: Path, seed: int, plan: Plan | None = None) -> ClipTower:
     """Train it on captions of all modalities, or go on, or load what is trained."""
-    tokenizer = clip_tokenizer(sample_captions(), MINI.text_tokens)
+    tokenizer = build_clip_tokenizer(tokenizer_captions(), MINI_DECODERS.text_tokens)
     torch.manual_seed(seed)
-    tower = ClipTower(CLIPTextModelWithProjection(clip_text_config(tokenizer, MINI)), tokenizer)
+    tower = ClipTower(
+        CLIPTextModelWithProjection(clip_text_config(tokenizer, MINI_DECODERS)), tokenizer
+    )
     model = _train(
         "clip",
         tower.model,
@@ -104,9 +106,9 @@ def train_clip(work: Path, seed: int, plan: Plan | None = None) -> ClipTower:
 
 def train_clap(work: Path, seed: int, plan: Plan | None = None) -> ClapTower:
     """Train it on captions of sounds, or go on, or load what is trained."""
-    tokenizer = roberta_tokenizer(sample_captions(), MINI.text_tokens)
+    tokenizer = build_roberta_tokenizer(tokenizer_captions(), MINI_DECODERS.text_tokens)
     torch.manual_seed(seed)
-    tower = ClapTower(clap_text_model(tokenizer, MINI), tokenizer)
+    tower = ClapTower(build_clap_text_model(tokenizer, MINI_DECODERS), tokenizer)
     model = _train(
         "clap",
         tower.model,
@@ -131,8 +133,8 @@ def _train(
     learner = nn.ModuleDict(
         {
             "tower": model,
-            "state_probes": Probes(MINI.text_width, may_be_open=True),
-            "feature_probes": Probes(MINI.sound_width, may_be_open=True),
+            "state_probes": Probes(MINI_DECODERS.text_width, may_be_open=True),
+            "feature_probes": Probes(MINI_DECODERS.audio_embed_dim, may_be_open=True),
         }
     )
 

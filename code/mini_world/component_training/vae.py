@@ -20,13 +20,13 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
-from nextgpt.mini_world.appearance import unnamed_colour
+from nextgpt.mini_world.appearance import sample_unnamed_colour
 from nextgpt.mini_world.component_training.mel import log_mel
 from nextgpt.mini_world.component_training.runner import Losses, Plan, cheap_products, train
 from nextgpt.mini_world.component_training.samples import filmed, painted, sounds, things, to_unit
-from nextgpt.mini_world.mini_decoders import MINI, vae
+from nextgpt.mini_world.mini_decoders import MINI_DECODERS, build_vae
 from nextgpt.mini_world.objects import WorldObject
-from nextgpt.mini_world.render_image import Look
+from nextgpt.mini_world.render_image import Appearance
 
 Kind = Literal["picture", "sound"]
 PLANS: dict[Kind, Plan] = {
@@ -61,10 +61,12 @@ def _untrained(kind: Kind) -> AutoencoderKL:
     Residual branches end in zeros (arXiv 1901.09321), the resizing convolutions pass on what they
     see, and the latents' deviation is small: at 1, noise would hide them for long.
     """
-    channels, size = (3, MINI.size) if kind == "picture" else (1, MINI.sound_frames)
-    model = vae(channels, size, MINI)
+    channels, size = (
+        (3, MINI_DECODERS.image_size) if kind == "picture" else (1, MINI_DECODERS.mel_frames)
+    )
+    model = build_vae(channels, size, MINI_DECODERS)
     with torch.no_grad():
-        model.quant_conv.bias[MINI.latents :] = _FIRST_LOG_VARIANCE
+        model.quant_conv.bias[MINI_DECODERS.latent_channels :] = _FIRST_LOG_VARIANCE
         for module in model.modules():
             if isinstance(module, ResnetBlock2D):
                 module.conv2.weight.zero_()
@@ -85,7 +87,9 @@ def _pictures(rng: np.random.Generator) -> Tensor:
     return torch.cat([to_unit(painted(painted_things, rng, their_looks)), frames])
 
 
-def _hard_things(rng: np.random.Generator, count: int) -> tuple[list[WorldObject], list[Look]]:
+def _hard_things(
+    rng: np.random.Generator, count: int
+) -> tuple[list[WorldObject], list[Appearance]]:
     """`count` things and their looks: three of four small, half in unnamed colours.
 
     From things as the world has them small purple stars would come back as circles.
@@ -94,7 +98,9 @@ def _hard_things(rng: np.random.Generator, count: int) -> tuple[list[WorldObject
         replace(thing, size="small") if rng.random() < 0.5 else thing
         for thing in things(rng, count)
     ]
-    return drawn, [Look(unnamed_colour(rng) if rng.random() < 0.5 else None) for _ in drawn]
+    return drawn, [
+        Appearance(sample_unnamed_colour(rng) if rng.random() < 0.5 else None) for _ in drawn
+    ]
 
 
 def _spectrograms(rng: np.random.Generator) -> Tensor:

@@ -28,10 +28,10 @@ from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.transforms import load_views
 from nextgpt.media.writing import SUFFIXES, Output
-from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.captions import sample_caption
 from nextgpt.mini_world.media_set import write_medium
 from nextgpt.mini_world.mini_encoder import TEXT_TOWER
-from nextgpt.mini_world.mini_tokenizers import tokenize
+from nextgpt.mini_world.mini_tokenizers import tokenize_captions
 from nextgpt.mini_world.objects import ATTRIBUTES, Split, WorldObject, sample_object
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plots import draw_grid
@@ -73,7 +73,7 @@ def captioned_things(
     """Draw things with full captions in the split's wordings, every second of a pair of `split`."""
     rng = np.random.default_rng([seed, MODALITIES.index(modality)])
     things = [sample_object(rng, split if n % 2 else "training") for n in range(count)]
-    return [(thing, caption(thing, modality, rng, split=split)) for thing in things]
+    return [(thing, sample_caption(thing, modality, rng, split=split)) for thing in things]
 
 
 def _score_decoder(
@@ -141,7 +141,7 @@ def _other_captions(
     while len(texts) < CANDIDATES - 1:
         other = sample_object(rng, split if rng.random() < 0.5 else "training")
         if other.attributes(modality) != own:
-            texts.append(caption(other, modality, rng, split=split))
+            texts.append(sample_caption(other, modality, rng, split=split))
     return texts
 
 
@@ -151,6 +151,6 @@ def _nearest(
     texts: list[str],
     feature_D: Tensor,
 ) -> int:
-    tokens = tokenize(tokenizer, texts)
+    tokens = tokenize_captions(tokenizer, texts)
     texts_ND = normalize(tower(tokens.input_ids).text_embeds, dim=-1)
     return int((texts_ND @ feature_D).argmax())

@@ -19,17 +19,19 @@ from nextgpt.media.writing import SUFFIXES
 from nextgpt.mini_world.dialogues import (
     CASE_INPUT,
     OUTPUTS,
-    Scene,
-    Step,
-    course_case,
-    opening,
-    shown,
-    step,
-    unseen,
+    DialogueSampler,
+    DialogueState,
+    Exchange,
 )
-from nextgpt.mini_world.media_set import generator, write_medium
+from nextgpt.mini_world.media_set import seeded_rng, write_medium
 from nextgpt.mini_world.objects import Split, Value, WorldObject, sample_object
-from nextgpt.mini_world.questions import ASKED, TOPICS, WORLD, ask, ask_world
+from nextgpt.mini_world.questions import (
+    ANSWERED_ATTRIBUTES,
+    TOPICS,
+    WORLD_TOPICS,
+    sample_question,
+    sample_world_question,
+)
 from nextgpt.mini_world.words import choose
 
 LETTERS: dict[str, str] = dict(zip(("T", "I", "V", "A"), OUTPUTS, strict=True))
@@ -133,7 +135,7 @@ def write_media(items: Sequence[Item], seed: int) -> None:
 
 def _item(cell: str, number: int, seed: int, folder: Path, split: Split) -> Item:
     """Every second item is drawn again until it holds a held-out pair, where there can be one."""
-    rng = generator(seed, f"{split} {cell} {number}")
+    rng = seeded_rng(seed, f"{split} {cell} {number}")
     if number % 2 == 0:
         return _draw(cell, number, rng, folder, split, "training", ("training",))
     for _ in range(_DRAWS):
@@ -172,15 +174,16 @@ def _draw(
         given, goal = (LETTERS[letter] for letter in cell.split("→"))
         source, goals = next((m for m in MODALITIES if m == given), None), [goal]
     path = folder / f"score_{cell.replace('→', '_')}_{number:05d}{SUFFIXES.get(source, '')}"
-    scene = shown(thing, source) if source else None
+    scene = DialogueState.after_input(thing, source) if source else None
+    sampler = DialogueSampler(rng, split, pairs)
     held_out = source in _SIGHT and thing.split == split
     rounds = []
     for goal in goals:
-        taken, wanted = _take(scene, goal, thing, rng, split, pairs)
+        taken, wanted = _take(scene, goal, thing, sampler)
         media = [Media(source, path=str(path))] if source and not rounds else []
         rounds.append(Turn("human", (*media, Text(taken.request))))
-        scene = taken.scene
-        held_out |= scene.thing.split == split and any(_names_pair(one) for one in wanted)
+        scene = taken.state
+        held_out |= scene.obj.split == split and any(_names_pair(one) for one in wanted)
     on_it = (source, thing, path) if source else None
     return Item(cell, held_out, tuple(rounds), wanted, int(rng.integers(2**31)), on_it)
 
@@ -191,64 +194,66 @@ def _names_pair(wanted: Wanted) -> bool:
 
 
 def _take(
-    scene: Scene | None,
+    scene: DialogueState | None,
     goal: str,
     thing: WorldObject,
-    rng: np.random.Generator,
-    split: Split,
-    pairs: Collection[Split],
-) -> tuple[Step, tuple[Wanted, ...]]:
-    """One round in the wording of `split`, and what its answer is to be."""
+    sampler: DialogueSampler,
+) -> tuple[Exchange, tuple[Wanted, ...]]:
+    """One round in the wording of the sampler's split, and what its answer is to be."""
     if goal == "text":
-        return _ask(scene or unseen(thing), rng, split)
+        return _ask(scene or DialogueState.initial(thing), sampler.rng, sampler.split)
     if goal in CASES:
-        taken = course_case(goal, thing, rng, split, pairs)
+        taken = sampler.course_case(goal, thing)
         # What is shown is to be described, or else the words lead in and may say anything.
         described = CASE_INPUT[goal] if goal.endswith("→T+A") else None
-        attributes = _determined(taken.scene, described) if described else {}
+        attributes = _determined(taken.state, described) if described else {}
         wanted = [Wanted("text", attributes, str(taken.answer[0]))]
     elif scene is None:
-        taken, wanted = opening(goal, rng, split, thing), []
+        taken, wanted = sampler.opening(goal, thing), []
     else:
-        taken, wanted = step(scene, goal, rng, split, pairs), []
+        taken, wanted = sampler.follow_up(scene, goal), []
     made = [part for part in taken.answer if not isinstance(part, str)]
-    wanted += [Wanted(m, _determined(taken.scene, m), caption) for m, caption in made]
+    wanted += [Wanted(m, _determined(taken.state, m), caption) for m, caption in made]
     return taken, tuple(wanted)
 
 
-def _ask(scene: Scene, rng: np.random.Generator, split: Split) -> tuple[Step, tuple[Wanted, ...]]:
+def _ask(
+    scene: DialogueState, rng: np.random.Generator, split: Split
+) -> tuple[Exchange, tuple[Wanted, ...]]:
     """A question about what was last shown, or about the world where nothing was."""
-    thing, last = scene.thing, scene.last
+    thing, last = scene.obj, scene.last
     topic = choose(rng, _topics(scene))
     if last is None:
-        question, answer = ask_world(thing, rng, split, topic)
+        question, answer = sample_world_question(thing, rng, split, topic)
     else:
         if rng.random() < _DESCRIBED:
             topic = "describe"
-        question, answer = ask(thing, last, rng, scene.known, split, topic)
+        question, answer = sample_question(thing, last, rng, scene.known, split, topic)
     if last is not None and topic == "describe":
         attributes = _determined(scene, last)
     else:
-        attributes = {name: getattr(thing, name) for name in ASKED.get(topic, (topic,))}
+        attributes = {
+            name: getattr(thing, name) for name in ANSWERED_ATTRIBUTES.get(topic, (topic,))
+        }
     heard = topic == "describe" and last == "audio"
-    return Step(question, (answer,), scene), (Wanted("text", attributes, answer, heard),)
+    return Exchange(question, (answer,), scene), (Wanted("text", attributes, answer, heard),)
 
 
-def _topics(scene: Scene) -> list[str]:
+def _topics(scene: DialogueState) -> list[str]:
     """What can be asked: a sound's count only where it was said or shown."""
     if scene.last is None:
-        return list(WORLD)
+        return list(WORLD_TOPICS)
     return [
         name
         for name, topic in TOPICS[scene.last].items()
-        if set(topic.needs) <= scene.known and (name != "count" or name in scene.known)
+        if set(topic.required) <= scene.known and (name != "count" or name in scene.known)
     ]
 
 
-def _determined(scene: Scene, modality: Modality) -> dict[str, Value]:
+def _determined(scene: DialogueState, modality: Modality) -> dict[str, Value]:
     """The attributes that a medium of the scene's thing must have, since they are known."""
     return {
         name: value
-        for name, value in scene.thing.attributes(modality).items()
+        for name, value in scene.obj.attributes(modality).items()
         if _MADE_OF.get(name, name) in scene.known
     }

@@ -20,7 +20,7 @@ from nextgpt.mini_world.objects import (
     Value,
     WorldObject,
 )
-from nextgpt.mini_world.render_sound import RATE, SOUNDING, render_sound
+from nextgpt.mini_world.render_audio import NOTE_SECONDS, SAMPLE_RATE, render_audio
 
 _FFT, _HOP = 1024, 160  # samples: 64 ms, 10 ms
 _BANDS = 64
@@ -31,7 +31,7 @@ _BEGINS, _ENDS = 11.0, 16.0  # dB below the loudest moment: where a sounding beg
 _APART = 0.42  # seconds: what begins sooner after a sounding's start belongs to it
 _FAINT = 0.1  # of the strongest sounding's energy; less is none
 _RANGE = 35.0  # dB: what is further below the loudest band and stretch does not count
-_LENGTH = int(SOUNDING * RATE / _HOP)  # frames of a sounding
+_LENGTH = int(NOTE_SECONDS * SAMPLE_RATE / _HOP)  # frames of a sounding
 _STRETCHES = 8  # of 50 ms, that a sounding is cut into
 _LIKE = 0.65  # correlation below which it is none of the timbres
 _REMOTE = 0.5  # correlation below which it is no sounding at all: noise, a hum
@@ -57,13 +57,15 @@ def judge_samples(samples: np.ndarray, rate: int) -> dict[str, Value | None]:
 @cache
 def _filters() -> tuple[np.ndarray, np.ndarray]:
     """The window (samples,) and the mel filters (bands, frequencies)."""
-    mel = mel_filter_bank(_FFT // 2 + 1, _BANDS, 0.0, RATE / 2, RATE, mel_scale="htk")
+    mel = mel_filter_bank(_FFT // 2 + 1, _BANDS, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, mel_scale="htk")
     return np.hanning(_FFT).astype(np.float32), mel.T.astype(np.float32)
 
 
 def _energies(samples: np.ndarray, rate: int) -> np.ndarray:
     """(frames, bands): energies above the floor, one frame every 10 ms; 0 where it is silent."""
-    samples = resample(torch.from_numpy(np.asarray(samples, dtype=np.float32)), rate, RATE).numpy()
+    samples = resample(
+        torch.from_numpy(np.asarray(samples, dtype=np.float32)), rate, SAMPLE_RATE
+    ).numpy()
     padded = np.pad(samples, (_FFT // 2, _FFT // 2))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _FFT)[::_HOP]
     window, mel = _filters()
@@ -89,7 +91,7 @@ def _starts(energies: np.ndarray) -> list[int]:
             sounding = False
         elif loud > begins and not sounding:
             sounding = True
-            if not starts or frame - starts[-1] > _APART * RATE / _HOP:
+            if not starts or frame - starts[-1] > _APART * SAMPLE_RATE / _HOP:
                 starts.append(frame)
     sums = np.array([energies[start : start + _LENGTH].sum() for start in starts])
     return [start for start, sum_ in zip(starts, sums, strict=True) if sum_ > _FAINT * sums.max()]
@@ -116,7 +118,7 @@ def _templates() -> dict[tuple[str, str], np.ndarray]:
             thing = WorldObject(shape, "red", size, "middle", None, 1)
             takes = []
             for seed in range(_TAKES):
-                sound = _energies(render_sound(thing, np.random.default_rng(seed)), RATE)
+                sound = _energies(render_audio(thing, np.random.default_rng(seed)), SAMPLE_RATE)
                 takes.append(_features(sound, _starts(sound)[0]))
             mean = np.mean(takes, axis=0)
             templates[TIMBRE_OF[shape], PITCH_OF[size]] = mean / np.linalg.norm(mean)

@@ -10,10 +10,17 @@ import numpy as np
 from PIL import Image
 
 from nextgpt.mini_world.colours import colour_name
-from nextgpt.mini_world.likeness import BLURS, PATCH, RADII, shape_templates, soften, unit_length
 from nextgpt.mini_world.objects import SHAPES, Value
 from nextgpt.mini_world.render_image import CENTRE, PIXELS, RADIUS
-from nextgpt.mini_world.render_video import SWELL, TRAVEL
+from nextgpt.mini_world.render_video import SCALE_CHANGE, TRAVEL
+from nextgpt.mini_world.shape_similarity import (
+    BLUR_PASSES,
+    PATCH_SIZE,
+    TEMPLATE_RADII,
+    blur,
+    normalize_rows,
+    shape_templates,
+)
 
 _STANDS_OUT = 40.0  # distance from the ground in RGB; the nearest colour is 98 away
 _AREA = (20.0, 1100.0)  # pixels that a thing can cover, at its smallest and largest in a video
@@ -34,7 +41,7 @@ _METRIC = (_TO_YCC.T @ np.diag([_LUMA_WEIGHT**2, 1, 1]) @ _TO_YCC).astype(np.flo
 def judge_frames(pixels_THWC: np.ndarray) -> dict[str, Value | None]:
     """Size, colour, shape, place and motion of the thing in (T, H, W, 3) uint8 frames."""
     seen: dict[str, Value | None] = dict.fromkeys(("size", "colour", "shape", "place", "motion"))
-    frames = soften(_to_world_size(pixels_THWC))
+    frames = blur(_to_world_size(pixels_THWC))
     sighting = _find(frames)
     if sighting is None:
         return seen
@@ -116,7 +123,7 @@ def _largest_patch(mask: np.ndarray) -> np.ndarray:
     """(T, H, W) bool: of each frame the connected patch around the densest spot."""
     density = mask.astype(np.float32)
     for _ in range(6):
-        density = soften(density)
+        density = blur(density)
     peak = (density * mask).reshape(len(mask), -1).argmax(axis=1)
     patch = np.zeros_like(mask)
     patch.reshape(len(mask), -1)[np.arange(len(mask)), peak] = True
@@ -155,25 +162,25 @@ def _compare(sighting: _Sighting) -> tuple[np.ndarray, np.ndarray]:
     """
     shifts = np.array([(0, 0), (-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
     patches = np.stack([_cut(sighting.cover, sighting.centre + shift) for shift in shifts])
-    cosine = unit_length(patches.reshape(-1, PATCH**2)) @ shape_templates().T
-    cosine = cosine.reshape(len(shifts), -1, len(SHAPES), len(RADII), len(BLURS))
+    cosine = normalize_rows(patches.reshape(-1, PATCH_SIZE**2)) @ shape_templates().T
+    cosine = cosine.reshape(len(shifts), -1, len(SHAPES), len(TEMPLATE_RADII), len(BLUR_PASSES))
     by_radius = cosine.max(axis=(0, 4))  # (T, shapes, radii)
     # The larger a thing, the more its frame tells of the shape.
     weights = sighting.cover.sum(axis=(1, 2)) ** 2
-    return np.average(by_radius.max(axis=2), axis=0, weights=weights), RADII[
+    return np.average(by_radius.max(axis=2), axis=0, weights=weights), TEMPLATE_RADII[
         by_radius.argmax(axis=2)
     ].T
 
 
 def _cut(cover: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """(T, patch, patch): cut out around each centre, linear between pixels, 0 beyond the frame."""
-    corner = centre - PATCH / 2  # x, y of the patch's upper left corner
+    corner = centre - PATCH_SIZE / 2  # x, y of the patch's upper left corner
     whole = np.floor(corner).astype(int)
     part = (corner - whole).astype(np.float32)
-    padded = np.pad(cover, ((0, 0), (PATCH, PATCH), (PATCH, PATCH)))
+    padded = np.pad(cover, ((0, 0), (PATCH_SIZE, PATCH_SIZE), (PATCH_SIZE, PATCH_SIZE)))
     cuts = []
-    for frame, (x, y), (u, v) in zip(padded, whole + PATCH, part, strict=True):
-        window = frame[y : y + PATCH + 1, x : x + PATCH + 1]
+    for frame, (x, y), (u, v) in zip(padded, whole + PATCH_SIZE, part, strict=True):
+        window = frame[y : y + PATCH_SIZE + 1, x : x + PATCH_SIZE + 1]
         window = (1 - v) * window[:-1] + v * window[1:]
         cuts.append((1 - u) * window[:, :-1] + u * window[:, 1:])
     return np.stack(cuts)
@@ -193,7 +200,7 @@ def _motion(time: np.ndarray, centre: np.ndarray, radii: np.ndarray) -> str | No
     """By slopes over time, as shares of the rendered ones; None where slow or not one motion."""
     if len(time) < 2:
         return None
-    swell = np.log((1 + SWELL) / (1 - SWELL)) / 2
+    swell = np.log((1 + SCALE_CHANGE) / (1 - SCALE_CHANGE)) / 2
     tracks = np.column_stack([centre / (TRAVEL / 2), np.log(radii) / swell])
     lever = time - time.mean()
     slopes = lever @ tracks / (lever**2).sum()  # right, down, growth

@@ -15,7 +15,7 @@ from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text
 from nextgpt.generation.assistant import Answer, Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Output
-from nextgpt.mini_world.captions import as_heard, read_caption
+from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.scoreboard.items import Item, Wanted
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.scoring import Score, compare, score_answer
@@ -139,8 +139,8 @@ def compare_with_captions(
     found: dict[tuple[int, str], dict[str, bool]] = {}
     tasks = [task for row, result in enumerate(results) for task in _tasks(row, result)]
     for task in tasks:
-        told = read_caption(task.caption)
-        told = as_heard(told) if task.wanted.kind == "audio" else told
+        told = parse_caption(task.caption)
+        told = audible_attributes(told) if task.wanted.kind == "audio" else told
         if task.name == "passed":
             found.setdefault((task.row, "written"), {}).update(compare(task.wanted, told))
         # Stays where there is no caption to decode.

@@ -8,7 +8,7 @@ from typing import Any
 
 from nextgpt.common.modality import Modality
 from nextgpt.evaluation.metrics import proportion
-from nextgpt.mini_world.captions import as_heard, read_caption
+from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.objects import VALUES, Value
 from nextgpt.mini_world.scoreboard.items import Item, Wanted
 
@@ -44,7 +44,7 @@ def score_answer(
     attributes = {}
     for one in wanted:
         if one.kind == "text":
-            told = as_heard(read_caption(text)) if one.heard else read_caption(text)
+            told = audible_attributes(parse_caption(text)) if one.heard else parse_caption(text)
         else:
             told = next((seen for kind, seen in media if kind == one.kind), {})
         attributes |= compare(one, told)
