@@ -24,10 +24,9 @@ from transformers import (
 )
 
 from nextgpt.common.io import atomic_write
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.mini_world.mini_decoders import UNCHECKED
 from nextgpt.mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
-from nextgpt.model.decoders import PIPELINES
 
 
 def _vae(channels: int, latents: int, widths: tuple[int, ...]) -> AutoencoderKL:
@@ -121,7 +120,8 @@ def write_random_decoder(modality: Modality, folder: Path) -> None:
     tokenizer = roberta_tokenizer(words, 512) if modality == "audio" else clip_tokenizer(words, 77)
     networks = NETWORKS[modality]()
     unchecked = UNCHECKED if modality == "image" else {}
-    pipeline = PIPELINES[modality](
+    pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
+    pipeline = pipeline_class(
         tokenizer=tokenizer, scheduler=DDIMScheduler(), **networks, **unchecked
     )
     with atomic_write(folder) as aside, torch.no_grad():

@@ -101,7 +101,8 @@ def is_among(row: int, rows: np.ndarray) -> bool:
 def output_modalities(dataset: ConversationDataset, cache_dir: Path) -> set[Modality]:
     """Which modalities the data sets put out; kept in a small table for the processes of a run."""
     codes = [_output_codes(dataset, name, cache_dir) for name in dataset.sources]
-    return {MODALITIES[code] for code in np.concatenate(codes)}
+    names = list(MODALITIES)
+    return {names[code] for code in np.concatenate(codes)}
 
 
 def sample_outputs(
@@ -202,7 +203,7 @@ def _outputs_table(dataset: ConversationDataset, name: str, cache_dir: Path) -> 
     def entries() -> Iterator[tuple[int, int, int, int]]:
         for row in tqdm(range(len(index)), desc=f"captions of {name}", unit=" rows", delay=2):
             for medium in _media(dataset, name, row):
-                code = MODALITIES.index(medium.modality)
+                code = list(MODALITIES).index(medium.modality)
                 yield code, _digest(_name(medium)), _digest(medium.caption), row
 
     make = partial(_table, entries(), _OUTPUT, _ORDER)

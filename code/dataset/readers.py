@@ -31,7 +31,14 @@ Role = Literal["human", "assistant"]
 READER_VERSION = 1  # part of an index's identity: raise it when a reader accepts something else
 
 CAPTION_PROMPT = "generate a caption"  # stage 1's question
-_PLACEHOLDER = re.compile(r"\s*<(image|video|audio)>\s*")
+
+
+def _known() -> str:
+    return ", ".join(MODALITIES)
+
+
+def _placeholder() -> re.Pattern[str]:
+    return re.compile(rf"\s*<({'|'.join(MODALITIES)})>\s*")  # compiled once, `re` caches it
 
 
 class _Fault(Exception):
@@ -103,7 +110,7 @@ def _caption_out(record: Record) -> tuple[Turn, ...]:
 def _caption_pair(record: Record) -> tuple[Modality, str, str]:
     named: list[Modality] = [m for m in MODALITIES if f"{m}_name" in record]
     if len(named) != 1:
-        raise _Fault("expected one of the fields image_name, video_name, audio_name")
+        raise _Fault(f"expected one of the fields {', '.join(f'{m}_name' for m in MODALITIES)}")
     return named[0], _name(record, f"{named[0]}_name"), _caption(record, "caption")
 
 
@@ -119,7 +126,7 @@ def _later_release(record: Record) -> tuple[Turn, ...]:
             named["assistant", m] = medium
     turns = []
     for role, value, _, where in _turns(record, "conversations"):
-        media = [named.pop((role, m), None) for m in _PLACEHOLDER.findall(value)]
+        media = [named.pop((role, m), None) for m in _placeholder().findall(value)]
         if None in media:
             side = "input" if role == "human" else "output"
             raise _Fault(f"{where}.value: each placeholder needs an {side}_ field, used once")
@@ -143,7 +150,7 @@ def _interleaved(record: Record) -> tuple[Turn, ...]:
 def _entry(entry: Record, role: str, where: str) -> Media:
     modality = entry.get("modality")
     if modality not in MODALITIES:
-        raise _Fault(f"{where}modality: expected image, video or audio, not {modality!r}")
+        raise _Fault(f"{where}modality: expected one of {_known()}, not {modality!r}")
     name = _name(entry, "name", where)
     if role == "human":
         return Media(modality, path=name)
@@ -162,7 +169,7 @@ def _instruction(record: Record) -> tuple[Turn, ...]:
         side = "input_modality" if role == "human" else "output_modality"
         modality = turn.get(side, first if index == 0 else "text")
         if modality not in ("text", *MODALITIES):
-            raise _Fault(f"{where}.{side}: expected text, image, video or audio, not {modality!r}")
+            raise _Fault(f"{where}.{side}: expected text or one of {_known()}, not {modality!r}")
         # A later human turn that names a modality again speaks of the medium already shown.
         if modality != "text" and not (role == "human" and (role, modality) in used):
             if modality in [m for _, m in used]:
@@ -204,7 +211,7 @@ def _turns(record: Record, key: str) -> Iterator[tuple[Role, str, Record, str]]:
 
 def _in_place(value: str, media: list[Media], where: str) -> tuple[ContentPart, ...]:
     """Words and media of `value` in order, each placeholder standing for the next of `media`."""
-    pieces = _PLACEHOLDER.split(value)  # words, modality, words, modality, words ...
+    pieces = _placeholder().split(value)  # words, modality, words, modality, words ...
     expected, found = pieces[1::2], [medium.modality for medium in media]
     if expected != found:
         raise _Fault(f"{where}.value: its placeholders {expected} do not match its media {found}")

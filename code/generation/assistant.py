@@ -37,7 +37,7 @@ from nextgpt.model.build import (
     build_prompt_builder,
     resolve_model_path,
 )
-from nextgpt.model.decoders import Decoder
+from nextgpt.model.decoders import Decoder, build_decoder
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.imagebind import ImageBind
 from nextgpt.model.language_model import merge_lora
@@ -355,7 +355,7 @@ class Assistant:
         if modality not in self._decoders:
             path = resolve_model_path(self.config.decoders[modality].path)
             offloaded = self.config.serving.offload_decoders
-            decoder = Decoder(modality, path, self.device, offloaded=offloaded)
+            decoder = build_decoder(modality, path, self.device, offloaded=offloaded)
             _ = decoder.pipeline  # loads it
             self._decoders[modality] = decoder
         return self._decoders[modality]

@@ -196,7 +196,7 @@ def dialogue(
     scene: Scene | None = None
     for number in range(rounds):
         if number > 0:
-            source = choose(rng, MODALITIES) if rng.random() < 0.2 else None
+            source = choose(rng, tuple(MODALITIES)) if rng.random() < 0.2 else None
             goal = choose(rng, OUTPUTS)
         media: list[tuple[str, Modality, WorldObject]] = []
         if source is not None:

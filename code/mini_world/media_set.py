@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nextgpt.common.modality import Modality
-from nextgpt.media.writing import SUFFIXES, Frames, Output, Sound, save_medium
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.media.writing import Frames, Output, Sound, save_medium
 from nextgpt.mini_world.appearance import unnamed_colour
 from nextgpt.mini_world.objects import ATTRIBUTES, Split, WorldObject, sample_object
 from nextgpt.mini_world.render_image import OWN_LOOK, Look, render_image
@@ -68,9 +68,9 @@ class Album:
         self._answers: dict[tuple[Modality, str], str] = {}
         self._looks: dict[str, Look] = {}
         for modality, size in sizes.items():
-            rng = generator(seed, f"{prefix}/{modality}")
+            rng, suffix = generator(seed, f"{prefix}/{modality}"), MODALITIES[modality].suffix
             self.shown[modality] = [
-                (f"{prefix}_{modality}_{number:06d}{SUFFIXES[modality]}", sample_object(rng, split))
+                (f"{prefix}_{modality}_{number:06d}{suffix}", sample_object(rng, split))
                 for number in range(1, size + 1)
             ]
             for name, _ in self.shown[modality] if modality != "audio" else ():
@@ -101,5 +101,5 @@ class Album:
     def answer_name(self, modality: Modality, caption: str) -> str:
         """The name under which an answer's caption embedding is kept: one for each caption."""
         number = len(self._answers) + 1
-        name = f"{self._prefix}_answer_{number:06d}{SUFFIXES[modality]}"
+        name = f"{self._prefix}_answer_{number:06d}{MODALITIES[modality].suffix}"
         return self._answers.setdefault((modality, caption), name)

@@ -31,9 +31,8 @@ from transformers import (
 )
 
 from nextgpt.common.io import atomic_write
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
-from nextgpt.model.decoders import PIPELINES
 
 FOLDERS: dict[Modality, str] = {
     "image": "mini_stable_diffusion",
@@ -105,7 +104,8 @@ def build_mini_decoder(
         torch.manual_seed(seed)
         # Copies: the pipeline turns its parts to half precision where they lie.
         parts = _PARTS[modality](figures, captions) | deepcopy(dict(trained or {}))
-        pipeline: DiffusionPipeline = PIPELINES[modality](scheduler=scheduler(), **parts)
+        pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
+        pipeline: DiffusionPipeline = pipeline_class(scheduler=scheduler(), **parts)
     with atomic_write(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
 

@@ -25,7 +25,6 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.media.writing import SUFFIXES
 from nextgpt.mini_world.captions import caption, plain_caption
 from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening
 from nextgpt.mini_world.media_set import Album, generator, write_medium
@@ -192,7 +191,7 @@ def requests(seed: int, count: int) -> Rows:
     rng, album = generator(seed, "requests"), Album("mini_request", seed, {})
     rows = []
     for _ in range(count):
-        made = opening(choose(rng, MODALITIES), rng)
+        made = opening(choose(rng, tuple(MODALITIES)), rng)
         words, (modality, text) = made.answer
         turns = _round(made.request, words, made=modality, caption=text)
         rows.append({"mm_name": album.answer_name(modality, text), "conversation": turns})
@@ -259,7 +258,7 @@ def write_examples(folder: Path, seed: int) -> None:
         thing = sample_object(rng)
         shown: dict[str, str | None] = dict.fromkeys(MODALITIES)
         if source is not None:
-            file = f"mini_example_{source}_{number:06d}{SUFFIXES[source]}"
+            file = f"mini_example_{source}_{number:06d}{MODALITIES[source].suffix}"
             write_medium(folder / file, source, thing, seed)
             shown[source] = file
         wanted = choose(rng, changes(thing, "colour"))

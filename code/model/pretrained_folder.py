@@ -1,6 +1,5 @@
 """Where frozen parts come from: a folder of diffusers or transformers, or a hub name."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from nextgpt.common.device import choose_device
 from nextgpt.common.errors import MissingFileError, UserError
-from nextgpt.common.modality import Modality
 
 disable_progress_bar()  # parts are loaded in a second or two, and a bar each hides what is said
 
@@ -27,11 +25,6 @@ TEXT_FILES = (
     "tokenizer/tokenizer.json|tokenizer/merges.txt",
     "text_encoder/config.json",
 )
-PIPELINE_NAMES: dict[Modality, str] = {
-    "image": "StableDiffusionPipeline",
-    "video": "TextToVideoSDPipeline",
-    "audio": "AudioLDMPipeline",
-}
 
 
 def resolve_model_name(path: str) -> str:
@@ -46,23 +39,6 @@ def resolve_model_name(path: str) -> str:
     if Path(path).is_dir() or HUB_NAME.fullmatch(path):
         return path
     raise MissingFileError(f"{path}: no such folder. Give one, or a hub name (owner/name)")
-
-
-def check_kind(path: str, modality: Modality) -> None:
-    """See that the folder `path`, if it says what it is, is a pipeline for `modality`.
-
-    Raises:
-        UserError: it is another.
-    """
-    index = Path(path) / "model_index.json"
-    if not index.is_file():
-        return
-    with explain_load_errors(path):
-        found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if found != PIPELINE_NAMES[modality]:
-        raise UserError(
-            f"{path} is a {found}, but {modality} takes a {PIPELINE_NAMES[modality]}: give another"
-        )
 
 
 @contextmanager

@@ -5,7 +5,9 @@ Only the tokenizer and the text encoder of a pipeline are loaded: 0.25 GB of Sta
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +15,9 @@ from torch.nn.functional import normalize
 from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer
 
 from nextgpt.common.json_io import to_json
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.model.pretrained_folder import (
     TEXT_FILES,
-    check_kind,
     explain_load_errors,
     load_pretrained,
     resolve_model_name,
@@ -24,6 +25,26 @@ from nextgpt.model.pretrained_folder import (
 
 # Tells apart how tokenizers of one vocabulary split words and treat case, accents and punctuation.
 _PROBE = "A Red-ish café's two  drums (3.5 s); 日本 — THE END!"
+
+
+@dataclass(frozen=True)
+class TextEncoderSpec:
+    """A kind of text encoder.
+
+    Attributes:
+        tokenizer: its class of transformers.
+        model: its class of transformers.
+        pooled: whether a caption becomes one vector of unit length (D,) by the model's projection,
+            as AudioLDM (arXiv 2301.12503) takes it; else the last hidden states (T, D).
+    """
+
+    tokenizer: Any
+    model: Any
+    pooled: bool
+
+
+CLIP = TextEncoderSpec(CLIPTokenizer, CLIPTextModel, pooled=False)
+CLAP = TextEncoderSpec(RobertaTokenizer, ClapTextModelWithProjection, pooled=True)
 
 
 class TextEncoder:
@@ -39,23 +60,23 @@ class TextEncoder:
         Raises:
             InputError: naming the file that is missing or does not fit.
         """
-        self.modality: Modality = modality
+        self.modality = modality
         self.path = resolve_model_name(path)
-        check_kind(self.path, modality)
+        decoder_class = MODALITIES[modality].decoder_class
+        decoder_class.check_pipeline(self.path, modality)
+        spec = decoder_class.text_encoder_spec
+        self.pooled = spec.pooled
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        audio = modality == "audio"
-        tokenizer_class = RobertaTokenizer if audio else CLIPTokenizer
-        encoder_class = ClapTextModelWithProjection if audio else CLIPTextModel
         with explain_load_errors(self.path, *TEXT_FILES):
-            self.tokenizer = tokenizer_class.from_pretrained(self.path, subfolder="tokenizer")
+            self.tokenizer = spec.tokenizer.from_pretrained(self.path, subfolder="tokenizer")
         on_meta = device.type == "meta"
-        encoder = load_pretrained(encoder_class, self.path, dtype, "text_encoder", on_meta=on_meta)
+        encoder = load_pretrained(spec.model, self.path, dtype, "text_encoder", on_meta=on_meta)
         self.encoder = encoder.to(device).eval().requires_grad_(False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one caption's embedding: (T, D) tokens and width, or (D,) for sound."""
-        if self.modality == "audio":
+        """Shape of one caption's embedding: (T, D), or (D,) if pooled."""
+        if self.pooled:
             return (self.encoder.config.projection_dim,)
         return (self.tokenizer.model_max_length, self.encoder.config.hidden_size)
 
@@ -78,8 +99,7 @@ class TextEncoder:
         """Embed B captions as the pipelines do: padded, and cut, to the tokenizer's length.
 
         Returns:
-            image, video: CLIP's last hidden state (B, T, D); audio: CLAP's text projection brought
-            to unit length (B, D), as AudioLDM (arXiv 2301.12503) takes it. In the encoder's dtype.
+            (B, T, D), or (B, D) if pooled, in the encoder's dtype.
         """
         tokens = self.tokenizer(
             list(captions),
@@ -88,8 +108,12 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         ).to(self.encoder.device)
-        if self.modality == "audio":
+        if self.pooled:
             projected_BD = self.encoder(tokens.input_ids, tokens.attention_mask).text_embeds
             return normalize(projected_BD, dim=-1)
         # No mask: Stable Diffusion and ZeroScope let the padding be seen, and use its states.
         return self.encoder(tokens.input_ids).last_hidden_state
+
+    def normalize(self, prompt_embeds: Tensor) -> Tensor:
+        """Predicted embeddings (..., D) at the length that `encode` gives: of pooled ones, 1."""
+        return normalize(prompt_embeds.float(), dim=-1) if self.pooled else prompt_embeds

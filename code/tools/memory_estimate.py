@@ -23,7 +23,7 @@ from nextgpt.callbacks.hidden_state_cache import (
 )
 from nextgpt.common.device import autocast_to, choose_dtype
 from nextgpt.common.errors import MissingFileError, UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config, Quantization
 from nextgpt.conversation.batch import Batch
@@ -36,7 +36,7 @@ from nextgpt.model.quantization import quantizable_matrices, refuse_to_divide, s
 from nextgpt.model.trainable import count_parameters, group_of, is_base_vocabulary
 from nextgpt.model.weight_files import map_folder
 from nextgpt.tools.memory_meter import MemoryMeter
-from nextgpt.tools.weights.checks import NETWORKS, language_model_figures
+from nextgpt.tools.weights.checks import language_model_figures
 from nextgpt.tools.weights.registry import source_of
 from nextgpt.training.engine import micro_batch_size, read_deepspeed_config
 from nextgpt.training.trainer import TRAINED_BEFORE, configure_trainable
@@ -351,7 +351,8 @@ def _serving(
             counted = "as published" if known_numbers else "not counted"
             sizes[f"decoder, {modality}: not here, {counted}"] = 2.0 * known_numbers
             continue
-        parts = [map_folder(folder / name) for name in ("text_encoder", *NETWORKS[modality])]
+        networks = ("text_encoder", *MODALITIES[modality].decoder_class.networks)
+        parts = [map_folder(folder / name) for name in networks]
         numbers = sum(tensor.numel() for part in parts for tensor in part.values())
         sizes[f"decoder, {modality}"] = 2.0 * numbers
     return sizes
