@@ -19,7 +19,7 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.writing import Frames, Output, Sound, save_medium
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
 from nextgpt.model.decoders import DiffusionSettings, build_decoder, initial_noise
-from nextgpt.model.pretrained_folder import resolve_model_name
+from nextgpt.model.loading import resolve_model_path
 from nextgpt.model.text_encoders import TextEncoder
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
@@ -272,11 +272,11 @@ def test_folders_in_the_published_layout_load_the_same(modality: Modality, tmp_p
 
 def test_names_that_the_hub_no_longer_has_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert resolve_model_name("runwayml/stable-diffusion-v1-5") == name
+    assert resolve_model_path("runwayml/stable-diffusion-v1-5") == name
     assert "gone from the hub" in capsys.readouterr().out
-    assert resolve_model_name(name) == name
+    assert resolve_model_path(name) == name
     with pytest.raises(UserError, match="no such folder"):
-        resolve_model_name("../no/such/folder")
+        resolve_model_path("../no/such/folder")
 
 
 def test_builder_gives_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:

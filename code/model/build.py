@@ -1,12 +1,9 @@
 """Puts the model together from the configuration: what a run uses, and nothing else."""
 
-from pathlib import Path
-
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
@@ -16,33 +13,9 @@ from nextgpt.conversation.signal_tokens import SignalTokens
 from nextgpt.conversation.templates import TEMPLATES
 from nextgpt.model.imagebind import ImageBind, load_imagebind
 from nextgpt.model.language_model import load_language_model, load_tokenizer, prepare_language_model
+from nextgpt.model.loading import resolve_model_path
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.output_projection import OutputProjection
-from nextgpt.model.pretrained_folder import resolve_model_name
-
-
-def resolve_model_path(path: str) -> str:
-    """The folder `path` under the project's root if it exists, else `path` as a hub name."""
-    local = project_path(path)
-    return str(local) if local.exists() else path
-
-
-def find_folder(path: str, file: str) -> Path:
-    """The local folder behind a configured path: itself, or the hub's snapshot in the cache.
-
-    Args:
-        file: that the hub's repository has.
-
-    Raises:
-        MissingFileError: there is no such folder, and none in the cache.
-    """
-    name = resolve_model_name(resolve_model_path(path))
-    if Path(name).is_dir():
-        return Path(name)
-    cached = try_to_load_from_cache(name, file)
-    if not isinstance(cached, str):
-        raise MissingFileError(f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE})")
-    return Path(cached).parent
 
 
 def build_prompt_builder(config: Config) -> PromptBuilder:

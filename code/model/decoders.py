@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.writing import Frames, Output, Sound
-from nextgpt.model.pretrained_folder import explain_load_errors, resolve_model_name
+from nextgpt.model.loading import explain_load_errors, resolve_model_path
 from nextgpt.model.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 
 if TYPE_CHECKING:  # diffusers is imported when a pipeline is: training does without
@@ -134,7 +134,7 @@ class Decoder:
             offloaded: keep all but the text encoder in CPU memory between uses.
         """
         self.modality = modality
-        self.path = resolve_model_name(path)
+        self.path = resolve_model_path(path)
         self.device = device
         self.offloaded = offloaded
 

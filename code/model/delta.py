@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.config.schema import TrainableGroup
+from nextgpt.model.loading import compare_state_dicts, map_tensors, refuse_faults
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import TRAINABLE_GROUPS, group_of, is_base_vocabulary, tuned_parameters
 from nextgpt.model.upstream_checkpoint import Tensors, is_newer, is_published, published_to_delta
-from nextgpt.model.weight_files import map_tensors
 
 DELTA_FILE = "delta.safetensors"
 PUBLISHED_FILE = "pytorch_model.pt"
@@ -118,7 +118,7 @@ def load_delta(model: NextGPT, delta: Delta, required: Set[TrainableGroup]) -> l
     for part in TRAINABLE_GROUPS:
         wanted, given = _of_part(parameters, part), _of_part(delta.tensors, part)
         if wanted and given:
-            problems += _compare(wanted, given)
+            problems += compare_state_dicts(wanted, given)
             report.append(f"{part}: {len(given)} tensors loaded")
         elif given:
             report.append(f"{part}: not used by this run, kept for the next file")
@@ -126,9 +126,7 @@ def load_delta(model: NextGPT, delta: Delta, required: Set[TrainableGroup]) -> l
             problems.append(f"nothing of {part}")
         elif wanted:
             report.append(f"{part}: not in the file, starts new")
-    if problems:
-        listed = "\n  ".join(problems)
-        raise UserError(f"{delta.source} does not fit this model (check --config):\n  {listed}")
+    refuse_faults(delta.source, problems, "check --config")
     with torch.no_grad():
         for name, tensor in delta.tensors.items():
             if name in parameters:
@@ -144,14 +142,3 @@ def tensors_of_absent_groups(model: NextGPT, delta: Delta) -> Tensors:
 
 def _of_part(named: dict, part: TrainableGroup) -> dict:
     return {name: value for name, value in named.items() if group_of(name) == part}
-
-
-def _compare(wanted: dict, given: dict) -> list[str]:
-    problems = [f"missing {name}" for name in wanted if name not in given]
-    for name, tensor in given.items():
-        if name not in wanted:
-            problems.append(f"unexpected {name}")
-        elif wanted[name].shape != tensor.shape:
-            expected = tuple(wanted[name].shape)
-            problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
-    return problems

@@ -15,7 +15,7 @@ from transformers import (
 from nextgpt.common.errors import UserError
 from nextgpt.config.schema import LanguageModelConfig
 from nextgpt.conversation.signal_tokens import SignalTokens
-from nextgpt.model.pretrained_folder import explain_load_errors, load_pretrained
+from nextgpt.model.loading import explain_load_errors, load_pretrained
 from nextgpt.model.quantization import leave_scales_out_of_states, quantization_config
 from nextgpt.model.vocabulary import extend_vocabulary
 

@@ -16,13 +16,14 @@ from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokeniz
 
 from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.model.pretrained_folder import (
-    TEXT_FILES,
-    explain_load_errors,
-    load_pretrained,
-    resolve_model_name,
-)
+from nextgpt.model.loading import explain_load_errors, load_pretrained, resolve_model_path
 
+# Without these transformers would use an empty vocabulary or default sizes.
+_TEXT_FILES = (
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/tokenizer.json|tokenizer/merges.txt",
+    "text_encoder/config.json",
+)
 # Tells apart how tokenizers of one vocabulary split words and treat case, accents and punctuation.
 _PROBE = "A Red-ish café's two  drums (3.5 s); 日本 — THE END!"
 
@@ -61,13 +62,13 @@ class TextEncoder:
             InputError: naming the file that is missing or does not fit.
         """
         self.modality = modality
-        self.path = resolve_model_name(path)
+        self.path = resolve_model_path(path)
         decoder_class = MODALITIES[modality].decoder_class
         decoder_class.check_pipeline(self.path, modality)
         spec = decoder_class.text_encoder_spec
         self.pooled = spec.pooled
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        with explain_load_errors(self.path, *TEXT_FILES):
+        with explain_load_errors(self.path, *_TEXT_FILES):
             self.tokenizer = spec.tokenizer.from_pretrained(self.path, subfolder="tokenizer")
         on_meta = device.type == "meta"
         encoder = load_pretrained(spec.model, self.path, dtype, "text_encoder", on_meta=on_meta)

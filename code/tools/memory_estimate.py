@@ -29,12 +29,12 @@ from nextgpt.config.schema import Config, Quantization
 from nextgpt.conversation.batch import Batch
 from nextgpt.dataset.catalog import find_entry
 from nextgpt.media.decode_worker import MAX_PEAK_MEMORY
-from nextgpt.model.build import build_on_meta, find_folder
+from nextgpt.model.build import build_on_meta
 from nextgpt.model.imagebind import ImageBind, read_imagebind_config
+from nextgpt.model.loading import find_folder, map_folder
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.quantization import quantizable_matrices, refuse_to_divide, saved_bytes
 from nextgpt.model.trainable import count_parameters, group_of, is_base_vocabulary
-from nextgpt.model.weight_files import map_folder
 from nextgpt.tools.memory_meter import MemoryMeter
 from nextgpt.tools.weights.checks import language_model_figures
 from nextgpt.tools.weights.registry import source_of

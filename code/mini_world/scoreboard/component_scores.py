@@ -36,8 +36,9 @@ from nextgpt.mini_world.objects import ATTRIBUTES, Split, WorldObject, sample_ob
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plots import draw_grid
 from nextgpt.mini_world.scoreboard.runner import in_batches
-from nextgpt.model.build import build_media_encoder, resolve_model_path
+from nextgpt.model.build import build_media_encoder
 from nextgpt.model.decoders import build_decoder
+from nextgpt.model.loading import resolve_model_path
 
 CANDIDATES = 100
 _SHOWN = 16  # media a kind in the picture

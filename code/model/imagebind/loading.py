@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.file_digests import DigestCache
@@ -20,7 +19,7 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
 from nextgpt.model.imagebind.encoder import ImageBind
-from nextgpt.model.weight_files import map_tensors
+from nextgpt.model.loading import compare_state_dicts, map_tensors, refuse_faults
 
 PUBLISHED_NAME = "imagebind_huge.pth"
 _LEFT_OUT = tuple(
@@ -50,7 +49,8 @@ def load_imagebind(path: Path | str, dtype: torch.dtype | None = torch.float32) 
     tensors = {name: t for name, t in map_tensors(weights).items() if not is_left_out(name)}
     with torch.device("meta"):
         model = ImageBind(config)
-    _check(weights, model.state_dict(), tensors)
+    faults = compare_state_dicts(model.state_dict(), tensors)
+    refuse_faults(weights, faults, "is it another encoder's? download or build it again")
     model.load_state_dict({n: t.to(dtype or t.dtype) for n, t in tensors.items()}, assign=True)
     return model.eval().requires_grad_(False)
 
@@ -112,16 +112,3 @@ def _read_config(weights: Path) -> ImageBindConfig:
         raise UserError(
             f"{path}: not the figures of an ImageBind encoder, build it again: {fault}"
         ) from error
-
-
-def _check(path: Path, wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    faults = [f"missing {name}" for name in wanted.keys() - found.keys()]
-    faults += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
-    faults += [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & found.keys()
-        if wanted[name].shape != found[name].shape
-    ]
-    if faults:
-        listed = "\n  ".join(sorted(faults))
-        raise UserError(f"{path}: not this encoder's weights, {len(faults)} faults:\n  {listed}")

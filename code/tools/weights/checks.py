@@ -24,14 +24,19 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.generation.cli import find_delta
-from nextgpt.model.build import build_media_encoder, build_on_meta, find_folder
+from nextgpt.model.build import build_media_encoder, build_on_meta
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.language_model import load_tokenizer
-from nextgpt.model.pretrained_folder import explain_load_errors, load_pretrained
+from nextgpt.model.loading import (
+    explain_load_errors,
+    find_folder,
+    load_pretrained,
+    map_folder,
+    map_tensors,
+)
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.model.trainable import NEEDED_TO_ANSWER
 from nextgpt.model.upstream_checkpoint import NEW_ROWS, is_newer
-from nextgpt.model.weight_files import map_folder, map_tensors
 from nextgpt.tools.weights.detect import (
     LLAMA_ROWS,
     is_difference,

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.config.schema import Config
 from nextgpt.model.delta import DELTA_FILE
-from nextgpt.model.pretrained_folder import HUB_NAME, MOVED
+from nextgpt.model.loading import HUB_NAME, MOVED
 from nextgpt.tools.weights.download import HubFolder, HubPipeline, OwnCommand, Way, WebFile
 
 PartName = str
