@@ -5,7 +5,7 @@ The same medium gives the same bytes.
 
 import wave
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -56,14 +56,7 @@ class Sound(NamedTuple):
             file.writeframes(samples.tobytes())
 
 
-class SavableMedium(Protocol):
-    """What a decoder of another kind of medium may return."""
-
-    def save(self, path: Path) -> None:
-        """Write the file."""
-
-
-Output = Image.Image | Frames | Sound | SavableMedium
+Output = Image.Image | Frames | Sound  # another kind needs a `save` like theirs
 
 
 def save_medium(output: Output, path: Path) -> None:

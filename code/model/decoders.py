@@ -1,9 +1,8 @@
-"""Adapters of the frozen diffusion pipelines: one subclass of `Decoder` for each kind of pipeline.
+"""Adapters of frozen diffusion pipelines: a subclass of `Decoder` for each kind of pipeline.
 
-The output projection's prediction takes the place of the pipeline's own prompt embeddings. The
-pipelines are diffusers' own; those of video and audio are among its deprecated ones, which is why
-diffusers is pinned and why no other file names them. A diffusion step costs one forward pass of the
-UNet, two with guidance.
+The output projection's prompt embeddings take the place of the pipeline's own. The pipelines are
+diffusers'; those of video and audio are deprecated there, which is why diffusers is pinned and why
+no other file names them. A diffusion step costs one forward pass of the UNet, two with guidance.
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
@@ -108,21 +107,25 @@ class Decoder:
     """One frozen pipeline, loaded on first use; subclasses are the adapters.
 
     Attributes:
-        pipeline_path: import string of the pipeline; the class name stands in model_index.json.
-        networks: import strings of its networks besides the text encoder, by folder.
+        pipeline_path: import string of the pipeline; model_index.json has its class name.
+        networks: by folder, import strings of the networks besides the text encoder.
         unused_components: of the pipeline, never loaded.
-        text_encoder_spec: kind of text encoder, and so of `prompt_embeds`.
-        options: that users may set.
+        text_encoder_spec: kind of text encoder, and so of prompt embeddings.
+        options: fields of `DiffusionSettings` that users may set.
+        size_arguments: of the pipeline's call, by the same names in `DiffusionSettings`.
+        legacy_callback: whether the pipeline has `callback` instead of `callback_on_step_end`.
     """
 
     pipeline_path: ClassVar[str]
     networks: ClassVar[dict[str, str]]
     unused_components: ClassVar[dict[str, None]] = {}
-    text_encoder_spec: ClassVar[TextEncoderSpec]
+    text_encoder_spec: ClassVar[TextEncoderSpec] = CLIP
     options: ClassVar[tuple[DecoderOption, ...]] = (
         DecoderOption("guidance", "guidance_scale", "guidance", 1, 15, 0.5),
         DecoderOption("steps", "num_inference_steps", "denoising steps", 1, 100, 1),
     )
+    size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
+    legacy_callback: ClassVar[bool] = False
 
     def __init__(
         self, modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
@@ -138,9 +141,19 @@ class Decoder:
         self.device = device
         self.offloaded = offloaded
 
+    def prepare_latents(
+        self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
+    ) -> Tensor | None:
+        """Return the noise that a batch begins with; None: the pipeline draws its own."""
+        return None
+
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        """Return the media in the pipeline's result."""
+        raise NotImplementedError
+
     @classmethod
     def pipeline_class(cls) -> Any:
-        """The pipeline's class, a `DiffusionPipeline`."""
+        """Import the pipeline's class, a `DiffusionPipeline`."""
         return resolve_name(cls.pipeline_path)
 
     @classmethod
@@ -161,7 +174,7 @@ class Decoder:
 
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """The pipeline's tokenizer and text encoder, loaded on first use."""
+        """The pipeline's tokenizer and text encoder."""
         return TextEncoder(self.modality, self.path, self.device)
 
     @cached_property
@@ -190,17 +203,14 @@ class Decoder:
     @contextmanager
     def _on_device(self) -> Iterator[None]:
         """Move an offloaded pipeline's networks to the device inside, and back at the end."""
-        if not self.offloaded:
-            yield
-            return
-        self._move_networks(self.device)
         try:
+            self._move_networks(self.device)
             yield
         finally:
             self._move_networks(torch.device("cpu"))
 
     def _move_networks(self, device: torch.device) -> None:
-        for component in self.pipeline.components.values():
+        for component in self.pipeline.components.values() if self.offloaded else ():
             if isinstance(component, nn.Module) and component is not self.text_encoder.encoder:
                 component.to(device)
 
@@ -231,88 +241,58 @@ class Decoder:
                 f"not {tuple(prompt_embeds.shape[1:])}: set prompt_embeds_shape to match"
             )
         with self._on_device():
-            arguments = self._call_arguments(prompt_embeds, settings)
-
-            def on_step(step: int) -> None:
-                if progress:  # some schedulers take one step more than asked for
-                    steps = settings.num_inference_steps
-                    progress(min(step + 1, steps), steps)
-
+            arguments = self._arguments(prompt_embeds, settings) | self._callback(
+                settings, progress
+            )
             try:
-                result = self.pipeline(**arguments, **self.step_callback(on_step))
+                result = self.pipeline(**arguments)
             except (ValueError, torch.OutOfMemoryError) as error:
                 raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
         return self.wrap_outputs(result, settings)
 
-    def _call_arguments(self, prompt_embeds: Tensor, settings: DiffusionSettings) -> dict[str, Any]:
-        count = len(prompt_embeds)
+    def _arguments(self, prompt_embeds: Tensor, settings: DiffusionSettings) -> dict[str, Any]:
+        count, seed, generator = len(prompt_embeds), settings.seed, None
+        if seed is not None:  # on the CPU: the same noise for every device
+            seeds = range(seed, seed + count) if isinstance(seed, int) else seed
+            generator = [torch.Generator().manual_seed(one) for one in seeds]
         prompt_embeds = self.text_encoder.normalize(prompt_embeds)
-        arguments: dict[str, Any] = {
+        arguments = {
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "prompt_embeds": prompt_embeds.to(self.device, self.pipeline.dtype),
-            **self.size_arguments(settings),
+            "generator": generator,
+            "latents": self.prepare_latents(count, settings, generator),
+            **{name: getattr(settings, name) for name in self.size_arguments},
         }
-        generator = None
-        if settings.seed is not None:  # on the CPU: the same noise for every device
-            first = settings.seed
-            seeds = range(first, first + count) if isinstance(first, int) else first
-            generator = [torch.Generator().manual_seed(seed) for seed in seeds]
-        arguments["generator"] = generator
-        arguments["latents"] = self.prepare_latents(count, settings, generator)
         if settings.guidance_scale > 1:
             negative = self.text_encoder.encode([settings.negative_prompt])
             arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
         return arguments
 
-    # What adapters fill in.
+    def _callback(self, settings: DiffusionSettings, progress: Progress | None) -> dict[str, Any]:
+        steps = settings.num_inference_steps
 
-    def size_arguments(self, settings: DiffusionSettings) -> dict[str, Any]:
-        """Arguments of the pipeline's call that decide how large its output is."""
-        raise NotImplementedError
+        def on_step(step: int, *_: Any) -> None:
+            if progress:  # some schedulers take one step more than asked for
+                progress(min(step + 1, steps), steps)
 
-    def step_callback(self, on_step: Callable[[int], None]) -> dict[str, Any]:
-        """The argument of the pipeline's call that calls `on_step` with each step's number."""
-
-        def callback(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step)
             return tensors
 
-        return {"callback_on_step_end": callback}
-
-    def prepare_latents(
-        self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
-    ) -> Tensor | None:
-        """The noise that a batch begins with; None: the pipeline draws its own."""
-        return None
-
-    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
-        """The media in the pipeline's result."""
-        raise NotImplementedError
-
-
-def _deprecated_callback(on_step: Callable[[int], None]) -> dict[str, Any]:
-    """The callback of diffusers' older pipelines."""
-    return {"callback": lambda step, *_: on_step(step)}
+        if self.legacy_callback:
+            return {"callback": on_step}
+        return {"callback_on_step_end": on_step_end}
 
 
 class StableDiffusionDecoder(Decoder):
     """Stable Diffusion (arXiv 2112.10752): PIL images."""
 
     pipeline_path = "diffusers:StableDiffusionPipeline"
-    networks: ClassVar = {
-        "vae": _VAE,
-        "unet": _UNET_2D,
-    }
+    networks: ClassVar = {"vae": _VAE, "unet": _UNET_2D}
     unused_components: ClassVar = {"safety_checker": None, "feature_extractor": None}
-    text_encoder_spec = CLIP
-
-    def size_arguments(self, settings: DiffusionSettings) -> dict[str, Any]:
-        """Height and width."""
-        return {"height": settings.height, "width": settings.width}
 
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
-        """The images as they are."""
         return result.images
 
 
@@ -323,21 +303,10 @@ class ZeroScopeDecoder(Decoder):
         "diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_synth"
         ":TextToVideoSDPipeline"
     )
-    networks: ClassVar = {
-        "vae": "diffusers:AutoencoderKL",
-        "unet": "diffusers:UNet3DConditionModel",
-    }
-    text_encoder_spec = CLIP
+    networks: ClassVar = {"vae": _VAE, "unet": "diffusers:UNet3DConditionModel"}
     options = (*Decoder.options, DecoderOption("frames", "num_frames", "frames", 1, 48, 1))
-
-    def size_arguments(self, settings: DiffusionSettings) -> dict[str, Any]:
-        """Height, width and number of frames."""
-        sides = {"height": settings.height, "width": settings.width}
-        return {**sides, "num_frames": settings.num_frames}
-
-    def step_callback(self, on_step: Callable[[int], None]) -> dict[str, Any]:
-        """The older pipelines' callback."""
-        return _deprecated_callback(on_step)
+    size_arguments = ("height", "width", "num_frames")
+    legacy_callback = True
 
     def prepare_latents(
         self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
@@ -346,16 +315,12 @@ class ZeroScopeDecoder(Decoder):
         if not settings.shared_noise:
             return None
         unet, scale = self.pipeline.unet.config, self.pipeline.vae_scale_factor
-        sides = [
-            side // scale if side else unet.sample_size
-            for side in (settings.height, settings.width)
-        ]
+        sides = (s // scale if s else unet.sample_size for s in (settings.height, settings.width))
         shape = (count, unet.in_channels, settings.num_frames, *sides)
         noise = initial_noise(shape, settings.shared_noise, generator)
         return noise.to(self.device, self.pipeline.dtype)
 
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
-        """Floats in 0..1 to bytes."""
         return [Frames((v * 255).round().astype("uint8"), settings.fps) for v in result.frames]
 
 
@@ -364,26 +329,17 @@ class AudioLDMDecoder(Decoder):
 
     pipeline_path = "diffusers.pipelines.deprecated.audioldm.pipeline_audioldm:AudioLDMPipeline"
     networks: ClassVar = {
-        "vae": _VAE,
-        "unet": _UNET_2D,
-        "vocoder": "transformers:SpeechT5HifiGan",
-    }
+        "vae": _VAE, "unet": _UNET_2D, "vocoder": "transformers:SpeechT5HifiGan"
+    }  # fmt: skip
     text_encoder_spec = CLAP
     options = (
         *Decoder.options,
         DecoderOption("seconds", "audio_length_in_s", "seconds", 0.5, 10, 0.5),
     )
-
-    def size_arguments(self, settings: DiffusionSettings) -> dict[str, Any]:
-        """The length in seconds."""
-        return {"audio_length_in_s": settings.audio_length_in_s}
-
-    def step_callback(self, on_step: Callable[[int], None]) -> dict[str, Any]:
-        """The older pipelines' callback."""
-        return _deprecated_callback(on_step)
+    size_arguments = ("audio_length_in_s",)
+    legacy_callback = True
 
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
-        """The samples at the vocoder's rate."""
         rate = self.pipeline.vocoder.config.sampling_rate
         return [Sound(samples, rate) for samples in result.audios]
 
@@ -391,5 +347,5 @@ class AudioLDMDecoder(Decoder):
 def build_decoder(
     modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
 ) -> Decoder:
-    """The decoder of `modality` by its adapter; arguments as in `Decoder.__init__`."""
+    """Return the decoder of `modality` by its adapter; arguments as in `Decoder.__init__`."""
     return MODALITIES[modality].decoder_class(modality, path, device, offloaded=offloaded)
