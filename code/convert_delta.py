@@ -49,7 +49,7 @@ def publish(delta: Delta, out: Path, dtype: torch.dtype | None, language_model: 
             f"layout {NEW_ROWS}: only systems with the published signal tokens can be written so"
         )
     tuned = delta.tensors
-    if not delta.holds_own_vocabulary:
+    if not delta.holds_base_vocabulary:
         tuned = tuned | _own_rows(language_model, delta.vocabulary_size)
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()

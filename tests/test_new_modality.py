@@ -34,7 +34,7 @@ def test_a_registered_modality_trains_and_answers(
     config = load_config("7b", 2, [*tiny_overrides(tmp_path), *overrides])
     builder, cpu = build_prompt_builder(config), torch.device("cpu")
     model = build_model(config, torch.float32, lora=False, output_projections=True)
-    set_trainable(model, ["output_projections", "vocabulary"], own_vocabulary=False)
+    set_trainable(model, ["output_projections", "vocabulary"], base_vocabulary=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     question = Turn("human", (Text("draw how far away it is"),))
     answer = Turn("assistant", (Text("here"), Media("depth", caption="a near red circle")))

@@ -1,4 +1,4 @@
-"""Puts the model together from the configuration: what a run uses, and nothing else."""
+"""Build the components that a run uses from the configuration, and load no others."""
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -19,9 +19,8 @@ from nextgpt.model.output_projection import OutputProjection
 
 
 def build_prompt_builder(config: Config) -> PromptBuilder:
-    """The encoder of conversations; loads the tokenizer but no weights."""
-    path = resolve_model_path(config.language_model.path)
-    tokenizer = load_tokenizer(path)
+    """Build the prompt builder; loads the tokenizer but no weights."""
+    tokenizer = load_tokenizer(resolve_model_path(config.language_model.path))
     signals = SignalTokens(signal_counts(config), first_id=len(tokenizer))
     name = config.language_model.prompt_format
     template = template_from_tokenizer(tokenizer) if name == "tokenizer" else TEMPLATES[name]
@@ -29,18 +28,18 @@ def build_prompt_builder(config: Config) -> PromptBuilder:
 
 
 def signal_counts(config: Config) -> dict[Modality, int]:
-    """Signal tokens of each modality."""
+    """Number of signal tokens by modality."""
     return {modality: decoder.signal_tokens for modality, decoder in config.decoders.items()}
 
 
 def build_media_encoder(config: Config, dtype: torch.dtype | None = torch.float32) -> ImageBind:
-    """ImageBind in float32, as in training and so in answering.
+    """Load ImageBind, in float32 in training and inference.
 
     Args:
-        dtype: of the weights; none: the file's own, and they stay on disk until they are used.
+        dtype: of the weights; None: the file's own, memory-mapped until they are used.
 
     Raises:
-        UserError: it is not there, is broken, or gives features of another width.
+        UserError: it is missing, broken, or gives features of another width.
     """
     path, width = project_path(config.encoder.path), config.encoder.width
     imagebind = load_imagebind(path, dtype)
@@ -55,72 +54,59 @@ def build_media_encoder(config: Config, dtype: torch.dtype | None = torch.float3
 def build_model(
     config: Config, dtype: torch.dtype, *, lora: bool, output_projections: bool
 ) -> NextGPT:
-    """The model with new weights in the tuned parts; load a delta over it.
+    """Load the language model and initialise the trainable groups; load a delta over it.
 
     Args:
-        config: the whole configuration.
         dtype: of the frozen weights.
-        lora: whether the run uses the adapters.
-        output_projections: whether the run uses them.
+        lora, output_projections: whether the run uses them.
     """
     path = resolve_model_path(config.language_model.path)
     signals = build_prompt_builder(config).signals
     language_model = load_language_model(config.language_model, path, signals, dtype, lora=lora)
-    return _join(config, language_model, signals, output_projections=output_projections)
+    return _add_projections(config, language_model, output_projections=output_projections)
 
 
 def build_on_meta(
     config: Config,
-    figures: PreTrainedConfig,
-    own_tokens: int,
+    language_model_config: PreTrainedConfig,
+    base_tokens: int,
     *,
     lora: bool,
     output_projections: bool = True,
 ) -> NextGPT:
-    """The model without weights, on the meta device: its names and shapes cost no memory.
+    """Build the model on the meta device: names and shapes without memory for weights.
 
     Args:
-        config: the whole configuration.
-        figures: of the language model, whose folder is not asked.
-        own_tokens: of the language model's tokenizer.
-        lora: whether it has the adapters.
-        output_projections: whether it has them.
+        language_model_config: of transformers; the configured folder is not read.
+        base_tokens: of the language model's tokenizer.
+        lora, output_projections: whether it has them.
     """
-    signals = SignalTokens(signal_counts(config), first_id=own_tokens)
+    new_tokens = len(SignalTokens(signal_counts(config), first_id=base_tokens))
     with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(figures)
+        language_model = AutoModelForCausalLM.from_config(language_model_config)
         prepare_language_model(
-            language_model, config.language_model, own_tokens, len(signals), lora=lora
+            language_model, config.language_model, base_tokens, new_tokens, lora=lora
         )
-        return _join(config, language_model, signals, output_projections=output_projections)
+        return _add_projections(config, language_model, output_projections=output_projections)
 
 
-def _join(
-    config: Config,
-    language_model: PreTrainedModel,
-    signals: SignalTokens,
-    *,
-    output_projections: bool,
+def _add_projections(
+    config: Config, language_model: PreTrainedModel, *, output_projections: bool
 ) -> NextGPT:
-    """A language model that is fitted already, and new projections."""
     hidden_size = language_model.config.hidden_size
-    projections = build_output_projections(config, hidden_size) if output_projections else {}
-    return NextGPT(
-        language_model,
-        config.encoder.width,
-        projections,
-        signals.counts,
-        config.input_projection.tokens_per_medium,
-    )
-
-
-def build_output_projections(config: Config, hidden_size: int) -> dict[Modality, OutputProjection]:
-    """One output projection for each decoder."""
-    return {
+    projections = {
         modality: OutputProjection(
             hidden_size,
             prompt_embeds_shape=tuple(decoder.prompt_embeds_shape),
             **config.output_projection.model_dump(),
         )
         for modality, decoder in config.decoders.items()
+        if output_projections
     }
+    return NextGPT(
+        language_model,
+        config.encoder.width,
+        projections,
+        signal_counts(config),
+        config.input_projection.tokens_per_medium,
+    )

@@ -82,7 +82,7 @@ class NextGPT(nn.Module):
         return self
 
     @property
-    def own_vocabulary_size(self) -> int:
+    def base_vocabulary_size(self) -> int:
         """Tokens of the language model without the new ones: the id of the first new one."""
         return len(self.language_model.get_input_embeddings().weight)
 

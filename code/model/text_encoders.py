@@ -1,7 +1,7 @@
-"""The decoders' own text encoders: from a caption to the embedding that a projection imitates.
+"""The decoders' own text encoders: a caption's embedding is the target of an output projection.
 
 Only the tokenizer and the text encoder of a pipeline are loaded: 0.25 GB of Stable Diffusion's
-2.1 GB in half precision. What comes out equals the pipeline's own `encode_prompt`.
+2.1 GB in half precision. The result equals the pipeline's own `encode_prompt`.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.model.loading import explain_load_errors, load_pretrained, resolve_model_path
 
 # Without these transformers would use an empty vocabulary or default sizes.
-_TEXT_FILES = (
+_FILES = (
     "tokenizer/tokenizer_config.json",
     "tokenizer/tokenizer.json|tokenizer/merges.txt",
     "text_encoder/config.json",
@@ -33,10 +33,9 @@ class TextEncoderSpec:
     """A kind of text encoder.
 
     Attributes:
-        tokenizer: its class of transformers.
-        model: its class of transformers.
+        tokenizer, model: classes of transformers.
         pooled: whether a caption becomes one vector of unit length (D,) by the model's projection,
-            as AudioLDM (arXiv 2301.12503) takes it; else the last hidden states (T, D).
+            as in AudioLDM (arXiv 2301.12503); else the last hidden states (T, D).
     """
 
     tokenizer: Any
@@ -54,21 +53,21 @@ class TextEncoder:
     def __init__(
         self, modality: Modality, path: str, device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
-        """Load the two parts from a diffusers folder or hub name; `dtype` none: half on CUDA.
+        """Load both from a diffusers folder or hub name; `dtype` None: half precision on CUDA.
 
-        On the meta device no weight is read: names, shapes and kind are checked all the same.
+        On the meta device no weight is read; names, shapes and the kind of pipeline are checked.
 
         Raises:
-            InputError: naming the file that is missing or does not fit.
+            UserError: naming the file that is missing or does not fit.
         """
         self.modality = modality
         self.path = resolve_model_path(path)
-        decoder_class = MODALITIES[modality].decoder_class
-        decoder_class.check_pipeline(self.path, modality)
-        spec = decoder_class.text_encoder_spec
+        adapter = MODALITIES[modality].decoder_class
+        adapter.check_pipeline(self.path, modality)
+        spec: TextEncoderSpec = adapter.text_encoder_spec
         self.pooled = spec.pooled
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        with explain_load_errors(self.path, *_TEXT_FILES):
+        with explain_load_errors(self.path, *_FILES):
             self.tokenizer = spec.tokenizer.from_pretrained(self.path, subfolder="tokenizer")
         on_meta = device.type == "meta"
         encoder = load_pretrained(spec.model, self.path, dtype, "text_encoder", on_meta=on_meta)
@@ -82,7 +81,7 @@ class TextEncoder:
         return (self.tokenizer.model_max_length, self.encoder.config.hidden_size)
 
     def fingerprints(self) -> tuple[str, str]:
-        """Hex digests of the text encoder's weights in half precision, and of the tokenizer.
+        """Return hex digests of the weights in half precision, and of the tokenizer.
 
         Neither depends on the path, nor on the format of the files.
         """
@@ -97,7 +96,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Embed B captions as the pipelines do: padded, and cut, to the tokenizer's length.
+        """Embed B captions, padded and truncated to the tokenizer's length as in the pipelines.
 
         Returns:
             (B, T, D), or (B, D) if pooled, in the encoder's dtype.
@@ -112,9 +111,9 @@ class TextEncoder:
         if self.pooled:
             projected_BD = self.encoder(tokens.input_ids, tokens.attention_mask).text_embeds
             return normalize(projected_BD, dim=-1)
-        # No mask: Stable Diffusion and ZeroScope let the padding be seen, and use its states.
+        # No mask: Stable Diffusion and ZeroScope attend to the padding, and use its states.
         return self.encoder(tokens.input_ids).last_hidden_state
 
     def normalize(self, prompt_embeds: Tensor) -> Tensor:
-        """Predicted embeddings (..., D) at the length that `encode` gives: of pooled ones, 1."""
+        """Scale predicted embeddings (..., D) as `encode` does: pooled ones to unit length."""
         return normalize(prompt_embeds.float(), dim=-1) if self.pooled else prompt_embeds

@@ -202,9 +202,9 @@ class TrainEngine:
         if self.loss_scale:
             self.loss_scale.load(random)
 
-    def tuned_tensors(self, *, own_vocabulary: bool) -> dict[str, torch.Tensor]:
+    def tuned_tensors(self, *, base_vocabulary: bool) -> dict[str, torch.Tensor]:
         """The tuned parameters by name, on the CPU in float32; all processes take part."""
-        tuned = dict(tuned_parameters(self.model, own_vocabulary=own_vocabulary))
+        tuned = dict(tuned_parameters(self.model, base_vocabulary=base_vocabulary))
         with deepspeed.zero.GatheredParameters(list(tuned.values())):
             return {name: p.detach().float().cpu().clone() for name, p in tuned.items()}
 
