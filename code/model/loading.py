@@ -10,7 +10,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,6 @@ _TOKENIZER_FILES = (
     "*.model", "added_tokens.json", "additional_chat_templates/*", "chat_template.*", "merges.txt",
     "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.*",
 )  # fmt: skip
-
-
-# Paths
 
 
 def resolve_model_path(path: str) -> str:
@@ -99,9 +96,6 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)})
 
 
-# State dicts
-
-
 def compare_state_dicts(
     expected: Mapping[str, Tensor],
     found: Mapping[str, Tensor],
@@ -112,24 +106,19 @@ def compare_state_dicts(
     Args:
         required: names that must be in `found`; None: all those expected.
     """
-    required = expected if required is None else required
-    missing = [name for name in required if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    shapes = {
-        name: (tuple(tensor.shape), tuple(expected[name].shape))
+    faults = [
+        f"missing {n}" for n in (expected if required is None else required) if n not in found
+    ]
+    faults += [f"unexpected {name}" for name in found if name not in expected]
+    return faults + [
+        _shape_fault(name, tensor.shape, expected[name].shape)
         for name, tensor in found.items()
         if name in expected and tensor.shape != expected[name].shape
-    }
-    return _describe_faults(missing, unexpected, shapes)
+    ]
 
 
-def _describe_faults(
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-    shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
-) -> list[str]:
-    wrong = (f"{n}: shape {found}, expected {wanted}" for n, (found, wanted) in shapes.items())
-    return [*(f"missing {n}" for n in missing), *(f"unexpected {n}" for n in unexpected), *wrong]
+def _shape_fault(name: str, found: Sequence[int], expected: Sequence[int]) -> str:
+    return f"{name}: shape {tuple(found)}, expected {tuple(expected)}"
 
 
 def refuse_faults(source: object, faults: Sequence[str], remedy: str) -> None:
@@ -179,11 +168,9 @@ def load_pretrained(
             ignore_mismatched_sizes=True,  # reported below
             **placed,
         )
-    shapes = {name: (tuple(a), tuple(b)) for name, a, b in sorted(report["mismatched_keys"])}
-    faults = _describe_faults(sorted(report["missing_keys"]), (), shapes)
-    refuse_faults(
-        Path(path, subfolder), faults, "is it another model's? download or build it again"
-    )
+    faults = [f"missing {name}" for name in sorted(report["missing_keys"])]
+    faults += [_shape_fault(*mismatch) for mismatch in sorted(report["mismatched_keys"])]
+    refuse_faults(Path(path, subfolder), faults, "another model's? download or build it again")
     return model
 
 
@@ -206,9 +193,6 @@ def explain_load_errors(path: str, *files: str) -> Iterator[None]:
             f"{path}: cannot be loaded (folder or hub name; ckpt/pretrained_ckpt/README.md says "
             f"where to get it): {fault}"
         ) from error
-
-
-# Weight files
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:

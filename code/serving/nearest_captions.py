@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.captions import CAPTIONS, caption
 from nextgpt.mini_world.media_set import generator
 from nextgpt.mini_world.objects import COLOURS, COUNTS, MOTIONS, PLACES, SHAPES, SIZES, WorldObject
 from nextgpt.model.text_encoders import TextEncoder
@@ -32,6 +32,8 @@ class CaptionBank:
     def nearest(self, encoder: TextEncoder, embedding: Tensor, count: int = 3) -> Near:
         """The `count` captions nearest to what a decoder was given, (T, D) or (D,) for sound."""
         captions, bank_NX = self.embed(encoder)
+        if not captions:
+            return ()
         given_X = encoder.normalize(embedding).flatten().to(bank_NX.dtype)
         # |a - b|² = |a|² - 2ab + |b|², so that no difference of the whole bank is held.
         squares_N = bank_NX.square().sum(1) - 2 * (bank_NX @ given_X) + given_X.square().sum()
@@ -55,11 +57,16 @@ class CaptionBank:
         for first in range(0, len(captions), _BATCH):
             parts.append(encoder.encode(captions[first : first + _BATCH]).flatten(1).float().cpu())
             yield
-        self._embedded[encoder.modality] = captions, torch.cat(parts)
+        self._embedded[encoder.modality] = captions, torch.cat(parts) if parts else torch.empty(0)
 
 
 def bank_captions(modality: Modality) -> list[str]:
-    """A caption of each thing that differs in what this modality shows, always the same ones."""
+    """A caption of each thing that differs in what this modality shows; none outside the mini world.
+
+    Always the same ones.
+    """
+    if modality not in CAPTIONS:
+        return []
     rng = generator(0, f"caption bank {modality}")
     if modality == "audio":
         things = [
