@@ -106,9 +106,8 @@ def compare_state_dicts(
     Args:
         required: names that must be in `found`; None: all those expected.
     """
-    faults = [
-        f"missing {n}" for n in (expected if required is None else required) if n not in found
-    ]
+    required = expected if required is None else required
+    faults = [f"missing {name}" for name in required if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in expected]
     return faults + [
         _shape_fault(name, tensor.shape, expected[name].shape)

@@ -61,10 +61,7 @@ class CaptionBank:
 
 
 def bank_captions(modality: Modality) -> list[str]:
-    """A caption of each thing that differs in what this modality shows; none outside the mini world.
-
-    Always the same ones.
-    """
+    """Captions of all things that differ in this modality; none if the mini world lacks it."""
     if modality not in CAPTIONS:
         return []
     rng = generator(0, f"caption bank {modality}")
