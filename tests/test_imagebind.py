@@ -184,9 +184,9 @@ def test_unreadable_published_file_is_named(tmp_path: Path, content: bytes) -> N
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "not the figures"),
-        ("[]", "not the figures"),
-        ('{"vision": {"width": 64}}', "not the figures"),
+        ("{", "not the configuration"),
+        ("[]", "not the configuration"),
+        ('{"vision": {"width": 64}}', "not the configuration"),
         (json.dumps({**asdict(TINY), "pixels": 224}), "pixels"),
         (None, "No such file"),
     ],
