@@ -110,7 +110,7 @@ def measure_stage(config: Config, stage: int, steps: int, device: torch.device) 
 def random_batch(config: Config, model: NextGPT, micro: int) -> Batch:
     """A full micro batch of random ids."""
     batch = full_batch(config, model, micro)
-    vocabulary = model.own_vocabulary_size
+    vocabulary = model.base_vocabulary_size
     batch.input_ids = torch.randint(vocabulary, batch.input_ids.shape)
     batch.labels = batch.input_ids.clone()
     batch.features = torch.randn(batch.features.shape)

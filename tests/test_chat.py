@@ -25,7 +25,7 @@ from nextgpt.generation.sampling import (
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Frames, Sound
 from nextgpt.model.build import build_prompt_builder
-from nextgpt.model.decoders import Decoder
+from nextgpt.model.decoders import build_decoder
 from parity_tools import MEDIA
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
@@ -182,7 +182,7 @@ def test_media_are_those_of_the_projected_hidden_states(babbler: Assistant) -> N
     for number, (position, modality) in enumerate(starts):
         run = torch.tensor([[0, prompt + position]])
         caption = model.project_runs(modality, run, hidden, embeddings)
-        decoder = Decoder(modality, babbler.config.decoders[modality].path, babbler.device)
+        decoder = build_decoder(modality, babbler.config.decoders[modality].path, babbler.device)
         options = GenerationSettings.from_config(babbler.config).decode[modality]
         expected = decoder.decode(caption, replace(options, seed=3 + number))[0]
         for found, wanted in zip(pixels(answer.outputs[number]), pixels(expected), strict=True):

@@ -392,7 +392,7 @@ def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
     session = Sessions(tmp_path).of("tab", "ada")
     human = session.show(typed, [])
     assert human.parts == (Text(typed),)
-    assert not tiny_encoder().encode(Conversation((human,))).slots  # where media would go
+    assert not tiny_encoder().encode(Conversation((human,))).media_positions  # where media would go
     session.rounds.append(Round(human, AnswerState(0, words=typed, stopped=True)))
     messages, rounds = chat_messages(session, notice=typed)
     shown = messages[0]["content"][0]

@@ -159,7 +159,7 @@ def test_a_fault_ends_with_code_2_a_word_and_no_file(
 def test_tuned_parameters_of_another_model_are_refused(scripted: Path, tmp_path: Path) -> None:
     config = load_config("7b", overrides=tiny_overrides(scripted))
     wider = config.model_copy(
-        update={"output_projection": config.output_projection.model_copy(update={"width": 64})}
+        update={"output_projection": config.output_projection.model_copy(update={"d_model": 64})}
     )
     with pytest.raises(UserError, match="does not fit this model"):
         Assistant.load(wider, scripted / "tuned" / "stage_3")

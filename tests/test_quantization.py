@@ -13,7 +13,7 @@ from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.model.build import build_model
-from nextgpt.model.quantization import saved_bytes
+from nextgpt.model.quantization import memory_saved
 from nextgpt.tools.memory_estimate import estimate_memory
 from test_training import ONE_AT_A_TIME, from_stage, zero
 from tiny_parts import tiny_overrides, write_tiny_parts
@@ -47,7 +47,7 @@ def test_it_expects_nearly_the_same_words(kind: str, most: float) -> None:
 def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
     whole, small = language_model("none"), language_model(kind)
     sizes = [sum(p.numel() * p.itemsize for p in model.parameters()) for model in (whole, small)]
-    assert saved_bytes(whole, kind) == pytest.approx(sizes[0] - sizes[1], rel=0.01)  # scales apart
+    assert memory_saved(whole, kind) == pytest.approx(sizes[0] - sizes[1], rel=0.01)  # scales apart
     plans = [estimate_memory(tiny_config(3, [IN_BITS[k]]), 3, 1) for k in ("none", kind)]
     frozen = [plan.on_device["weights that stay frozen"] for plan in plans]
     served = [plan.serving["language model"] for plan in plans]

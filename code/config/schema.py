@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import KnownModality
 
 TrainableGroup = Literal["input_projection", "output_projections", "lora", "vocabulary"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -129,7 +129,7 @@ class TrainingConfig(Section):
     micro_batch_size: Positive  # samples a forward pass of one process
     precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware has it
     activation_checkpointing: bool
-    alignment_loss_weights: dict[Modality, float]
+    alignment_loss_weights: dict[KnownModality, float]
     # Where output projections alone train, the language model always says the same of a caption:
     # it reads each caption once, and passes after the first cost it nothing.
     cache_hidden_states: bool
@@ -168,7 +168,7 @@ class Config(Section):
     language_model: LanguageModelConfig
     input_projection: InputProjectionConfig
     output_projection: OutputProjectionConfig
-    decoders: dict[Modality, DecoderConfig]
+    decoders: dict[KnownModality, DecoderConfig]
     data: DataConfig
     training: TrainingConfig
     generation: GenerationConfig

@@ -31,16 +31,12 @@ from nextgpt.generation.types import Answer, Progress
 from nextgpt.media.decode_worker import DEFAULT_LIMITS, TimeLimits
 from nextgpt.media.transforms import load_views
 from nextgpt.media.writing import Output
-from nextgpt.model.build import (
-    build_media_encoder,
-    build_model,
-    build_prompt_builder,
-    resolve_model_path,
-)
-from nextgpt.model.decoders import Decoder
+from nextgpt.model.build import build_media_encoder, build_model, build_prompt_builder
+from nextgpt.model.decoders import Decoder, build_decoder
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.imagebind import ImageBind
 from nextgpt.model.language_model import merge_lora
+from nextgpt.model.loading import resolve_model_path
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import NEEDED_TO_ANSWER
 
@@ -355,7 +351,7 @@ class Assistant:
         if modality not in self._decoders:
             path = resolve_model_path(self.config.decoders[modality].path)
             offloaded = self.config.serving.offload_decoders
-            decoder = Decoder(modality, path, self.device, offloaded=offloaded)
+            decoder = build_decoder(modality, path, self.device, offloaded=offloaded)
             _ = decoder.pipeline  # loads it
             self._decoders[modality] = decoder
         return self._decoders[modality]

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Turn
@@ -20,7 +20,7 @@ from nextgpt.generation.assistant import Answer, Assistant, Progress
 from nextgpt.generation.history import write_history
 from nextgpt.generation.requests import Kind, Request
 from nextgpt.generation.settings import GenerationSettings
-from nextgpt.media.writing import SUFFIXES, save_medium
+from nextgpt.media.writing import save_medium
 from nextgpt.model.delta import DELTA_FILE
 
 HISTORY_FILE = "history.json"
@@ -126,7 +126,7 @@ def _file_name(number: int, modality: Modality, before: list[ContentPart]) -> st
     """`answer_1_image.png`; the second picture of an answer is `answer_1_image_2.png`."""
     earlier = sum(isinstance(part, Media) and part.modality == modality for part in before)
     which = f"_{earlier + 1}" if earlier else ""
-    return f"answer_{number}_{modality}{which}{SUFFIXES[modality]}"
+    return f"answer_{number}_{modality}{which}{MODALITIES[modality].suffix}"
 
 
 def _progress_bars() -> Progress:

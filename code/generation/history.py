@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import read_typed_json, to_json
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import KnownModality
 from nextgpt.conversation.messages import ContentPart, Media, Text, Turn
 
 
@@ -30,7 +30,7 @@ class _TextPart(_Strict):
 
 
 class _MediaPart(_Strict):
-    modality: Modality
+    modality: KnownModality
     path: str
 
 

@@ -4,16 +4,21 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import AfterValidator, BaseModel, TypeAdapter
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.json_io import read_typed_json
-from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.common.modality import MODALITIES, Modality, check_modality
 from nextgpt.conversation.messages import Media, Text, Turn
 
-Kind = Literal["text", "image", "video", "audio"]
+
+def _check_kind(name: str) -> str:
+    return name if name == "text" else check_modality(name)
+
+
+Kind = Annotated[str, AfterValidator(_check_kind)]  # "text" or a modality
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def read_cases(path: Path, out: Path) -> list[Request]:
         raise UserError(f"cases {path}: the list is empty, nothing to answer")
     requests: list[Request] = []
     for case in cases:
-        media = {m: [path.parent / name] for m in MODALITIES if (name := getattr(case, m))}
+        media = {m: [path.parent / name] for m in MODALITIES if (name := getattr(case, m, None))}
         folder = out / re.sub(r"[^\w+]+", "-", case.name, flags=re.ASCII)
         if folder in [request.folder for request in requests]:
             raise UserError(f"cases {path}: two cases would write to {folder}; rename one")

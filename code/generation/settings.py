@@ -1,22 +1,13 @@
 """How answers are sampled and media decoded: the configuration's figures, open to sliders."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.config.schema import Config, DecoderConfig
 from nextgpt.model.decoders import DiffusionSettings
 
-_FIGURES = {
-    "num_inference_steps",
-    "guidance_scale",
-    "height",
-    "width",
-    "num_frames",
-    "fps",
-    "shared_noise",
-    "audio_length_in_s",
-}
+_FIELDS = {field.name for field in fields(DiffusionSettings)}
 
 
 @dataclass(frozen=True)
@@ -60,4 +51,4 @@ class GenerationSettings:
 
 
 def _decode_options(decoder: DecoderConfig) -> DiffusionSettings:
-    return DiffusionSettings(**decoder.model_dump(include=_FIGURES, exclude_none=True))
+    return DiffusionSettings(**decoder.model_dump(include=_FIELDS, exclude_none=True))

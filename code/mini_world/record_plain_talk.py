@@ -20,8 +20,8 @@ from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.generation.sampling import greedy_answers, words
 from nextgpt.mini_world.plain_talk import ANSWERS_FILE
-from nextgpt.model.build import build_prompt_builder, resolve_model_path
-from nextgpt.model.pretrained_folder import load_pretrained
+from nextgpt.model.build import build_prompt_builder
+from nextgpt.model.loading import load_pretrained, resolve_model_path
 
 QUESTIONS = Path(__file__).with_name("plain_talk_questions.txt")
 _MAX_NEW_TOKENS = 72

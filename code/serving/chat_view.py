@@ -7,9 +7,10 @@ from typing import Any
 
 import gradio as gr
 
+from nextgpt.common.modality import MODALITIES
 from nextgpt.conversation.messages import ContentPart, Media, Text
 from nextgpt.serving.answer_state import AnswerState
-from nextgpt.serving.explanation import TITLES, explanation_html
+from nextgpt.serving.explanation import explanation_html
 from nextgpt.serving.sessions import Round, Session
 
 Message = dict[str, Any]
@@ -78,7 +79,7 @@ def _line(before: int) -> str:
 def _made(part: Media, number: int, reply: AnswerState, folder: Path) -> str:
     if part.path:
         return _shown(part, folder)
-    title = TITLES[part.modality]
+    title = MODALITIES[part.modality].display_name
     if reply.ended:
         return f'<p class="note">the {title} was not made</p>'
     done, steps = reply.steps.get(number, (0, 0))
@@ -92,11 +93,12 @@ def _shown(part: ContentPart, folder: Path) -> str:
     assert isinstance(part, Media) and part.path
     path = Path(part.path)
     address = escape(f"media/{folder.name}/{path.relative_to(folder)}", quote=True)
+    spec = MODALITIES[part.modality]
     player = {
-        "image": f'<img src="{address}" alt="{TITLES["image"]}">',
+        "image": f'<img src="{address}" alt="{spec.display_name}">',
         "video": f'<video src="{address}" controls loop playsinline preload="auto"></video>',
         "audio": f'<audio src="{address}" controls preload="auto"></audio>',
-    }[part.modality]
+    }[spec.media_type]
     link = f'<a href="{address}" download="{escape(path.name, quote=True)}">download</a>'
     return (
         f'<figure class="medium {part.modality}">{player}<figcaption>{link}</figcaption></figure>'

@@ -3,22 +3,17 @@
 from html import escape
 from itertools import groupby
 
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import Media, Turn
 from nextgpt.serving.answer_state import AnswerState
 from nextgpt.serving.scheduler import Finished
 
-_KINDS: dict[str, Modality] = {"[IMG": "image", "[VID": "video", "[AUD": "audio"}
-TITLES: dict[Modality, str] = {"image": "picture", "video": "video", "audio": "sound"}
 _SPACES = str.maketrans({"Ġ": "·", "▁": "·", "Ċ": "⏎"})  # how tokenizers write space and new line
 _LINKS = {
     "load": "loading parts",
     "encode": "encoder: your media to features",
     "language_model": "language model: prompt to tokens",
     "projection": "projection: signal tokens to caption embeddings",
-    "image": "picture decoder",
-    "video": "video decoder",
-    "audio": "sound decoder",
     "first_word": "until the first word",
     "whole": "all together",
 }
@@ -38,14 +33,23 @@ def explanation_html(reply: AnswerState) -> str:
 
 
 def _kind(token: str) -> Modality | None:
-    return _KINDS.get(token[:4]) if token.endswith("]") else None
+    """The modality whose signal token `[PREFIXn]` it is."""
+    prefix = token.removeprefix("[").rstrip("]0123456789") if token.endswith("]") else None
+    return next((m for m, spec in MODALITIES.items() if spec.token_prefix == prefix), None)
+
+
+def _link(name: str) -> str:
+    if name in MODALITIES:
+        return f"{MODALITIES[name].display_name} decoder"
+    return _LINKS.get(name, name)
 
 
 def _tokens(names: tuple[str, ...]) -> str:
     groups = []
     for kind, group in groupby(names, _kind):
         chips = "".join(f"<code>{escape(name.translate(_SPACES))}</code>" for name in group)
-        title = f' title="signal tokens: they call the {TITLES[kind]} decoder"' if kind else ""
+        link = f"signal tokens: they call the {_link(kind)}" if kind else ""
+        title = f' title="{link}"' if kind else ""
         groups.append(f'<span class="run {kind or "words"}"{title}>{chips}</span>')
     return f'<p class="tokens">{"".join(groups)}</p>'
 
@@ -55,7 +59,7 @@ def _nearest(turn: Turn, finished: Finished) -> str:
     if not media:
         return ""
     rows = "".join(
-        f'<tr><td><span class="run {modality}">{TITLES[modality]}</span></td>'
+        f'<tr><td><span class="run {modality}">{MODALITIES[modality].display_name}</span></td>'
         f"<td>{escape(caption)}</td><td>{distance:.3g}</td></tr>"
         for modality, near in zip(media, finished.nearest, strict=True)
         for caption, distance in near
@@ -71,7 +75,7 @@ def _nearest(turn: Turn, finished: Finished) -> str:
 def _seconds(seconds: dict[str, float]) -> str:
     most = max(seconds.values()) or 1.0
     rows = "".join(
-        f"<tr><td>{escape(_LINKS.get(link, link))}</td><td>{taken:.2f}</td>"
+        f"<tr><td>{escape(_link(link))}</td><td>{taken:.2f}</td>"
         f'<td><meter min="0" max="{most:.3f}" value="{taken:.3f}"></meter></td></tr>'
         for link, taken in seconds.items()
     )

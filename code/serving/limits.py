@@ -16,7 +16,7 @@ from av.video.stream import VideoStream
 from PIL import Image, UnidentifiedImageError
 
 from nextgpt.common.errors import MediaError, UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.decode_worker import MAX_WORKERS, TimeLimits, decode
 from nextgpt.media.decoding import CONTAINER_FORMATS, IMAGE_FORMATS, MAX_CHANNELS, find_video_stream
 
@@ -159,5 +159,5 @@ def _check_sound(container: InputContainer, stream: AudioStream, name: str) -> N
 
 
 def _too_long(modality: Modality) -> str:
-    kind = {"video": "a video", "audio": "a sound"}[modality]
-    return f"longer than {MAX_SECONDS[modality]:.0f} s, the limit for {kind}: cut it"
+    kind = MODALITIES[modality].display_name
+    return f"longer than {MAX_SECONDS[modality]:.0f} s, the limit for a {kind}: cut it"

@@ -12,7 +12,6 @@ from itertools import product
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from nextgpt.common.modality import Modality
 from nextgpt.mini_world.captions import sample_caption
@@ -33,9 +32,7 @@ class CaptionBank:
     def nearest(self, encoder: TextEncoder, embedding: Tensor, count: int = 3) -> Near:
         """The `count` captions nearest to what a decoder was given, (T, D) or (D,) for sound."""
         captions, bank_NX = self.embed(encoder)
-        if encoder.modality == "audio":  # only the direction counts for this decoder
-            embedding = normalize(embedding.float(), dim=-1)
-        given_X = embedding.flatten().to(bank_NX.dtype)
+        given_X = encoder.normalize(embedding).flatten().to(bank_NX.dtype)
         # |a - b|² = |a|² - 2ab + |b|², so that no difference of the whole bank is held.
         squares_N = bank_NX.square().sum(1) - 2 * (bank_NX @ given_X) + given_X.square().sum()
         distances, order = (squares_N.clamp(min=0) / len(given_X)).topk(count, largest=False)

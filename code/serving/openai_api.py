@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.json_io import to_json
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES
 from nextgpt.conversation.messages import Media, Text, Turn
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.serving.answer_state import AnswerState, follow_answer, new_job
@@ -34,7 +34,6 @@ from nextgpt.serving.scheduler import InternalError, MediumReady, Overloaded, Te
 from nextgpt.serving.sessions import Session
 
 MAX_BODY = 100_000_000  # bytes of a request
-_MIME: dict[Modality, str] = {"image": "image/png", "video": "video/mp4", "audio": "audio/wav"}
 
 
 def openai_routes(handlers: Handlers) -> APIRouter:
@@ -256,4 +255,4 @@ def _data_url(medium: Media) -> str:
     if not medium.path:
         return ""
     data = base64.b64encode(Path(medium.path).read_bytes()).decode()
-    return f"data:{_MIME[medium.modality]};base64,{data}"
+    return f"data:{MODALITIES[medium.modality].mime_type};base64,{data}"

@@ -4,18 +4,25 @@ import base64
 import binascii
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import ContentPart, Media, Text, Turn
 from nextgpt.serving.sessions import Session
 
-_MODALITIES: dict[str, Modality] = {
-    "image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"
-}  # fmt: skip
+
+def _modality_of(part_type: str) -> Modality:
+    return "audio" if part_type == "input_audio" else part_type.removesuffix("_url")
+
+
+def _check_part_type(part_type: str) -> str:
+    known = ["text", *(f"{modality}_url" for modality in MODALITIES), "input_audio"]
+    if part_type not in known:
+        raise ValueError(f"should be one of {', '.join(known)}")
+    return part_type
 
 
 class _Asked(BaseModel):
@@ -34,7 +41,7 @@ class _Sound(_Asked):
 class ServedPart(_Asked):
     """A part of a message."""
 
-    type: Literal["text", "image_url", "video_url", "audio_url", "input_audio"]
+    type: Annotated[str, AfterValidator(_check_part_type)]
     text: str = ""
     image_url: _Address | None = None
     video_url: _Address | None = None
@@ -117,7 +124,7 @@ def _words(message: ServedMessage) -> str:
 def _answered(message: ServedMessage) -> tuple[ContentPart, ...]:
     """An earlier answer: of its media only the kind counts, the signal runs that made them."""
     return tuple(
-        Text(part.text) if part.type == "text" else Media(_MODALITIES[part.type])
+        Text(part.text) if part.type == "text" else Media(_modality_of(part.type))
         for part in _content(message)
     )
 
@@ -134,7 +141,7 @@ def _files(message: ServedMessage, session: Session) -> list[tuple[Path, str]]:
 
 
 def _decoded(part: ServedPart, name: str) -> bytes:
-    given: Any = getattr(part, part.type)
+    given: Any = getattr(part, part.type, None)
     if given is None:
         raise UserError(f"{name}: the part has no {part.type}")
     data = given.data if isinstance(given, _Sound) else given.url

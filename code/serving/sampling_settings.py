@@ -6,16 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.modality import MODALITIES
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.generation.settings import GenerationSettings
+from nextgpt.model.decoders import DecoderOption
 
 SEED_LIMIT = 2**31 - 1
-_WORDS = ("top_p", "temperature", "max_new_tokens")
-_TITLES = {"image": "Picture", "video": "Video", "audio": "Sound"}
-_FIELDS = {
-    "guidance": "guidance_scale", "steps": "num_inference_steps", "frames": "num_frames",
-    "seconds": "audio_length_in_s",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,28 +35,30 @@ class SettingSpec:
 
 def setting_specs(options: GenerationSettings) -> list[SettingSpec]:
     """All knobs; a range reaches as far as the configuration's own figure, if that is outside."""
-    knobs = [
-        _knob("top_p", "Words", "top-p", 0.01, 1, 0.01, options.top_p),
-        _knob("temperature", "Words", "temperature", 0, 2, 0.05, options.temperature),
-        _knob("max_new_tokens", "Words", "longest answer (tokens)", 16, 512, 1,
+    words = [
+        _spec("top_p", "Words", "top-p", 0.01, 1, 0.01, options.top_p),
+        _spec("temperature", "Words", "temperature", 0, 2, 0.05, options.temperature),
+        _spec("max_new_tokens", "Words", "longest answer (tokens)", 16, 512, 1,
               options.max_new_tokens),
     ]  # fmt: skip
-    for modality in MODALITIES:
-        decode, title = options.decode[modality], _TITLES[modality]
-        knobs += [
-            _knob(f"guidance_{modality}", title, "guidance", 1, 15, 0.5, decode.guidance_scale),
-            _knob(
-                f"steps_{modality}", title, "denoising steps", 1, 100, 1, decode.num_inference_steps
-            ),
-        ]
-    frames, seconds = options.decode["video"].num_frames, options.decode["audio"].audio_length_in_s
-    knobs.append(_knob("frames_video", "Video", "frames", 1, 48, 1, frames))
-    if seconds is not None:
-        knobs.append(_knob("seconds_audio", "Sound", "seconds", 0.5, 10, 0.5, seconds))
-    return knobs
+    return words + [
+        _spec(name, MODALITIES[modality].display_name.capitalize(), one.label, one.low, one.high,
+              one.step, getattr(options.decode[modality], one.field))
+        for name, (modality, one) in _decoder_options(options).items()
+    ]  # fmt: skip
 
 
-def _knob(
+def _decoder_options(options: GenerationSettings) -> dict[str, tuple[Modality, DecoderOption]]:
+    """The decoders' options by the knobs' names, those without a value left out."""
+    return {
+        f"{option.name}_{modality}": (modality, option)
+        for modality, decode in options.decode.items()
+        for option in MODALITIES[modality].decoder_class.options
+        if getattr(decode, option.field) is not None
+    }
+
+
+def _spec(
     name: str, group: str, label: str, low: float, high: float, step: float, value: float
 ) -> SettingSpec:
     return SettingSpec(name, group, label, min(low, value), max(high, value), step, value)
@@ -74,6 +71,7 @@ def apply_settings(options: GenerationSettings, values: Mapping[str, Any]) -> Ge
         UserError: naming the knob and its range.
     """
     known = {knob.name: knob for knob in setting_specs(options)}
+    of_decoders = _decoder_options(options)
     words: dict[str, Any] = {}
     decode = dict(options.decode)
     for name, value in values.items():
@@ -82,11 +80,11 @@ def apply_settings(options: GenerationSettings, values: Mapping[str, Any]) -> Ge
         if value is None:
             continue
         value = _within(known[name], value)
-        if name in _WORDS:
-            words[name] = value
+        if name in of_decoders:
+            modality, option = of_decoders[name]
+            decode[modality] = replace(decode[modality], **{option.field: value})
         else:
-            field, _, modality = name.rpartition("_")
-            decode[modality] = replace(decode[modality], **{_FIELDS[field]: value})
+            words[name] = value
     return replace(options, **words, decode=decode)
 
 

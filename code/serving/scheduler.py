@@ -15,13 +15,13 @@ from pathlib import Path
 from threading import Event as Flag
 
 from nextgpt.common.errors import MediaError, UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import Conversation, Media, Turn
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.generation.types import Answer
 from nextgpt.media.decode_worker import POLL_SECONDS, TimeLimits
-from nextgpt.media.writing import SUFFIXES, Output, save_medium
+from nextgpt.media.writing import Output, save_medium
 from nextgpt.serving.nearest_captions import CaptionBank, Near
 
 LONGEST_LINE = 100
@@ -296,7 +296,7 @@ class _MediaTeller:
         modality = dict(self.waiting)[number]
         self.waiting.remove((number, modality))
         self.job.check()  # who has left has no folder any more
-        path = self.job.folder / f"{modality}_{number + 1}{SUFFIXES[modality]}"
+        path = self.job.folder / f"{modality}_{number + 1}{MODALITIES[modality].suffix}"
         save_medium(output, path)
         self.tell(MediumReady(number, path))
 

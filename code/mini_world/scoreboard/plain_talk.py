@@ -22,8 +22,7 @@ from nextgpt.generation.sampling import greedy_answers
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.objects import Split
 from nextgpt.mini_world.scoreboard.runner import AT_ONCE, Clock, OnProgress, in_batches
-from nextgpt.model.build import resolve_model_path
-from nextgpt.model.pretrained_folder import load_pretrained
+from nextgpt.model.loading import load_pretrained, resolve_model_path
 
 _ANSWER_TOKENS = 64
 

@@ -26,9 +26,8 @@ from tqdm import tqdm
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import rename_durably
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
-from nextgpt.model.decoders import PIPELINES
 
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 60.0  # seconds without an answer
@@ -171,8 +170,8 @@ class HubPipeline:
         """Load what is not in the cache, and compare all."""
         with _reaching(self.repo):
             HfApi().repo_info(self.repo)
-            unused = {"safety_checker": None, "feature_extractor": None}
-            PIPELINES[self.modality].download(self.repo, **unused)
+            adapter = MODALITIES[self.modality].decoder_class
+            adapter.pipeline_class().download(self.repo, **adapter.unused_components)
             _compare_with_hub(self.repo)
 
 

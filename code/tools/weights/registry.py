@@ -1,16 +1,15 @@
 """The table of what others made: what it is called, on what terms, and how it is got."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.config.schema import Config
 from nextgpt.model.delta import DELTA_FILE
-from nextgpt.model.pretrained_folder import HUB_NAME, MOVED
+from nextgpt.model.loading import HUB_NAME, MOVED
 from nextgpt.tools.weights.download import HubFolder, HubPipeline, OwnCommand, Way, WebFile
 
-PartName = Literal["encoder", "language_model", "image", "video", "audio", "tuned"]
-PART_NAMES: tuple[PartName, ...] = get_args(PartName)
+PartName = str
+PART_NAMES: tuple[PartName, ...] = ("encoder", "language_model", *MODALITIES, "tuned")
 
 
 @dataclass(frozen=True)
