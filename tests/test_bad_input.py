@@ -74,7 +74,7 @@ BROKEN_FOLDERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a language model without weights": (
         "language_model", lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "a language model that lacks a weight": ("language_model", without_a_weight, "up_proj"),
-    "a language model of another size": ("language_model", twice_as_wide, "another shape"),
+    "a language model of another size": ("language_model", twice_as_wide, "shape (256"),
     "a language model without figures": (
         "language_model", lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "a language model without tokenizer": (

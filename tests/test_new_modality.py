@@ -46,7 +46,7 @@ def test_a_registered_modality_trains_and_answers(
     optimizer.step()
     assert model(batch).alignment["depth"] < loss
 
-    favour(model, [builder.signals.run("depth")[0] - builder.signals.first_id], strength=1e3)
+    favour(model, [builder.signals.span("depth")[0] - builder.signals.first_id], strength=1e3)
     settings = GenerationSettings.from_config(config)
     assert "guidance_depth" in [spec.name for spec in setting_specs(settings)]
     assistant = Assistant(config, builder, model, cpu, [])
