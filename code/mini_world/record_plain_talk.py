@@ -18,7 +18,7 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Text, Turn
-from nextgpt.generation.sampling import greedy_answers, words
+from nextgpt.generation.sampling import greedy_answers, join_texts
 from nextgpt.mini_world.plain_talk import ANSWERS
 from nextgpt.model.build import build_prompt_builder, resolve_model_path
 from nextgpt.model.pretrained_folder import load_pretrained
@@ -43,7 +43,9 @@ def record_answers() -> list[tuple[str, str]]:
         prompts = [encoder.encode(turn).input_ids for turn in turns]
         answers = greedy_answers(model, encoder, prompts, _TOKENS)
         for question, ids in zip(asked, answers, strict=True):
-            if answer := _whole_sentences(words(encoder.decode_answer(ids)), len(ids) < _TOKENS):
+            if answer := _whole_sentences(
+                join_texts(encoder.decode_answer(ids)), len(ids) < _TOKENS
+            ):
                 pairs.append((question, answer))
     return pairs
 
