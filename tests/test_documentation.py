@@ -10,14 +10,18 @@ import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
+import nextgpt
 from nextgpt.config.loader import load_config
 from nextgpt.dataset.catalog import CATALOG
 from nextgpt.dataset.json_stream import iter_rows
 from nextgpt.dataset.preprocess_dataset import preprocess
 from nextgpt.dataset.readers import read_record
+from tiny_parts import tiny_overrides, write_tiny_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
@@ -167,6 +171,24 @@ def test_the_readmes_python_uses_what_there_is() -> None:
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module or "")
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_the_readmes_python_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Both blocks with the assistant, in a folder with the image and on tiny components."""
+    write_tiny_parts(tmp_path)
+    config = load_config("7b", overrides=tiny_overrides(tmp_path))
+    monkeypatch.setattr(nextgpt, "load_config", {"mini": config}.__getitem__, raising=False)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (64, 64)).save("triangle.png")
+    names: dict[str, Any] = {}
+    used = [block for block in blocks(READMES[0], "python") if "assistant" in block]
+    assert len(used) == 2 and len(used[0].split("\n\n")[1].splitlines()) == 2
+    exec(compile("".join(used), "README.md", "exec"), names)
+    assert (tmp_path / "outputs/flute/history.json").is_file()
+    assert "AnswerComplete(" in capsys.readouterr().out
+    assert len(names["turns"]) == 3
 
 
 def test_every_data_set_of_the_course_has_its_document() -> None:

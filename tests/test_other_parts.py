@@ -93,7 +93,7 @@ def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: 
     row *= -1
     answers.append(assistant.chat(asked, seed=1, settings=options))
     media = [part for one in answers for part in one.turn.parts if isinstance(part, Media)]
-    captions = [caption for one in answers for caption in one.captions]
+    captions = [caption for one in answers for caption in one.prompt_embeds]
     shape = tuple(assistant.config.decoders[modality].prompt_embeds_shape)
     assert (modality, shape) in [
         (medium.modality, tuple(caption.shape))

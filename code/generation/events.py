@@ -6,7 +6,7 @@ In order: `TextDelta`s, one `TurnComplete`, then for each medium its `DiffusionS
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event as Flag
 
@@ -33,10 +33,10 @@ class Answer:
     """
 
     turn: Turn
-    outputs: tuple[Output, ...]
-    prompt_embeds: tuple[Tensor, ...]
-    token_ids: list[int]
-    token_names: list[str]
+    outputs: tuple[Output, ...] = field(repr=False)
+    prompt_embeds: tuple[Tensor, ...] = field(repr=False)
+    token_ids: list[int] = field(repr=False)
+    token_names: list[str] = field(repr=False)
     prompt_tokens: int
     seconds: dict[str, float]
 
@@ -79,7 +79,7 @@ class MediumReady:
     """Medium `number` of the answer is decoded."""
 
     number: int
-    output: Output
+    output: Output = field(repr=False)
 
 
 @dataclass(frozen=True)
