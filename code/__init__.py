@@ -28,8 +28,8 @@ __all__ = ["Assistant", "load_config"]
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-# peft imports it: it warns of a missing kernel on every CPU, and for every 8-bit matrix that bf16 is
-# cast to fp16.
+# peft imports it: it warns of a missing kernel on every CPU, and of a cast from bf16 to fp16 for
+# every 8-bit matrix.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _EXPORTS = {

@@ -7,7 +7,7 @@ SmolLM2, sixteen answers take a quarter of the time of one by one.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -139,7 +139,7 @@ class Assistant:
         check: Callable[[], None] | None = None,
         limits: TimeLimits = DEFAULT_LIMITS,
         **media: Paths,
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """Yield the events of an answer while it is generated.
 
         Closing the iterator ends the answer at its next event: a piece of text or a denoising step.
@@ -348,8 +348,10 @@ class Assistant:
         embeddings = embeddings.float()
         prompt_embeds = {}
         for modality, found in spans.items():
-            starts = [(span.row, len(prompts[span.row]) + span.position) for span in found]
-            starts = torch.tensor(starts, device=self.device)
+            starts = torch.tensor(
+                [(span.row, len(prompts[span.row]) + span.position) for span in found],
+                device=self.device,
+            )
             prompt_embeds[modality] = self.model.project_runs(modality, starts, hidden, embeddings)
         return prompt_embeds
 

@@ -4,7 +4,7 @@ In order: `TextDelta`s, one `TurnComplete`, then for each medium its `DiffusionS
 `MediumReady`, at last `AnswerComplete`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -97,7 +97,7 @@ class Cancelled(Exception):
     """Nobody waits for the answer any more."""
 
 
-def stream_events(generate: Callable[[Emit], object]) -> Iterator[Event]:
+def stream_events(generate: Callable[[Emit], object]) -> Generator[Event, None, None]:
     """Run `generate` in a thread and yield the events that it emits.
 
     transformers and diffusers report progress through callbacks, from inside their calls. When the

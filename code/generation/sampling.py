@@ -202,7 +202,9 @@ def generate_answers(
         seeds: B; the same one gives the same ids. Torch's global random state is left alone.
         on_text: called with the text of a single answer while it is generated.
     """
-    processors = [CompleteSignalSpans(prompt_builder.signals, settings.max_new_tokens)]
+    processors: list[LogitsProcessor] = [
+        CompleteSignalSpans(prompt_builder.signals, settings.max_new_tokens)
+    ]
     if settings.temperature > 0:  # transformers wants floats
         processors.append(TemperatureLogitsWarper(float(settings.temperature)))
         if settings.top_k:

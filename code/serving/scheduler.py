@@ -131,8 +131,9 @@ class InferenceQueue:
         for modality in self.assistant.config.decoders:
             self.assistant.load_decoder(modality)
             yield
-        for modality in self.assistant.config.decoders if self.bank else ():
-            yield from self.bank.embedding(self.assistant.load_decoder(modality).text_encoder)
+        for modality in self.assistant.config.decoders:
+            if self.bank:
+                yield from self.bank.embedding(self.assistant.load_decoder(modality).text_encoder)
 
     def _warm_up(self, pieces: Iterator[None]) -> None:
         try:
