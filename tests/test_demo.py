@@ -2,6 +2,8 @@
 
 import asyncio
 import struct
+import subprocess
+import sys
 import threading
 import wave
 import zlib
@@ -454,6 +456,13 @@ def test_without_a_caption_bank_no_nearest_captions_are_shown(tmp_path: Path) ->
     (tmp_path / "bank.json").write_text('{"image": "no list"}')
     with pytest.raises(UserError, match=r"bank\.json: image"):
         CaptionBank.from_file(tmp_path / "bank.json")
+
+
+def test_serving_does_not_import_the_mini_world() -> None:
+    loaded = "import sys, nextgpt.serving.server as _; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
+    assert "nextgpt.serving.page" in modules.stdout, modules.stderr
+    assert "mini_world" not in modules.stdout
 
 
 def test_the_examples_are_the_four_cases_with_files_that_pass_the_limits() -> None:

@@ -280,7 +280,7 @@ def test_each_chip_fills_the_box_with_words_and_its_file(
 
 def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running) -> None:
     page = opened(visitor, musician)
-    page.get_by_role("button", name="Knobs").click()
+    page.get_by_role("button", name="Settings").click()
     turn(page, "steps_audio", "7")
     page.locator("#setting_seed input").fill("123")
     page.locator("#setting_seed input").press("Tab")
@@ -288,7 +288,7 @@ def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running
     answered(page)
     expect(page.locator("#chat details.why")).to_contain_text("Seed 123")
     (session,) = (s for s in musician.sessions._open.values() if s.rounds)
-    assert session.rounds[0].reply.steps[0] == (7, 7)
+    assert session.rounds[0].answer.steps[0] == (7, 7)
 
 
 def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Running) -> None:
@@ -323,7 +323,7 @@ def test_a_narrow_window_shows_all_and_dark_is_dark(
     page = opened(visitor, everything, width=360)
     send(page, "all of it, on a telephone, in a message that is longer than one line of it")
     answered(page)
-    for fold in ("Camera", "Knobs"):
+    for fold in ("Camera", "Settings"):
         page.get_by_role("button", name=fold).click()
     page.locator("#chat details.why summary").click()
     expect(page.locator("#setting_seed")).to_be_visible()
