@@ -142,9 +142,9 @@ def measure_answer(config: Config, device: torch.device) -> str:
     asked = Conversation((Turn("human", (Text("Show me all of it, and let me hear it."),)),))
     for modality in MODALITIES:
         assistant.load_decoder(modality)
-    assistant.chat(asked, seed=0, options=options)  # warms up
+    assistant.chat(asked, seed=0, settings=options)  # warms up
     start = time.perf_counter()
-    answer = assistant.chat(asked, seed=0, options=options)
+    answer = assistant.chat(asked, seed=0, settings=options)
     synchronize(device)
     whole = time.perf_counter() - start
     links = ", ".join(f"{link} {seconds:.2f} s" for link, seconds in answer.seconds.items())

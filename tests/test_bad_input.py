@@ -145,10 +145,13 @@ def test_a_broken_delta_is_named(
 
 
 ANSWERS = {
-    "a folder to show": (["--image", "/"], "neither a folder nor an address"),
-    "an address to show": (["--image", "https://example.com/a.png"], "nor an address"),
+    "a folder to show": (["--image", "/"], "neither a folder nor a URL"),
+    "an address to show": (["--image", "https://example.com/a.png"], "nor a URL"),
     "a seed beyond": (["--seed", "-1"], "seed -1"),
-    "a place that is no folder": (["--out", str(PARITY / "recipe.py" / "x")], "no folder"),
+    "a place that is no folder": (
+        ["--out", str(PARITY / "recipe.py" / "x")],
+        "not a writable folder",
+    ),
     "a sound too short to be made": (["--audio_length_in_s", "1e-4"], "cannot make this audio"),
     "too many steps": (
         ["--num_inference_steps_for_img", "1001"],

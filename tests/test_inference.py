@@ -11,8 +11,7 @@ from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
-from nextgpt.generation.assistant import Assistant
-from nextgpt.generation.cli import find_delta
+from nextgpt.generation.assistant import Assistant, find_delta
 from nextgpt.generation.history import read_history, write_history
 from nextgpt.model.delta import DELTA_FILE
 from parity_tools import MEDIA
@@ -162,7 +161,7 @@ def test_tuned_parameters_of_another_model_are_refused(scripted: Path, tmp_path:
         update={"output_projection": config.output_projection.model_copy(update={"d_model": 64})}
     )
     with pytest.raises(UserError, match="does not fit this model"):
-        Assistant.load(wider, scripted / "tuned" / "stage_3")
+        Assistant.from_config(wider, scripted / "tuned" / "stage_3")
 
 
 @pytest.mark.parametrize(

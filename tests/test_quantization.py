@@ -59,13 +59,13 @@ def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
 def test_it_answers_with_words_and_media(kind: str, tmp_path: Path) -> None:
     write_tiny_parts(tmp_path, favoured=range(38))
     config = load_config("7b", overrides=[*tiny_overrides(tmp_path), IN_BITS[kind]])
-    assistant = Assistant.load(config, tmp_path / "tuned" / "stage_3")
+    assistant = Assistant.from_config(config, tmp_path / "tuned" / "stage_3")
     assert any(
         p.dtype in (torch.int8, torch.uint8) for p in assistant.model.language_model.parameters()
     )
     options = replace(GenerationSettings.from_config(config), top_p=1.0)
     asked = Conversation((Turn("human", (Text("Show me all of it."),)),))
-    answers = [assistant.chat(asked, seed=seed, options=options) for seed in range(4)]
+    answers = [assistant.chat(asked, seed=seed, settings=options) for seed in range(4)]
     assert any(answer.text for answer in answers) and any(answer.outputs for answer in answers)
 
 

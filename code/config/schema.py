@@ -152,11 +152,14 @@ class GenerationConfig(Section):
 
 
 class ServingConfig(Section):
-    """Where the parts of a system that answers are."""
+    """Answering, and the page."""
 
     # Between uses, keep the decoders in the machine's memory instead of on the GPU, for cards that
     # cannot hold all at once.
     offload_decoders: bool
+    # JSON file of captions by modality, of which the page shows the nearest; none: it shows none.
+    caption_bank: str | None
+    examples: str | None  # folder with a cases.json and its media, for the page's buttons
 
 
 class Config(Section):

@@ -52,7 +52,7 @@ def talk_plainly(
     answers = []
     for batch in in_batches(conversations):
         answers += assistant.answer(
-            batch, seeds=[0] * len(batch), options=options, media_at_once=AT_ONCE
+            batch, seeds=[0] * len(batch), settings=options, media_at_once=AT_ONCE
         )
         clock.add(answers[-1].seconds)
         tell(len(batch))
@@ -64,7 +64,7 @@ def talk_plainly(
 
 
 def _perplexities(assistant: Assistant, conversations: Sequence[Conversation]) -> dict[str, float]:
-    encoder, tuned = assistant.encoder, assistant.model.language_model
+    encoder, tuned = assistant.prompt_builder, assistant.model.language_model
     path = resolve_model_path(assistant.config.language_model.path)
     untuned = load_pretrained(AutoModelForCausalLM, path, tuned.dtype).to(assistant.device).eval()
     prompts = [encoder.encode(conversation).input_ids for conversation in conversations]

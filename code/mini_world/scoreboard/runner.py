@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from nextgpt.common.modality import Modality
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
-from nextgpt.generation.assistant import Answer, Assistant
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import Answer
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Output
 from nextgpt.mini_world.captions import audible_attributes, parse_caption
@@ -99,7 +100,7 @@ def answer_items(
             given = assistant.answer(
                 [_conversation(items[index], answers[index]) for index in batch],
                 seeds=[items[index].seed for index in batch],
-                options=options,
+                settings=options,
                 media_at_once=AT_ONCE,
             )
             clock.add(given[0].seconds)

@@ -83,7 +83,7 @@ def evaluate(config: Config, delta: Path, questions: Questions, out: Path) -> No
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise UserError(f"{out} cannot be written: give another folder for --out")
-    assistant = Assistant.load(config, delta)
+    assistant = Assistant.from_config(config, delta)
     print("\n".join(assistant.report))
     with TemporaryDirectory() as folder:
         board = measure(assistant, questions, Path(folder))

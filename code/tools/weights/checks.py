@@ -23,7 +23,7 @@ from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
-from nextgpt.generation.cli import find_delta
+from nextgpt.generation.assistant import find_delta
 from nextgpt.model.build import build_media_encoder, build_on_meta
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.language_model import load_tokenizer
