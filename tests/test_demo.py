@@ -27,7 +27,7 @@ from nextgpt.generation.events import DiffusionStep, TextDelta, TurnComplete
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.decode_worker import MAX_WORKERS
 from nextgpt.media.writing import Frames, Sound, save_medium
-from nextgpt.mini_world.captions import read_caption
+from nextgpt.mini_world.captions import parse_caption
 from nextgpt.mini_world.page_files import BANK, EXAMPLES, bank_captions, write_caption_bank
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.serving.answer_state import AnswerState
@@ -429,7 +429,7 @@ def test_a_captions_own_embedding_is_nearest_to_it(modality: str) -> None:
     captions = CaptionBank.from_file(BANK).captions[modality]
     assert len(captions) == {"image": 480, "video": 2880, "audio": 36}[modality]
     assert captions == bank_captions(modality)
-    assert all(read_caption(caption) for caption in captions)
+    assert all(parse_caption(caption) for caption in captions)
     bank = CaptionBank({modality: captions[:30]})
     for index in (0, 7, 29):
         near = bank.nearest(encoder, encoder.encode([captions[index]])[0])

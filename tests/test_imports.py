@@ -100,7 +100,7 @@ def test_imports_run_downwards() -> None:
     unknown = [str(one) for one in upward if (one.file, one.room) not in ENTRIES_IN_ROOMS]
     assert not unknown, unknown[0]
     removed = ENTRIES_IN_ROOMS - {(one.file, one.room) for one in upward}
-    assert not removed, f"remove from ENTRIES_IN_ROOMS: {removed}"
+    assert not removed, removed
 
 
 def test_only_the_entries_of_the_mini_world_import_it() -> None:
