@@ -51,7 +51,7 @@ def test_a_registered_modality_trains_and_answers(
     assert "guidance_depth" in [spec.name for spec in setting_specs(settings)]
     assistant = Assistant(config, builder, model, cpu, [])
     answers = (
-        assistant.chat(Conversation((question,)), seed=s, options=settings) for s in range(9)
+        assistant.chat(Conversation((question,)), seed=s, settings=settings) for s in range(9)
     )
     made = next(answer for answer in answers if answer.outputs)
     assert "[DEP2]" in made.token_names
