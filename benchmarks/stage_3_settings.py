@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
+from nextgpt.callbacks import build_callbacks
 from nextgpt.common.cli import run_cli
 from nextgpt.common.device import autocast_to, choose_device
 from nextgpt.common.distributed import init_process_group
@@ -78,7 +79,7 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[Example]) -> tuple[flo
         told_BL = wanted_BL != IGNORE_INDEX
         with autocast_to(trainer.dtype, trainer.device):
             embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
-            hidden_BLH = model.read(embeddings, batch.attention_mask)[:, :-1]
+            hidden_BLH = model.last_hidden_states(embeddings, batch.attention_mask)[:, :-1]
             logits_NV = model.language_model.get_output_embeddings()(hidden_BLH[told_BL]).float()
         wanted_N = wanted_BL[told_BL]
         loss += float(F.cross_entropy(logits_NV, wanted_N, reduction="sum"))
@@ -91,7 +92,8 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[Example]) -> tuple[flo
 
 def try_settings(settings: list[str], init_from: Path, asked: dict[Modality, list[Example]]) -> str:
     """Train with `settings`; what came of it, in words."""
-    trainer = Trainer(load_config("mini", 3, settings), RunOptions(3, init_from))
+    config = load_config("mini", 3, settings)
+    trainer = Trainer(config, RunOptions(3, init_from), build_callbacks(config))
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from nextgpt.callbacks import build_callbacks
 from nextgpt.common.cli import run_cli
 from nextgpt.common.watchdog import guarded_process_group
 from nextgpt.config.loader import STAGES, load_config
@@ -58,7 +59,7 @@ def main() -> None:
         arguments.log_path and arguments.log_path.resolve(),
     )
     with guarded_process_group():
-        finished = Trainer(config, options).train()
+        finished = Trainer(config, options, build_callbacks(config)).train()
     if not finished:
         sys.exit(STOPPED_BY_SIGNAL)
 

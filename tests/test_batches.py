@@ -116,7 +116,7 @@ def texts(*answers: str) -> list[EncodedPrompt]:
 def states(model: NextGPT, batch: Batch) -> torch.Tensor:
     """Last hidden states (B, L, H) of a batch without media."""
     embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
-    return model.read(embeddings, batch.attention_mask, batch.position_ids)
+    return model.last_hidden_states(embeddings, batch.attention_mask, batch.position_ids)
 
 
 @pytest.fixture(params=["sdpa", "eager"])

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nextgpt.callbacks.hidden_state_cache import caches_hidden_states
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.config.loader import load_config
 from nextgpt.config.schema import Config
 from nextgpt.model.build import build_model
-from nextgpt.tools.memory_estimate import Plan, estimate_memory, full_batch
+from nextgpt.tools.memory_estimate import Plan, estimate_memory, full_batch, use_cached_states
 from nextgpt.tools.memory_report import format_memory_estimate
 from nextgpt.training.trainer import configure_trainable
 from parity_tools import PARITY
@@ -34,6 +35,8 @@ def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
     configure_trainable(model, config)
     batch = full_batch(config, model.train(), config.training.micro_batch_size)
     batch.features.zero_()
+    if caches_hidden_states(config.training):
+        use_cached_states(config, model, batch)
 
     def step() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):

@@ -34,6 +34,12 @@ def init_process_group(device: torch.device) -> None:
     )
 
 
+def print_rank_0(text: str) -> None:
+    """Print once for all processes."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
 def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
     """Each value summed over all processes."""
     total = torch.tensor(values, dtype=torch.float64, device=device)

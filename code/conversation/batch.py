@@ -10,7 +10,7 @@ from nextgpt.conversation.messages import Media
 from nextgpt.conversation.prompt import IGNORE_INDEX, EncodedPrompt
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """B rows of L tokens: a conversation each, or several packed one after the other.
 
@@ -23,8 +23,6 @@ class Batch:
         signal_spans: by modality (R, 2) int64, row and first position of the spans of signal tokens
             that are projected.
         caption_embeds: by modality (R, *prompt_embeds_shape) float32, targets of the projections.
-        states: by modality (2, R, T, H), hidden states and input embeddings of the runs' T tokens,
-            where the language model has read them before: it is then left out. None elsewhere.
         position_ids: (B, L) int64 of packed rows: 0 begins another conversation, which sees nothing
             of the ones before it; none where each row is one conversation.
     """
@@ -36,7 +34,6 @@ class Batch:
     features: torch.Tensor
     signal_spans: dict[Modality, torch.Tensor] = field(default_factory=dict)
     caption_embeds: dict[Modality, torch.Tensor] = field(default_factory=dict)
-    states: dict[Modality, torch.Tensor] | None = None
     position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":

@@ -308,13 +308,13 @@ class Assistant:
         ]
         embeddings = pad_sequence(whole, batch_first=True)  # (B, L + A, H)
         # Causal: nothing sees the padding behind it, so that no mask is needed.
-        hidden = self.model.read(embeddings).float()  # the projections are float32
+        hidden = self.model.last_hidden_states(embeddings).float()  # the projections are float32
         embeddings = embeddings.float()
         captions = {}
         for modality, found in runs.items():
             places = [(run.answer, len(prompts[run.answer]) + run.position) for run in found]
             places = torch.tensor(places, device=self.device)
-            captions[modality] = self.model.project_runs(modality, places, hidden, embeddings)
+            captions[modality] = self.model.project_signals(modality, places, hidden, embeddings)
         return captions
 
     def _decode(

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 
 from nextgpt.callbacks.hidden_state_cache import (
-    READ_TOGETHER,
+    ROWS_PER_PASS,
     caches_hidden_states,
     hidden_state_cache_bytes,
 )
@@ -31,7 +31,7 @@ from nextgpt.dataset.catalog import find_entry
 from nextgpt.media.decode_worker import MAX_PEAK_MEMORY
 from nextgpt.model.build import build_on_meta, find_folder
 from nextgpt.model.imagebind import ImageBind, read_imagebind_config
-from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.nextgpt import LanguageModelOutput, NextGPT
 from nextgpt.model.quantization import quantizable_matrices, refuse_to_divide, saved_bytes
 from nextgpt.model.trainable import count_parameters, group_of, is_base_vocabulary
 from nextgpt.model.weight_files import map_folder
@@ -200,12 +200,15 @@ def _take_through(
         _replace_by_fakes(model)
         batch = full_batch(config, model, micro)
         products = autocast_to(dtype, torch.device("cpu"))
+        cached = caches_hidden_states(config.training)
+        if cached:
+            use_cached_states(config, model, batch)
         with MemoryMeter(model, gradients_kept) as meter:
-            if batch.states is not None:
+            if cached:
                 with torch.no_grad(), products:
-                    rows = slice(min(micro, READ_TOGETHER))
+                    rows = slice(min(micro, ROWS_PER_PASS))
                     ids, mask = batch.input_ids[rows], batch.attention_mask[rows]
-                    model.read(
+                    model.last_hidden_states(
                         model.embed(ids, batch.media_positions[rows], batch.features[rows]), mask
                     )
             for _ in range(passes):
@@ -238,11 +241,6 @@ def full_batch(config: Config, model: NextGPT, micro: int) -> Batch:
     ids = torch.zeros(rows, columns, dtype=torch.int64)
     places = torch.zeros(micro, 2, dtype=torch.int64)
     made: list[Modality] = list(model.output_projections)
-    hidden = model.language_model.config.hidden_size
-    states = {
-        modality: torch.empty(2, micro, config.decoders[modality].signal_tokens, hidden)
-        for modality in made
-    }
     return Batch(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
@@ -253,9 +251,19 @@ def full_batch(config: Config, model: NextGPT, micro: int) -> Batch:
         caption_embeds={
             m: torch.empty(micro, *config.decoders[m].prompt_embeds_shape) for m in made
         },
-        states=states if caches_hidden_states(config.training) else None,
         position_ids=torch.zeros_like(ids) if packed else None,
     )
+
+
+def use_cached_states(config: Config, model: NextGPT, batch: Batch) -> None:
+    """Replace the language model's forward pass by signal states of `batch`, as the cache does."""
+    hidden_size = model.language_model.config.hidden_size
+    states = {
+        modality: torch.empty(2, len(spans), config.decoders[modality].signal_tokens, hidden_size)
+        for modality, spans in batch.signal_spans.items()
+    }
+    output = LanguageModelOutput(torch.zeros(()), 0, states)
+    model.forward_language_model = lambda _: output
 
 
 def _updating(zero_stage: int, trained: int, processes: int) -> dict[str, float]:

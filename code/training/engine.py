@@ -49,7 +49,8 @@ class StepResult:
     """Losses of one step, averaged over all processes' tokens and runs, before the update."""
 
     loss: float
-    text_loss: float | None  # none where the language model was left out
+    text_loss: float | None  # none where the language model did not run
+    tokens: int  # with a text loss
     alignment: dict[Modality, float]
     learning_rate: float
     gradient_norm: float | None  # none of a step left out by an overflow, and without ZeRO
@@ -151,13 +152,14 @@ class TrainEngine:
         """
         self.engine.train()
         rate = self.training.learning_rate * self._factor(self.schedule.last_epoch)
-        sums = torch.zeros(1 + len(MODALITIES), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2 + len(MODALITIES), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
             losses: Losses = self.engine(batch)
             self.engine.backward(self._share_of_loss(losses, counts))
-            nothing = torch.zeros_like(losses.text)
-            parts = [losses.text, *(losses.alignment.get(m, nothing) for m in MODALITIES)]
-            sums += torch.stack(parts).detach()
+            zero = torch.zeros_like(losses.text)
+            parts = [losses.text, *(losses.alignment.get(m, zero) for m in MODALITIES)]
+            sums[1:] += torch.stack(parts).detach()
+            sums[0] += losses.tokens
             if index + 1 == len(batches):
                 totals = self._checked_totals(sums)
                 self._check_unsharded_gradients()
@@ -255,16 +257,23 @@ class TrainEngine:
         norm: float | None,
         scale: float | None,
     ) -> StepResult:
-        text_loss = totals[0] / max(counts.tokens, 1)
+        tokens, text_total, *alignment_totals = totals
+        text_loss = text_total / max(counts.tokens, 1)
         alignment = {
             modality: total / counts.signal_spans[modality]
-            for modality, total in zip(MODALITIES, totals[1:], strict=True)
+            for modality, total in zip(MODALITIES, alignment_totals, strict=True)
             if counts.signal_spans[modality]
         }
         weights = self.training.alignment_loss_weights
-        loss = text_loss + sum(weights[m] * value for m, value in alignment.items())
-        read = text_loss if counts.tokens else None
-        return StepResult(loss, read, alignment, rate, None if norm is None else float(norm), scale)
+        return StepResult(
+            text_loss + sum(weights[m] * value for m, value in alignment.items()),
+            text_loss if tokens else None,
+            int(tokens),
+            alignment,
+            rate,
+            None if norm is None else float(norm),
+            scale,
+        )
 
     def _settings(self, dtype: torch.dtype) -> dict:
         """DeepSpeed's JSON with the run's figures filled in."""

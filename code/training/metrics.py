@@ -15,7 +15,7 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.training.data import MAX_SKIPPED_SHARE, SkippedSample
-from nextgpt.training.engine import StepCounts, StepResult
+from nextgpt.training.engine import StepResult
 
 _ENOUGH = 1000  # samples, below which that share says little
 
@@ -70,7 +70,7 @@ class MetricsLogger:
                 f"{self._skipped_file}, mend the data and --resume"
             )
 
-    def report(self, step: int, result: StepResult, counts: StepCounts) -> None:
+    def report(self, step: int, result: StepResult) -> None:
         """Say what step number `step` (from 1) gave."""
         now = time.perf_counter()
         seconds, self._started = now - self._started, now
@@ -84,9 +84,9 @@ class MetricsLogger:
             "learning_rate": result.learning_rate,
             "gradient_norm": result.gradient_norm,
             **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
-            "tokens": counts.tokens,
+            "tokens": result.tokens,
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(counts.tokens / seconds, 1),
+            "tokens_per_second": round(result.tokens / seconds, 1),
             **self.counted,
         }
         with self._metrics_file.open("a") as file:
