@@ -28,6 +28,7 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.loader import load_config
 from nextgpt.config.schema import Config
+from nextgpt.conversation.batch import Example, collate
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.conversation.prompt import IGNORE_INDEX
 from nextgpt.generation.requests import human_turn
@@ -38,7 +39,6 @@ from nextgpt.model.build import build_media_encoder, build_model, build_prompt_b
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import TRAINABLE_GROUPS
-from nextgpt.training.data import Example, collate
 from nextgpt.training.trainer import RunOptions, Trainer
 
 SEED, ASKED, AT_ONCE = 77, 120, 20  # questions about each modality, and read at once
@@ -62,8 +62,8 @@ def ask_validation(config: Config, folder: Path) -> dict[Modality, list[Example]
         )
         encoded = encoder.encode(Conversation(turns), config.data.max_seq_length)
         views = load_views(modality, folder / name)[None].to(device)
-        feature_E = imagebind.encode(modality, views)[0].float().cpu().numpy()
-        asked[modality].append(Example(encoded, [feature_E], {}, []))
+        feature_E = imagebind.encode(modality, views)[0].float().cpu()
+        asked[modality].append(Example(encoded, [feature_E], []))
     return asked
 
 
@@ -73,7 +73,7 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[Example]) -> tuple[flo
     loss, tokens, right = 0.0, 0, 0
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
-        batch = collate(some, pad_id=0, feature_width=trainer.config.encoder.width).batch
+        batch = collate(some, pad_id=0, feature_width=trainer.config.encoder.width)
         batch = batch.to(trainer.device)
         wanted_BL = batch.labels[:, 1:]
         told_BL = wanted_BL != IGNORE_INDEX

@@ -25,7 +25,6 @@ from nextgpt.common.distributed import init_process_group
 from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import STAGES, load_config
 from nextgpt.conversation.batch import Batch
-from nextgpt.conversation.prompt import IGNORE_INDEX
 from nextgpt.model.build import resolve_model_path
 from nextgpt.training.data import load_batches, rank_batches
 from nextgpt.training.engine import StepCounts, TrainEngine
@@ -50,14 +49,12 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     completer = BatchEncoder(config, samples.caches, trainer.device)
     size, row = config.training.micro_batch_size, config.data.packed_seq_length
     with load_batches(samples, order, size, config.encoder.width, 0, row) as ready:
-        return [
-            [completer.complete(one) for one in step] for step in itertools.islice(ready, count)
-        ]
+        return [[completer.encode(one) for one in step] for step in itertools.islice(ready, count)]
 
 
 def counts_of(batches: list[Batch]) -> StepCounts:
     """Tokens and runs of one step."""
-    tokens = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+    tokens = sum(batch.num_label_tokens for batch in batches)
     runs = {m: sum(len(batch.signal_spans.get(m, ())) for batch in batches) for m in MODALITIES}
     return StepCounts(tokens, runs)
 

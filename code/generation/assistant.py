@@ -22,7 +22,7 @@ from nextgpt.common.errors import MediaError
 from nextgpt.common.file_digests import FileState
 from nextgpt.common.modality import Modality
 from nextgpt.config.schema import Config
-from nextgpt.conversation.batch import pad_conversations
+from nextgpt.conversation.batch import Example, collate
 from nextgpt.conversation.messages import Conversation, Media, Turn
 from nextgpt.conversation.prompt import EncodedPrompt, PromptBuilder
 from nextgpt.generation.sampling import generate_answers, readable_parts
@@ -245,11 +245,17 @@ class Assistant:
         if media:
             with self._timed(seconds, "load"):
                 self.load_encoder()
-        batch = pad_conversations(encoded, pad_id=0).to(self.device)
         with self._timed(seconds, "encode"):
-            features = [self._feature(medium, check, limits) for medium in media]
-        if features:
-            batch.features = torch.stack(features)
+            examples = [
+                Example(
+                    one,
+                    [self._feature(medium, check, limits) for _, medium in one.media_positions],
+                    [None] * len(one.signal_spans),
+                )
+                for one in encoded
+            ]
+        batch = collate(examples, pad_id=0, feature_width=self.config.encoder.width)
+        batch = batch.to(self.device)
         embeddings = self.model.embed(batch.input_ids, batch.media_positions, batch.features)
         return [row[: len(one.input_ids)] for row, one in zip(embeddings, encoded, strict=True)]
 

@@ -5,7 +5,6 @@ Process 0 speaks for all. Samples that were skipped are listed by the process th
 
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -14,7 +13,8 @@ from tqdm import tqdm
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
-from nextgpt.training.data import MAX_SKIPPED_SHARE, SkippedSample
+from nextgpt.conversation.batch import SkippedSample
+from nextgpt.training.data import MAX_SKIPPED_SHARE
 from nextgpt.training.engine import StepResult
 
 _ENOUGH = 1000  # samples, below which that share says little
@@ -51,7 +51,7 @@ class MetricsLogger:
         """Append what this process skipped in step number `step`, a JSON line each."""
         if skipped:
             with self._skipped_file.open("a") as file:
-                lines = ({"step": step, **asdict(one)} for one in skipped)
+                lines = ({"step": step, **one._asdict()} for one in skipped)
                 file.writelines(to_json(line) + "\n" for line in lines)
 
     def count(self, samples: int, skipped: int, cut_tokens: int) -> None:

@@ -28,7 +28,7 @@ from nextgpt.model.trainable import count_parameters, format_parameter_counts, s
 from nextgpt.training.callback import TrainerCallback
 from nextgpt.training.caption_check import check_caption_embeddings
 from nextgpt.training.checkpointing import CheckpointManager, read_run_state
-from nextgpt.training.data import CollatedBatch, ExampleDataset, load_batches, rank_batches
+from nextgpt.training.data import ExampleDataset, load_batches, rank_batches
 from nextgpt.training.engine import StepCounts, TrainEngine, read_deepspeed_config
 from nextgpt.training.media_features import BatchEncoder, FeatureCaches
 from nextgpt.training.metrics import MetricsLogger
@@ -237,14 +237,14 @@ class Trainer:
         encoder = BatchEncoder(self.config, self.examples.caches, self.device)
         with loaded as steps:
             while self.step < self.total_steps:
-                collated = next(steps)
-                counts = self.count_step(collated)
+                batches = next(steps)
+                counts = self.count_step(batches)
                 if counts is None:
                     self.checkpoints.save(self.engine, self.step, self.metrics.counted)
                     self.metrics.close()
                     self.log(f"stopped after step {self.step}; go on with --resume")
                     return False
-                batches = [encoder.complete(one) for one in collated]
+                batches = [encoder.encode(batch) for batch in batches]
                 for callback in self.callbacks:
                     callback.on_step_begin(self, batches)
                 result = self.engine.step(batches, counts)
@@ -255,20 +255,16 @@ class Trainer:
                     self.checkpoints.save(self.engine, self.step, self.metrics.counted)
         return True
 
-    def count_step(self, collated: list[CollatedBatch]) -> StepCounts | None:
+    def count_step(self, batches: list[Batch]) -> StepCounts | None:
         """Counts of the next step over all ranks; None if any of them received a signal."""
-        spans = [
-            sum(len(one.batch.signal_spans.get(modality, ())) for one in collated)
-            for modality in MODALITIES
-        ]
-        skipped = [sample for one in collated for sample in one.skipped]
+        skipped = [sample for batch in batches for sample in batch.counts.skipped]
         totals = all_reduce_sum(
             [
-                *spans,
-                sum(one.target_tokens for one in collated),
-                sum(one.samples for one in collated),
+                *(sum(len(b.signal_spans.get(m, ())) for b in batches) for m in MODALITIES),
+                sum(batch.num_label_tokens for batch in batches),
+                sum(batch.counts.samples for batch in batches),
                 len(skipped),
-                sum(one.cut_tokens for one in collated),
+                sum(batch.counts.cut_tokens for batch in batches),
                 self._stop,
             ],
             self.device,
@@ -305,9 +301,9 @@ class Trainer:
         order = self._rank_batches(0, min(steps or self.total_steps, self.total_steps))
         size, width = self.config.training.micro_batch_size, self.config.encoder.width
         encoder = BatchEncoder(self.config, self.examples.caches, self.device)
-        with load_batches(self.examples, order, size, width, workers=0) as loaded:
-            for collated in loaded:
-                yield from (encoder.complete(one) for one in collated)
+        with load_batches(self.examples, order, size, width, num_workers=0) as loaded:
+            for batches in loaded:
+                yield from (encoder.encode(batch) for batch in batches)
 
     def log(self, text: str) -> None:
         """Print once for all ranks."""
