@@ -17,12 +17,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 from safetensors import SafetensorError
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write, rename_durably
 from nextgpt.common.json_io import to_json
+from nextgpt.config.loader import format_config
 from nextgpt.config.renamed_keys import update_keys
 from nextgpt.config.schema import Config, DecoderConfig
 from nextgpt.model.delta import DELTA_FILE, Tensors, write_delta
@@ -142,6 +142,11 @@ class CheckpointManager:
         """Write down what the run is built from; one process does, at its start."""
         write_inputs(inputs, self._inputs)
 
+    def write_config(self) -> None:
+        """Write the resolved configuration; one process does, at the start of the run."""
+        with atomic_write(self.path / "config.yaml") as aside:
+            aside.write_text(f"stage: {self.stage}\n{format_config(self.config)}")
+
     def clear(self) -> None:
         """Remove what an earlier run left: its checkpoints, and saves that were cut short."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
@@ -180,11 +185,8 @@ class CheckpointManager:
         dist.barrier()
 
     def finish(self, tensors: Tensors, vocabulary_size: int) -> None:
-        """Write the delta, its configuration and inputs, then drop the checkpoints; one does."""
+        """Write the delta and its inputs, then remove the checkpoints; one process does."""
         write_delta(tensors, vocabulary_size, self.delta)
-        with atomic_write(self.path / "config.yaml") as aside:
-            content = {"stage": self.stage, **self.config.model_dump(mode="json")}
-            aside.write_text(yaml.safe_dump(content, sort_keys=False))
         if inputs := read_inputs(self._inputs):
             write_inputs(inputs, self.path / INPUTS_FILE)
         self.clear()

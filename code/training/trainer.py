@@ -114,8 +114,10 @@ class Trainer:
             callback.on_train_begin(self)
         self.build_engine()
         counted = self.restore_checkpoint()
-        if self.rank == 0 and not has_inputs:
-            folder.record_inputs(self.identify_inputs())
+        if self.rank == 0:
+            folder.write_config()
+            if not has_inputs:
+                folder.record_inputs(self.identify_inputs())
         logs = options.log_path / folder.path.name if options.log_path else folder.path / "log"
         self.metrics = MetricsLogger(logs, self.rank, self.step, self.total_steps, counted)
         with closing(self.metrics):
