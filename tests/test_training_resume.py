@@ -93,7 +93,7 @@ def test_sigterm_to_all_its_processes_saves_and_leaves_with_143(
     for process in [*main.children(recursive=True), main]:  # as a scheduler does
         process.send_signal(signal.SIGTERM)
     assert run.wait() == 143
-    assert "go on with --resume" in run.output
+    assert "continue with --resume" in run.output
     assert len(run.checkpoints) == 1
     assert_same(dropout_run(tmp_path, "--resume").finish(), undisturbed)
 
@@ -132,7 +132,7 @@ def test_sigterm_to_the_launch_script_saves_and_leaves_no_process(
         code = script.wait(60)
         said = (tmp_path / "output").read_text()
     assert code == 143, said
-    assert "go on with --resume" in said
+    assert "continue with --resume" in said
     assert len(run.checkpoints) == 1 and not run.checkpoints[0].endswith(".partial")
     assert not [process for process in started if process.is_running()]
 
@@ -218,7 +218,7 @@ def test_resuming_what_is_finished_says_so(undisturbed: TinyRun) -> None:
 def test_an_unfinished_run_is_neither_dropped_nor_changed_by_accident(tmp_path: Path) -> None:
     run = dropout_run(tmp_path)
     run.kill_when(lambda: "step_000004" in run.checkpoints)
-    assert "--resume to go on with it or --restart" in dropout_run(tmp_path).fail()
+    assert "--resume to continue it or --restart" in dropout_run(tmp_path).fail()
     changed = dropout_run(tmp_path, "--resume", sets=["training.learning_rate=1.0"])
     assert "training.learning_rate: 0.0005 there, 1.0 now" in changed.fail()
     assert "saved by 1 processes" in dropout_run(tmp_path, "--resume", world=2).fail()

@@ -101,7 +101,7 @@ class Trainer:
     def train(self) -> bool:
         """Train the stage; False if a signal stopped it early, after saving a checkpoint."""
         options, folder = self.options, self.checkpoints
-        self.checkpoint = folder.begin(resume=options.resume, restart=options.restart)
+        self.checkpoint = folder.find_checkpoint(resume=options.resume, restart=options.restart)
         if options.resume and self.checkpoint is None and folder.delta.is_file():
             self.log(f"{folder.path} is finished: {folder.delta}")
             return True
@@ -244,7 +244,7 @@ class Trainer:
                 if counts is None:
                     self.checkpoints.save(self.engine, self.step, self.metrics.counted)
                     self.metrics.close()
-                    self.log(f"stopped after step {self.step}; go on with --resume")
+                    self.log(f"stopped after step {self.step}; continue with --resume")
                     return False
                 batches = [encoder.encode(batch) for batch in batches]
                 for callback in self.callbacks:
