@@ -61,7 +61,7 @@ def step_gradient(
 ) -> torch.Tensor:
     """The gradient of a step over `world` processes in micro batches of `size`, as DeepSpeed's.
 
-    Which is the mean over all processes' micro batches of the gradients of the agent's losses.
+    Which is the mean over all processes' micro batches of the gradients of the engine's losses.
     """
     shares = [samples[rank::world] for rank in range(world)]
     batches = [
@@ -72,7 +72,7 @@ def step_gradient(
         )
     ]
     training = load_config("7b", 3).training
-    agent = SimpleNamespace(training=training, world=world, accumulation=len(batches) // world)
+    engine = SimpleNamespace(training=training, world=world, accumulation=len(batches) // world)
     counts = StepCounts(
         tokens=sum(int((batch.labels[:, 1:] >= 0).sum()) for batch in batches),
         signal_spans={
@@ -82,7 +82,7 @@ def step_gradient(
     )
     model.zero_grad()
     for batch in batches:
-        (TrainEngine._share_of_loss(agent, model(batch), counts) / len(batches)).backward()
+        (TrainEngine._normalize(engine, model(batch), counts) / len(batches)).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 

@@ -251,7 +251,7 @@ class Trainer:
                     callback.on_step_begin(self, batches)
                 result = self.engine.step(batches, counts)
                 self.step += 1
-                self.metrics.report(self.step, result)
+                self.metrics.log(self.step, result)
                 at_save = self.step % self.config.training.save_steps == 0
                 if at_save and self.step < self.total_steps:
                     self.checkpoints.save(self.engine, self.step, self.metrics.counted)
