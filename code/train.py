@@ -12,7 +12,7 @@ from nextgpt.training.trainer import STOPPED_BY_SIGNAL, RunOptions, Trainer
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; paths count from the current folder."""
+    """Parse the command line; paths are relative to the current folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", type=int, choices=STAGES, required=True)
     add_config_arguments(parser)
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train the stage; exit code 143 when a signal ended it early."""
+    """Train the stage; exit code 143 when a signal stopped it early."""
     arguments = parse_arguments()
     overrides = [f"save_path={arguments.save_path.resolve()}"] if arguments.save_path else []
     config = load_config_from(arguments, arguments.stage, overrides)
