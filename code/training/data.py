@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -32,13 +33,13 @@ from nextgpt.media.feature_cache import DecodedMedium, FeatureCache
 from nextgpt.media.transforms import load_views
 
 MAX_SKIPPED_SHARE = 0.05  # of a run's samples, or a data set's rows; more is an error
-PromptEmbedsShapes = dict[Modality, tuple[int, ...]]
 
 
+@dataclass(eq=False)
 class ExampleDataset(Dataset[Example]):
     """Map-style dataset: `dataset[name, row]` is that sample, or the next usable one.
 
-    Args:
+    Attributes:
         conversations: the data sets.
         prompt_builder: encodes conversations.
         max_seq_length: tokens of a conversation.
@@ -49,21 +50,12 @@ class ExampleDataset(Dataset[Example]):
             ascending; they are skipped.
     """
 
-    def __init__(
-        self,
-        conversations: ConversationDataset,
-        prompt_builder: PromptBuilder,
-        max_seq_length: int,
-        caches: Mapping[Modality, FeatureCache],
-        prompt_embeds_shapes: PromptEmbedsShapes | None,
-        wrong_rows: Mapping[str, np.ndarray],
-    ) -> None:
-        self.conversations = conversations
-        self.prompt_builder = prompt_builder
-        self.max_seq_length = max_seq_length
-        self.caches = caches
-        self.prompt_embeds_shapes = prompt_embeds_shapes
-        self.wrong_rows = wrong_rows
+    conversations: ConversationDataset
+    prompt_builder: PromptBuilder
+    max_seq_length: int
+    caches: Mapping[Modality, FeatureCache]
+    prompt_embeds_shapes: dict[Modality, tuple[int, ...]] | None
+    wrong_rows: Mapping[str, np.ndarray]
 
     def __len__(self) -> int:
         return len(self.conversations)

@@ -22,28 +22,23 @@ from nextgpt.model.imagebind import ImageBind, fingerprint
 from nextgpt.model.text_encoders import TextEncoder
 
 
-class FeatureCaches:
+class FeatureCaches(dict[Modality, FeatureCache]):
     """A feature cache per modality: a video file's audio has another feature than its frames.
 
-    Each is opened on first use: a stage without media needs no encoder.
+    Each is opened on first use, which raises a `UserError` where the encoder is missing: a stage
+    without media needs none.
     """
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self.config = config
-        self._caches: dict[Modality, FeatureCache] = {}
 
-    def __getitem__(self, modality: Modality) -> FeatureCache:
-        """The cache of `modality`.
-
-        Raises:
-            UserError: the encoder is not there.
-        """
-        if modality not in self._caches:
-            folder = project_path(self.config.data.cache_dir)
-            encoder = fingerprint(project_path(self.config.encoder.path), DigestCache(folder))
-            name = f"{encoder}-{modality}-{PREPROCESSING_VERSIONS[modality]}"
-            self._caches[modality] = FeatureCache(folder, name, self.config.encoder.width)
-        return self._caches[modality]
+    def __missing__(self, modality: Modality) -> FeatureCache:
+        folder = project_path(self.config.data.cache_dir)
+        encoder = fingerprint(project_path(self.config.encoder.path), DigestCache(folder))
+        name = f"{encoder}-{modality}-{PREPROCESSING_VERSIONS[modality]}"
+        self[modality] = FeatureCache(folder, name, self.config.encoder.width)
+        return self[modality]
 
 
 class BatchEncoder:
