@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
+from nextgpt.callbacks import build_callbacks
 from nextgpt.common.cli import run_cli
 from nextgpt.common.device import autocast_to, choose_device
 from nextgpt.common.distributed import init_process_group
@@ -27,6 +28,7 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.loader import load_config
 from nextgpt.config.schema import Config
+from nextgpt.conversation.batch import Example, collate
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.conversation.prompt import IGNORE_INDEX
 from nextgpt.generation.requests import human_turn
@@ -37,7 +39,6 @@ from nextgpt.model.build import build_media_encoder, build_model, build_prompt_b
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import TRAINABLE_GROUPS
-from nextgpt.training.data import Example, collate
 from nextgpt.training.trainer import RunOptions, Trainer
 
 SEED, ASKED, AT_ONCE = 77, 120, 20  # questions about each modality, and read at once
@@ -61,8 +62,8 @@ def ask_validation(config: Config, folder: Path) -> dict[Modality, list[Example]
         )
         encoded = encoder.encode(Conversation(turns), config.data.max_seq_length)
         views = load_views(modality, folder / name)[None].to(device)
-        feature_E = imagebind.encode(modality, views)[0].float().cpu().numpy()
-        asked[modality].append(Example(encoded, [feature_E], {}, []))
+        feature_E = imagebind.encode(modality, views)[0].float().cpu()
+        asked[modality].append(Example(encoded, [feature_E], []))
     return asked
 
 
@@ -72,13 +73,13 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[Example]) -> tuple[flo
     loss, tokens, right = 0.0, 0, 0
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
-        batch = collate(some, pad_id=0, feature_width=trainer.config.encoder.width).batch
+        batch = collate(some, pad_id=0, feature_width=trainer.config.encoder.width)
         batch = batch.to(trainer.device)
         wanted_BL = batch.labels[:, 1:]
         told_BL = wanted_BL != IGNORE_INDEX
         with autocast_to(trainer.dtype, trainer.device):
             embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
-            hidden_BLH = model.read(embeddings, batch.attention_mask)[:, :-1]
+            hidden_BLH = model.last_hidden_states(embeddings, batch.attention_mask)[:, :-1]
             logits_NV = model.language_model.get_output_embeddings()(hidden_BLH[told_BL]).float()
         wanted_N = wanted_BL[told_BL]
         loss += float(F.cross_entropy(logits_NV, wanted_N, reduction="sum"))
@@ -91,7 +92,8 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[Example]) -> tuple[flo
 
 def try_settings(settings: list[str], init_from: Path, asked: dict[Modality, list[Example]]) -> str:
     """Train with `settings`; what came of it, in words."""
-    trainer = Trainer(load_config("mini", 3, settings), RunOptions(3, init_from))
+    config = load_config("mini", 3, settings)
+    trainer = Trainer(config, RunOptions(3, init_from), build_callbacks(config))
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

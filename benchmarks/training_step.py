@@ -25,8 +25,6 @@ from nextgpt.common.distributed import init_process_group
 from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import STAGES, load_config
 from nextgpt.conversation.batch import Batch
-from nextgpt.conversation.prompt import IGNORE_INDEX
-from nextgpt.dataset.sampler import BatchSchedule
 from nextgpt.model.loading import resolve_model_path
 from nextgpt.training.data import load_batches, rank_batches
 from nextgpt.training.engine import StepCounts, TrainEngine
@@ -45,23 +43,18 @@ def seconds(call: Callable[[], object]) -> float:
 
 def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     """The micro batches of the first `count` steps of the stage, with all they need."""
-    samples = trainer.open_samples()
-    training, data = trainer.config.training, trainer.config.data
-    sizes = samples.conversations.sizes
-    plan = BatchSchedule(sizes, training.global_batch_size, data.batching, training.seed)
-    order = rank_batches(plan, 0, count, samples.conversations.length)
-    width = trainer.config.encoder.width
-    completer = BatchEncoder(trainer.config, samples.caches, trainer.device)
-    size = training.micro_batch_size
-    with load_batches(samples, order, size, width, 0, data.packed_seq_length) as ready:
-        return [
-            [completer.complete(one) for one in step] for step in itertools.islice(ready, count)
-        ]
+    trainer.open_dataset()
+    samples, config = trainer.examples, trainer.config
+    order = rank_batches(trainer.schedule, 0, count, samples.conversations.length)
+    completer = BatchEncoder(config, samples.caches, trainer.device)
+    size, row = config.training.micro_batch_size, config.data.packed_seq_length
+    with load_batches(samples, order, size, config.encoder.width, 0, row) as ready:
+        return [[completer.encode(one) for one in step] for step in itertools.islice(ready, count)]
 
 
 def counts_of(batches: list[Batch]) -> StepCounts:
     """Tokens and runs of one step."""
-    tokens = sum(int((batch.labels[:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+    tokens = sum(batch.num_label_tokens for batch in batches)
     runs = {m: sum(len(batch.signal_spans.get(m, ())) for batch in batches) for m in MODALITIES}
     return StepCounts(tokens, runs)
 
@@ -71,10 +64,8 @@ def measure(config_name: str, stage: int, steps: int) -> None:
     config = load_config(config_name, stage)
     trainer = Trainer(config, RunOptions(stage))
     all_batches = complete_batches(trainer, steps + 1)
-    torch.manual_seed(0)
-    agent = TrainEngine(
-        trainer.make_model(delta=None), config.training, steps + 1, trainer.device, trainer.dtype
-    )
+    trainer.build_model()
+    agent = TrainEngine(trainer.model, config.training, steps + 1, trainer.device, trainer.dtype)
     path = resolve_model_path(config.language_model.path)
     bare = AutoModelForCausalLM.from_pretrained(
         path, dtype=trainer.dtype, attn_implementation=config.language_model.attn_implementation

@@ -21,11 +21,11 @@ def test_folded_adapters_give_the_same_states_and_leave_half_precision_weights_a
     embeddings = model.embed(
         torch.arange(24).view(2, 12), torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 32)
     )
-    read = model.read(embeddings)
+    read = model.last_hidden_states(embeddings)
 
     merge_lora(model)
 
-    torch.testing.assert_close(model.read(embeddings), read)
+    torch.testing.assert_close(model.last_hidden_states(embeddings), read)
     changed = {n for n, tensor in model.state_dict().items() if not torch.equal(tensor, before[n])}
     adapted = {n.replace("lora_B.default", "base_layer") for n in before if ".lora_B." in n}
     assert changed == (adapted if dtype == torch.float32 else set())

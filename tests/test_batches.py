@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from nextgpt.config.loader import load_config
-from nextgpt.conversation.batch import Batch, pack_conversations
+from nextgpt.conversation.batch import Batch, Example, collate, pack_first_fit
 from nextgpt.conversation.messages import Conversation
 from nextgpt.conversation.prompt import EncodedPrompt
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.output_projection import OutputProjection
 from nextgpt.model.trainable import TRAINABLE_GROUPS, set_trainable
-from nextgpt.training.data import Example, split_by_length
+from nextgpt.training.data import collate_by_length
 from nextgpt.training.engine import StepCounts, TrainEngine
 from parity_tools import cases, relative_error
 from test_conversation import CASE_NAMES
@@ -31,13 +31,9 @@ def recorded_samples() -> list[Example]:
     for index, conversation in enumerate(conversations):
         encoded = ENCODER.encode(conversation)
         row = index % 2
-        features = [
-            cases()[f"imagebind.{m.modality}"][row].numpy() for _, m in encoded.media_positions
-        ]
-        captions = {
-            m: cases()[f"in.caption_emb.{m.modality}"][row] for _, m in encoded.signal_spans
-        }
-        samples.append(Example(encoded, features, captions, skipped=[]))
+        features = [cases()[f"imagebind.{m.modality}"][row] for _, m in encoded.media_positions]
+        targets = [cases()[f"in.caption_emb.{m.modality}"][row] for _, m in encoded.signal_spans]
+        samples.append(Example(encoded, features, targets))
     return samples
 
 
@@ -65,18 +61,18 @@ def step_gradient(
 ) -> torch.Tensor:
     """The gradient of a step over `world` processes in micro batches of `size`, as DeepSpeed's.
 
-    Which is the mean over all processes' micro batches of the gradients of the agent's losses.
+    Which is the mean over all processes' micro batches of the gradients of the engine's losses.
     """
     shares = [samples[rank::world] for rank in range(world)]
     batches = [
-        ready.batch
+        batch
         for share in shares
-        for ready in split_by_length(
-            share, size, pad_id=2, feature_width=WIDTH, row_length=row_length
+        for batch in collate_by_length(
+            share, size, pad_id=2, feature_width=WIDTH, packed_seq_length=row_length
         )
     ]
     training = load_config("7b", 3).training
-    agent = SimpleNamespace(training=training, world=world, accumulation=len(batches) // world)
+    engine = SimpleNamespace(training=training, world=world, accumulation=len(batches) // world)
     counts = StepCounts(
         tokens=sum(int((batch.labels[:, 1:] >= 0).sum()) for batch in batches),
         signal_spans={
@@ -86,7 +82,7 @@ def step_gradient(
     )
     model.zero_grad()
     for batch in batches:
-        (TrainEngine._share_of_loss(agent, model(batch), counts) / len(batches)).backward()
+        (TrainEngine._normalize(engine, model(batch), counts) / len(batches)).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
@@ -113,10 +109,17 @@ def texts(*answers: str) -> list[EncodedPrompt]:
     return [ENCODER.encode(Conversation(ask("Why is it so?", answer))) for answer in answers]
 
 
+def packed(encoded: list[EncodedPrompt], row_length: int) -> tuple[Batch, list[tuple[int, int]]]:
+    """The batch of `encoded`, packed, and the row and offset of each."""
+    examples = [Example(one, [], []) for one in encoded]
+    batch = collate(examples, pad_id=2, feature_width=WIDTH, packed_seq_length=row_length)
+    return batch, pack_first_fit([len(one.input_ids) for one in encoded], row_length)
+
+
 def states(model: NextGPT, batch: Batch) -> torch.Tensor:
     """Last hidden states (B, L, H) of a batch without media."""
     embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
-    return model.read(embeddings, batch.attention_mask, batch.position_ids)
+    return model.last_hidden_states(embeddings, batch.attention_mask, batch.position_ids)
 
 
 @pytest.fixture(params=["sdpa", "eager"])
@@ -129,11 +132,11 @@ def reader(request: pytest.FixtureRequest) -> NextGPT:
 @torch.no_grad()
 def test_packed_samples_are_read_as_they_are_alone(reader: NextGPT) -> None:
     encoded = texts("It rains.", "The sun shines on the lake.", "So.", "Because of the wind.")
-    packed, places = pack_conversations(encoded, pad_id=2, row_length=120)
-    assert len(packed.input_ids) < len(encoded)
-    hidden = states(reader, packed)
+    together, places = packed(encoded, row_length=120)
+    assert len(together.input_ids) < len(encoded)
+    hidden = states(reader, together)
     for one, (row, first) in zip(encoded, places, strict=True):
-        alone, _ = pack_conversations([one], pad_id=2, row_length=1)
+        alone, _ = packed([one], row_length=1)
         wanted = states(reader, alone)[0]
         found = hidden[row, first : first + len(wanted)]
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
@@ -143,7 +146,7 @@ def test_packed_samples_are_read_as_they_are_alone(reader: NextGPT) -> None:
 @pytest.mark.parametrize("changed", [0, 1, 2])
 def test_packed_samples_do_not_see_each_other(reader: NextGPT, changed: int) -> None:
     encoded = texts("The sun shines on the lake.", "It rains in the hills.", "Because of the wind.")
-    batch, places = pack_conversations(encoded, pad_id=2, row_length=1000)
+    batch, places = packed(encoded, row_length=1000)
     assert len(batch.input_ids) == 1
     before = states(reader, batch)[0]
     (row, first), length = places[changed], len(encoded[changed].input_ids)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextgpt.callbacks.whitening import whiten
+from nextgpt.callbacks.warm_start import whiten
 from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import load_config
 from nextgpt.model.build import build_model

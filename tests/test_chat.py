@@ -153,7 +153,7 @@ def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assi
     answer = ask(babbler, conversation, temperature=0, max_new_tokens=20)
     prompt, embeddings = whole(babbler, conversation, answer)
     model, whole_runs = babbler.model, CompleteSignalSpans(SIGNALS, 20)
-    hidden = model.read(embeddings)
+    hidden = model.last_hidden_states(embeddings)
     logits = model.language_model.get_output_embeddings()(hidden)[0, prompt - 1 :]
     for step, token_id in enumerate(answer.token_ids):
         written = torch.tensor([answer.token_ids[:step]], dtype=torch.long)
@@ -173,7 +173,7 @@ def test_sampling_takes_the_50_likeliest_tokens_as_published_or_all(
         babbler.model.language_model.get_output_embeddings(),
         CompleteSignalSpans(SIGNALS, 30),
     )
-    logits = head(babbler.model.read(embeddings))[0, prompt - 1 :]
+    logits = head(babbler.model.last_hidden_states(embeddings))[0, prompt - 1 :]
     ranks = []
     for step, token_id in enumerate(answer.token_ids):
         written = torch.tensor([answer.token_ids[:step]], dtype=torch.long)
@@ -189,13 +189,13 @@ def test_media_are_those_of_the_projected_hidden_states(babbler: Assistant) -> N
     answer = ask(babbler, conversation, seed=3, temperature=0, max_new_tokens=24)
     prompt, embeddings = whole(babbler, conversation, answer)
     model = babbler.model
-    hidden = model.read(embeddings)
+    hidden = model.last_hidden_states(embeddings)
     starts = [(p, SIGNALS.modality_starting_with(i)) for p, i in enumerate(answer.token_ids)]
     starts = [(position, modality) for position, modality in starts if modality]
     assert starts
     for number, (position, modality) in enumerate(starts):
         run = torch.tensor([[0, prompt + position]])
-        caption = model.project_runs(modality, run, hidden, embeddings)
+        caption = model.project_signals(modality, run, hidden, embeddings)
         decoder = build_decoder(modality, babbler.config.decoders[modality].path, babbler.device)
         options = GenerationSettings.from_config(babbler.config).decode[modality]
         expected = decoder.decode(caption, replace(options, seed=3 + number))[0]

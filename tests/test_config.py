@@ -1,10 +1,12 @@
 """The configuration: every shipped YAML is whole, and what is wrong is named with the right key."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nextgpt import train
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES
 from nextgpt.common.paths import project_path
@@ -184,3 +186,18 @@ def test_a_key_under_its_earlier_and_its_new_name_is_refused(tmp_path: Path) -> 
 def test_every_renamed_key_is_covered_here() -> None:
     covered = {old.partition("=")[0].removesuffix("weights.video") for old, _, _ in RENAMED}
     assert {key.removesuffix("weights") for key in renamed_keys._RENAMED} <= covered
+
+
+def test_the_printed_configuration_loads_as_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train.py", "--stage", "2", "--set", "training.seed=7", "--print-config"]
+    monkeypatch.setattr(sys, "argv", [*words, "--save_path", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert not ended.value.code
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    config = load_config(str(file))
+    assert config.training.seed == 7 and config.save_path == str(tmp_path)
+    assert config == load_config("mini", 2, ["training.seed=7", f"save_path={tmp_path}"])

@@ -8,7 +8,7 @@ import torch
 from nextgpt.common.errors import MediaError
 from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import load_config
-from nextgpt.conversation.batch import pack_conversations, pad_conversations
+from nextgpt.conversation.batch import Example, collate, pack_first_fit
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
 from nextgpt.conversation.prompt import (
     IGNORE_INDEX,
@@ -143,9 +143,10 @@ def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
     assert [medium.modality for _, medium in encoded.media_positions] == ["audio", "image"]
 
     model = build_model(config, torch.float32, lora=False, output_projections=False)
-    batch = pad_conversations([encoded], pad_id=encoder.tokenizer.eos_token_id)
     features = torch.randn(2, config.encoder.width)
-    made = model.embed(batch.input_ids, batch.media_positions, features)[0]
+    example = Example(encoded, [*features], [])
+    batch = collate([example], encoder.tokenizer.eos_token_id, config.encoder.width)
+    made = model.embed(batch.input_ids, batch.media_positions, batch.features)[0]
     own = model.language_model.get_input_embeddings()(batch.input_ids)[0]
     places = [position + place for position, _ in encoded.media_positions for place in range(3)]
     hidden_size = model.language_model.config.hidden_size
@@ -275,7 +276,9 @@ def test_packed_conversations_lie_whole_in_their_places_and_count_from_zero() ->
         for row in (0, 1)
     ]
     longest = max(len(one.input_ids) for one in encoded)
-    batch, places = pack_conversations(encoded, pad_id=0, row_length=2 * longest)
+    places = pack_first_fit([len(one.input_ids) for one in encoded], row_length=2 * longest)
+    examples = [Example(one, [torch.zeros(4)] * len(one.media_positions), []) for one in encoded]
+    batch = collate(examples, pad_id=0, feature_width=4, packed_seq_length=2 * longest)
     assert len(batch.input_ids) < len(encoded)
     assert int(batch.attention_mask.sum()) == sum(len(one.input_ids) for one in encoded)
     slots = [tuple(slot) for slot in batch.media_positions.tolist()]

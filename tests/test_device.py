@@ -37,14 +37,14 @@ def test_a_gpu_that_emulates_bf16_computes_in_fp16_and_refuses_bf16() -> None:
     assert choose_dtype("fp32", GPU) == torch.float32
     with pytest.raises(UserError, match=r"training.precision bf16: .* set it to auto or fp16"):
         choose_dtype("bf16", GPU)
-    assert ", float16," in estimate_memory(tiny_config(1), 1, 1).facts
+    assert ", float16," in estimate_memory(tiny_config(1), 1, 1).summary
 
 
 @on((8, 0), (8, 9), (9, 0))
 @pytest.mark.usefixtures("capability")
 def test_a_gpu_that_has_bf16_computes_in_it() -> None:
     assert choose_dtype("auto", GPU) == choose_dtype("bf16", GPU) == torch.bfloat16
-    assert ", bfloat16," in estimate_memory(tiny_config(1), 1, 1).facts
+    assert ", bfloat16," in estimate_memory(tiny_config(1), 1, 1).summary
 
 
 @on((8, 0))

@@ -195,7 +195,9 @@ def test_the_others_end_when_a_process_is_killed_and_say_which(
     assert [process.exitcode for process in run.processes] == [
         -signal.SIGKILL if rank == killed else 1 for rank in range(world)
     ]
-    assert run.outputs.count(f"error: process {killed} of {world} ended without a word") == 1
+    assert (
+        run.outputs.count(f"error: process {killed} of {world} ended without an error message") == 1
+    )
     assert "Traceback" not in run.outputs
 
 
@@ -256,5 +258,5 @@ def test_the_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: s
             _kill_all(script)
     said = (tmp_path / "output").read_text()
     assert code != 0, said
-    cause = "is killed by signal: Killed" if kind == "loader" else "ended without a word"
+    cause = "is killed by signal: Killed" if kind == "loader" else "ended without an error message"
     assert said.count(cause) == 1, said

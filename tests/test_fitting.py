@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nextgpt.callbacks.least_squares import Moments, init_input_projection, stretched_ridge
+from nextgpt.callbacks.warm_start import Moments, init_input_projection, scaled_ridge
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.batch import Batch
@@ -26,7 +26,7 @@ def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
     moments = Moments.zeros(6, 9)
     for part in range(0, 4000, 1000):
         moments.add(given[part : part + 1000], wanted[part : part + 1000])
-    weight, bias = stretched_ridge(moments, torch.tensor(30.0))
+    weight, bias = scaled_ridge(moments, torch.tensor(30.0))
     found = given @ weight.float() + bias.float()
     assert torch.allclose(found.mean(dim=0), wanted.mean(dim=0), atol=1e-3)
     deviation = (found - found.mean(dim=0)).square().sum(dim=1).mean().sqrt()

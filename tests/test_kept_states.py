@@ -1,12 +1,12 @@
 """States that are read once give the losses of reading them every time; and their limits."""
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from nextgpt.callbacks import build_callbacks
 from nextgpt.callbacks.hidden_state_cache import HiddenStateCache
 from nextgpt.config.loader import STAGES, load_config
 from nextgpt.conversation.batch import Batch
@@ -94,27 +94,33 @@ def test_states_without_room_are_computed_again_and_counted(tmp_path: Path, worl
     small = run(tmp_path / "small", *sets, world=world).finish()
     large = run(tmp_path / "large", "training.cache_hidden_states=true").finish()
     assert small.losses == pytest.approx(large.losses, rel=1e-4)
-    told = re.search(r"states of (\d+) conv.* computed again for want of room (\d+)", small.output)
+    told = re.search(r"cache: (\d+) conv.* too small (\d+) times", small.output)
     kept, again = told.groups()
     seen = 12 * 8  # conversations
     assert 1 <= int(kept) < 30 and seen - 2 * int(kept) < int(again) + int(kept) <= seen
-    assert small.output.count("hidden states of") == 1
-    assert "hidden states of" in large.output and "for want of room" not in large.output
+    assert small.output.count("hidden-state cache:") == 1
+    assert "hidden-state cache:" in large.output and "too small" not in large.output
 
 
 def test_one_epoch_keeps_no_states(tmp_path: Path) -> None:
     sets = ["training.cache_hidden_states=true", "training.epochs=1", "training.max_steps=2"]
     once = run(tmp_path / "once", *sets).finish()
-    assert "no state is read twice in one epoch" in once.output
-    assert "hidden states of" not in once.output
+    assert "off, one epoch needs no state twice" in once.output
+    assert "hidden-state cache:" not in once.output
     read = run(tmp_path / "read", "training.epochs=1", "training.max_steps=2").finish()
     assert once.metrics == read.metrics
 
 
-def test_no_shipped_configuration_of_7b_keeps_states_and_the_mini_system_does() -> None:
+def test_no_shipped_configuration_of_7b_caches_states_and_the_mini_system_does() -> None:
     for name in SHIPPED:
-        kept = [s for s in STAGES if load_config(name, s).training.cache_hidden_states]
-        assert kept == ([2, 4] if name == "mini" else []), name
+        cached = [
+            stage
+            for stage in STAGES
+            if any(
+                isinstance(c, HiddenStateCache) for c in build_callbacks(load_config(name, stage))
+            )
+        ]
+        assert cached == ([2, 4] if name == "mini" else []), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # folded in, and not
@@ -128,8 +134,9 @@ def test_frozen_adapters_with_dropout_leave_kept_states_as_they_are(dtype: torch
         randomise_adapters(model)
         configure_trainable(model, config)
         torch.manual_seed(seed)
-        kept = HiddenStateCache(model, config.training, dtype)
-        readings.append(kept.fill(replace(batch)).states["image"])
+        cache = HiddenStateCache(config.training)
+        cache.attach(model, dtype)
+        readings.append(cache.signal_states(batch)["image"])
     assert torch.equal(*readings)
 
 
@@ -158,9 +165,11 @@ def test_media_behind_the_last_run_of_a_row_are_not_read() -> None:
         signal_spans={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
     )
     model.requires_grad_(False)
-    filled = HiddenStateCache(model, config.training).fill(batch).states
+    cache = HiddenStateCache(config.training)
+    cache.attach(model)
+    cached = cache.signal_states(batch)
     embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
-    read = model.states_of_runs(
-        "image", batch.signal_spans["image"], model.read(embeddings), embeddings
+    read = model.gather_signal_states(
+        "image", batch.signal_spans["image"], model.last_hidden_states(embeddings), embeddings
     )
-    torch.testing.assert_close(filled["image"], read)
+    torch.testing.assert_close(cached["image"], read)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nextgpt.callbacks.whitening import whiten_projections
+from nextgpt.callbacks.warm_start import whiten_projections
 from nextgpt.config.loader import STAGES
 from nextgpt.conversation.batch import Batch
 from nextgpt.model.build import build_model

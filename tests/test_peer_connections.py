@@ -108,7 +108,7 @@ def test_a_watchdog_names_the_processes_that_do_not_come_and_ends_those_that_did
 
 
 def test_a_process_says_that_process_0_does_not_listen(store: dist.Store) -> None:
-    with pytest.raises(UserError, match="process 0 did not say within 0"):
+    with pytest.raises(UserError, match="process 0 sent no address within 0"):
         Watchdog(1, THREE).start(0.3)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]

@@ -11,11 +11,17 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from nextgpt.callbacks.hidden_state_cache import caches_hidden_states
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.config.loader import load_config
 from nextgpt.config.schema import Config
 from nextgpt.model.build import build_model
-from nextgpt.tools.memory_estimate import Plan, estimate_memory, full_batch
+from nextgpt.tools.memory_estimate import (
+    MemoryEstimate,
+    estimate_memory,
+    full_batch,
+    use_cached_states,
+)
 from nextgpt.tools.memory_report import format_memory_estimate
 from nextgpt.training.trainer import configure_trainable
 from parity_tools import PARITY
@@ -34,6 +40,8 @@ def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
     configure_trainable(model, config)
     batch = full_batch(config, model.train(), config.training.micro_batch_size)
     batch.features.zero_()
+    if caches_hidden_states(config.training):
+        use_cached_states(config, model, batch)
 
     def step() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -53,7 +61,7 @@ def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
     return peak
 
 
-def passing(plan: Plan) -> float:
+def passing(plan: MemoryEstimate) -> float:
     """Bytes at the worst moment of what a step makes and leaves: gradients and activations."""
     return plan.peak - sum(size for use, size in plan.on_device.items() if use not in PASSING)
 
@@ -87,7 +95,7 @@ def test_activations_of_the_mini_model_are_planned_as_measured(checkpointing: st
     assert planned == pytest.approx(measured_peak(config, 3, torch.bfloat16), rel=0.05)
 
 
-def planned_with(tmp_path: Path, processes: int, **zero: object) -> Plan:
+def planned_with(tmp_path: Path, processes: int, **zero: object) -> MemoryEstimate:
     """Stage 3 of the tiny system with this in DeepSpeed's JSON."""
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"zero_optimization": zero}))
@@ -97,7 +105,7 @@ def planned_with(tmp_path: Path, processes: int, **zero: object) -> Plan:
 
 def test_zero_divides_what_it_says(tmp_path: Path) -> None:
     whole = planned_with(tmp_path, 4, stage=0)
-    trained = sum(trains for _, trains in whole.parts.values())
+    trained = sum(trains for _, trains in whole.groups.values())
     moments = "optimizer (Adam's two moments)"
     assert whole.on_device[moments] == 8 * trained
     for stage, optimizer, gradients, weights in ((1, 4, 1, 1), (2, 4, 4, 1), (3, 4, 4, 4)):
@@ -172,7 +180,7 @@ def test_the_machines_memory_is_compared_with_what_all_processes_need(
 
 def test_stage_4_is_planned_with_the_adapters_it_loads() -> None:
     plan = estimate_memory(load_config("7b", 4), 4, 8)
-    assert plan.parts["lora"] == (33_554_432, 0)
+    assert plan.groups["lora"] == (33_554_432, 0)
     assert plan.loading == pytest.approx(2 * 6_738_415_616 + 4 * 133_901_568, rel=1e-3)
 
 
@@ -184,7 +192,7 @@ def test_the_encoder_is_planned_where_conversations_may_show_media() -> None:
 
 def test_the_published_system_is_planned_without_its_files() -> None:
     plan = estimate_memory(load_config("7b", 3), 3, 8)
-    assert plan.parts["input_projection"] == (4_198_400, 4_198_400)
+    assert plan.groups["input_projection"] == (4_198_400, 4_198_400)
     assert plan.on_device["weights that stay frozen"] == pytest.approx(13.5e9, rel=0.01)
     told = format_memory_estimate(plan)
     assert "a GPU of 24 GB (24 GB): fits" in told
@@ -237,5 +245,5 @@ def test_the_shipped_hardware_configurations_fit_what_they_are_for(
 ) -> None:
     plan = estimate_memory(load_config(name, 3), 3, processes)
     assert f"a GPU of {card} GB ({card} GB): fits" in format_memory_estimate(plan)
-    assert f"{processes} processes, each 1 x 8 of {8 * processes} conversations" in plan.facts
+    assert f"{processes} processes, each 1 x 8 of {8 * processes} conversations" in plan.summary
     assert not any("optimizer" in use or "weights" in use for use in plan.in_memory)

@@ -12,6 +12,7 @@ import torch
 from nextgpt import process_embeddings
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.conversation.batch import Example, collate
 from nextgpt.dataset.caption_embeddings import (
     EmbeddingMaker,
     EmbeddingStore,
@@ -22,7 +23,6 @@ from nextgpt.dataset.readers import iter_captions, read_record
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.tools.embed_captions import embed_captions
-from nextgpt.training.data import Example, collate
 from tiny_decoders import TINY, tiny_decoder
 from tiny_system import tiny_encoder
 
@@ -71,8 +71,8 @@ def test_captions_embedded_while_training_are_those_embedded_ahead(tmp_path: Pat
     record = {"image_name": "a.png", "caption": 'A "Red"  circle (small)'}
     file = written(tmp_path, [record])
     encoded = tiny_encoder().encode(read_record(record, "caption_out", file, 0))
-    ready = collate([Example(encoded, [], {}, [])], pad_id=0, feature_width=4)
-    assert ready.texts == {"image": [record["caption"]]}
+    batch = collate([Example(encoded, [], [None])], pad_id=0, feature_width=4)
+    assert batch.unencoded.captions == {"image": [record["caption"]]}
     assert list(iter_captions(file, "image")) == [("a.png", record["caption"])]
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nextgpt.model.trainable import is_base_vocabulary
 from parity_tools import PARITY
 from tiny_run import TinyRun, same, trained
 
@@ -91,7 +93,7 @@ def test_sigterm_to_all_its_processes_saves_and_leaves_with_143(
     for process in [*main.children(recursive=True), main]:  # as a scheduler does
         process.send_signal(signal.SIGTERM)
     assert run.wait() == 143
-    assert "go on with --resume" in run.output
+    assert "continue with --resume" in run.output
     assert len(run.checkpoints) == 1
     assert_same(dropout_run(tmp_path, "--resume").finish(), undisturbed)
 
@@ -130,22 +132,60 @@ def test_sigterm_to_the_launch_script_saves_and_leaves_no_process(
         code = script.wait(60)
         said = (tmp_path / "output").read_text()
     assert code == 143, said
-    assert "go on with --resume" in said
+    assert "continue with --resume" in said
     assert len(run.checkpoints) == 1 and not run.checkpoints[0].endswith(".partial")
     assert not [process for process in started if process.is_running()]
 
 
+def tied_model(folder: Path) -> Path:
+    """The tiny language model, its head tied to its embedding."""
+    model = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(PARITY / "llama_tiny").save_pretrained(folder)
+    return folder
+
+
 def test_a_tied_vocabulary_resumes_and_nothing_frozen_is_saved(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny", tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "tied")
-    AutoTokenizer.from_pretrained(PARITY / "llama_tiny").save_pretrained(tmp_path / "tied")
-    sets = [f"language_model.path={tmp_path / 'tied'}", "training.save_steps=2"]
+    sets = [f"language_model.path={tied_model(tmp_path / 'tied')}", "training.save_steps=2"]
     whole = TinyRun(tmp_path / "whole", 1, sets).finish()
     killed = TinyRun(tmp_path / "killed", 1, sets)
     killed.kill_when(lambda: len(killed.metrics) >= 3)
     state = killed.folder / "checkpoints" / "step_000002" / "state" / "mp_rank_00_model_states.pt"
     assert torch.load(state, weights_only=False)["module"].keys() == whole.delta.keys()
     assert_same(TinyRun(killed.save_path, 1, sets, ["--resume"]).finish(), whole)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_vocabulary_matrices_train_and_resume_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+    sets = ["language_model.trainable_embeddings=full", "training.save_steps=2"]
+    if tied:
+        sets.append(f"language_model.path={tied_model(tmp_path / 'tied')}")
+    whole = TinyRun(tmp_path / "whole", 1, sets).finish()
+    killed = TinyRun(tmp_path / "killed", 1, sets)
+    killed.kill_when(lambda: len(killed.metrics) >= 3)
+    resumed = TinyRun(killed.save_path, 1, sets, ["--resume"]).finish()
+    assert "resumed after step 2" in resumed.output
+    assert_same(resumed, whole)
+    trained_matrices = {n: t for n, t in whole.delta.items() if is_base_vocabulary(n)}
+    before = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "tied" if tied else PARITY / "llama_tiny"
+    )
+    matrices = {f"language_model.{n}": p for n, p in before.named_parameters()}
+    assert len(trained_matrices) == (1 if tied else 2)
+    for name, tensor in trained_matrices.items():
+        assert not torch.equal(tensor, matrices[name][: len(tensor)])
+    second = TinyRun(whole.save_path, 2, sets[:1] + sets[2:]).finish()
+    for name, tensor in trained_matrices.items():
+        assert name in second.delta and not torch.equal(second.delta[name], tensor)
+
+
+def test_the_configuration_is_written_at_the_start_of_a_run(tmp_path: Path) -> None:
+    run = dropout_run(tmp_path)
+    run.kill_when(lambda: len(run.metrics) >= 1)
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert written["stage"] == 3 and written["training"]["max_steps"] == 12
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
@@ -178,7 +218,7 @@ def test_resuming_what_is_finished_says_so(undisturbed: TinyRun) -> None:
 def test_an_unfinished_run_is_neither_dropped_nor_changed_by_accident(tmp_path: Path) -> None:
     run = dropout_run(tmp_path)
     run.kill_when(lambda: "step_000004" in run.checkpoints)
-    assert "--resume to go on with it or --restart" in dropout_run(tmp_path).fail()
+    assert "--resume to continue it or --restart" in dropout_run(tmp_path).fail()
     changed = dropout_run(tmp_path, "--resume", sets=["training.learning_rate=1.0"])
     assert "training.learning_rate: 0.0005 there, 1.0 now" in changed.fail()
     assert "saved by 1 processes" in dropout_run(tmp_path, "--resume", world=2).fail()

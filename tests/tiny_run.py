@@ -24,10 +24,8 @@ from safetensors.torch import load_file
 
 from nextgpt.common.modality import MODALITIES
 from nextgpt.mini_world.write_data import write_world
-from nextgpt.model.delta import Delta
 from nextgpt.model.imagebind.encoder import ImageBind
 from nextgpt.model.imagebind.loading import save_imagebind
-from nextgpt.model.nextgpt import NextGPT
 from nextgpt.tools.embed_captions import embed_captions
 from parity_tools import fill_by_recipe
 from tiny_decoders import tiny_decoder
@@ -264,10 +262,9 @@ def _train_watched(*given: Any) -> None:
     from nextgpt.training.trainer import Trainer
 
     class Watched(Trainer):
-        def make_model(self, delta: Delta | None) -> NextGPT:
-            self.model = super().make_model(delta)
+        def build_model(self) -> None:
+            super().build_model()
             self.before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-            return self.model
 
         def train(self) -> bool:
             finished = super().train()

@@ -8,7 +8,7 @@ import torch
 
 from nextgpt.config.loader import load_config
 from nextgpt.config.schema import Config
-from nextgpt.conversation.batch import Batch, locate_signal_spans, pad_conversations
+from nextgpt.conversation.batch import Batch, Example, collate
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.conversation.prompt import PromptBuilder
 from nextgpt.dataset.readers import clean_caption
@@ -95,12 +95,11 @@ def recorded_batch(case: str) -> Batch:
     """The batch of the recorded case, with the recorded features and caption embeddings."""
     kind = case.split(".")[1]
     encoder = tiny_encoder()
-    encoded = [encoder.encode(recorded_conversation(case, row)) for row in (0, 1)]
-    batch = pad_conversations(encoded, pad_id=encoder.tokenizer.eos_token_id)
     shown = "image" if kind in ("image_to_text", "multiturn") else kind
-    if len(batch.media_positions):
-        batch.features = cases()[f"imagebind.{shown}"]
-    for modality, runs in locate_signal_spans(encoded).items():
-        batch.signal_spans[modality] = torch.tensor([[row, position] for row, position, _ in runs])
-        batch.caption_embeds[modality] = cases()[f"in.caption_emb.{modality}"]
-    return batch
+    examples = []
+    for row in (0, 1):
+        prompt = encoder.encode(recorded_conversation(case, row))
+        features = [cases()[f"imagebind.{shown}"][row] for _ in prompt.media_positions]
+        targets = [cases()[f"in.caption_emb.{m.modality}"][row] for _, m in prompt.signal_spans]
+        examples.append(Example(prompt, features, targets))
+    return collate(examples, encoder.tokenizer.eos_token_id, feature_width=32)

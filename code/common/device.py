@@ -1,4 +1,4 @@
-"""Where and in which precision the model runs: chosen once, at the start."""
+"""Device and precision of a process."""
 
 import os
 from typing import Literal
@@ -21,8 +21,8 @@ def choose_device() -> torch.device:
 def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The dtype of frozen weights and matrix products.
 
-    `auto` is bf16 where the hardware computes it, else fp16 (with loss scaling) on a GPU and fp32
-    on a CPU. bf16 and fp16 on a CPU work, slowly.
+    `auto` is bf16 where the hardware supports it, else fp16 (with loss scaling) on a GPU and fp32
+    on a CPU. bf16 and fp16 work on every CPU, but slowly.
 
     Raises:
         UserError: bf16 on a GPU that lacks it.
@@ -40,18 +40,18 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """Matrix products in `dtype` on `device` inside; as they are where it is float32."""
+    """Autocast to `dtype` on `device`; disabled for float32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware of `device` multiplies bf16 itself; every choice of bf16 asks here.
+    """Whether `device` multiplies bf16 in hardware.
 
-    GPUs before compute capability 8.0 (V100, T4, RTX 20) emulate it slowly. AMD's GPUs have it. The
-    machine's first GPU decides, whichever is this process's: those of a machine then agree. A CPU
-    has it with AMX or AVX-512, about twice as fast as fp32; elsewhere fp32 is 1.5 times as fast.
+    GPUs below compute capability 8.0 (V100, T4, RTX 20) emulate it slowly; AMD's GPUs support it.
+    The machine's first GPU decides, so that all its processes agree. CPUs support it with AMX or
+    AVX-512, about twice as fast as fp32; on others fp32 is 1.5 times as fast.
     """
     if device.type == "cuda":
         return bool(torch.version.hip) or torch.cuda.get_device_properties(0).major >= 8
-    has = torch.cpu.get_capabilities()
-    return has.get("amx_bf16", False) or has.get("avx512_bf16", False)
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))

@@ -1,9 +1,9 @@
-"""Connections of process 0 with every other process of a run: sockets that the system closes.
+"""Sockets between rank 0 and every other rank, which the system closes when a process dies.
 
-The run's TCPStore, which all have reached, carries the port and a secret token. Nothing that comes
-from elsewhere, or says nothing, counts or is waited for: a connection is a process's once it has
-sent the token. The store could not do this alone: it tells nobody that a process is gone, and a
-heartbeat in it would stop, too, while a library holds the interpreter (minutes, for a large save).
+The run's TCPStore, which all ranks have reached, carries the port and a secret token. A connection
+counts once it has sent the token; others are ignored and not waited for. The store alone does not
+suffice: it does not report that a process is gone, and a heartbeat through it would also stop while
+a library holds the interpreter (minutes, for a large save).
 """
 
 import hmac
@@ -20,11 +20,11 @@ import torch.distributed as dist
 
 from nextgpt.common.errors import UserError
 
-CONNECT_SECONDS = 60.0  # all have met at the store a moment ago
+CONNECT_SECONDS = 60.0  # all ranks have just met at the store
 _ADDRESS = "peer_connections"  # the store's key for the port and the token
 _TOKEN = 32  # bytes
 _RANK = 4  # bytes
-_IDLE, _INTERVAL, _PROBES = 10, 5, 3  # s, s: a machine that lost its power is noticed in 25 s
+_IDLE, _INTERVAL, _PROBES = 10, 5, 3  # s, s: a machine without power is detected in 25 s
 
 
 def run_store(seconds: float) -> dist.Store:
@@ -45,7 +45,7 @@ def run_store(seconds: float) -> dist.Store:
 
 
 def accept_peers(store: dist.Store, world: int, seconds: float) -> dict[Connection, int]:
-    """Process 0: connections of the others, with their ranks; of those that come in time."""
+    """On rank 0: connections by rank, of the ranks that connect in time."""
     token = secrets.token_bytes(_TOKEN)
     with _listen() as listener:
         store.set(_ADDRESS, f"{listener.getsockname()[1]} {token.hex()}")
@@ -54,18 +54,18 @@ def accept_peers(store: dist.Store, world: int, seconds: float) -> dict[Connecti
 
 
 def connect_to_first(store: dist.Store, rank: int, seconds: float) -> Connection:
-    """Another process: its connection to process 0.
+    """On another rank: the connection to rank 0.
 
     Raises:
-        UserError: process 0 does not listen, or cannot be reached.
+        UserError: rank 0 does not listen, or cannot be reached.
     """
     try:
         store.wait([_ADDRESS], timedelta(seconds=seconds))
         port, token = store.get(_ADDRESS).decode().split()
     except dist.DistError as error:
         raise UserError(
-            f"process {rank}: process 0 did not say within {seconds:g} s where it listens: was it "
-            "killed? Look at its output"
+            f"process {rank}: process 0 sent no address within {seconds:g} s: was it killed? Look "
+            "at its output"
         ) from error
     host = "127.0.0.1" if _on_one_machine() else os.environ["MASTER_ADDR"]
     try:
@@ -80,16 +80,16 @@ def connect_to_first(store: dist.Store, rank: int, seconds: float) -> Connection
 
 
 def _on_one_machine() -> bool:
-    """Whether the launcher (torchrun by the first name, DeepSpeed by the other) says so."""
+    """By the launcher's variables: torchrun's is the first, DeepSpeed's the second."""
     local = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE"))
     return local == os.environ.get("WORLD_SIZE")
 
 
 def _listen() -> socket.socket:
-    """A socket that listens on a free port: of this machine only, or of IPv4 and IPv6.
+    """A socket that listens on a free port, on loopback or on all interfaces, IPv4 and IPv6.
 
-    On several machines it is every interface's: a machine's own name may mean another address to
-    itself than to the others (127.0.1.1 on Debian).
+    On several machines all interfaces are needed: a machine may resolve its own name to another
+    address than the others do (127.0.1.1 on Debian).
     """
     if _on_one_machine():
         return socket.create_server(("127.0.0.1", 0), backlog=socket.SOMAXCONN)
@@ -105,14 +105,14 @@ def _listen() -> socket.socket:
 def _accept(
     listener: socket.socket, token: bytes, world: int, end: float
 ) -> dict[int, socket.socket]:
-    """By rank the connections that sent `token` before `end`; all others are closed."""
+    """By rank the sockets that sent `token` before `end`; all others are closed."""
     listener.setblocking(False)
     found: dict[int, socket.socket] = {}
-    greetings: dict[socket.socket, bytes] = {}  # what the rest has sent up to now
+    greetings: dict[socket.socket, bytes] = {}  # received so far
     while len(found) < world - 1 and (left := end - time.monotonic()) > 0:
         for sock in wait([listener, *greetings], left):
             if sock is listener:
-                with suppress(OSError):  # it has gone again
+                with suppress(OSError):  # it was closed meanwhile
                     newcomer, _ = listener.accept()
                     newcomer.setblocking(False)
                     greetings[newcomer] = b""
@@ -132,7 +132,7 @@ def _accept(
 
 
 def _receive(sock: socket.socket, size: int) -> bytes:
-    """Up to `size` bytes that have come in; none from one that is gone."""
+    """Up to `size` received bytes; empty if the peer is gone."""
     try:
         return sock.recv(size)
     except OSError:
@@ -140,14 +140,14 @@ def _receive(sock: socket.socket, size: int) -> bytes:
 
 
 def _authenticated_rank(greeting: bytes, token: bytes) -> int:
-    """The rank in a greeting with the right token; 0, which never greets, in any other."""
+    """The rank in a greeting with the right token; else 0, which never sends one."""
     if not hmac.compare_digest(greeting[:_TOKEN], token):
         return 0
     return int.from_bytes(greeting[_TOKEN:], "big")
 
 
 def _as_connection(sock: socket.socket) -> Connection:
-    """The same connection for whole messages; it ends, too, when the other machine falls silent."""
+    """The socket as a message connection, with keep-alive: it ends if the machine is gone."""
     sock.settimeout(None)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":

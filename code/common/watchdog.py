@@ -1,9 +1,9 @@
-"""Failure detection over the processes of a run: when one fails or dies, all end within seconds.
+"""Failure detection over the ranks of a run: when one fails or dies, all end within seconds.
 
-A collective waits for a process that is gone, and where it does not, its error hides the cause. So
-every process keeps a connection to process 0, which the system closes when a process dies. Process
-0 decides who failed first; that one says why, the others end in silence with the same exit code.
-Only for a process that was killed somebody else has to speak.
+A collective waits for a rank that is gone, or raises an error that hides the cause. So every rank
+keeps a connection to rank 0, which the system closes when a process dies. Rank 0 decides who failed
+first; that rank reports its error, the others exit silently with the same code. The death of a
+killed process is reported by rank 0, or by rank 1 if it was rank 0.
 """
 
 import os
@@ -28,21 +28,20 @@ from nextgpt.common.peer_connections import (
     run_store,
 )
 
-_GRACE = 1.0  # seconds in which an error may turn out to be the death of another process
-_DECISION_TIMEOUT = 5.0  # seconds to wait for process 0 to say who failed first
-_TEARDOWN = 12  # seconds that a failed process has to end, whatever its libraries still wait for
-_DIED = 1  # exit code of those that a killed process leaves
+_GRACE = 1.0  # seconds in which an error may turn out to be the death of another rank
+_DECISION_TIMEOUT = 5.0  # seconds to wait for rank 0's decision
+_TEARDOWN = 12  # seconds until a failed process is ended, whatever its libraries wait for
+_DIED = 1  # exit code of the other ranks when a process was killed
 
 
 @contextmanager
 def guarded_process_group() -> Iterator[None]:
-    """Join the run's processes; end all of them when the block fails, or one dies, in one of them.
+    """Initialise the process group; end all ranks when the block fails or one of them dies.
 
-    An exception of this process comes out of the block if it was the first of all; otherwise the
-    process ends here.
+    An exception of this rank is raised if it was the first failure; otherwise the process ends.
 
     Raises:
-        UserError: a process does not come, or cannot be reached.
+        UserError: a rank does not connect, or cannot be reached.
         RuntimeError: the block called `sys.exit`.
     """
     init_process_group(choose_device())
@@ -60,27 +59,28 @@ def guarded_process_group() -> Iterator[None]:
 
 
 class Watchdog:
-    """This process's connections, and a thread that waits for what comes in by them.
+    """A thread that receives messages of the other ranks; inactive with a single rank.
 
     Args:
-        rank, world: of this process, and how many there are; one alone has nothing to watch.
+        rank, world: of this process, and the number of ranks.
     """
 
     def __init__(self, rank: int, world: int) -> None:
         self._rank, self._world = rank, world
-        self._peers: dict[Connection, int] = {}  # process 0's to all others, another's to process 0
-        self._first: tuple[int, int] | None = None  # process 0's decision: who, with which code
+        self._peers: dict[
+            Connection, int
+        ] = {}  # of rank 0 to all others, of another rank to rank 0
+        self._first: tuple[int, int] | None = None  # rank 0's decision: rank and exit code
         self._lock = threading.Lock()
         self._failing = False
         self._left = False
         self._is_first = threading.Event()
 
     def start(self, seconds: float = CONNECT_SECONDS) -> None:
-        """Connect, and watch from now on; all processes must do so within `seconds`.
+        """Connect and start watching; all ranks must do so within `seconds`.
 
         Raises:
-            UserError: another process does not come, or cannot be reached; those that can be told
-                learn of it by `fail`.
+            UserError: another rank does not connect, or cannot be reached.
         """
         if self._world == 1:
             return
@@ -99,27 +99,27 @@ class Watchdog:
             )
 
     def fail(self, code: int) -> None:
-        """Return if this process is the first to fail, for it to say why; else end it.
+        """Return if this rank is the first to fail, to report its error; else end the process.
 
         Args:
-            code: the exit code that all processes get.
+            code: exit code of all ranks.
         """
         self._failing = True
         time.sleep(_GRACE)
         if self._rank == 0:
             self._end_after_first_failure(0, code)
-        elif self._peers:  # else process 0 has left, and had nothing to say against this one
+        elif self._peers:  # else rank 0 has left without objection
             self._send_to_peers(("failed", code))
             self._is_first.wait(_DECISION_TIMEOUT)
 
     def close(self) -> None:
-        """Leave: from now on the end of this process is no failure, nor is another's for it."""
+        """Leave: from now on neither this rank's end nor another's is a failure."""
         self._left = True
         self._send_to_peers(("left", 0))
 
     def _send_to_peers(self, message: tuple[str, int]) -> None:
         for connection in list(self._peers):
-            with suppress(OSError):  # it is gone, which `_watch` sees; the others must hear it
+            with suppress(OSError):  # it is gone, which `_watch` handles
                 connection.send(message)
 
     def _watch(self) -> None:
@@ -140,11 +140,11 @@ class Watchdog:
                     self._handle_decision(message, number)
 
     def _end_after_first_failure(self, rank: int, code: int, *, died: bool = False) -> None:
-        """Process 0: the process `rank` is the first to fail, unless another was before it."""
+        """On rank 0: record `rank` as the first to fail, unless another was, and notify all."""
         with self._lock:
             if self._first is not None:
                 if rank == 0:
-                    threading.Event().wait()  # the other thread is about to end this process
+                    threading.Event().wait()  # until the other thread ends this process
                 return
             self._first = rank, code
             if died:
@@ -157,7 +157,7 @@ class Watchdog:
             os._exit(code)
 
     def _handle_decision(self, message: str, code: int) -> None:
-        """Another process: what process 0 said of the first failure, or that it died."""
+        """On other ranks: handle rank 0's decision, or its death."""
         if message == "first" or (message == "died" and self._failing):
             self._is_first.set()
             self._peers.clear()
@@ -169,14 +169,14 @@ class Watchdog:
 
 def _report_death(rank: int, world: int) -> None:
     print(
-        f"\nerror: process {rank} of {world} ended without a word: was it killed, is there too "
-        "little memory? The others end too",
+        f"\nerror: process {rank} of {world} ended without an error message: was it killed, is "
+        "there too little memory? The others end too",
         file=sys.stderr,
         flush=True,
     )
 
 
 def _end_by_alarm() -> None:
-    """Let the system end this process soon, even if a library's teardown waits for ever."""
+    """Have the system end this process soon, even if a library's teardown hangs."""
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(_TEARDOWN)

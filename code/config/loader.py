@@ -3,8 +3,10 @@
 A named YAML may hold sections `stage_1` to `stage_4`, which count for that stage alone.
 """
 
+import argparse
 import difflib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,40 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
         return Config.model_validate(values)
     except ValidationError as error:
         raise UserError("\n".join(_explain(item, origins) for item in error.errors())) from None
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: str = "mini") -> None:
+    """Add `--config`, `--set` and `--print-config` to an entry's command line."""
+    parser.add_argument("--config", default=default, help="mini, 7b, or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved configuration and exit"
+    )
+
+
+def load_config_from(
+    arguments: argparse.Namespace, stage: int | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """The configuration that the command line names; `--print-config` prints it and exits.
+
+    Args:
+        arguments: parsed, with those of `add_config_arguments`.
+        stage: as for `load_config`.
+        overrides: further ones, which count after `--set`.
+
+    Raises:
+        UserError: as for `load_config`.
+    """
+    config = load_config(arguments.config, stage, [*arguments.set, *overrides])
+    if arguments.print_config:
+        print(format_config(config), end="")
+        sys.exit()
+    return config
+
+
+def format_config(config: Config) -> str:
+    """The configuration as YAML that `load_config` reads."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _find(name: str) -> Path:

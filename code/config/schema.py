@@ -66,7 +66,7 @@ class OutputProjectionConfig(Section):
     decoder_layers: Positive
     heads: Positive
     dim_feedforward: Positive  # hidden width of the feed-forward layers
-    whiten_inputs: bool  # begin with what varies in what comes in: see callbacks/whitening.py
+    whiten_inputs: bool  # begin with what varies in what comes in: see callbacks/warm_start.py
 
     @model_validator(mode="after")
     def _heads_divide_d_model(self) -> Self:

@@ -23,7 +23,7 @@ from nextgpt.common.file_digests import FileState
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
-from nextgpt.conversation.batch import pad_conversations
+from nextgpt.conversation.batch import Example, collate
 from nextgpt.conversation.messages import Conversation, Media, Turn
 from nextgpt.conversation.prompt import EncodedPrompt, PromptBuilder
 from nextgpt.generation.events import (
@@ -261,11 +261,20 @@ class Assistant:
         if media:
             with self._timed(seconds, "load"):
                 self.load_media_encoder()
-        batch = pad_conversations(encoded, pad_id=0).to(self.device)
         with self._timed(seconds, "encode"):
-            features = [self._media_feature(medium, check, limits) for medium in media]
-        if features:
-            batch.features = torch.stack(features)
+            examples = [
+                Example(
+                    prompt,
+                    [
+                        self._media_feature(medium, check, limits)
+                        for _, medium in prompt.media_positions
+                    ],
+                    [None] * len(prompt.signal_spans),
+                )
+                for prompt in encoded
+            ]
+        batch = collate(examples, pad_id=0, feature_width=self.config.encoder.width)
+        batch = batch.to(self.device)
         embeddings = self.model.embed(batch.input_ids, batch.media_positions, batch.features)
         return [
             row[: len(prompt.input_ids)] for row, prompt in zip(embeddings, encoded, strict=True)
@@ -340,7 +349,7 @@ class Assistant:
         ]
         # Causal, and padded on the right: no mask is needed.
         embeddings = pad_sequence(rows, batch_first=True)  # (B, L + A, H)
-        hidden = self.model.read(embeddings).float()  # the projections are float32
+        hidden = self.model.last_hidden_states(embeddings).float()  # the projections are float32
         embeddings = embeddings.float()
         prompt_embeds = {}
         for modality, found in spans.items():
@@ -348,7 +357,9 @@ class Assistant:
                 [(span.row, len(prompts[span.row]) + span.position) for span in found],
                 device=self.device,
             )
-            prompt_embeds[modality] = self.model.project_runs(modality, starts, hidden, embeddings)
+            prompt_embeds[modality] = self.model.project_signals(
+                modality, starts, hidden, embeddings
+            )
         return prompt_embeds
 
     def _decode(

@@ -1,11 +1,11 @@
-"""The any-to-any model: input projection, language model and output projections.
+"""The any-to-any model: input projection, language model, output projections to the decoders.
 
-One forward pass serves all training stages. It costs the language model's forward pass, logits at
-the positions that have labels only, and the output projections of the signal spans only.
+All stages share one forward pass. It costs the language model's forward pass, logits at labelled
+positions only, and the output projections of the signal spans only.
 """
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,16 @@ from nextgpt.model.trainable import set_modes, trained_groups
 
 @dataclass
 class Losses:
-    """Losses summed over a batch, and their counts for the mean over ranks and micro batches.
+    """Sums over a batch and their counts, to be averaged over ranks and micro batches.
 
     Attributes:
-        text: scalar, cross entropy summed over tokens with a label.
-        tokens: number of tokens with a label.
+        text: scalar, cross entropy summed over labelled tokens.
+        tokens: number of labelled tokens.
         alignment: by modality a scalar, the alignment loss summed over signal spans.
         signal_spans: by modality the number of spans.
-        unused: scalar 0 that depends on the output projections this batch did not use, so that
-            every rank has a gradient for every parameter in the same order: the all-reduce of
-            gradients needs it.
+        unused: scalar 0 attached to the output projections that this batch does not need. Every
+            rank then has the same graph and a gradient for every parameter, in the same order: the
+            order in which gradients are reduced over ranks.
     """
 
     text: torch.Tensor
@@ -38,6 +38,21 @@ class Losses:
     alignment: dict[Modality, torch.Tensor] = field(default_factory=dict)
     signal_spans: dict[Modality, int] = field(default_factory=dict)
     unused: torch.Tensor | float = 0.0
+
+
+class LanguageModelOutput(NamedTuple):
+    """What the losses need of the language model.
+
+    Attributes:
+        text_loss: scalar, cross entropy summed over labelled tokens.
+        tokens: number of labelled tokens.
+        signal_states: by modality (2, R, T, H), the last hidden states and the input embeddings of
+            the T signal tokens of R spans; modalities without spans are left out.
+    """
+
+    text_loss: torch.Tensor
+    tokens: int
+    signal_states: dict[Modality, torch.Tensor]
 
 
 class NextGPT(nn.Module):
@@ -100,7 +115,7 @@ class NextGPT(nn.Module):
         projected_SKH = projected.unflatten(1, (self.media_tokens, -1))
         return embeddings.index_put((rows, columns), projected_SKH)
 
-    def read(
+    def last_hidden_states(
         self,
         embeddings: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -108,8 +123,8 @@ class NextGPT(nn.Module):
     ) -> torch.Tensor:
         """Last hidden states (B, L, H), after the final norm, of input embeddings (B, L, H).
 
-        With `position_ids` (B, L), as in `Batch`, rows are packed; their padding is last and no
-        token attends to it, so the mask is unused: transformers takes one or the other.
+        With `position_ids` (B, L), as in `Batch`, rows are packed. Their padding comes last and no
+        token attends to it, so the mask is not passed on: transformers takes one or the other.
         """
         return self.language_model.model(
             inputs_embeds=embeddings,
@@ -118,61 +133,62 @@ class NextGPT(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def project_runs(
+    def gather_signal_states(
         self,
         modality: Modality,
-        runs: torch.Tensor,
+        spans: torch.Tensor,
         hidden: torch.Tensor,
         embeddings: torch.Tensor,
     ) -> torch.Tensor:
-        """Prompt embeddings (R, *prompt_embeds_shape) of the signal spans at `runs` (R, 2)."""
-        states_2RTH = self.states_of_runs(modality, runs, hidden, embeddings)
-        return self.output_projections[modality](*states_2RTH)
-
-    def states_of_runs(
-        self,
-        modality: Modality,
-        runs: torch.Tensor,
-        hidden: torch.Tensor,
-        embeddings: torch.Tensor,
-    ) -> torch.Tensor:
-        """What is projected (2, R, T, H): both states (B, L, H) of the signal runs at (R, 2)."""
-        rows = runs[:, :1]  # (R, 1)
-        columns = runs[:, 1:] + torch.arange(self.signal_counts[modality], device=runs.device)
+        """Both states (B, L, H) at the signal spans (R, 2), stacked: (2, R, T, H)."""
+        rows = spans[:, :1]  # (R, 1)
+        columns = spans[:, 1:] + torch.arange(self.signal_counts[modality], device=spans.device)
         return torch.stack([hidden[rows, columns], embeddings[rows, columns]])
 
-    def forward(self, batch: Batch) -> Losses:
-        """The losses of `batch`; of the text none where the language model is left out."""
-        if batch.states is not None:
-            losses, states = Losses(batch.features.new_zeros(()), 0), batch.states
-        else:
-            losses, states = self._read_and_score(batch)
-        for modality, projection in self.output_projections.items():
-            states_2RTH = states.get(modality)
-            if states_2RTH is not None:
-                found = projection(*states_2RTH)
-                losses.alignment[modality] = alignment_loss(found, batch.caption_embeds[modality])
-                losses.signal_spans[modality] = len(found)
-            else:  # not a look at a weight: under ZeRO 3 it would be gathered, by this rank alone
-                nothing = losses.text.new_zeros(1, 1, projection.fc.in_features)
-                # As hidden states would: ZeRO 3 lets go of a layer's weights after its backward
-                # pass only if its input asks for a gradient, and ranks must let go of the same.
-                nothing.requires_grad_(losses.text.requires_grad)
-                losses.unused = losses.unused + 0 * projection(nothing, nothing).sum()
-        return losses
+    def project_signals(
+        self,
+        modality: Modality,
+        spans: torch.Tensor,
+        hidden: torch.Tensor,
+        embeddings: torch.Tensor,
+    ) -> torch.Tensor:
+        """Predicted caption embeddings (R, *prompt_embeds_shape) of the signal spans (R, 2)."""
+        states_2RTH = self.gather_signal_states(modality, spans, hidden, embeddings)
+        return self.output_projections[modality](*states_2RTH)
 
-    def _read_and_score(self, batch: Batch) -> tuple[Losses, dict[Modality, torch.Tensor]]:
-        """The loss of the text, and by modality what is to be projected, (2, R, T, H)."""
+    def forward_language_model(self, batch: Batch) -> LanguageModelOutput:
+        """Run the language model over `batch`; text loss and signal states.
+
+        May be replaced on an instance whose language model is frozen: the hidden-state cache does.
+        """
         embeddings = self.embed(batch.input_ids, batch.media_positions, batch.features)
-        hidden = self.read(embeddings, batch.attention_mask, batch.position_ids)
+        hidden = self.last_hidden_states(embeddings, batch.attention_mask, batch.position_ids)
 
-        next_targets = batch.labels[:, 1:]
-        has_target = next_targets != IGNORE_INDEX
-        logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_target])
-        text = F.cross_entropy(logits.float(), next_targets[has_target], reduction="sum")
+        next_labels = batch.labels[:, 1:]
+        has_label = next_labels != IGNORE_INDEX
+        logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_label])
+        text_loss = F.cross_entropy(logits.float(), next_labels[has_label], reduction="sum")
         states = {
-            modality: self.states_of_runs(modality, runs, hidden, embeddings)
-            for modality, runs in batch.signal_spans.items()
-            if len(runs) and modality in self.output_projections
+            modality: self.gather_signal_states(modality, spans, hidden, embeddings)
+            for modality, spans in batch.signal_spans.items()
+            if len(spans) and modality in self.output_projections
         }
-        return Losses(text, int(has_target.sum())), states
+        return LanguageModelOutput(text_loss, int(has_label.sum()), states)
+
+    def forward(self, batch: Batch) -> Losses:
+        """The text and alignment losses of `batch`."""
+        output = self.forward_language_model(batch)
+        losses = Losses(output.text_loss, output.tokens)
+        for modality, projection in self.output_projections.items():
+            if modality in output.signal_states:
+                predicted = projection(*output.signal_states[modality])
+                target = batch.caption_embeds[modality]
+                losses.alignment[modality] = alignment_loss(predicted, target)
+                losses.signal_spans[modality] = len(predicted)
+            else:  # no access to a weight: under ZeRO 3 it would be gathered by this rank alone
+                zeros = losses.text.new_zeros(1, 1, projection.fc.in_features)
+                # Like hidden states: ZeRO 3 releases a layer's weights after its backward pass only
+                # if the layer's input requires a gradient, and all ranks must release the same.
+                zeros.requires_grad_(losses.text.requires_grad)
+                losses.unused = losses.unused + 0 * projection(zeros, zeros).sum()
+        return losses

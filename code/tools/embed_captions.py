@@ -1,8 +1,8 @@
-"""Computes the caption embeddings of an annotation file ahead of training (stages 2 and 3).
+"""Precomputes the caption embeddings of an annotation file for training.
 
-Only the decoder's tokenizer and text encoder are loaded. Several ranks, as `torchrun` or
-`deepspeed` start them, each take their share and need not talk to each other. For the mini image
-decoder 25 ms a caption, on two cores shared with eight other processes.
+Only the decoder's tokenizer and text encoder are loaded. Ranks (`torchrun` or `deepspeed`) split
+the captions and do not communicate. The mini image decoder takes 25 ms a caption on two cores
+shared with eight other processes.
 """
 
 from contextlib import closing
@@ -32,20 +32,20 @@ def embed_captions(
     world_size: int = 1,
     replace: bool = False,
 ) -> int:
-    """Write `out`/<medium's file name>.npy for this rank's share; what is there already stays.
+    """Write `out`/<medium's file name>.npy for this rank's captions; existing files are kept.
 
     Args:
         annotation: caption pairs, instruction data or MosIT.
         model: the decoder's folder or hub name.
-        dtype: in which the text encoder runs; none: half on CUDA. Stored is always half precision.
-        replace: make embeddings of other captions again, instead of refusing them.
+        dtype: of the text encoder; None: half precision on CUDA. Files are always half precision.
+        replace: recompute embeddings of other captions instead of raising.
 
     Returns:
-        how many embeddings this rank made.
+        the number of embeddings computed by this rank.
 
     Raises:
-        UserError: a file is wrong, too many media in it have two captions, or the embeddings there
-            are of another model or caption.
+        UserError: a file is malformed, too many of its media have two captions, or the folder's
+            embeddings are of another model or caption.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give 1 or more")
@@ -55,9 +55,9 @@ def embed_captions(
     encoder = TextEncoder(modality, model, device, dtype)
     maker = EmbeddingMaker(model, *encoder.fingerprints(), encoder.shape)
     with closing(EmbeddingStore(out, modality, maker, rank=rank, replace=replace)) as store:
-        share = list(captions.items())[rank::world_size]
-        todo = [(name, caption) for name, caption in share if not store.has(name, caption)]
-        print(f"rank {rank}: {len(todo)} captions to embed, {len(share) - len(todo)} there already")
+        of_rank = list(captions.items())[rank::world_size]
+        todo = [(name, caption) for name, caption in of_rank if not store.has(name, caption)]
+        print(f"rank {rank}: {len(todo)} captions to embed, {len(of_rank) - len(todo)} exist")
         with tqdm(
             total=len(todo), unit="caption", desc=f"{modality} captions", disable=rank > 0
         ) as bar:
@@ -69,12 +69,12 @@ def embed_captions(
 
 
 def _captions_by_name(annotation: Path, modality: Modality) -> tuple[dict[str, str], str]:
-    """The first caption of each medium, and what is left out; empty if nothing is."""
+    """The first caption of each medium, and a warning of what is left out, or an empty one."""
     captions: dict[str, str] = {}
-    found = left_out = 0
+    total = left_out = 0
     first = ""
     for medium, caption in iter_captions(annotation, modality):
-        found += 1
+        total += 1
         name = PurePosixPath(medium).name
         if captions.setdefault(name, caption) != caption:
             left_out += 1
@@ -82,8 +82,8 @@ def _captions_by_name(annotation: Path, modality: Modality) -> tuple[dict[str, s
                 f"{annotation}: {name} has two captions, {captions[name]!r} and {caption!r}; "
                 "give each medium a file name of its own"
             )
-    counted = f"{left_out:,} of {found:,} captions are second ones"
-    if left_out > MAX_SKIPPED_SHARE * found:
+    counted = f"{left_out:,} of {total:,} captions are second ones"
+    if left_out > MAX_SKIPPED_SHARE * total:
         raise UserError(f"{first} ({counted})")
     warning = f"{first} ({counted}: they are left out, and training skips them)"
     return captions, warning if left_out else ""

@@ -1,4 +1,4 @@
-"""Whether a run's caption embeddings are those of its captions and of its decoders."""
+"""Checks that a run's caption embeddings belong to its captions and to its decoders."""
 
 import shlex
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ from nextgpt.model.loading import find_folder, tokenizer_files, weight_files
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.training.data import MAX_SKIPPED_SHARE
 
-_SAMPLED_ROWS = 8  # of a data set, whose embeddings are computed again
-# Relative distance of two embeddings. Half precision moves one by 0.0006, in the mini parts; the
-# nearest other caption tried, one of another colour as a sound, is 0.058 away.
-_NEAR = 0.03
+_SAMPLED_ROWS = 8  # of a data set, whose embeddings are recomputed
+# Relative distance of two embeddings. Half precision changes one by 0.0006 in the mini components;
+# the nearest caption tried, an audio caption with another colour, is 0.058 away.
+_TOLERANCE = 0.03
 
 
 class CaptionCheck(NamedTuple):
-    """What a run is to know of its caption embeddings.
+    """Result of `check_caption_embeddings`.
 
     Attributes:
-        lines: what could not be checked, and which rows will be skipped, for the user.
+        lines: what could not be checked, and which rows will be skipped.
         wrong_rows: by data set the rows whose embeddings are of other captions, (N,) int64,
             ascending; data sets without any are left out.
     """
@@ -47,37 +47,39 @@ class CaptionCheck(NamedTuple):
 
 
 def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> CaptionCheck:
-    """See that the embeddings are of the captions and of the text encoders configured.
+    """Check that the embeddings belong to the captions and to the configured text encoders.
 
-    A few embeddings of other captions are samples to be skipped, like other broken ones.
+    A few embeddings of other captions are skipped like other unusable samples.
 
     Raises:
         UserError: more than `MAX_SKIPPED_SHARE` of a data set's embeddings are of other captions
-            (names the first, both captions and the command that makes it again), or all are of
+            (names the first, both captions and the command that recomputes it), or all are of
             another text encoder.
     """
     findings = find_wrong_captions(config, dataset)
-    wrong = {name: one.wrong_rows for name, one in findings.items() if len(one.wrong_rows)}
-    lines = []
-    for name, rows in wrong.items():
-        size, fault = dataset.sizes[name], min(findings[name].faults.items())[1]
-        counted = f"{name}: {len(rows):,} of {size:,} rows have embeddings of other captions"
-        if len(rows) > MAX_SKIPPED_SHARE * size:
+    lines, wrong_rows = [], {}
+    for name, finding in findings.items():
+        if not len(finding.wrong_rows):
+            continue
+        wrong_rows[name] = finding.wrong_rows
+        count, size = len(finding.wrong_rows), dataset.sizes[name]
+        fault = min(finding.faults.items())[1]
+        counted = f"{name}: {count:,} of {size:,} rows have embeddings of other captions"
+        if count > MAX_SKIPPED_SHARE * size:
             raise UserError(f"{fault} ({counted}; check_data.py lists the first)")
         lines.append(f"{counted} and are skipped, first: {fault}")
     lines += [
         f"{name}: {count:,} of {finding.outputs[modality]:,} {modality} caption embeddings have no "
-        f"record in {dataset.sources[name].embeddings} of the caption they were made from: they "
-        "could not be checked"
+        f"record of their captions in {dataset.sources[name].embeddings}: they could not be checked"
         for name, finding in findings.items()
         for modality, count in finding.unrecorded.items()
         if count
     ]
-    return CaptionCheck(lines + check_makers(config, dataset), wrong)
+    return CaptionCheck(lines + check_makers(config, dataset), wrong_rows)
 
 
 def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[str, CaptionFinding]:
-    """By data set, what of its captions is not what its embeddings were made from."""
+    """By data set, which captions differ from those their embeddings were computed from."""
 
     def command(annotation: Path, modality: Modality, folder: Path) -> str:
         path = config.decoders[modality].path
@@ -90,10 +92,9 @@ def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[st
 def compare_unrecorded(
     config: Config, dataset: ConversationDataset, findings: Mapping[str, CaptionFinding]
 ) -> None:
-    """Compare embeddings without records with what the text encoder gives, a few of each data set.
+    """Recompute a few embeddings of each data set that have no record, and add to `findings`.
 
-    Those that differ are added to `findings`; nothing is compared where the decoder is not on this
-    machine.
+    Modalities whose decoder is not on this machine are left out.
     """
     for name, finding in findings.items():
         for modality in [modality for modality, count in finding.unrecorded.items() if count]:
@@ -103,21 +104,22 @@ def compare_unrecorded(
                 continue
             encoder = TextEncoder(modality, str(folder), choose_device())
             for row, medium in sample_outputs(dataset, name, _SAMPLED_ROWS):
-                there = Path(medium.embedding or "").is_file()
-                if medium.modality == modality and there and (fault := _compare(encoder, medium)):
+                if medium.modality != modality or not Path(medium.embedding or "").is_file():
+                    continue
+                if fault := _compare_with_encoder(encoder, medium):
                     finding.add_wrong_rows(np.array([row]))
                     finding.faults[row] = f"{fault} (row {row}; the first is 0)"
 
 
-def _compare(encoder: TextEncoder, medium: Media) -> str | None:
+def _compare_with_encoder(encoder: TextEncoder, medium: Media) -> str | None:
     """What is wrong with the stored embedding of a medium's caption."""
     expected = encoder.encode([medium.caption or ""])[0].float().cpu()
     try:
-        found = read_embedding(Path(medium.embedding or ""), tuple(expected.shape))
+        stored = read_embedding(Path(medium.embedding or ""), tuple(expected.shape))
     except UserError as error:
         return str(error)
-    distance = ((found - expected).norm() / expected.norm()).item()
-    if distance < _NEAR:
+    distance = ((stored - expected).norm() / expected.norm()).item()
+    if distance < _TOLERANCE:
         return None
     return (
         f"{medium.embedding} is not what the text encoder of decoders.{medium.modality}.path makes "
@@ -126,47 +128,43 @@ def _compare(encoder: TextEncoder, medium: Media) -> str | None:
 
 
 def check_makers(config: Config, dataset: ConversationDataset) -> list[str]:
-    """See that the embeddings are of the text encoders of the configured decoders.
+    """Check that the embeddings come from the text encoders of the configured decoders.
 
     Returns:
-        what could not be checked, a line each.
+        lines on what could not be checked.
 
     Raises:
-        UserError: they are of another one.
+        UserError: they come from another one.
     """
     folder = project_path(config.data.caption_embedding_dir).resolve()
-    used = output_modalities(dataset, project_path(config.data.cache_dir))
-    return [line for modality in sorted(used) for line in _check_maker(config, folder, modality)]
-
-
-def _check_maker(config: Config, folder: Path, modality: Modality) -> list[str]:
-    """Compare the text encoder that made a folder's embeddings with the configured decoder's."""
-    made_by = read_maker(folder, modality)
-    if made_by is None:
-        return []  # no record of the captions, either: said already
-    path = config.decoders[modality].path
-    try:
-        weights, tokenizer = text_encoder_fingerprints(config, modality)
-    except UserError as fault:  # a stage that reads embeddings does without the decoders
-        return [
-            f"{folder}: it could not be checked that the {modality} embeddings are of the text "
-            f"encoder of decoders.{modality}.path: {fault}"
-        ]
-    configured = made_by._replace(fingerprint=weights, tokenizer=tokenizer)
-    if made_by.differs_from(configured):
-        raise UserError(
-            f"the {modality} embeddings in {folder} were made by {made_by.model}, whose text "
-            f"encoder is another than that of decoders.{modality}.path {path}: set it to the one "
-            "that made them, or run process_embeddings.py with it and an empty folder, and set "
-            "data.caption_embedding_dir to that"
-        )
-    return []
+    lines = []
+    for modality in sorted(output_modalities(dataset, project_path(config.data.cache_dir))):
+        maker = read_maker(folder, modality)
+        if maker is None:
+            continue  # then the captions have no record either, which is reported
+        path = config.decoders[modality].path
+        try:
+            weights, tokenizer = text_encoder_fingerprints(config, modality)
+        except UserError as fault:  # a stage that reads embeddings does without the decoders
+            lines.append(
+                f"{folder}: whether the {modality} embeddings are of the text encoder of "
+                f"decoders.{modality}.path could not be checked: {fault}"
+            )
+            continue
+        if maker.differs_from(maker._replace(fingerprint=weights, tokenizer=tokenizer)):
+            raise UserError(
+                f"the {modality} embeddings in {folder} were made by {maker.model}, whose text "
+                f"encoder is another than that of decoders.{modality}.path {path}: set it to the "
+                "one that made them, or run process_embeddings.py with it and an empty folder, and "
+                "set data.caption_embedding_dir to that"
+            )
+    return lines
 
 
 def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, str]:
-    """Fingerprints of weights and tokenizer of the text encoder of a configured decoder.
+    """Fingerprints of weights and tokenizer of a configured decoder's text encoder.
 
-    The text encoder is loaded once for each state of its files: 2 s for Stable Diffusion's.
+    The text encoder is loaded once per state of its files: 2 s for Stable Diffusion's.
 
     Raises:
         UserError: it is not on this machine, or cannot be loaded.
@@ -177,7 +175,7 @@ def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, 
     files = sorted([*weight_files(inner), *small])
 
     def compute() -> str:
-        # A run's random numbers must not depend on what was cached.
+        # A run's random state must not depend on what was cached.
         with torch.random.fork_rng(devices=[]):
             encoder = TextEncoder(modality, str(folder), torch.device("cpu"), torch.float32)
         return " ".join(encoder.fingerprints())

@@ -1,28 +1,28 @@
 """A stage's folder: resumable checkpoints, the final delta, and what it was trained with.
 
-    stage_N/delta.safetensors         the tuned parameters
-    stage_N/config.yaml               the configuration
+    stage_N/config.yaml               the resolved configuration, written at the start
+    stage_N/delta.safetensors         the trained parameters, written at the end
     stage_N/inputs.json               what they were built from, by content
-    stage_N/checkpoints/inputs.json   the same of an unfinished run, from its start on
-    stage_N/checkpoints/step_*        exact states to resume from; gone once the stage is finished
+    stage_N/checkpoints/inputs.json   the same of an unfinished run, written at its start
+    stage_N/checkpoints/step_*        exact training states; removed when the stage is finished
 
-A checkpoint is written aside, flushed and renamed when all processes are done: whatever is called
-`step_*` is whole. Killed in the middle of a save, a run goes on from the one before.
+A checkpoint is written under a temporary name, flushed, and renamed once all ranks are done:
+whatever is called `step_*` is complete. Killed during a save, a run resumes from the one before.
 """
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch.distributed as dist
-import yaml
 from safetensors import SafetensorError
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write, rename_durably
 from nextgpt.common.json_io import to_json
+from nextgpt.config.loader import format_config
 from nextgpt.config.renamed_keys import update_keys
 from nextgpt.config.schema import Config, DecoderConfig
 from nextgpt.model.delta import DELTA_FILE, Tensors, write_delta
@@ -30,24 +30,20 @@ from nextgpt.training.engine import TrainEngine
 from nextgpt.training.run_inputs import RunInputs, compare_inputs, read_inputs, write_inputs
 
 INPUTS_FILE = "inputs.json"
-_OF_TRAINING = (
-    "path",
-    "signal_tokens",
-    "prompt_embeds_shape",
-)  # of a decoder; the rest is for answers
-# What may differ between a run and its resumption without changing what it computes.
-_MAY_DIFFER = (
+_TRAINING_KEYS = ("path", "signal_tokens", "prompt_embeds_shape")  # of a decoder
+# Keys that may change when a run is resumed: they do not affect what it computes.
+_CHANGEABLE = (
     "name", "save_path", "data.num_workers", "data.data_dir", "data.caption_embedding_dir",
-    "data.cache_dir",
-    "training.save_steps", "training.save_total_limit", "generation.*", "serving.*",
-    *(f"decoders.*.{key}" for key in DecoderConfig.model_fields if key not in _OF_TRAINING),
+    "data.cache_dir", "training.save_steps", "training.save_total_limit", "generation.*",
+    "serving.*",
+    *(f"decoders.*.{key}" for key in DecoderConfig.model_fields if key not in _TRAINING_KEYS),
 )  # fmt: skip
-# Where things are that `run_inputs` knows by content.
+# Paths of what `run_inputs` identifies by content.
 _PATHS = ("encoder.path", "language_model.path", "decoders.*.path", "training.deepspeed_config")
 
 
 class CheckpointManager:
-    """One stage's folder, as one process sees it.
+    """Reads and writes one stage's folder, on every rank.
 
     Args:
         path: the folder.
@@ -55,7 +51,7 @@ class CheckpointManager:
         config: of this run.
 
     Attributes:
-        init_from: the delta that the run started from, noted in its checkpoints.
+        init_from: delta that the run started from, recorded in its checkpoints.
     """
 
     init_from: Path | None = None
@@ -64,58 +60,50 @@ class CheckpointManager:
         self.path = path
         self.stage = stage
         self.config = config
+        self.delta = path / DELTA_FILE
         self.checkpoints = path / "checkpoints"
         self._inputs = self.checkpoints / INPUTS_FILE
 
-    @property
-    def delta(self) -> Path:
-        """The file of the tuned parameters."""
-        return self.path / DELTA_FILE
-
-    def newest(self) -> Path | None:
-        """The newest whole checkpoint."""
-        found = sorted(self.checkpoints.glob("step_*"), key=_step_of)
-        return found[-1] if found else None
-
-    def begin(self, *, resume: bool, restart: bool) -> Path | None:
-        """The checkpoint to go on from, or none for a new run.
+    def find_checkpoint(self, *, resume: bool, restart: bool) -> Path | None:
+        """The checkpoint to resume from; None for a new run.
 
         Raises:
-            UserError: an unfinished run is there and it is not said what becomes of it, or it
-                was configured otherwise.
+            UserError: there is an unfinished run but neither flag is given, or it had another
+                configuration.
         """
-        newest = self.newest()
-        if newest is not None and not resume and not restart:
+        saved = self._saved()
+        if saved and not resume and not restart:
             raise UserError(
-                f"{self.path} holds an unfinished run (at {newest.name}): give --resume to go on "
-                "with it or --restart to begin anew"
+                f"{self.path} holds an unfinished run (at {saved[-1].name}): give --resume to "
+                "continue it or --restart to discard it"
             )
-        if newest is None or restart:
+        if not saved or restart:
             return None
-        saved = read_run_state(newest)
-        if saved["world"] != dist.get_world_size():
+        checkpoint = saved[-1]
+        state, world = read_run_state(checkpoint), dist.get_world_size()
+        if state["world"] != world:
             raise UserError(
-                f"{newest} was saved by {saved['world']} processes, these are "
-                f"{dist.get_world_size()}: start as many, or --restart"
+                f"{checkpoint} was saved by {state['world']} processes, these are {world}: start "
+                "as many, or --restart"
             )
-        may_differ = _MAY_DIFFER + (_PATHS if self._inputs.is_file() else ())
-        update_keys(saved["config"], str(newest))
+        update_keys(state["config"], str(checkpoint))
+        changeable = _CHANGEABLE + (_PATHS if self._inputs.is_file() else ())
         now = self.config.model_dump(mode="json")
-        if different := _differences(saved["config"], now, may_differ):
+        if changed := sorted(_differences(state["config"], now, changeable)):
             raise UserError(
-                f"{newest} was trained with another configuration ({', '.join(different)}): give "
+                f"{checkpoint} was trained with another configuration ({', '.join(changed)}): give "
                 "the same to resume exactly, or --restart"
             )
-        return newest
+        return checkpoint
 
     def check_inputs(self, now: RunInputs, checkpoint: Path) -> str | None:
-        """See that an unfinished run is resumed with what it was built from.
+        """Compare the inputs of a resumed run with those it started from.
 
         Returns:
-            a warning, where that cannot be checked.
+            a warning, where there is no record of them.
 
         Raises:
-            UserError: something is another than when the run started; names what.
+            UserError: something differs; names what.
         """
         before = read_inputs(self._inputs)
         if before is None:
@@ -126,87 +114,88 @@ class CheckpointManager:
                     f"{self.init_from}: give the same, or --restart"
                 )
             return (
-                f"warning: {self._inputs} is missing (the run was started by an older version): it "
-                "cannot be checked that predecessor, data, embeddings and frozen models are still "
-                "those it was started with"
+                f"warning: {self._inputs} is missing (an older version started the run): whether "
+                "predecessor, data, embeddings and frozen models are the same cannot be checked"
             )
-        if different := compare_inputs(before, now):
-            listed = "\n  ".join(different)
+        if changed := compare_inputs(before, now):
+            listed = "\n  ".join(changed)
             raise UserError(
-                f"{checkpoint} is of a run that was built from something else:\n  {listed}\n"
-                "Put back what it was started with, or give --restart to begin anew"
+                f"{checkpoint} is of a run with other inputs:\n  {listed}\nRestore those, or give "
+                "--restart to discard the run"
             )
         return None
 
     def record_inputs(self, inputs: RunInputs) -> None:
-        """Write down what the run is built from; one process does, at its start."""
+        """Write the inputs of a run; on rank 0, at its start."""
         write_inputs(inputs, self._inputs)
 
+    def write_config(self) -> None:
+        """Write the resolved configuration; on rank 0, at the start of a run."""
+        with atomic_write(self.path / "config.yaml") as aside:
+            aside.write_text(f"stage: {self.stage}\n{format_config(self.config)}")
+
     def clear(self) -> None:
-        """Remove what an earlier run left: its checkpoints, and saves that were cut short."""
+        """Remove checkpoints and partial saves of an earlier run."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def save(self, agent: TrainEngine, step: int, counted: dict[str, int]) -> None:
-        """Save the exact state after `step` steps, if it is not there; all processes take part.
+    def save(self, engine: TrainEngine, step: int, counted: dict[str, int]) -> None:
+        """Save the exact state after `step` steps unless it is there; all ranks take part.
 
         Raises:
             UserError: the disk is full; the checkpoint before is still there.
         """
         final = self.checkpoints / f"step_{step:06d}"
-        aside = self.checkpoints / f".step_{step:06d}.partial"
+        partial = self.checkpoints / f".step_{step:06d}.partial"
         if final.is_dir():
             return
-        first = dist.get_rank() == 0
-        if first:
-            shutil.rmtree(aside, ignore_errors=True)
+        is_first = dist.get_rank() == 0
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         try:
-            aside.mkdir(parents=True, exist_ok=True)
-            agent.save(aside)
-            if first:
-                run = {"step": step, "world": dist.get_world_size(), "counted": counted}
-                run["config"] = self.config.model_dump(mode="json")
-                run["init_from"] = self.init_from and str(self.init_from)
-                (aside / "run.json").write_text(to_json(run, indent=1))
+            partial.mkdir(parents=True, exist_ok=True)
+            engine.save(partial)
+            if is_first:
+                state = {"step": step, "world": dist.get_world_size(), "counted": counted}
+                state["config"] = self.config.model_dump(mode="json")
+                state["init_from"] = self.init_from and str(self.init_from)
+                (partial / "run.json").write_text(to_json(state, indent=1))
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"could not save {final} (is the disk full?): {error}") from error
         dist.barrier()
-        if first:
-            rename_durably(aside, final)
-            kept = self.config.training.save_total_limit
-            for old in sorted(self.checkpoints.glob("step_*"), key=_step_of)[:-kept]:
+        if is_first:
+            rename_durably(partial, final)
+            for old in self._saved()[: -self.config.training.save_total_limit]:
                 shutil.rmtree(old)
         dist.barrier()
 
     def finish(self, tensors: Tensors, vocabulary_size: int) -> None:
-        """Write the delta, its configuration and inputs, then drop the checkpoints; one does."""
+        """Write the delta and its inputs, then remove the checkpoints; on rank 0."""
         write_delta(tensors, vocabulary_size, self.delta)
-        with atomic_write(self.path / "config.yaml") as aside:
-            content = {"stage": self.stage, **self.config.model_dump(mode="json")}
-            aside.write_text(yaml.safe_dump(content, sort_keys=False))
         if inputs := read_inputs(self._inputs):
             write_inputs(inputs, self.path / INPUTS_FILE)
         self.clear()
 
+    def _saved(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        found = self.checkpoints.glob("step_*")
+        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
 
 def read_run_state(checkpoint: Path) -> dict:
-    """What `save` noted: `step`, `world`, `counted`, `config`, `init_from`."""
+    """What `save` recorded: `step`, `world`, `counted`, `config`, `init_from`."""
     return json.loads((checkpoint / "run.json").read_text())
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
-def _differences(saved: dict, now: dict, may_differ: Sequence[str], prefix: str = "") -> list[str]:
-    different = []
+def _differences(
+    saved: dict, now: dict, changeable: tuple[str, ...], prefix: str = ""
+) -> Iterator[str]:
     for key in saved.keys() | now.keys():
         name, old, new = f"{prefix}{key}", saved.get(key), now.get(key)
-        if any(fnmatchcase(name, pattern) for pattern in may_differ):
+        if any(fnmatchcase(name, pattern) for pattern in changeable):
             continue
         if isinstance(old, dict) and isinstance(new, dict):
-            different += _differences(old, new, may_differ, f"{name}.")
+            yield from _differences(old, new, changeable, f"{name}.")
         elif old != new:
-            different.append(f"{name}: {old} there, {new} now")
-    return sorted(different)
+            yield f"{name}: {old} there, {new} now"

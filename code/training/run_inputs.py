@@ -1,14 +1,12 @@
-"""What a run is built from, known by content and not by path.
+"""Identifies by content what a run is built from, so that it is resumed with nothing else.
 
-Recorded when a run starts and compared when it is resumed: the predecessor's tuned parameters, the
-rows of the data sets, the caption embeddings, the frozen models, DeepSpeed's settings. Media files
-are not among them. Costs 1 s a GiB of weights the first time they are seen (`DigestCache`), and
-milliseconds later.
+Recorded when a run starts and compared when it is resumed: the predecessor's delta, the rows of the
+data sets, the caption embeddings, the frozen models, DeepSpeed's settings; not the media files.
+Costs 1 s per GiB of weights the first time they are seen (`DigestCache`), milliseconds later.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +24,10 @@ from nextgpt.model.loading import find_folder, tokenizer_files, weight_files
 from nextgpt.training.caption_check import text_encoder_fingerprints
 from nextgpt.training.engine import read_deepspeed_config
 
-RunInputs = dict[str, Any]  # as it stands in the file: by section, by name, what identifies it
+RunInputs = dict[str, Any]  # as in the file: by section, by name, the identity
+_Identity = dict[str, Any]  # digests, and the `file`, which may differ
 
-_SAMPLED_ROWS = 8  # of a data set, whose embeddings are read
+_SAMPLED_ROWS = 8  # of a data set, whose embeddings are hashed
 
 
 def identify_inputs(
@@ -38,14 +37,15 @@ def identify_inputs(
 
     Args:
         dataset: the run's data sets.
-        predecessor: file of the tuned parameters that the run starts from.
+        predecessor: file of the delta that the run starts from.
 
     Raises:
-        UserError: something cannot be read, or changes meanwhile.
+        UserError: a file cannot be read, or changes meanwhile.
     """
     digests = DigestCache(project_path(config.data.cache_dir))
     return {
-        "predecessor": _identify_predecessor(predecessor, digests),
+        "predecessor": predecessor
+        and {"file": str(predecessor), "digest": digests.digest(predecessor)},
         "datasets": {
             name: {
                 "file": str(dataset.sources[name].annotation),
@@ -61,13 +61,13 @@ def identify_inputs(
 
 
 def write_inputs(inputs: RunInputs, file: Path) -> None:
-    """Write what `identify_inputs` gave."""
+    """Write the result of `identify_inputs`."""
     with atomic_write(file) as aside:
         aside.write_text(to_json(inputs, indent=1) + "\n", encoding="utf-8")
 
 
 def read_inputs(file: Path) -> RunInputs | None:
-    """What `write_inputs` wrote; none if there is no such file.
+    """The inputs in `file`; None if it does not exist.
 
     Raises:
         UserError: the file is damaged.
@@ -81,45 +81,41 @@ def read_inputs(file: Path) -> RunInputs | None:
 
 
 def compare_inputs(before: RunInputs, now: RunInputs) -> list[str]:
-    """Say what a run was started with that is another now, a line each.
+    """Lines on what differs from the start of the run.
 
-    What was not there either time cannot be compared: a run that needs it says so itself.
+    What was missing either time is not compared: a run that needs it fails by itself.
     """
-    lines = list(_describe_difference("predecessor", before["predecessor"], now["predecessor"]))
+    lines = _compare("predecessor", before["predecessor"], now["predecessor"])
     for section in ("datasets", "frozen"):
         for name in before[section].keys() & now[section].keys():
-            lines += _describe_difference(name, before[section][name], now[section][name])
+            lines += _compare(name, before[section][name], now[section][name])
     for modality in before["caption_embeddings"].keys() & now["caption_embeddings"].keys():
         old, new = (inputs["caption_embeddings"][modality] for inputs in (before, now))
         name = f"{modality} caption embeddings in {new['folder']}"
-        made_by = (
-            list(_describe_difference(name, old["maker"], new["maker"])) if old["maker"] else []
-        )
+        other_maker = _compare(name, old["maker"], new["maker"]) if old["maker"] else []
         both = old["arrays"].keys() & new["arrays"].keys()
         changed = [file for file in both if old["arrays"][file] != new["arrays"][file]]
-        if made_by:
-            lines += made_by
-        elif changed:
+        if changed and not other_maker:
             lines.append(
                 f"{name}: of {len(both)} looked at {len(changed)} are others than then, first "
                 f"{min(changed)}"
             )
+        lines += other_maker
     if before["deepspeed"] != now["deepspeed"]:
         lines.append(f"DeepSpeed's settings: {before['deepspeed']} then, {now['deepspeed']} now")
     return sorted(lines)
 
 
-def _describe_difference(name: str, before: dict | None, now: dict | None) -> Iterator[str]:
-    """A line if the two identify something else; a path alone may differ."""
-    if before is None and now is None:
-        return
+def _compare(name: str, before: _Identity | None, now: _Identity | None) -> list[str]:
+    """A line if the content differs."""
     old, new = ({k: v for k, v in (one or {}).items() if k != "file"} for one in (before, now))
-    if old != new:
-        yield f"{name}: {_format_identity(before)} then, {_format_identity(now)} now"
+    if old == new and bool(before) == bool(now):
+        return []
+    return [f"{name}: {_format_identity(before)} then, {_format_identity(now)} now"]
 
 
-def _format_identity(identity: dict | None) -> str:
-    if identity is None:
+def _format_identity(identity: _Identity | None) -> str:
+    if not identity:
         return "nothing"
     words = [str(identity["file"])] if "file" in identity else []
     for key, value in identity.items():
@@ -130,12 +126,8 @@ def _format_identity(identity: dict | None) -> str:
     return ", ".join(words)
 
 
-def _identify_predecessor(file: Path | None, digests: DigestCache) -> dict[str, str] | None:
-    return None if file is None else {"file": str(file), "digest": digests.digest(file)}
-
-
-def _identify_embeddings(config: Config, dataset: ConversationDataset) -> dict[str, dict]:
-    """By modality what made the embeddings that the run reads, and digests of some of them."""
+def _identify_embeddings(config: Config, dataset: ConversationDataset) -> dict[str, _Identity]:
+    """By modality what computed the embeddings, and digests of a few."""
     if config.data.caption_embeddings == "online":
         return {}
     folder = project_path(config.data.caption_embedding_dir).resolve()
@@ -144,40 +136,40 @@ def _identify_embeddings(config: Config, dataset: ConversationDataset) -> dict[s
         maker = read_maker(folder, modality)
         identities[modality] = {
             "folder": str(folder),
-            "maker": maker and {"file": maker.model, **_without_model(maker._asdict())},
+            "maker": maker
+            and {
+                "file": maker.model,
+                "fingerprint": maker.fingerprint,
+                "tokenizer": maker.tokenizer,
+                "shape": list(maker.shape),
+            },
             "arrays": {},
         }
     for name in dataset.sources:
         for _, medium in sample_outputs(dataset, name, _SAMPLED_ROWS):
             file = Path(medium.embedding or "")
-            if file.is_file():  # a sample without one gives way to the next
+            if file.is_file():  # samples without one are skipped
                 digest = hashlib.sha256(file.read_bytes()).hexdigest()
                 identities[medium.modality]["arrays"][file.name] = digest
     return identities
 
 
-def _without_model(maker: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in maker.items() if key != "model"} | {
-        "shape": list(maker["shape"])
-    }
-
-
 def _identify_frozen(
     config: Config, dataset: ConversationDataset, digests: DigestCache
-) -> dict[str, dict[str, str]]:
+) -> dict[str, _Identity]:
     """By name the frozen models that the run uses and that are on this machine."""
     folder = find_folder(config.language_model.path, "config.json")
     files = [*weight_files(folder), folder / "config.json", *tokenizer_files(folder)]
     named = {str(file.relative_to(folder)): file for file in files}
-    identities = {
-        "language model": {"file": str(folder), "digest": digests.digest_named(named)},
+    identities: dict[str, _Identity] = {
+        "language model": {"file": str(folder), "digest": digests.digest_named(named)}
     }
     if any(source.kind != "caption_out" for source in dataset.sources.values()):
         path = project_path(config.encoder.path)
         try:
-            identity = fingerprint(path, digests)
-            identities["media encoder"] = {"file": str(path), "digest": identity}
-        except MissingFileError:  # conversations without media do without it
+            digest = fingerprint(path, digests)
+            identities["media encoder"] = {"file": str(path), "digest": digest}
+        except MissingFileError:  # conversations without media need none
             pass
     if config.data.caption_embeddings == "online":
         for modality in output_modalities(dataset, project_path(config.data.cache_dir)):
