@@ -7,6 +7,7 @@ import torch
 
 from nextgpt.common.modality import MODALITIES, ModalitySpec, register_modality
 from nextgpt.config.loader import load_config
+from nextgpt.conversation.batch import Example, collate
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.cli import save_answer
@@ -14,7 +15,6 @@ from nextgpt.generation.settings import GenerationSettings
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.trainable import set_trainable
 from nextgpt.serving.sampling_settings import setting_specs
-from nextgpt.training.data import Example, collate
 from nextgpt.training.media_features import BatchEncoder, FeatureCaches
 from tiny_decoders import tiny_decoder
 from tiny_parts import favour, tiny_overrides
@@ -38,9 +38,9 @@ def test_a_registered_modality_trains_and_answers(
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     question = Turn("human", (Text("draw how far away it is"),))
     answer = Turn("assistant", (Text("here"), Media("depth", caption="a near red circle")))
-    sample = Example(builder.encode(Conversation((question, answer))), [], {}, [])
+    sample = Example(builder.encode(Conversation((question, answer))), [], [None])
     encoder = BatchEncoder(config, FeatureCaches(config), cpu)
-    batch = encoder.complete(collate([sample], 0, config.encoder.width))
+    batch = encoder.encode(collate([sample], 0, config.encoder.width))
     loss = model(batch).alignment["depth"]
     loss.backward()
     optimizer.step()
