@@ -83,25 +83,25 @@ def measure_stage(config: Config, stage: int, steps: int, device: torch.device) 
         config, device, lora="lora" in trains, outputs="output_projections" in trains
     )
     dtype = choose_dtype(config.training.precision, device)
-    agent = TrainEngine(model, config.training, steps + 1, device, dtype)
-    batches = [random_batch(config, model, agent.micro_batch_size).to(device)]
-    batches *= agent.accumulation
+    engine = TrainEngine(model, config.training, steps + 1, device, dtype)
+    batches = [random_batch(config, model, engine.micro_batch_size).to(device)]
+    batches *= engine.accumulation
     tokens = sum(batch.input_ids.numel() for batch in batches)
     runs = {m: sum(len(batch.signal_spans.get(m, ())) for batch in batches) for m in MODALITIES}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with FlopCounterMode(display=False) as counter:
-        agent.step(batches, StepCounts(tokens, runs))
+        engine.step(batches, StepCounts(tokens, runs))
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        agent.step(batches, StepCounts(tokens, runs))
+        engine.step(batches, StepCounts(tokens, runs))
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     second = statistics.median(seconds)
     rate = counter.get_total_flops() / second
     return (
-        f"stage {stage}: {tokens} tokens a step of {len(batches)} x {agent.micro_batch_size} "
+        f"stage {stage}: {tokens} tokens a step of {len(batches)} x {engine.micro_batch_size} "
         f"conversations, {second:.3f} s, {tokens / second:,.0f} tokens a second, "
         f"{rate / 1e12:.2f} TFLOP/s{share_of_peak(rate, device)}{peak_memory(device)}"
     )

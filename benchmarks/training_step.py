@@ -65,7 +65,7 @@ def measure(config_name: str, stage: int, steps: int) -> None:
     trainer = Trainer(config, RunOptions(stage))
     all_batches = complete_batches(trainer, steps + 1)
     trainer.build_model()
-    agent = TrainEngine(trainer.model, config.training, steps + 1, trainer.device, trainer.dtype)
+    engine = TrainEngine(trainer.model, config.training, steps + 1, trainer.device, trainer.dtype)
     path = resolve_model_path(config.language_model.path)
     bare = AutoModelForCausalLM.from_pretrained(
         path, dtype=trainer.dtype, attn_implementation=config.language_model.attn_implementation
@@ -87,7 +87,7 @@ def measure(config_name: str, stage: int, steps: int) -> None:
     rows = []
     for batches in all_batches:
         counts = counts_of(batches)
-        ours = seconds(partial(agent.step, batches, counts))
+        ours = seconds(partial(engine.step, batches, counts))
         trained = seconds(partial(bare_step, batches, trained=True))
         frozen = seconds(partial(bare_step, batches, trained=False))
         tokens = sum(batch.input_ids.numel() for batch in batches)

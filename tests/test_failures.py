@@ -41,12 +41,12 @@ def _train_failing(*given: Any) -> None:
     }
     own_step, steps = TrainEngine.step, iter(range(1, 10**6))
 
-    def step(agent: TrainEngine, *arguments: Any) -> StepResult:
+    def step(engine: TrainEngine, *arguments: Any) -> StepResult:
         if next(steps) == 3 and dist.get_rank() in fault["ranks"]:
             while not given[2].with_name("now").exists():
                 time.sleep(0.02)
             raise errors[fault["error"]]
-        return own_step(agent, *arguments)
+        return own_step(engine, *arguments)
 
     TrainEngine.step = step
     tiny_run._train(*given)

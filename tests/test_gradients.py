@@ -25,12 +25,12 @@ def _train_keeping_gradients(*given: Any) -> None:
 
     own_step = TrainEngine.step
 
-    def step(agent: TrainEngine, *arguments: Any) -> StepResult:
-        result = own_step(agent, *arguments)
-        beta = agent.training.betas[0]
+    def step(engine: TrainEngine, *arguments: Any) -> StepResult:
+        result = own_step(engine, *arguments)
+        beta = engine.training.betas[0]
         gradients = {
             name: deepspeed.utils.safe_get_full_optimizer_state(p, "exp_avg") / (1 - beta)
-            for name, p in agent.model.named_parameters()
+            for name, p in engine.model.named_parameters()
             if p.requires_grad
         }
         if dist.get_rank() == 0:
@@ -106,8 +106,8 @@ def _train_summing_in_half(*given: Any) -> None:
 
     own_settings = TrainEngine._settings
 
-    def settings(agent: TrainEngine, dtype: torch.dtype) -> dict:
-        found = own_settings(agent, dtype)
+    def settings(engine: TrainEngine, dtype: torch.dtype) -> dict:
+        found = own_settings(engine, dtype)
         del found["torch_autocast"]["lower_precision_safe_modules"]
         return found
 

@@ -142,7 +142,7 @@ def test_buffers_are_those_of_deepspeeds_json(tmp_path: Path) -> None:
 
 
 def test_kept_states_are_counted_in_the_machines_memory_up_to_their_limit() -> None:
-    kept = "hidden states, kept (hidden_state_cache_gb)"
+    kept = "hidden-state cache (hidden_state_cache_gb)"
     sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=3"]
     plan = estimate_memory(tiny_config(4, sets), 4, 2)
     assert plan.in_memory[kept] == 3e9 and plan.memory_peak >= sum(plan.in_memory.values())
@@ -185,7 +185,7 @@ def test_stage_4_is_planned_with_the_adapters_it_loads() -> None:
 
 
 def test_the_encoder_is_planned_where_conversations_may_show_media() -> None:
-    encoder = "encoder, until all features are kept"
+    encoder = "encoder, until all features are cached"
     planned = [encoder in estimate_memory(tiny_config(s), s, 1).on_device for s in (1, 2, 3, 4)]
     assert planned == [True, False, True, True]
 

@@ -172,9 +172,9 @@ def _train_offloading(*given: Any) -> None:
 
     own_settings = TrainEngine._settings
 
-    def settings(agent: TrainEngine, dtype: torch.dtype) -> dict:
-        zero = {"zero_optimization": read_deepspeed_config(agent.training)["zero_optimization"]}
-        return own_settings(agent, dtype) | zero
+    def settings(engine: TrainEngine, dtype: torch.dtype) -> dict:
+        zero = {"zero_optimization": read_deepspeed_config(engine.training)["zero_optimization"]}
+        return own_settings(engine, dtype) | zero
 
     TrainEngine._settings = settings
     tiny_run._train(*given)

@@ -283,7 +283,7 @@ def _frozen_encoders(config: Config) -> dict[str, float]:
     """The media encoder, until all features are cached, and text encoders of online captions."""
     uses: dict[str, float] = {}
     if _may_show_media(config):
-        uses["encoder, until all features are kept"] = _media_encoder_bytes(config)
+        uses["encoder, until all features are cached"] = _media_encoder_bytes(config)
     aligned = "output_projections" in config.training.trainable
     if aligned and config.data.caption_embeddings == "online":
         for modality, decoder in config.decoders.items():
@@ -302,7 +302,7 @@ def _cpu_buffers(config: Config, processes: int) -> dict[str, float]:
     """The hidden-state cache and what the loader processes hold."""
     uses: dict[str, float] = {}
     if capacity := hidden_state_cache_bytes(config.training):
-        uses["hidden states, kept (hidden_state_cache_gb)"] = capacity
+        uses["hidden-state cache (hidden_state_cache_gb)"] = capacity
     if _may_show_media(config):
         per_rank = config.training.global_batch_size // processes
         prefetched = max(1, _PREFETCHED * config.data.num_workers)

@@ -17,7 +17,7 @@ from nextgpt.conversation.batch import SkippedSample
 from nextgpt.training.data import MAX_SKIPPED_SHARE
 from nextgpt.training.engine import StepResult
 
-_MIN_SAMPLES = 1000  # below which the share of skipped samples is not judged
+_MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checked
 
 
 class MetricsLogger:
@@ -110,7 +110,7 @@ class MetricsLogger:
 
 
 def _truncate(file: Path, last_step: int) -> None:
-    """Drop partial lines, and those of steps after `last_step`, which are taken again."""
+    """Drop partial lines, and those of steps after `last_step`, which will be repeated."""
     if not file.is_file():
         return
     lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
