@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from nextgpt.common.cli import run_cli
-from nextgpt.config.loader import STAGES, load_config
+from nextgpt.config.loader import STAGES, add_config_arguments, config_from_arguments
 from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
 from nextgpt.tools.validate_data import check_datasets
 from nextgpt.training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
@@ -23,15 +23,13 @@ def main() -> None:
     """Arguments in, a paragraph a data set out."""
     parser = argparse.ArgumentParser(description="say whether data sets are ready")
     parser.add_argument("datasets", nargs="*", help="names; none: all of the stage")
-    parser.add_argument("--config", default="7b", help="mini, 7b, or a YAML file")
+    add_config_arguments(parser, default="7b")
     parser.add_argument("--stage", type=int, choices=STAGES, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--decode", type=int, default=20, help="media of a data set to be decoded")
     arguments = parser.parse_args()
-    overrides = list(arguments.set)
-    if arguments.datasets:
-        overrides.append(f"data.datasets=[{', '.join(arguments.datasets)}]")
-    config = load_config(arguments.config, arguments.stage, overrides)
+    datasets = ", ".join(arguments.datasets)
+    overrides = [f"data.datasets=[{datasets}]"] if datasets else []
+    config = config_from_arguments(arguments, arguments.stage, overrides)
     aligned = "output_projections" in config.training.trainable
     shapes = prompt_embeds_shapes(config) if aligned else None
     dataset, unusable = open_conversations(config.data), 0

@@ -43,8 +43,14 @@ CANDIDATES = 100
 _SHOWN = 16  # media a kind in the picture
 
 
-def score_parts(
-    config: Config, parts: Sequence[str], samples: int, seed: int, out: Path, split: Split
+def score_components(
+    config: Config,
+    components: Sequence[str],
+    *,
+    samples: int,
+    seed: int,
+    split: Split,
+    out: Path,
 ) -> None:
     """Score `parts` (modalities, and "encoder"), print, and write `parts.json` and a picture each.
 
@@ -55,10 +61,10 @@ def score_parts(
     out.mkdir(parents=True, exist_ok=True)
     figures: dict[str, Any] = {}
     for modality in MODALITIES:
-        if modality in parts:
+        if modality in components:
             figures[modality] = _score_decoder(config, modality, samples, seed, out, split)
             print(f"{modality} decoder: {_line(figures[modality])}", flush=True)
-    if "encoder" in parts:
+    if "encoder" in components:
         figures["encoder"] = _score_encoder(config, samples, seed, split)
         for modality, found in figures["encoder"].items():
             print(f"encoder, {modality} among {CANDIDATES} captions: {found['right']:.1%}")
