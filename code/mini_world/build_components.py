@@ -36,7 +36,7 @@ from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.mini_world.component_training.diffusion import train_unet
 from nextgpt.mini_world.component_training.encoder import train_encoder
-from nextgpt.mini_world.component_training.runner import last_line
+from nextgpt.mini_world.component_training.runner import last_log_entry
 from nextgpt.mini_world.component_training.text_encoders import (
     ClapTower,
     ClipTower,
@@ -232,7 +232,7 @@ class Builder:
             return {}
         before = _trained_in(self.out / _PATHS[part])
         return {
-            run: before[run] if self._is_trained(name) else last_line(self.work, run)
+            run: before[run] if self._is_trained(name) else last_log_entry(self.work, run)
             for name in _components(part)
             for run in _RUNS.get(name, (name,))
         }
