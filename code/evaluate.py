@@ -16,7 +16,7 @@ from nextgpt.config.loader import add_config_arguments, config_from_arguments
 from nextgpt.generation.cli import find_delta
 from nextgpt.mini_world.objects import HELD_OUT_PAIRS
 from nextgpt.mini_world.scoreboard.items import CELLS, parse_cells
-from nextgpt.mini_world.scoreboard.scoreboard import Questions, evaluate
+from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, evaluate
 
 
 def main() -> None:
@@ -37,8 +37,8 @@ def main() -> None:
     cells = parse_cells(arguments.cells)
     config = config_from_arguments(arguments)
     delta = arguments.delta or find_delta(config)
-    questions = Questions(cells, arguments.samples, arguments.seed, arguments.split)
-    evaluate(config, delta, questions, arguments.out)
+    settings = EvaluationSettings(cells, arguments.samples, arguments.seed, arguments.split)
+    evaluate(config, delta, settings, arguments.out)
 
 
 if __name__ == "__main__":

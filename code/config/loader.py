@@ -23,7 +23,9 @@ CONFIG_DIR = Path(__file__).parent
 STAGES = (1, 2, 3, 4)
 
 
-def load_config(name: str, stage: int | None = None, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    name: str, stage: int | None = None, overrides: Sequence[str] | None = None
+) -> Config:
     """Load and validate the configuration `name`.
 
     Args:
@@ -45,7 +47,7 @@ def load_config(name: str, stage: int | None = None, overrides: Sequence[str] = 
     layers.append((source, named))
     if stage is not None:
         layers.append((f"{source}, section stage_{stage}", by_stage[stage]))
-    layers += [_parse_override(override) for override in overrides]
+    layers += [_parse_override(override) for override in overrides or ()]
 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
