@@ -101,8 +101,9 @@ def _type(field: Schema) -> str:
     if field["type"] == "array":
         return f"list of {_type(field['items'])}"
     if field["type"] == "object":
-        keys = _type(field["propertyNames"])
-        return f"map from {keys} to {_type(field['additionalProperties'])}"
+        keys = field.get("propertyNames", {}).get("enum", list(MODALITIES))
+        name = "modality" if keys == list(MODALITIES) else _type({"enum": keys})
+        return f"map from {name} to {_type(field['additionalProperties'])}"
     bounds = [f"{sign} {field[bound]}" for bound, sign in _BOUNDS.items() if bound in field]
     if "multipleOf" in field:
         bounds.append(f"multiple of {field['multipleOf']}")

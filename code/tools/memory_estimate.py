@@ -36,7 +36,7 @@ from nextgpt.model.quantization import quantizable_matrices, refuse_to_divide, s
 from nextgpt.model.trainable import count_parameters, group_of, is_base_vocabulary
 from nextgpt.model.weight_files import map_folder
 from nextgpt.tools.memory_meter import MemoryMeter
-from nextgpt.tools.weights.checks import NETWORKS, language_model_figures
+from nextgpt.tools.weights.checks import NETWORKS, load_language_model_config
 from nextgpt.tools.weights.registry import source_of
 from nextgpt.training.engine import micro_batch_size, read_deepspeed_config
 from nextgpt.training.trainer import TRAINED_BEFORE, configure_trainable
@@ -148,7 +148,7 @@ def _offloads(zero: dict[str, Any], what: str) -> bool:
 
 def _figures(config: Config) -> tuple[PreTrainedConfig, int]:
     """The language model's figures, and how many tokens its tokenizer has."""
-    known = language_model_figures(config)
+    known = load_language_model_config(config)
     if known is None:
         raise MissingFileError(
             f"language_model.path {config.language_model.path}: not there, and its config.json "
@@ -347,7 +347,7 @@ def _serving(
             folder = find_folder(decoder.path, "model_index.json")
         except MissingFileError:
             source = source_of(modality, decoder.path)
-            known_numbers = source.numbers if source else 0
+            known_numbers = source.num_parameters if source else 0
             counted = "as published" if known_numbers else "not counted"
             sizes[f"decoder, {modality}: not here, {counted}"] = 2.0 * known_numbers
             continue
