@@ -86,8 +86,9 @@ class _PrintConfig(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, *_: Any) -> None:
         namespace.print_config = True
-        for action in [*parser._actions, *parser._mutually_exclusive_groups]:
-            action.required = False
+        requirements: list[Any] = [*parser._actions, *parser._mutually_exclusive_groups]
+        for requirement in requirements:
+            requirement.required = False
 
 
 def config_from_arguments(

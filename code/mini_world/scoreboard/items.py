@@ -126,8 +126,8 @@ def write_media(items: Sequence[Item], seed: int) -> None:
     """Render the items' media; their names, part of the seed, differ from all training media."""
     for item in items:
         if item.shown:
-            modality, thing, path = item.shown
-            write_medium(path, modality, thing, seed)
+            modality, obj, path = item.shown
+            write_medium(path, modality, obj, seed)
 
 
 def _item(cell: str, number: int, seed: int, folder: Path, split: Split) -> Item:

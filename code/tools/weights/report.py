@@ -20,26 +20,26 @@ class _Checked(NamedTuple):
 
 
 def prepare_checkpoints(
-    config: Config, parts: Sequence[PartName], *, fetch: bool, command: str
+    config: Config, components: Sequence[PartName], *, fetch: bool, command: str
 ) -> bool:
-    """Check `parts`, download missing ones if `fetch`, and print a report.
+    """Check `components`, download missing ones if `fetch`, and print a report.
 
     Args:
         fetch: download what is missing; what is wrong is left unchanged.
-        command: the download command, for the report; a part's name is appended.
+        command: the download command, for the report; a component's name is appended.
 
     Returns:
         Whether all are right.
     """
     checked = []
-    for name in parts:
-        part = _check(config, name)
-        if fetch and part.finding.missing and part.source:
-            part = _fetch(config, part, part.source)
-        print(_report(part, command), end="\n\n")
-        checked.append(part)
-    wrong = [part.name for part in checked if part.finding.fault]
-    print(f"{len(parts) - len(wrong)} of {len(parts)} components are right", end="")
+    for name in components:
+        component = _check(config, name)
+        if fetch and component.finding.missing and component.source:
+            component = _fetch(config, component, component.source)
+        print(_report(component, command), end="\n\n")
+        checked.append(component)
+    wrong = [component.name for component in checked if component.finding.fault]
+    print(f"{len(components) - len(wrong)} of {len(components)} components are right", end="")
     print(f"; missing or wrong: {', '.join(wrong)}" if wrong else "")
     return not wrong
 
@@ -49,29 +49,31 @@ def _check(config: Config, name: PartName) -> _Checked:
     return _Checked(name, path, source_of(name, path), check_part(config, name))
 
 
-def _fetch(config: Config, part: _Checked, source: Source) -> _Checked:
+def _fetch(config: Config, component: _Checked, source: Source) -> _Checked:
     """Download a component and check it again; a failed download becomes its fault."""
     print(f"downloading {source.title}: {source.downloader.origin}", flush=True)
     try:
-        source.downloader.fetch(project_path(part.path))
+        source.downloader.fetch(project_path(component.path))
     except UserError as error:
-        return part._replace(finding=Finding(part.finding.facts, str(error), missing=True))
-    return _check(config, part.name)
+        return component._replace(
+            finding=Finding(component.finding.facts, str(error), missing=True)
+        )
+    return _check(config, component.name)
 
 
-def _report(part: _Checked, command: str) -> str:
+def _report(component: _Checked, command: str) -> str:
     """Format a heading and the known facts."""
-    finding, source = part.finding, part.source
+    finding, source = component.finding, component.source
     verdict = ("missing" if finding.missing else "WRONG") if finding.fault else "right"
-    lines = [f"{part.name}: {source.title if source else part.path}: {verdict}"]
-    lines.append(f"  path       {part.path}")
+    lines = [f"{component.name}: {source.title if source else component.path}: {verdict}"]
+    lines.append(f"  path       {component.path}")
     lines += [f"  found      {fact}" for fact in finding.facts]
     lines.append(f"  licence    {source.licence if source else 'unknown'}")
     if finding.fault:
         lines.append(f"  fault      {finding.fault}")
     if finding.missing and source:
         lines.append(f"  from       {source.downloader.origin}")
-        lines.append(f"  fetch      {command} {part.name}")
+        lines.append(f"  fetch      {command} {component.name}")
         lines += [f"  then       {source.next_step}"] if source.next_step else []
     elif finding.missing:
         lines.append("  fetch      no known source: put it there, or set its path")
