@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from nextgpt.common.cli import run_cli
-from nextgpt.config.loader import STAGES, add_config_arguments, config_from_arguments
+from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
 from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
 from nextgpt.tools.validate_data import check_datasets
 from nextgpt.training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
@@ -29,7 +29,7 @@ def main() -> None:
     arguments = parser.parse_args()
     datasets = ", ".join(arguments.datasets)
     overrides = [f"data.datasets=[{datasets}]"] if datasets else []
-    config = config_from_arguments(arguments, arguments.stage, overrides)
+    config = load_config_from(arguments, arguments.stage, overrides)
     aligned = "output_projections" in config.training.trainable
     shapes = prompt_embeds_shapes(config) if aligned else None
     dataset, unusable = open_conversations(config.data), 0

@@ -15,7 +15,7 @@ import torch
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
-from nextgpt.config.loader import add_config_arguments, config_from_arguments
+from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.model.build import find_folder
 from nextgpt.model.delta import DELTA_FILE, PUBLISHED_FILE, Delta, read_delta, write_delta
 from nextgpt.model.trainable import is_base_vocabulary
@@ -90,7 +90,7 @@ def main() -> None:
     )
     add_config_arguments(parser, default="7b")  # names the language model of --to published
     arguments = parser.parse_args()
-    config = config_from_arguments(arguments)
+    config = load_config_from(arguments)
     delta = read_delta(arguments.source)
     dtype = DTYPES.get(arguments.dtype)
     if arguments.to == "published":

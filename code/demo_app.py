@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from nextgpt.common.cli import run_cli
-from nextgpt.config.loader import add_config_arguments, config_from_arguments
+from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.serving.server import serve
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     )
     parser.add_argument("--server_port", type=int, default=7860)
     arguments = parser.parse_args()
-    config = config_from_arguments(arguments)
+    config = load_config_from(arguments)
     serve(config, arguments.nextgpt_ckpt_path, arguments.server_name, arguments.server_port)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.paths import project_path
-from nextgpt.config.loader import add_config_arguments, config_from_arguments
+from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.generation.cli import find_delta
 from nextgpt.mini_world.objects import HELD_OUT_PAIRS
 from nextgpt.mini_world.scoreboard.items import CELLS, parse_cells
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=project_path("outputs/scoreboard"))
     arguments = parser.parse_args()
     cells = parse_cells(arguments.cells)
-    config = config_from_arguments(arguments)
+    config = load_config_from(arguments)
     delta = arguments.delta or find_delta(config)
     settings = EvaluationSettings(cells, arguments.samples, arguments.seed, arguments.split)
     evaluate(config, delta, settings, arguments.out)

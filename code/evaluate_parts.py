@@ -9,7 +9,7 @@ from pathlib import Path
 from nextgpt.common.cli import run_cli
 from nextgpt.common.modality import MODALITIES
 from nextgpt.common.paths import project_path
-from nextgpt.config.loader import add_config_arguments, config_from_arguments
+from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.mini_world.objects import HELD_OUT_PAIRS
 from nextgpt.mini_world.scoreboard.component_scores import score_components
 
@@ -25,7 +25,7 @@ def main() -> None:
     add_config_arguments(parser)
     parser.add_argument("--out", type=Path, default=project_path("outputs/parts"))
     arguments = parser.parse_args()
-    config = config_from_arguments(arguments)
+    config = load_config_from(arguments)
     score_components(
         config,
         arguments.only,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.modality import MODALITIES
-from nextgpt.config.loader import add_config_arguments, config_from_arguments
+from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.generation.cli import answer_requests
 from nextgpt.generation.history import read_history
 from nextgpt.generation.requests import Request, human_turn, read_cases
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = parser.parse_args()
     flags = [(key, getattr(arguments, flag)) for flag, key in PUBLISHED_FLAGS.items()]
     overrides = [f"{key}={value}" for key, value in flags if value is not None]
-    config = config_from_arguments(arguments, overrides=overrides)
+    config = load_config_from(arguments, overrides=overrides)
     media = {modality: getattr(arguments, modality) for modality in MODALITIES}
     if arguments.cases and (arguments.history or any(media.values())):
         parser.error("--cases brings its own media: leave out --image, --video, --audio, --history")

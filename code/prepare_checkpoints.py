@@ -9,7 +9,7 @@ import shlex
 import sys
 
 from nextgpt.common.cli import run_cli
-from nextgpt.config.loader import add_config_arguments, config_from_arguments
+from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.tools.weights.registry import PART_NAMES
 from nextgpt.tools.weights.report import prepare_checkpoints
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PART_NAMES, default=list(PART_NAMES))
     parser.add_argument("--fetch", action="store_true", help="download what is missing")
     arguments = parser.parse_args()
-    config = config_from_arguments(arguments)
+    config = load_config_from(arguments)
     sets = [word for override in arguments.set for word in ("--set", override)]
     words = ["python", "prepare_checkpoints.py", "--config", arguments.config, *sets]
     command = shlex.join([*words, "--fetch", "--only"])

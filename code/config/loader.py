@@ -67,7 +67,7 @@ def format_config(config: Config) -> str:
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, default: str = "mini") -> None:
-    """Add `--config`, `--set` and `--print-config`; `config_from_arguments` evaluates them."""
+    """Add `--config`, `--set` and `--print-config`; `load_config_from` evaluates them."""
     parser.add_argument("--config", default=default, help="mini, 7b or a YAML file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key"
@@ -91,7 +91,7 @@ class _PrintConfig(argparse.Action):
             requirement.required = False
 
 
-def config_from_arguments(
+def load_config_from(
     arguments: argparse.Namespace, stage: int | None = None, overrides: Sequence[str] = ()
 ) -> Config:
     """Load the configuration that the command line names; `overrides` follow those of `--set`.

@@ -3,7 +3,6 @@
 python -m nextgpt.tools.config_reference
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import yaml
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES
 from nextgpt.common.paths import PROJECT_ROOT
 from nextgpt.config.loader import CONFIG_DIR, STAGES
@@ -86,7 +86,7 @@ def _default(key: str, field: Schema, base: Schema) -> str:
 
 
 def _code(value: Any) -> str:
-    text = value if isinstance(value, str) and value else json.dumps(value)
+    text = value if isinstance(value, str) and value else to_json(value)
     return f"`{text}`"
 
 
