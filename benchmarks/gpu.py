@@ -135,7 +135,7 @@ def measure_answer(config: Config, device: torch.device) -> str:
         """Random weights call for no media: what they write is followed by all three."""
         own = min(len(tokenizer), known[1])
         ids = [[one % own for one in row] for row in write(*arguments, **keywords)]
-        runs = [token for modality in MODALITIES for token in signals.run(modality)]
+        runs = [token for modality in MODALITIES for token in signals.span(modality)]
         return [row + runs for row in ids]
 
     assistant_module.generate_answers = write_and_call

@@ -25,8 +25,8 @@ from transformers import (
 
 from nextgpt.common.io import atomic_write
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.mini_decoders import UNCHECKED
-from nextgpt.mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
+from nextgpt.mini_world.mini_decoders import NO_SAFETY_CHECKER
+from nextgpt.mini_world.mini_tokenizers import build_clip_tokenizer, build_roberta_tokenizer
 from nextgpt.model.decoders import PIPELINES
 
 
@@ -118,9 +118,13 @@ NETWORKS = {"image": image_networks, "video": video_networks, "audio": audio_net
 def write_random_decoder(modality: Modality, folder: Path) -> None:
     """Write the pipeline with random weights in half precision, in diffusers' format."""
     words = ["anything at all"]
-    tokenizer = roberta_tokenizer(words, 512) if modality == "audio" else clip_tokenizer(words, 77)
+    tokenizer = (
+        build_roberta_tokenizer(words, 512)
+        if modality == "audio"
+        else build_clip_tokenizer(words, 77)
+    )
     networks = NETWORKS[modality]()
-    unchecked = UNCHECKED if modality == "image" else {}
+    unchecked = NO_SAFETY_CHECKER if modality == "image" else {}
     pipeline = PIPELINES[modality](
         tokenizer=tokenizer, scheduler=DDIMScheduler(), **networks, **unchecked
     )

@@ -31,8 +31,8 @@ from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.conversation.prompt import IGNORE_INDEX
 from nextgpt.generation.requests import human_turn
 from nextgpt.media.transforms import load_views
-from nextgpt.mini_world.media_set import Album, generator, write_medium
-from nextgpt.mini_world.questions import ask
+from nextgpt.mini_world.media_set import MediaSet, seeded_rng, write_medium
+from nextgpt.mini_world.questions import sample_question
 from nextgpt.model.build import build_media_encoder, build_model, build_prompt_builder
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.nextgpt import NextGPT
@@ -49,12 +49,12 @@ def ask_validation(config: Config, folder: Path) -> dict[Modality, list[Example]
     """Questions about things of held-out pairs in held-out words, with right answers."""
     device, encoder = choose_device(), build_prompt_builder(config)
     imagebind = build_media_encoder(config).to(device)
-    album = Album("settings", SEED, dict.fromkeys(MODALITIES, ASKED), split="validation")
-    rng = generator(SEED, "questions")
+    album = MediaSet("settings", SEED, dict.fromkeys(MODALITIES, ASKED), split="validation")
+    rng = seeded_rng(SEED, "questions")
     asked: dict[Modality, list[Example]] = {modality: [] for modality in MODALITIES}
     for name, modality, thing in album:
         write_medium(folder / name, modality, thing, SEED)
-        question, answer = ask(thing, modality, rng, split="validation")
+        question, answer = sample_question(thing, modality, rng, split="validation")
         turns = (
             human_turn(question, {modality: [folder / name]}),
             Turn("assistant", (Text(answer),)),

@@ -37,7 +37,7 @@ def scripted_ids(*said: str) -> list[int]:
     ids = []
     for one in said:
         if one in MODALITIES:
-            ids += encoder.signals.run(one)
+            ids += encoder.signals.span(one)
         else:
             ids += encoder.tokenizer(one, add_special_tokens=False).input_ids
     return [*ids, 333]

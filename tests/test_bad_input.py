@@ -17,8 +17,8 @@ from nextgpt import inference, process_embeddings
 from nextgpt.common.cli import INTERRUPTED, run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
-from nextgpt.dataset import preprocess_dataset
 from nextgpt.mini_world import write_data
+from nextgpt.tools import preprocess_dataset
 from parity_tools import PARITY
 from tiny_decoders import tiny_decoder
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
@@ -34,7 +34,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("system")
     write_tiny_parts(folder)
     signals = tiny_encoder().signals
-    script_language_model(folder, [*signals.run("image"), *signals.run("audio"), 333])
+    script_language_model(folder, [*signals.span("image"), *signals.span("audio"), 333])
     return folder
 
 

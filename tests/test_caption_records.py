@@ -206,7 +206,7 @@ def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
 
     before = change_rows(tmp_path, named_alike)
     (line,), wrong_rows = check_run(tmp_path, sets)
-    assert re.search(rf"row {ROWS - 1} .*another row another one.*name of its own", line)
+    assert re.search(rf"row {ROWS - 1} .*another row another one.*unique name", line)
     assert wrong_rows["mini_image_dec"].tolist() == [ROWS - 1]  # row 0 has the caption recorded
     change_rows(tmp_path, lambda _: before)
     own = [{"video_name": before[0]["image_name"], "caption": "a green drum"}]

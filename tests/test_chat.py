@@ -63,7 +63,7 @@ def runs_of(ids: list[int]) -> list[str]:
             continue
         modality = SIGNALS.modality_starting_with(ids[0])
         assert modality is not None, SIGNALS.name(ids[0])
-        run = SIGNALS.run(modality)
+        run = SIGNALS.span(modality)
         assert ids[: len(run)] == run
         found.append(modality)
         ids = ids[len(run) :]
@@ -90,7 +90,7 @@ def test_signal_runs_are_whole_whatever_is_sampled(
 def test_runs_begin_only_where_they_fit() -> None:
     processor = CompleteSignalSpans(SIGNALS, max_new_tokens=10)
     scores = torch.zeros(1, SIGNALS.end_id)
-    starts = {modality: SIGNALS.run(modality)[0] for modality in SIGNALS.counts}
+    starts = {modality: SIGNALS.span(modality)[0] for modality in SIGNALS.counts}
 
     def allowed(written: list[int]) -> set[int]:
         ids = torch.tensor([written], dtype=torch.long)
@@ -101,7 +101,7 @@ def test_runs_begin_only_where_they_fit() -> None:
     assert allowed([5] * 3) == own | {starts["image"]}
     assert allowed([5] * 7) == own
     assert allowed([5, starts["audio"]]) == {starts["audio"] + 1}
-    assert allowed([5, *SIGNALS.run("image")]) == own | {starts["image"]}
+    assert allowed([5, *SIGNALS.span("image")]) == own | {starts["image"]}
 
 
 @pytest.mark.parametrize("written", [[13, 332], [333], [2]])
@@ -249,7 +249,7 @@ def random_answer(encoder: PromptBuilder, rng: random.Random) -> list[int]:
             low = rng.randrange(300)
             ids += [low] if [low] not in encoder.stop_sequences else []
         else:
-            ids += encoder.signals.run(rng.choice(list(encoder.signals.counts)))
+            ids += encoder.signals.span(rng.choice(list(encoder.signals.counts)))
     end = rng.choice([*encoder.stop_sequences, []])
     return ids + end[: rng.choice([len(end), 1])]
 

@@ -38,7 +38,7 @@ def test_missing_and_broken_media_are_counted_and_named(tmp_path: Path) -> None:
     code, said, _ = check(run, "mini_image_enc")
     assert code == 1
     assert "mini_image_enc: 34 of 36 usable" in said
-    assert f"{first} is missing" in said and f"{second}: not readable as a picture" in said
+    assert f"{first} is missing" in said and f"{second}: not readable as an image" in said
     assert "mini_video_enc" not in said
 
 

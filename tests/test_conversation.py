@@ -10,8 +10,12 @@ from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.batch import pack_conversations, pad_conversations
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
-from nextgpt.conversation.prompt import IGNORE_INDEX, EncodedPrompt, PromptBuilder
-from nextgpt.conversation.prompt_pieces import SLOT
+from nextgpt.conversation.prompt import (
+    IGNORE_INDEX,
+    PLACEHOLDER_ID,
+    EncodedPrompt,
+    PromptBuilder,
+)
 from nextgpt.model.build import build_model, build_prompt_builder
 from parity_tools import cases
 from tiny_system import ask, recorded_conversation, tiny_config, tiny_encoder
@@ -116,7 +120,7 @@ def test_media_stand_where_they_are_in_any_turn_of_either_side(
         around = encoded.input_ids[position - 1], encoded.input_ids[position + 1]
         assert around == (encoder.signals.open, encoder.signals.close)
     for position, medium in encoded.signal_spans:
-        run = encoder.signals.run(medium.modality)
+        run = encoder.signals.span(medium.modality)
         assert encoded.input_ids[position : position + len(run)] == run
         assert encoded.labels[position : position + len(run)] == run
 
@@ -128,7 +132,13 @@ def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
     encoded = encoder.encode(Conversation((turn,)))
     open_, close = encoder.signals.open, encoder.signals.close
     for position, _ in encoded.media_positions:
-        assert encoded.input_ids[position - 1 : position + 4] == [open_, SLOT, SLOT, SLOT, close]
+        assert encoded.input_ids[position - 1 : position + 4] == [
+            open_,
+            PLACEHOLDER_ID,
+            PLACEHOLDER_ID,
+            PLACEHOLDER_ID,
+            close,
+        ]
     assert [medium.modality for _, medium in encoded.media_positions] == ["audio", "image"]
 
     model = build_model(config, torch.float32, lora=False, output_projections=False)
@@ -163,7 +173,7 @@ def test_truncation_cuts_text_only_and_counts_it(encoder: PromptBuilder, max_len
     cut = encoder.encode(conversation, max_length)
     assert len(cut.input_ids) == max_length
     assert cut.cut_tokens == len(whole.input_ids) - max_length
-    run = encoder.signals.run("video")
+    run = encoder.signals.span("video")
     assert cut.input_ids[-1 - len(run) : -1] == run
     assert cut.input_ids[-1] == whole.input_ids[-1]
     assert cut.input_ids[cut.signal_spans[0][0] :][: len(run)] == run
@@ -206,7 +216,7 @@ def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(templat
     cut = encoder.encode(conversation, max_length=100)
     assert cut.cut_tokens > 0
     with_loss = labelled(cut)
-    run = encoder.signals.run("image")
+    run = encoder.signals.span("image")
     start = with_loss.index(run[0])
     assert with_loss[start : start + len(run)] == run
     end = encoder.stop_sequences[1 if template == "vicuna_v0" else 0]
@@ -223,7 +233,7 @@ def test_truncated_text_behind_signal_tokens_is_not_trained_to_end(
     assert cut.input_ids[-len(end) :] == end
     assert cut.labels[-len(end) :] == [IGNORE_INDEX] * len(end)
     assert cut.labels[-len(end) - 1] != IGNORE_INDEX
-    assert set(encoder.signals.run("image")) <= set(labelled(cut))
+    assert set(encoder.signals.span("image")) <= set(labelled(cut))
 
 
 def test_question_that_is_cut_leaves_the_whole_answer_its_loss(

@@ -118,7 +118,7 @@ def test_a_full_pool_makes_a_call_wait_and_a_stop_ends_the_wait() -> None:
             pool.submit(decode, hostile.hang, "a file", limits=limits)
             for _ in range(decode_worker.MAX_WORKERS)
         ]
-        wait_until(lambda: not decode_worker._pool.places._value, seconds=20)
+        wait_until(lambda: not decode_worker._pool.slots._value, seconds=20)
         with pytest.raises(InterruptedError, match="stopped"):
             decode(hostile.same, "a file", check=check)
         assert not any(one.done() for one in hanging)
@@ -289,7 +289,7 @@ def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
     results = list(loader)
     for index, (views, _) in enumerate(results):
         if index == 1:
-            assert "crash.png: cannot be decoded: it ended the decoder (SIGSEGV)" in views
+            assert "crash.png: cannot be decoded: the decoder crashed (SIGSEGV)" in views
         else:
             assert torch.equal(views, load_views("image", PHOTO))
     if workers:
@@ -305,7 +305,7 @@ def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
     {"dtype": "<f4", "shape": [1 << 20, 1 << 20]},
 ])  # fmt: skip
 def test_an_answer_that_is_no_array_of_numbers_is_not_read(answer: dict) -> None:
-    with pytest.raises(ValueError, match="no array of a medium"):
+    with pytest.raises(ValueError, match="not an array of a medium"):
         decode_worker._unpack(answer, None)
 
 
@@ -331,5 +331,5 @@ def test_a_crash_while_training_costs_one_sample_and_not_the_run(
     assert run.start(target=_train_with_crashes).wait() == 0, run.output
     reasons = {line["reason"] for line in run.skipped}
     (reason,) = reasons
-    assert "crash.png: cannot be decoded: it ended the decoder (SIGSEGV)" in reason
+    assert "crash.png: cannot be decoded: the decoder crashed (SIGSEGV)" in reason
     assert run.metrics[-1]["skipped"] == len(run.skipped) >= 1

@@ -24,7 +24,7 @@ from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.decode_worker import MAX_WORKERS
 from nextgpt.media.writing import Frames, Sound, save_medium
-from nextgpt.mini_world.captions import read_caption
+from nextgpt.mini_world.captions import parse_caption
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.serving.answer_state import AnswerState
 from nextgpt.serving.chat_view import as_said, chat_messages
@@ -431,7 +431,7 @@ def test_a_captions_own_embedding_is_nearest_to_it(modality: str) -> None:
     captions = bank_captions(modality)
     assert len(captions) == {"image": 480, "video": 2880, "audio": 36}[modality]
     assert captions == bank_captions(modality)
-    assert all(read_caption(caption) for caption in captions)
+    assert all(parse_caption(caption) for caption in captions)
     bank._embedded[modality] = captions[:30], encoder.encode(captions[:30]).flatten(1)
     for index in (0, 7, 29):
         near = bank.nearest(encoder, encoder.encode([captions[index]])[0])

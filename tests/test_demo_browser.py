@@ -238,7 +238,7 @@ def test_a_broken_file_is_named_and_the_message_stays_in_the_box(
     half.write_bytes(PHOTO.read_bytes()[:2000])
     page.reload()
     send(page, "and this?", half)
-    expect(page.locator("#chat p.fault")).to_contain_text("half.jpg: not readable as a picture")
+    expect(page.locator("#chat p.fault")).to_contain_text("half.jpg: not readable as an image")
     page.reload()
     send(page, "are you still there?")
     answered(page)

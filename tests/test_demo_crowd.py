@@ -229,7 +229,7 @@ def test_a_conversation_that_is_too_long_is_the_askers_fault(demo: Running) -> N
 def test_a_broken_picture_ends_that_answer_with_its_name(demo: Running, tmp_path: Path) -> None:
     broken = tmp_path / "half.jpg"
     broken.write_bytes(PHOTO.read_bytes()[:2000])
-    with pytest.raises(BadRequestError, match="not readable as a picture") as refused:
+    with pytest.raises(BadRequestError, match="not readable as an image") as refused:
         openai(demo).chat.completions.create(model="any", messages=[user("a", picture(broken))])
     assert str(demo.folder) not in str(refused.value)
 

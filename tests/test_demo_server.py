@@ -301,7 +301,7 @@ def test_a_medium_that_crashes_the_decoder_costs_that_request_alone(
     demo.desk.assistant._features.clear()
     with monkeypatch.context() as patch:
         patch.setattr(where, hostile_decoders.crash)
-        with pytest.raises(BadRequestError, match="ended the decoder") as refused:
+        with pytest.raises(BadRequestError, match="decoder crashed") as refused:
             openai(demo).chat.completions.create(**asked)
     assert str(demo.folder) not in str(refused.value)
     assert openai(demo).chat.completions.create(**asked).choices[0].message.content
@@ -404,11 +404,11 @@ def test_files_that_hang_in_their_checks_do_not_hold_the_desk(
             for _ in range(6)
         ]
         try:
-            wait_until(lambda: decode_worker._pool.places._value == 1)
+            wait_until(lambda: decode_worker._pool.slots._value == 1)
             assert isinstance(asyncio.run(answer())[-1], Finished)
             words = openai(demo).chat.completions.create(model="any", messages=[user("hello")])
             assert words.choices[0].message.content
-            assert decode_worker._pool.places._value == 1 and not any(a.done() for a in attacks)
+            assert decode_worker._pool.slots._value == 1 and not any(a.done() for a in attacks)
         finally:
             for key in [key for key in demo.sessions._open if key.startswith("v1 ")]:
                 demo.sessions.close(key, key)

@@ -1,4 +1,6 @@
-"""What the documents say is so: commands, flags, keys, links, formats and snippets."""
+"""Documents agree with the code: commands, flags, paths, keys, links, formats, snippets; README and
+course page are the same in both languages.
+"""
 
 import ast
 import importlib
@@ -16,14 +18,36 @@ import pytest
 from nextgpt.config.loader import load_config
 from nextgpt.dataset.catalog import CATALOG
 from nextgpt.dataset.json_stream import iter_rows
-from nextgpt.dataset.preprocess_dataset import preprocess
 from nextgpt.dataset.readers import read_record
+from nextgpt.tools.preprocess_dataset import preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
 READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+COURSE = [ROOT / "docs/course.md", ROOT / "docs/course.zh-CN.md"]
+DOCS = sorted(ROOT.glob("docs/*.md"))
+WRITTEN_DOCS = [document for document in DOCS if document.name != "configuration.md"]  # generated
 PREPARE = sorted([*ROOT.glob("data/*/prepare.md"), *ROOT.glob("data/*/*/prepare.md"),
                   *ROOT.glob("data/*/*/*/prepare.md")])  # fmt: skip
-DOCUMENTS = [*READMES, *PREPARE, ROOT / "data/embed/README.md", *ROOT.glob("ckpt/*/*.md")]
+DOCUMENTS = [
+    *READMES, *DOCS, *PREPARE, ROOT / "data/embed/README.md", *sorted(ROOT.glob("ckpt/*/*.md")),
+    ROOT / "tests/parity/README.md",
+]  # fmt: skip
+PROGRAMS = [
+    *(f"code/{name}.py" for name in (
+        "train", "inference", "demo_app", "evaluate", "evaluate_parts", "process_embeddings",
+        "check_data", "prepare_checkpoints", "merge_vicuna", "convert_delta",
+        "dataset/preprocess_dataset", "mini_world/write_data", "mini_world/build_components",
+    )),
+    "benchmarks/gpu.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
+]  # fmt: skip
+OTHERS_FLAGS = {"--help", "--logdir"}  # of every program; TensorBoard's
+# Roots of paths in the documents. Data, weights and outputs are not in the repository.
+TRACKED_ROOTS = ("code", "scripts", "tests", "benchmarks", "docs", "assets")
+THE_COURSES_FILES = {  # named in the course page's left column
+    "code/model/anyToImageVideoAudio.py", "code/model/layers.py", "code/model/ImageBind",
+    "code/model/agent.py", "code/model/custom_sd.py", "code/model/custom_vd.py",
+    "code/model/custom_ad.py",
+}  # fmt: skip
 CAPTION_FILES = {  # what each snippet finds, and the one row it makes of it
     "cc3m": (
         {"images/00000/000000012.jpg": "", "images/00000/000000012.txt": "a boat\n"},
@@ -56,6 +80,30 @@ def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
+def without_blocks(document: Path) -> str:
+    return re.sub(r"^```.*?^```$", "", document.read_text("utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub gives a document's headings."""
+    headings = re.findall(r"^#+ (.+)$", without_blocks(document), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+def sections_of(document: Path) -> list[str]:
+    """The text before the first heading of level 2, and each section, without blocks."""
+    return re.split(r"^## ", without_blocks(document), flags=re.MULTILINE)
+
+
+def numbers_in(text: str) -> list[str]:
+    return sorted(re.findall(r"\d+(?:[.,]\d+)*", text))
+
+
+def links_in(text: str) -> list[str]:
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    return sorted(target.replace(".zh-CN", "") for target in targets)
+
+
 def commands(document: Path) -> list[tuple[Path, list[str]]]:
     """(current folder, words) of every command in the document's bash blocks."""
     found = []
@@ -77,7 +125,8 @@ def program(folder: Path, words: list[str]) -> tuple[Path, list[str]]:
         return folder / words[at], words[at + 1 :]
     assert words[0] in ("bash", "python"), f"unknown command {words[0]}"
     if words[1] == "-m":
-        return folder / (words[2].replace(".", "/") + ".py"), words[3:]
+        inner = words[2].removeprefix("nextgpt.").replace(".", "/")
+        return ROOT / "code" / f"{inner}.py", words[3:]
     return folder / words[1], words[2:]
 
 
@@ -95,6 +144,8 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
             behind = {"train.sh": "code/train.py", "app.sh": "code/demo_app.py"}.get(file.name)
             return own | (ask(ROOT / behind) if behind else set())
         monkeypatch.setattr(sys, "argv", [str(file), "--help"])
+        if file.parent.name == "benchmarks":  # they import each other
+            monkeypatch.syspath_prepend(str(file.parent))
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(file), run_name="__main__")
         return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
@@ -116,22 +167,12 @@ def test_every_command_runs_a_file_that_is_there_with_flags_that_it_takes(
             assert flags(arguments) <= known[file], words
 
 
-def test_every_flag_named_in_the_readmes_is_some_programs(help_of: Callable) -> None:
-    programs = [
-        ROOT / name
-        for name in (
-            "code/inference.py", "code/process_embeddings.py", "code/dataset/preprocess_dataset.py",
-            "code/mini_world/write_data.py", "code/mini_world/build_components.py",
-            "code/evaluate.py",
-            "code/evaluate_parts.py", "code/prepare_checkpoints.py", "code/merge_vicuna.py",
-            "code/check_data.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
-            "benchmarks/gpu.py",
-        )
-    ]  # fmt: skip
-    known = {"--help"}.union(*(help_of(file) for file in programs))
-    for readme in READMES:
-        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", readme.read_text(encoding="utf-8")))
-        assert named - known - {"--logdir"} == set()  # TensorBoard's
+def test_every_flag_that_the_documents_name_is_some_programs(help_of: Callable) -> None:
+    known = OTHERS_FLAGS.union(*(help_of(ROOT / name) for name in PROGRAMS))
+    for document in (*READMES, *DOCS):
+        prose = without_blocks(document)
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose))
+        assert named - known == set(), document
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -144,29 +185,96 @@ def test_every_configuration_named_in_a_command_loads(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_every_relative_link_resolves(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (document.parent / target).exists(), target
+def test_every_relative_link_and_anchor_resolves(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in [*re.findall(r"\]\(([^)]+)\)", text), *re.findall(r'src="([^"]+)"', text)]:
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (document.parent / path).resolve() if path else document
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
 
 
-def test_both_readmes_have_the_same_commands_and_sections() -> None:
+@pytest.mark.parametrize("document", [*READMES, *DOCS], ids=name_of)
+def test_every_path_in_the_repository_exists(document: Path) -> None:
+    """Paths from the root: those in prose, of programs in its commands, and of the tests."""
+    text = document.read_text(encoding="utf-8")
+    roots = "|".join(TRACKED_ROOTS)
+    for path in set(re.findall(rf"(?<![\w/.-])(?:{roots})/[\w./+-]*\w", text)):
+        assert path in THE_COURSES_FILES or (ROOT / path).exists(), path
+    for module in set(re.findall(r"python -m nextgpt\.([\w.]+)", text)):
+        assert (ROOT / "code" / f"{module.replace('.', '/')}.py").is_file(), module
+
+
+@pytest.mark.parametrize("document", [*READMES, *WRITTEN_DOCS], ids=name_of)
+def test_every_configuration_key_in_prose_exists(document: Path) -> None:
+    config = load_config("7b", 1).model_dump()
+    sections = "|".join(name for name, value in config.items() if isinstance(value, dict))
+    for key in set(re.findall(rf"`((?:{sections})\.[a-z_.0-9]+)", without_blocks(document))):
+        value: object = config
+        for name in key.split("."):
+            if (ROOT / "code" / key).exists() or key.endswith((".json", ".yaml")):
+                break
+            assert isinstance(value, dict) and name in value, key
+            value = value[name]
+
+
+def test_every_message_in_the_troubleshooting_table_is_in_the_code() -> None:
+    files = [*ROOT.glob("code/**/*.py"), *ROOT.glob("scripts/*.sh")]
+    source = "\n".join(file.read_text(encoding="utf-8") for file in files)
+    source = re.sub(r'"\s*f?"', "", source)  # literals that are continued on the next line
+    rows = re.findall(
+        r"^\| (`.*?) \|", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE
+    )
+    assert len(rows) > 5
+    for message in (row.split("`")[1] for row in rows):
+        for fragment in filter(None, (part.strip() for part in message.split("…"))):
+            assert fragment in source, message
+
+
+@pytest.mark.parametrize("readme", READMES, ids=name_of)
+def test_the_readme_is_short_and_links_every_page(readme: Path) -> None:
+    text = readme.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    pages = {name_of(page).replace(".zh-CN", "") for page in DOCS}
+    assert pages <= {target.partition("#")[0] for target in links_in(text)}
+
+
+@pytest.mark.parametrize("pair", [READMES, COURSE], ids=["readme", "course"])
+def test_both_languages_have_the_same_sections_commands_links_and_numbers(pair: list[Path]) -> None:
     for language in ("bash", "python"):
-        without_comments = [
-            [re.sub(r"\s*#.*", "", block) for block in blocks(readme, language)]
-            for readme in READMES
-        ]
-        assert without_comments[0] == without_comments[1]
-    count = [len(re.findall(r"^## ", r.read_text(encoding="utf-8"), re.MULTILINE)) for r in READMES]
-    assert count[0] == count[1]
+        assert blocks(pair[0], language) == blocks(pair[1], language)
+    english, chinese = (sections_of(document) for document in pair)
+    assert len(english) == len(chinese)
+    for one, other in zip(english, chinese, strict=True):
+        assert numbers_in(one) == numbers_in(other), one[:40]
+        assert links_in(one) == links_in(other), one[:40]
+        assert len(re.findall(r"^\|", one, re.MULTILINE)) == len(
+            re.findall(r"^\|", other, re.MULTILINE)
+        ), one[:40]
 
 
-def test_the_readmes_python_uses_what_there_is() -> None:
-    for block in blocks(READMES[0], "python"):
+def test_the_documents_python_uses_existing_names() -> None:
+    for block in [block for document in (*READMES, *DOCS) for block in blocks(document, "python")]:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
                 module = importlib.import_module(node.module or "")
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_no_file_sets_an_import_path() -> None:
+    """The package is installed; only tests' child processes need a path, to the tests' helpers."""
+    word = re.compile("PYTHON" + "PATH|sys" + r"\.path\b")
+    files = [*DOCUMENTS, *ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"]
+    files += [f for room in ("code", "tests", "benchmarks") for f in ROOT.glob(f"{room}/**/*.py")]
+    found = [
+        name_of(file)
+        for file in files
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if word.search(line)
+    ]
+    assert found == ["tests/conftest.py"]
 
 
 def test_every_data_set_of_the_course_has_its_document() -> None:

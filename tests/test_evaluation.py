@@ -13,23 +13,23 @@ from nextgpt import evaluate as entry
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
-from nextgpt.conversation.caption_cleaning import clean_caption
 from nextgpt.conversation.messages import Media, Text
+from nextgpt.dataset.readers import clean_caption
 from nextgpt.evaluation.metrics import wilson_interval
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
-from nextgpt.mini_world.captions import as_heard, read_caption
+from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.media_set import render_medium
 from nextgpt.mini_world.objects import HELD_OUT_PAIRS, SHAPE_OF, SIZE_OF, Split, Value, WorldObject
-from nextgpt.mini_world.plain_talk import plain_pairs
+from nextgpt.mini_world.plain_talk import plain_talk_pairs
 from nextgpt.mini_world.request_templates import (
+    AUDIO_REQUESTS,
+    COUNTED_AUDIO_REQUESTS,
     COURSE_REQUESTS,
-    EDITS,
-    HEAR,
-    HEAR_COUNTED,
-    OPENINGS,
-    REVERSE,
-    SHOW,
+    EDIT_REQUESTS,
+    OPENING_REQUESTS,
+    REVERSE_REQUESTS,
+    VISUAL_REQUESTS,
 )
 from nextgpt.mini_world.scoreboard.items import (
     CASES,
@@ -51,7 +51,7 @@ from nextgpt.mini_world.scoreboard.report import format_table
 from nextgpt.mini_world.scoreboard.runner import decode_captions, written_caption
 from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, mean_accuracy, measure
 from nextgpt.mini_world.scoreboard.scoring import chance_level, score_answer, summarize
-from nextgpt.mini_world.words import Wording
+from nextgpt.mini_world.words import TemplateSet
 from tiny_parts import tiny_overrides, write_tiny_parts
 
 
@@ -135,9 +135,9 @@ def test_what_is_wanted_is_what_the_generators_captions_tell(cell: str) -> None:
             goals = [LETTERS[letter] for letter in cell.split("→")[1].split("+")]
             assert kinds == goals
         for one in item.expected:
-            told = read_caption(one.caption)
+            told = parse_caption(one.caption)
             if one.describes_audio or one.kind == "audio":
-                told = as_heard(told)
+                told = audible_attributes(told)
             assert one.attributes.items() <= told.items()
             if one.kind in ("image", "video"):
                 assert told == one.attributes
@@ -147,9 +147,13 @@ def test_what_is_wanted_is_what_the_generators_captions_tell(cell: str) -> None:
 def test_requests_are_in_wordings_of_their_split(split: Split) -> None:
     beginnings: set[str] = set()
     allowed: set[str] = set()
-    wordings: list[Wording] = [*OPENINGS.values(), *SHOW.values(), *COURSE_REQUESTS.values()]
-    wordings += [wording for edits in EDITS.values() for wording in edits.values()]
-    for wording in [*wordings, HEAR, HEAR_COUNTED, REVERSE]:
+    wordings: list[TemplateSet] = [
+        *OPENING_REQUESTS.values(),
+        *VISUAL_REQUESTS.values(),
+        *COURSE_REQUESTS.values(),
+    ]
+    wordings += [wording for edits in EDIT_REQUESTS.values() for wording in edits.values()]
+    for wording in [*wordings, AUDIO_REQUESTS, COUNTED_AUDIO_REQUESTS, REVERSE_REQUESTS]:
         own = getattr(wording, split)
         others = {*wording.training, *wording.validation, *wording.test} - set(own)
         beginnings |= {template.split("{")[0].strip(" .?") for template in others}
@@ -390,7 +394,7 @@ def test_faults_end_with_a_word(
 
 
 def test_plain_questions_of_each_split_are_a_hundred_that_are_not_trained_on() -> None:
-    trained = {question for question, _ in plain_pairs(np.random.default_rng(0))}
+    trained = {question for question, _ in plain_talk_pairs(np.random.default_rng(0))}
     validation, test = (set(plain_questions(split)) for split in ("validation", "test"))
     assert len(validation) == len(test) == 100
     assert not validation & test and not (validation | test) & trained

@@ -29,7 +29,7 @@ def scripted_answer() -> list[int]:
         tiny_encoder().tokenizer(text, add_special_tokens=False).input_ids
         for text in ("Sure", "the music")
     )
-    media = [SIGNALS.run(modality) for modality in ("image", "video", "audio")]
+    media = [SIGNALS.span(modality) for modality in ("image", "video", "audio")]
     return [*first, *media[0], *media[1], *second, *media[2], 333]
 
 
@@ -132,7 +132,7 @@ def test_cases_whose_answer_has_other_media_than_expected_are_told_and_counted(
 
 FAULTS = {
     "a file that is missing": (["--prompt", "x", "--image", "none.png"], "none.png"),
-    "a file of another kind": (["--prompt", "x", "--video", BELL], "no moving pictures"),
+    "a file of another kind": (["--prompt", "x", "--video", BELL], "no video stream"),
     "nothing said": (["--prompt", " "], "nothing to answer"),
     "too long": (["--prompt", "long " * 2000], "clear the history"),
     "no tuned parameters": (["--prompt", "x", "--nextgpt_ckpt_path", "no"], "no tuned parameters"),

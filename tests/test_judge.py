@@ -11,8 +11,8 @@ from disturbances import PICTURES, SOUNDS, Disturbance, Rng
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.writing import SUFFIXES, Frames, Output, Sound, save_medium
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject, sample_object
-from nextgpt.mini_world.render_image import RADIUS, RGB, paint, render_image
-from nextgpt.mini_world.render_sound import RATE, render_sound
+from nextgpt.mini_world.render_audio import SAMPLE_RATE, render_audio
+from nextgpt.mini_world.render_image import RADIUS, RGB, draw_frame, render_image
 from nextgpt.mini_world.render_video import FRAMES_PER_SECOND, render_video
 from nextgpt.mini_world.scoreboard.judge import Judgement, judge, judge_file
 
@@ -22,7 +22,7 @@ DISTURBED = [
     *(("audio", name) for name in SOUNDS),
 ]
 NOTHING = {modality: dict.fromkeys(names) for modality, names in ATTRIBUTES.items()}
-TIME = np.arange(2 * RATE) / RATE
+TIME = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
 
 
 def render(modality: Modality, thing: WorldObject, rng: Rng) -> Output:
@@ -30,7 +30,7 @@ def render(modality: Modality, thing: WorldObject, rng: Rng) -> Output:
         return Image.fromarray(render_image(thing, rng))
     if modality == "video":
         return Frames(render_video(thing, rng), FRAMES_PER_SECOND)
-    return Sound(render_sound(thing, rng), RATE)
+    return Sound(render_audio(thing, rng), SAMPLE_RATE)
 
 
 def untouched(medium: Output, _: Rng) -> Output:
@@ -161,13 +161,13 @@ def test_there_is_nothing_in_silence_and_noise(name: str) -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         samples = SOUNDLESS[name](rng).astype(np.float32)
-        assert judge("audio", Sound(samples, RATE)) == NOTHING["audio"]
+        assert judge("audio", Sound(samples, SAMPLE_RATE)) == NOTHING["audio"]
 
 
 def a_picture(
     shape: str = "square", x: float = 32, y: float = 32, radius: float = 11.5, colour: str = "blue"
 ) -> np.ndarray:
-    return paint(shape, RGB[colour], x, y, radius, ground=130)
+    return draw_frame(shape, RGB[colour], x, y, radius, background=130)
 
 
 def test_a_shape_that_is_none_of_the_six_leaves_the_rest_readable() -> None:
@@ -227,18 +227,18 @@ def test_pictures_of_any_size_are_read() -> None:
 
 def test_sounds_at_another_rate_are_read() -> None:
     thing = WorldObject("ring", "red", "big", "top", None, 2)
-    samples = render_sound(thing, np.random.default_rng(0))
-    assert judge("audio", Sound(samples.repeat(3), 3 * RATE)) == thing.attributes("audio")
+    samples = render_audio(thing, np.random.default_rng(0))
+    assert judge("audio", Sound(samples.repeat(3), 3 * SAMPLE_RATE)) == thing.attributes("audio")
 
 
 def test_a_tone_of_no_timbre_is_counted_still_and_four_are_too_many() -> None:
     tone = 0.3 * np.sin(2 * np.pi * 530 * TIME)
     twice = tone * (TIME % 0.6 < 0.4) * (TIME < 1.2)
-    seen = judge("audio", Sound(twice.astype(np.float32), RATE))
+    seen = judge("audio", Sound(twice.astype(np.float32), SAMPLE_RATE))
     assert seen == {"pitch": None, "timbre": None, "count": 2}
     bell = WorldObject("circle", "red", "big", "top", None, 1)
-    once = render_sound(bell, np.random.default_rng(0))[: int(0.65 * RATE)]
-    four = judge("audio", Sound(np.tile(once, 4), RATE))
+    once = render_audio(bell, np.random.default_rng(0))[: int(0.65 * SAMPLE_RATE)]
+    four = judge("audio", Sound(np.tile(once, 4), SAMPLE_RATE))
     assert four == {"pitch": "low", "timbre": "bell", "count": None}
 
 

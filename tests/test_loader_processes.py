@@ -64,6 +64,8 @@ def test_a_decoding_process_whose_loader_is_gone_ends_in_silence() -> None:
         text=True,
     ) as worker:
         assert worker.stdout and worker.stdin and worker.stderr
+        worker.stdin.write("\n")  # a ping
+        worker.stdin.flush()
         assert worker.stdout.readline() == "ready\n"
         worker.stdout.close()
         worker.stdin.write(json.dumps(request) + "\n")

@@ -321,7 +321,7 @@ def test_a_sound_of_no_numbers_is_refused(value: float, tmp_path: Path) -> None:
 
 def test_a_sound_of_many_hours_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_wav(tmp_path / "long.wav", np.zeros(8000 * 3601), 8000)
-    monkeypatch.setattr("nextgpt.media.decoding.MAX_SOUND_SECONDS", 3600)
+    monkeypatch.setattr("nextgpt.media.decoding.MAX_AUDIO_SECONDS", 3600)
     with pytest.raises(MediaError, match=r"long\.wav: longer than 1 hours"):
         read_samples(path)
 
@@ -329,8 +329,8 @@ def test_a_sound_of_many_hours_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_sound_of_a_high_rate_may_have_as_many_samples_as_one_of_48_khz(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nextgpt.media.decoding.MAX_SOUND_SECONDS", 3600)
-    monkeypatch.setattr("nextgpt.media.decoding.MAX_SOUND_RATE", 4000)
+    monkeypatch.setattr("nextgpt.media.decoding.MAX_AUDIO_SECONDS", 3600)
+    monkeypatch.setattr("nextgpt.media.decoding.MAX_AUDIO_RATE", 4000)
     whole, longer = (
         write_wav(tmp_path / f"{seconds}.wav", np.zeros(8000 * seconds), 8000)
         for seconds in (1800, 1801)
@@ -397,8 +397,8 @@ def bad_file(folder: Path, name: str) -> Path:
     [
         ("image", "missing.png", "no such file"),
         ("image", "empty.png", "empty file"),
-        ("image", "cut.png", "not readable as a picture"),
-        ("image", "text.png", "not readable as a picture"),
+        ("image", "cut.png", "not readable as an image"),
+        ("image", "text.png", "not readable as an image"),
         ("image", "thread.png", "too long and thin"),
         ("video", "missing.mp4", "no such file"),
         ("video", "empty.mp4", "empty file"),
@@ -407,11 +407,11 @@ def bad_file(folder: Path, name: str) -> Path:
         ("video", "text.txt", "not readable as a video"),
         ("video", "picture.mp4", "not readable as a video"),
         ("video", "playlist.mp4", "not readable as a video"),
-        ("video", "sound.mp4", "no moving pictures"),
+        ("video", "sound.mp4", "no video stream"),
         ("audio", "missing.wav", "no such file"),
         ("audio", "empty.wav", "empty file"),
-        ("audio", "text.wav", "not readable as a sound"),
-        ("audio", "silent.mp4", "no sound"),
+        ("audio", "text.wav", "not readable as audio"),
+        ("audio", "silent.mp4", "no audio stream"),
         ("audio", "no_samples.wav", "without samples"),
         ("audio", "blink.wav", "shorter than 25 ms"),
         ("audio", "odd_rate.wav", "15999 Hz"),

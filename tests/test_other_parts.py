@@ -26,7 +26,7 @@ from tiny_run import TinyRun, tiny_world
 from tiny_system import tiny_model
 
 SIGNALS: dict[Modality, int] = {"image": 3, "video": 5, "audio": 2}
-FIGURES = replace(TINY, text_width=48, text_tokens=10, sound_width=24)
+FIGURES = replace(TINY, text_width=48, text_tokens=10, audio_embed_dim=24)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -43,7 +43,7 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     torch.manual_seed(0)
     LlamaForCausalLM(figures).save_pretrained(folder / "language_model")
     picture = [FIGURES.text_tokens, FIGURES.text_width]
-    shapes = {"image": picture, "video": picture, "audio": [FIGURES.sound_width]}
+    shapes = {"image": picture, "video": picture, "audio": [FIGURES.audio_embed_dim]}
     sets = [
         f"language_model.path={folder / 'language_model'}",
         "language_model.prompt_format=tokenizer",
@@ -84,7 +84,7 @@ def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: 
     assistant = Assistant.load(config_of(stages[-1]), stages[-1].folder)
     signals = assistant.encoder.signals
     row = assistant.model.language_model.get_output_embeddings().new_rows[
-        signals.run(modality)[0] - signals.first_id
+        signals.span(modality)[0] - signals.first_id
     ]
     options = replace(GenerationSettings.from_config(assistant.config), top_p=1.0)
     asked = Conversation((Turn("human", (Text("Show me all of it."),)),))

@@ -11,7 +11,7 @@ from nextgpt.common.modality import Modality
 from nextgpt.media.decoding import read_video_frames
 from nextgpt.media.transforms import load_views, video_frame_indices
 from nextgpt.mini_world import build_components
-from nextgpt.mini_world.captions import as_heard, read_caption
+from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.component_training import latent_cache, runner
 from nextgpt.mini_world.component_training.init_video_unet import (
     LAST_FRAME_STEPS,
@@ -31,16 +31,16 @@ from nextgpt.mini_world.component_training.samples import (
     attribute_labels,
     render_audio_clips,
     render_video_views,
-    sample_caption,
     sample_hard_negatives,
     sample_objects,
+    sample_partial_caption,
     video_view,
 )
 from nextgpt.mini_world.component_training.vae import standardize
-from nextgpt.mini_world.media_set import generator, write_medium
-from nextgpt.mini_world.mini_decoders import unet, vae
+from nextgpt.mini_world.media_set import seeded_rng, write_medium
+from nextgpt.mini_world.mini_decoders import build_unet, build_vae
 from nextgpt.mini_world.objects import ATTRIBUTES, HELD_OUT_PAIRS, VALUES, WorldObject
-from nextgpt.mini_world.render_video import render_moments
+from nextgpt.mini_world.render_video import render_frames
 from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
 from tiny_decoders import TINY
 
@@ -98,10 +98,10 @@ def test_neighbours_come_in_fours_that_differ_in_at_most_one_attribute() -> None
 def test_labels_say_what_the_caption_tells_and_nothing_else(modality: str) -> None:
     rng = np.random.default_rng(3)
     for thing in sample_objects(rng, 40):
-        text, told = sample_caption(thing, modality, rng)
+        text, told = sample_partial_caption(thing, modality, rng)
         label = attribute_labels([thing], [told])[0]
-        read = read_caption(text)
-        read = as_heard(read) if modality == "audio" else read
+        read = parse_caption(text)
+        read = audible_attributes(read) if modality == "audio" else read
         for name, index in zip(ALL_ATTRIBUTES, label.tolist(), strict=True):
             assert (index == UNMENTIONED) == (name not in read), text
             if name in read:
@@ -167,14 +167,14 @@ def test_all_views_of_a_video_are_its_ends_as_training_renders_them(tmp_path: Pa
     ends = np.stack(read_video_frames(path, video_frame_indices)[:2])
     for view in load_views("video", path):
         assert torch.allclose(view, video_view(ends), atol=1e-5)
-    rendered = render_moments(thing, (-1.0, 1.0), generator(5, path.name))
+    rendered = render_frames(thing, (-1.0, 1.0), seeded_rng(5, path.name))
     assert np.abs(ends.astype(int) - rendered).mean() < 4  # noise and codec
 
 
 def test_fresh_videos_for_the_encoder_are_marred_but_recognisable() -> None:
     shown = sample_objects(np.random.default_rng(0), 8)
     views = render_video_views(shown, np.random.default_rng(1))
-    clean = [video_view(render_moments(t, (-1.0, 1.0), np.random.default_rng(1))) for t in shown]
+    clean = [video_view(render_frames(t, (-1.0, 1.0), np.random.default_rng(1))) for t in shown]
     assert views.shape == (8, 3, 2, 224, 224)
     assert torch.corrcoef(torch.stack([views[0].flatten(), clean[0].flatten()]))[0, 1] > 0.9
 
@@ -199,16 +199,16 @@ def test_captions_of_a_pool_never_tell_what_is_shown_without_a_name(
 ) -> None:
     drawn = sample_objects(np.random.default_rng(0), 16)
     chunk = latent_cache._render_chunk("video", 0, (0, drawn, place))
-    read = [read_caption(text) for text in chunk.captions]
+    read = [parse_caption(text) for text in chunk.captions]
     assert not any(hidden in one for one in read)
     assert {"colour": "shape", "shape": "colour"}[hidden] in set().union(*read)
     named = latent_cache._render_chunk("video", 0, (0, drawn, 0.9))
-    assert any(hidden in read_caption(text) for text in named.captions)
+    assert any(hidden in parse_caption(text) for text in named.captions)
 
 
 def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:
     torch.manual_seed(0)
-    model = vae(3, 16, TINY).eval()
+    model = build_vae(3, 16, TINY).eval()
     batch = torch.rand(8, 3, 16, 16) * 2 - 1
     with torch.no_grad():
         before = model.encode(batch).latent_dist
@@ -217,16 +217,20 @@ def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:
         standardize(model, before.mean)
         after = model.encode(batch).latent_dist
         assert torch.allclose(model.decode(after.mean).sample, made, atol=1e-4)
-    assert torch.allclose(after.mean.mean(dim=(0, 2, 3)), torch.zeros(TINY.latents), atol=1e-4)
-    assert torch.allclose(after.mean.std(dim=(0, 2, 3)), torch.ones(TINY.latents), atol=1e-4)
+    assert torch.allclose(
+        after.mean.mean(dim=(0, 2, 3)), torch.zeros(TINY.latent_channels), atol=1e-4
+    )
+    assert torch.allclose(
+        after.mean.std(dim=(0, 2, 3)), torch.ones(TINY.latent_channels), atol=1e-4
+    )
     assert torch.allclose(after.std, deviation, rtol=1e-3)
 
 
 def test_a_video_network_begins_as_its_picture_network_frame_by_frame() -> None:
     torch.manual_seed(0)
-    picture, video = unet("image", TINY).eval(), unet("video", TINY).eval()
+    picture, video = build_unet("image", TINY).eval(), build_unet("video", TINY).eval()
     inflate_image_unet(video, picture)
-    noisy = torch.randn(2, TINY.latents, 3, 8, 8)
+    noisy = torch.randn(2, TINY.latent_channels, 3, 8, 8)
     steps, captions = torch.tensor([10, 900]), torch.randn(2, 12, TINY.text_width)
     with torch.no_grad():
         made = video(noisy, steps, captions).sample
@@ -246,8 +250,8 @@ def test_a_mel_frame_is_one_hop_and_quiet_lies_at_the_floor() -> None:
 
 def test_the_first_layer_over_time_is_taught_to_tell_all_frames_apart() -> None:
     torch.manual_seed(0)
-    model = unet("video", TINY)
-    latents = torch.randn(8, TINY.latents, 8, 4, 4)
+    model = build_unet("video", TINY)
+    latents = torch.randn(8, TINY.latent_channels, 8, 4, 4)
     pretrain_frame_positions(model, latents, torch.zeros(1, TINY.text_tokens, TINY.text_width))
     layer = model.down_blocks[0].temp_convs[0]
     hidden = torch.randn(8, layer.conv1[2].in_channels, 4, 4)

@@ -10,8 +10,8 @@ import pytest
 
 from nextgpt.common.errors import UserError
 from nextgpt.conversation.messages import Media, Text
-from nextgpt.dataset.preprocess_dataset import preprocess
 from nextgpt.dataset.readers import read_record
+from nextgpt.tools.preprocess_dataset import preprocess
 
 CODE = Path(__file__).parent.parent / "code"
 
@@ -116,7 +116,7 @@ def test_a_broken_or_useless_file_leaves_the_old_output_as_it_was(tmp_path: Path
 def test_the_command_runs_from_the_code_folder(tmp_path: Path) -> None:
     raw = tmp_path / "alpaca_data.json"
     raw.write_text(json.dumps(ALPACA))
-    command = [sys.executable, "dataset/preprocess_dataset.py", "alpaca"]
+    command = [sys.executable, "tools/preprocess_dataset.py", "alpaca"]
     done = subprocess.run([*command, str(raw)], cwd=CODE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 records; dropped: 1 (no output)" in done.stdout

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from nextgpt.common.errors import UserError
-from nextgpt.conversation.caption_cleaning import clean_caption
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.dataset.json_stream import iter_rows
-from nextgpt.dataset.readers import Kind, iter_captions, read_record
+from nextgpt.dataset.readers import Kind, clean_caption, iter_captions, read_record
 
 FILE = Path("some.json")
 

@@ -99,13 +99,13 @@ def test_samples_without_a_medium_or_a_caption_are_left_out_and_counted(
         add(tar, "002.txt", b"A caption alone.")
     rows = [row for row, _ in annotation_rows(tmp_path)]
     assert rows == [{"image_name": "00000.tar/512+9/000.jpg", "caption": "A red boat."}]
-    assert "2 samples without a medium or a caption are left out" in capsys.readouterr().out
+    assert "skipped 2 samples without a medium or a caption" in capsys.readouterr().out
 
 
 def test_a_shard_cut_short_is_named(packed: Path, tmp_path: Path) -> None:
     whole = (packed / PAIRS / "image" / "00000.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes(whole[: len(whole) // 2 + 700])
-    with pytest.raises(UserError, match=r"00000.tar: not a whole tar file.*fetch it again"):
+    with pytest.raises(UserError, match=r"00000.tar: not a complete tar file.*download it again"):
         list(annotation_rows(tmp_path))
 
 
@@ -113,5 +113,5 @@ def test_json_that_is_none_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         add(tar, "000.jpg", b"a picture")
         add(tar, "000.json", b"{")
-    with pytest.raises(UserError, match=r"00000.tar: 000.json holds no caption"):
+    with pytest.raises(UserError, match=r"00000.tar: 000.json has no caption"):
         list(annotation_rows(tmp_path))

@@ -7,8 +7,8 @@ import pytest
 from nextgpt.common.paths import project_path
 from nextgpt.config.loader import load_config
 from nextgpt.generation.assistant import Assistant
-from nextgpt.mini_world.build_components import PARTS, RECORD
-from nextgpt.mini_world.mini_decoders import FOLDERS
+from nextgpt.mini_world.build_components import COMPONENTS, TRAINING_RECORD
+from nextgpt.mini_world.mini_decoders import DECODER_FOLDERS
 from nextgpt.mini_world.scoreboard.items import QUICK
 from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, mean_accuracy, measure
 from nextgpt.model.delta import DELTA_FILE, read_delta
@@ -16,7 +16,7 @@ from test_mini_parts import megabytes_to_ship
 
 CONFIG = load_config("mini")
 TUNED = project_path(CONFIG.save_path)
-FROZEN = [project_path(f"ckpt/pretrained_ckpt/{name}") for name in FOLDERS.values()]
+FROZEN = [project_path(f"ckpt/pretrained_ckpt/{name}") for name in DECODER_FOLDERS.values()]
 FROZEN.append(project_path(CONFIG.encoder.path))
 
 
@@ -26,8 +26,8 @@ def shipped() -> Assistant:
 
 
 def test_every_frozen_part_but_the_language_model_is_there_and_small() -> None:
-    assert len(FROZEN) == len(PARTS) - 1
-    assert all((folder / RECORD).is_file() for folder in FROZEN)
+    assert len(FROZEN) == len(COMPONENTS) - 1
+    assert all((folder / TRAINING_RECORD).is_file() for folder in FROZEN)
     assert megabytes_to_ship(*FROZEN) <= 60
     assert read_delta(TUNED).source.stat().st_size / 1e6 <= 40
     assert read_delta(TUNED).source.name == DELTA_FILE

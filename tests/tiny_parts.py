@@ -30,7 +30,7 @@ TINY_IMAGEBIND = ImageBindConfig(
 _SHAPES: dict[Modality, tuple[int, ...]] = {
     "image": (TINY.text_tokens, TINY.text_width),
     "video": (TINY.text_tokens, TINY.text_width),
-    "audio": (TINY.sound_width,),
+    "audio": (TINY.audio_embed_dim,),
 }
 _PROJECTION = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "dim_feedforward": 32
@@ -40,8 +40,8 @@ _PROJECTION = {
 def tiny_overrides(folder: Path) -> list[str]:
     """What to `--set` over config 7b to run on the parts in `folder`."""
     lengths = {
-        "image": {"height": TINY.size, "width": TINY.size},
-        "video": {"height": TINY.size, "width": TINY.size, "num_frames": 3},
+        "image": {"height": TINY.image_size, "width": TINY.image_size},
+        "video": {"height": TINY.image_size, "width": TINY.image_size, "num_frames": 3},
         "audio": {"audio_length_in_s": 0.025},
     }
     return [

@@ -9,9 +9,9 @@ import torch
 from nextgpt.config.loader import load_config
 from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Batch, locate_signal_spans, pad_conversations
-from nextgpt.conversation.caption_cleaning import clean_caption
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.dataset.readers import clean_caption
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import group_of, tuned_parameters

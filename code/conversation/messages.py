@@ -1,4 +1,4 @@
-"""A conversation is turns of a human and the assistant; a turn is parts, text or media."""
+"""Conversations: turns of a human and the assistant; a turn is a sequence of text and media."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,25 +8,23 @@ from nextgpt.common.modality import Modality
 
 @dataclass(frozen=True)
 class Text:
-    """Words. Nothing in them is ever read as a path or as a medium."""
+    """Plain text; file names and placeholders in it have no meaning."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Media:
-    """A picture, a video or a sound.
+    """An image, a video or an audio clip.
 
-    A human's medium has a `path` and enters through the encoder. An assistant's medium becomes a
-    run of signal tokens; its `caption`, or the `embedding` computed from it ahead, is the target
-    of the alignment loss.
+    A human's medium is encoded by the media encoder. An assistant's medium becomes a span of signal
+    tokens, and the embedding of its caption is the target of the alignment loss.
 
     Attributes:
-        modality: which of the three.
-        path: the file, absolute.
-        caption: what an output medium should show, as it stands in the file: the text that the
-            decoder's text encoder embeds.
-        embedding: a `.npy` file with the caption's embedding, absolute.
+        modality: image, video or audio.
+        path: absolute path of the file; input media only.
+        caption: description of an output medium, unmodified, as the text encoder embeds it.
+        embedding: absolute path of the caption's precomputed embedding, a `.npy` file.
     """
 
     modality: Modality
@@ -40,7 +38,7 @@ ContentPart = Text | Media
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side says before the other speaks."""
+    """One message of a human or the assistant."""
 
     role: Literal["human", "assistant"]
     parts: tuple[ContentPart, ...]
@@ -48,6 +46,6 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order, beginning with the human."""
+    """Turns in order; the first is the human's."""
 
     turns: tuple[Turn, ...]

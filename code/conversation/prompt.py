@@ -1,7 +1,7 @@
-"""Turns a conversation into token ids, media slots, signal runs and targets.
+"""Prompt construction: a conversation becomes input ids, labels, media positions and signal spans.
 
-The one place where prompts are made: training and inference call the same function, so what the
-model reads when it answers is what it read when it learned.
+Training and inference share `PromptBuilder.encode`, so a prompt is always a prefix of what was
+trained on.
 """
 
 from dataclasses import dataclass, field
@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from nextgpt.common.errors import MediaError
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text
-from nextgpt.conversation.prompt_pieces import Piece, PieceList, split_conversation
 from nextgpt.conversation.signal_tokens import SignalTokens
-from nextgpt.conversation.templates import Markup, Template
+from nextgpt.conversation.templates import Markup, Special, Template
 
-IGNORE_INDEX = -100  # target of a position without a loss, as torch's cross entropy has it
+IGNORE_INDEX = -100  # label of a position without a loss, the default of torch's cross entropy
+PLACEHOLDER_ID = 0  # input id at an input medium's positions; its embeddings replace the token's
 
 
 @dataclass
@@ -23,11 +23,11 @@ class EncodedPrompt:
     """One conversation of L tokens.
 
     Attributes:
-        input_ids: L ids; a medium's places hold `SLOT`.
+        input_ids: L ids, `PLACEHOLDER_ID` where an input medium's embeddings go.
         labels: L ids, `IGNORE_INDEX` where there is no loss; not shifted.
-        media_positions: (position of its first place, medium) of every input medium.
-        signal_spans: (position of its first signal token, medium) of every output medium.
-        cut_tokens: text tokens left out to fit the maximal length.
+        media_positions: (first position, medium) of every input medium.
+        signal_spans: (first position, medium) of every output medium's signal tokens.
+        cut_tokens: number of text tokens removed by truncation.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -37,19 +37,34 @@ class EncodedPrompt:
     cut_tokens: int = 0
 
 
-@lru_cache(maxsize=16384)  # markup and the texts of later epochs come from here
-def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+@dataclass
+class _Segment:
+    """A string tokenized as one, or ready token ids; `text[start:end]` is a turn's own text."""
+
+    has_loss: bool = False
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    start: int = 0
+    end: int = 0
+    is_closed: bool = True  # no text is appended
+    medium: Media | None = None
+    num_labels: int = 0  # ids from the first on that are labels
+
+
+@lru_cache(maxsize=16384)  # hits: markup, and the texts of later epochs
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Token ids of `text`; special tokens written in it stay plain text."""
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
 
 
 class PromptBuilder:
-    """Encodes conversations for one language model.
+    """Converts conversations to token ids and answers back to text and media.
 
     Args:
-        tokenizer: of the language model; a fast one, since shortening asks it for offsets.
-        signals: the new tokens.
-        template: what is written around the turns.
-        media_tokens: places of an input medium.
+        tokenizer: of the language model; a fast one, since truncation needs offsets.
+        signals: ids of the new tokens.
+        template: markup around the turns.
+        media_tokens: number of tokens of an input medium.
     """
 
     def __init__(
@@ -66,92 +81,135 @@ class PromptBuilder:
         self.stop_sequences = self._stop_sequences()
 
     def encode(self, conversation: Conversation, max_length: int | None = None) -> EncodedPrompt:
-        """Token ids of `conversation`; one that ends with a human turn is left open for the answer.
+        """Tokenize `conversation`; if it ends with a human turn, the opening of an answer follows.
 
         Args:
             conversation: begins with a human turn.
-            max_length: with it, the longest texts lose their last tokens until all fits; markup,
-                media and signal tokens always stay. The end of an answer carries no loss where
-                tokens before it are lost: the answer does not end there.
+            max_length: truncate the longest texts to fit; markup, media and signal tokens are
+                kept. The end of a truncated answer carries no loss.
 
         Raises:
-            MediaError: what must stay is longer than `max_length`.
+            MediaError: markup, media and signal tokens alone exceed `max_length`.
         """
-        pieces = split_conversation(
-            conversation, self.tokenizer, self.signals, self.template, self.media_tokens
-        )
-        for piece in pieces:
-            piece.ids = piece.ids or self._tokenize(piece.text)
-        length = sum(len(piece.ids) for piece in pieces)
-        if max_length is None or length <= max_length:
-            return _assemble(pieces, cut_tokens=0)
-        self._shorten(pieces, length - max_length, max_length)
-        return _assemble(pieces, cut_tokens=length - max_length)
+        segments = self._split(conversation)
+        for segment in segments:
+            if segment.text:
+                segment.ids = list(_tokenize(self.tokenizer, segment.text))
+            segment.num_labels = len(segment.ids) if segment.has_loss else 0
+        length = sum(len(segment.ids) for segment in segments)
+        excess = 0 if max_length is None else max(0, length - max_length)
+        if excess:
+            self._truncate(segments, excess)
+        return _concatenate(segments, excess)
 
     def decode_answer(self, ids: list[int]) -> tuple[ContentPart, ...]:
-        """The parts that an answer's ids stand for; an end sequence at their end is left out."""
+        """Convert an answer's token ids to content parts, without its stop sequence."""
         for stop in self.stop_sequences:
             if ids[-len(stop) :] == stop:
                 ids = ids[: -len(stop)]
                 break
         parts: list[ContentPart] = []
-        words: list[int] = []
+        text_ids: list[int] = []
 
-        def finish_text() -> None:
-            text = self.tokenizer.decode(words, skip_special_tokens=True).strip()
-            if text:
+        def flush_text() -> None:
+            if text := self.tokenizer.decode(text_ids, skip_special_tokens=True).strip():
                 parts.append(Text(text))
-            words.clear()
+            text_ids.clear()
 
         for token_id in ids:
             if not self.signals.first_id <= token_id < self.signals.end_id:
-                words.append(token_id)
+                text_ids.append(token_id)
             elif modality := self.signals.modality_starting_with(token_id):
-                finish_text()
+                flush_text()
                 parts.append(Media(modality))
-        finish_text()
+        flush_text()
         return tuple(parts)
 
-    def _tokenize(self, text: str) -> list[int]:
-        """Ids of `text`; what looks like a special token in it is text."""
-        return list(_ids_of(self.tokenizer, text))
-
     def _stop_sequences(self) -> list[list[int]]:
-        """What ends an answer: the end after text, the end after signal tokens, and EOS."""
-        word = self._tokenize("a")
-        after_text = self._markup_ids(("a", *self.template.end_after_text))[len(word) :]
-        stops = [after_text, self._markup_ids(self.template.end_after_media)]
+        """Ends of an answer: after text, after signal tokens, and EOS."""
+        template = self.template
+        stops = [
+            self._markup_ids("a", *template.end_after_text)[len(self._markup_ids("a")) :],
+            self._markup_ids(*template.end_after_media),
+        ]
         if self.tokenizer.eos_token_id is not None:
             stops.append([self.tokenizer.eos_token_id])
         return [stop for index, stop in enumerate(stops) if stop not in stops[:index]]
 
-    def _markup_ids(self, markup: Markup) -> list[int]:
-        pieces = PieceList(self.tokenizer)
-        pieces.add_markup(markup, target=True)
-        return [i for piece in pieces.pieces for i in piece.ids or self._tokenize(piece.text)]
+    def _markup_ids(self, *markup: str | Special) -> list[int]:
+        segments: list[_Segment] = []
+        self._add_markup(segments, markup, has_loss=True)
+        return [i for one in segments for i in one.ids or _tokenize(self.tokenizer, one.text)]
 
-    def _shorten(self, pieces: list[Piece], excess: int, max_length: int) -> None:
-        """Take `excess` tokens off the ends of the longest texts."""
-        spans = {index: self._words_span(piece) for index, piece in enumerate(pieces) if piece.text}
+    def _split(self, conversation: Conversation) -> list[_Segment]:
+        """Split into segments: adjacent strings that agree in `has_loss` are tokenized as one."""
+        template, signals, segments = self.template, self.signals, list[_Segment]()
+        if template.begins_with_bos:
+            segments.append(_Segment(ids=[self.tokenizer.bos_token_id]))
+        for index, turn in enumerate(conversation.turns):
+            is_answer = turn.role == "assistant"
+            if not is_answer:
+                opening = template.next_human if index else template.first_human
+                self._add_markup(segments, opening)
+                if index == 0 and template.first_apart:
+                    segments[-1].is_closed = True
+            for part in turn.parts:
+                if isinstance(part, Text):
+                    _append(segments, part.text.strip(), is_answer, is_content=True)
+                elif is_answer:
+                    ids = signals.span(part.modality)
+                    segments.append(_Segment(has_loss=True, ids=ids, medium=part))
+                else:
+                    if segments:  # no space before an input medium, as in the published prompts
+                        segments[-1].text = segments[-1].text.rstrip(" ")
+                    placeholders = [PLACEHOLDER_ID] * self.media_tokens
+                    ids = [signals.open, *placeholders, signals.close]
+                    segments.append(_Segment(ids=ids, medium=part))
+            if is_answer:
+                after_text = bool(turn.parts) and isinstance(turn.parts[-1], Text)
+                end = template.end_after_text if after_text else template.end_after_media
+                self._add_markup(segments, end, has_loss=True)
+                self._add_markup(segments, template.after_answer)
+            else:
+                self._add_markup(segments, template.answer_opening)
+        return segments
+
+    def _add_markup(
+        self, segments: list[_Segment], markup: Markup, *, has_loss: bool = False
+    ) -> None:
+        for item in markup:
+            if isinstance(item, Special):
+                token_id = self.tokenizer.convert_tokens_to_ids(item.token)
+                segments.append(_Segment(has_loss, ids=[token_id]))
+            else:
+                _append(segments, item, has_loss)
+
+    def _truncate(self, segments: list[_Segment], excess: int) -> None:
+        """Remove `excess` tokens from the ends of the longest texts."""
+        spans = {i: self._text_span(segment) for i, segment in enumerate(segments) if segment.text}
         lengths = {index: end - start for index, (start, end) in spans.items()}
         if sum(lengths.values()) < excess:
+            max_length = sum(len(segment.ids) for segment in segments) - excess
             raise MediaError(
                 f"markup, media and signal tokens alone are longer than {max_length} tokens: "
                 "raise data.max_seq_length or split the conversation"
             )
         for _ in range(excess):
-            longest = max(lengths, key=lambda index: lengths[index])
-            lengths[longest] -= 1
+            lengths[max(lengths, key=lengths.__getitem__)] -= 1
         for index, (start, end) in spans.items():
-            piece, last = pieces[index], start + lengths[index]
-            piece.ids = piece.ids[:last] + piece.ids[end:]
-            if piece.target and last < end:
-                _mask_end_of_turn(pieces, index, last)
+            segment, new_end = segments[index], start + lengths[index]
+            segment.ids = segment.ids[:new_end] + segment.ids[end:]
+            if segment.has_loss and new_end < end:  # the answer does not end here: mask its end
+                segment.num_labels = new_end
+                for following in segments[index + 1 :]:
+                    if not following.has_loss or following.medium:
+                        break
+                    following.num_labels = 0
 
-    def _words_span(self, piece: Piece) -> tuple[int, int]:
-        """The range of `piece.ids` that are somebody's words and nothing else."""
+    def _text_span(self, segment: _Segment) -> tuple[int, int]:
+        """The range of `segment.ids` that lie entirely in the turn's own text."""
         offsets = self.tokenizer(
-            piece.text,
+            segment.text,
             add_special_tokens=False,
             split_special_tokens=True,
             return_offsets_mapping=True,
@@ -159,32 +217,38 @@ class PromptBuilder:
         inside = [
             index
             for index, (start, end) in enumerate(offsets)
-            if piece.words_start <= start < end <= piece.words_end
+            if segment.start <= start < end <= segment.end
         ]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
 
 
-def _mask_end_of_turn(pieces: list[Piece], index: int, last: int) -> None:
-    """Mask the labels of the end-of-turn tokens after `pieces[index]`, whose words end at `last`.
+def _append(
+    segments: list[_Segment], text: str, has_loss: bool, *, is_content: bool = False
+) -> None:
+    """Append markup, or a turn's own text, to the last segment if allowed, or to a new one."""
+    if not text:
+        return
+    if not segments or segments[-1].is_closed or segments[-1].has_loss != has_loss:
+        segments.append(_Segment(has_loss, is_closed=False))
+    segment = segments[-1]
+    if is_content and segment.text and segment.end == len(segment.text):
+        text = f" {text}"  # two texts of one turn
+    elif is_content:
+        segment.start = len(segment.text)
+    segment.text += text
+    if is_content:
+        segment.end = len(segment.text)
 
-    Signal tokens after the words keep their labels, and so does the end of turn after those.
-    """
-    pieces[index].num_labels = last
-    for piece in pieces[index + 1 :]:
-        if not piece.target or piece.run is not None:
-            break
-        piece.num_labels = 0
 
-
-def _assemble(pieces: list[Piece], cut_tokens: int) -> EncodedPrompt:
+def _concatenate(segments: list[_Segment], cut_tokens: int) -> EncodedPrompt:
     encoded = EncodedPrompt(cut_tokens=cut_tokens)
-    for piece in pieces:
+    for segment in segments:
         position = len(encoded.input_ids)
-        if piece.slot is not None:
-            encoded.media_positions.append((position + 1, piece.slot))
-        if piece.run is not None:
-            encoded.signal_spans.append((position, piece.run))
-        encoded.input_ids += piece.ids
-        with_loss = piece.ids[: piece.num_labels] if piece.target else []
-        encoded.labels += with_loss + [IGNORE_INDEX] * (len(piece.ids) - len(with_loss))
+        if segment.medium and segment.has_loss:
+            encoded.signal_spans.append((position, segment.medium))
+        elif segment.medium:
+            encoded.media_positions.append((position + 1, segment.medium))  # after <Img>
+        encoded.input_ids += segment.ids
+        encoded.labels += segment.ids[: segment.num_labels]
+        encoded.labels += [IGNORE_INDEX] * (len(segment.ids) - segment.num_labels)
     return encoded

@@ -1,16 +1,21 @@
-"""How turns are written down for the language model.
+"""Prompt formats: the markup around the turns of a conversation.
 
-`vicuna_v0` is the format that NExT-GPT was trained on, as published; `chatml` that of SmolLM2 and
-many others; `tokenizer` reads the format off the tokenizer's chat template (chat_template.py). A
-template is strings around the turns; a `Special` is one token of the tokenizer.
+`vicuna_v0` is the format of the published NExT-GPT; `chatml` that of SmolLM2 and many others;
+`template_from_tokenizer` derives one from the tokenizer's Jinja chat template.
 """
 
+import re
 from dataclasses import dataclass
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from nextgpt.common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Special:
-    """A special token of the language model's tokenizer, by its written form."""
+    """A special token of the tokenizer, by its written form."""
 
     token: str
 
@@ -20,16 +25,16 @@ Markup = tuple[str | Special, ...]
 
 @dataclass(frozen=True)
 class Template:
-    """What stands around the turns.
+    """Markup around the turns.
 
     Attributes:
-        begins_with_bos: whether the tokenizer's beginning-of-sequence token comes first.
-        first_human: opens the first human turn.
-        next_human: opens the others; tokenized together with the text behind it.
-        answer_opening: closes a human turn and opens the answer; no loss on it.
-        end_after_text, end_after_media: end of an answer; the loss counts them.
+        begins_with_bos: whether the tokenizer's BOS token comes first.
+        first_human: before the first human turn.
+        next_human: before the other human turns; tokenized together with their text.
+        answer_opening: between a human turn and its answer; no loss.
+        end_after_text, end_after_media: end of an answer; with loss.
         after_answer: between an answer and the next turn; no loss.
-        first_apart: whether `first_human` is tokenized apart from the text behind it, as published.
+        first_apart: whether `first_human` is tokenized separately from the text after it.
     """
 
     begins_with_bos: bool
@@ -63,3 +68,58 @@ TEMPLATES = {
         after_answer=("\n",),
     ),
 }
+
+_TURNS = ("first question", "first answer", "second question", "second answer")
+
+
+def template_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
+    """Render a chat of known turns and take the strings around them as the template.
+
+    A default system prompt becomes part of the first human turn's opening. An answer ends with the
+    first special token after it. The opening of an answer is tokenized separately from the answer,
+    as at inference.
+
+    Raises:
+        UserError: no chat template, or one that does not alternate questions and answers.
+    """
+    name = f"prompt_format tokenizer: {tokenizer.name_or_path}"
+    if not tokenizer.chat_template:
+        raise UserError(f"{name}: its tokenizer has no chat template; use vicuna_v0 or chatml")
+    roles = ("user", "assistant") * 2
+    turns = [{"role": r, "content": t} for r, t in zip(roles, _TURNS, strict=True)]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError as error:
+        raise UserError(f"{name}: its chat template cannot be rendered: {error}") from error
+    found = re.fullmatch("(.*?)".join(("", *map(re.escape, _TURNS), "")), rendered, re.DOTALL)
+    if not found:
+        raise UserError(f"{name}: its chat template changes the turns: {rendered!r}")
+    first, opening, between, second_opening, end = found.groups()
+    if not between.startswith(end) or second_opening != opening:
+        raise UserError(f"{name}: its chat template treats rounds differently: {rendered!r}")
+    ending = _to_markup(end, tokenizer)
+    special = [index for index, part in enumerate(ending) if isinstance(part, Special)]
+    if not special:
+        raise UserError(f"{name}: its chat template has no special token after an answer")
+    end_of_answer, after_answer = ending[: special[0] + 1], ending[special[0] + 1 :]
+    return Template(
+        begins_with_bos=False,  # if the format has a BOS token, it was rendered
+        first_human=_to_markup(first, tokenizer),
+        next_human=_to_markup(between.removeprefix(end), tokenizer),
+        answer_opening=_to_markup(opening, tokenizer),
+        end_after_text=end_of_answer,
+        end_after_media=end_of_answer,
+        after_answer=after_answer,
+        first_apart=False,
+    )
+
+
+def _to_markup(text: str, tokenizer: PreTrainedTokenizerBase) -> Markup:
+    """Split `text` at special tokens, longest first."""
+    tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    if not tokens:
+        return (text,) if text else ()
+    strings = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
+    return tuple(
+        Special(string) if index % 2 else string for index, string in enumerate(strings) if string
+    )

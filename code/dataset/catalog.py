@@ -1,4 +1,4 @@
-"""The data sets by name: what kind of file each is and where it lies in the data tree."""
+"""Catalog of data sets: kind of annotation file and paths in the data tree, by name."""
 
 import difflib
 from dataclasses import dataclass
@@ -6,19 +6,14 @@ from pathlib import Path
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
-from nextgpt.dataset.readers import Kind
+from nextgpt.conversation.messages import Conversation
+from nextgpt.dataset.readers import PAIR_KINDS, Kind, Record, read_record
 from nextgpt.dataset.shards import shards_of
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One data set; paths are relative to the data root.
-
-    Attributes:
-        kind: how its records are read.
-        annotation: the JSON file.
-        media: the folder of the media that the records name.
-    """
+    """Kind, annotation file and media folder of one data set, relative to the data root."""
 
     kind: Kind
     annotation: str
@@ -27,7 +22,7 @@ class DatasetEntry:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """A data set in its place: the entry with whole paths, and where its caption embeddings lie."""
+    """A data set with absolute paths, and the folder of its caption embeddings."""
 
     name: str
     kind: Kind
@@ -35,9 +30,13 @@ class DatasetSource:
     media: Path
     embeddings: Path
 
+    def read(self, record: Record, row: int) -> Conversation:
+        """Convert a record to a conversation; see `read_record`."""
+        return read_record(record, self.kind, self.annotation, row)
+
 
 def _pairs(name: str, file: str, modality: Modality) -> dict[str, DatasetEntry]:
-    """A caption file, read from medium to caption (`_enc`) and from caption to medium (`_dec`)."""
+    """Caption pairs, from medium to caption (`_enc`) and from caption to medium (`_dec`)."""
     media = str(Path(file).parent / f"{modality}s")
     return {
         f"{name}_enc": DatasetEntry("caption_in", file, media),
@@ -46,11 +45,10 @@ def _pairs(name: str, file: str, modality: Modality) -> dict[str, DatasetEntry]:
 
 
 def _instruction(file: str, media: str = "", kind: Kind = "instruction") -> DatasetEntry:
-    """Conversations whose media lie in the folder `media` beside `file`."""
+    """Conversations with media in `media`, relative to the folder of `file`."""
     return DatasetEntry(kind, file, str(Path(file).parent / media))
 
 
-_PAIRS: tuple[Kind, ...] = ("caption_in", "caption_out")
 _IT, _MINI = "IT_data", "mini_world/IT_data"
 
 CATALOG: dict[str, DatasetEntry] = {
@@ -75,10 +73,10 @@ CATALOG: dict[str, DatasetEntry] = {
 
 
 def find_entry(name: str) -> DatasetEntry:
-    """The data set `name`, whether its files are there or not.
+    """Look up the entry of `name`.
 
     Raises:
-        UserError: an unknown name; says the nearest right one.
+        UserError: an unknown name; suggests the nearest known one.
     """
     if name not in CATALOG:
         nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0)[0]
@@ -89,18 +87,18 @@ def find_entry(name: str) -> DatasetEntry:
 
 
 def resolve_entry(name: str, data_root: Path, embed_root: Path) -> DatasetSource:
-    """Where the data set `name` lies: caption pairs without their file may be shards beside it.
+    """Resolve the paths of data set `name`; caption pairs may be WebDataset shards instead.
 
     Raises:
-        UserError: an unknown name (says the nearest right one), or its annotations are missing.
+        UserError: an unknown name (suggests the nearest known one), or missing annotations.
     """
     entry = find_entry(name)
     annotation = data_root.resolve() / entry.annotation
     media = data_root.resolve() / entry.media
-    if not annotation.is_file() and entry.kind in _PAIRS and shards_of(annotation.parent):
+    if not annotation.is_file() and entry.kind in PAIR_KINDS and shards_of(annotation.parent):
         annotation = media = annotation.parent
     if not annotation.exists():
         mini = "`python -m nextgpt.mini_world.write_data` writes it"
-        hint = mini if name.startswith("mini_") else "its folder's prepare.md says how to get it"
+        hint = mini if name.startswith("mini_") else "see prepare.md in its folder"
         raise UserError(f"data set {name!r}: {annotation} is missing: {hint}")
     return DatasetSource(name, entry.kind, annotation, media, embed_root.resolve())

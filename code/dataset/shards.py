@@ -1,9 +1,8 @@
-"""WebDataset shards as img2dataset and video2dataset write them: tar files, read as they are.
+"""WebDataset shards, as written by img2dataset and video2dataset, listed as caption pairs.
 
-The files of one key stand together in a shard and are a sample: a medium and its caption, in `.txt`
-or under `caption` in `.json`. Nothing is unpacked: a medium in a shard has a path of its own,
-`SHARD.tar/OFFSET+SIZE/NAME`, and its bytes are read from there. Listing a shard of 10 000 samples
-takes about a second, once.
+Adjacent files of one key are a sample: a medium and its caption, in `.txt` or under `caption` in
+`.json`. Nothing is unpacked: a medium has the path `SHARD.tar/OFFSET+SIZE/NAME`, and its bytes are
+read from there. Listing a shard of 10 000 samples takes about a second, once.
 """
 
 import json
@@ -26,37 +25,37 @@ _SUFFIXES: dict[Modality, tuple[str, ...]] = {
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The shards in a folder, in order."""
+    """The shards in a folder, sorted by name."""
     return sorted(folder.glob("*.tar"))
 
 
 def annotation_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The rows of an annotation file, or of a folder of shards: as a caption pair, and as JSON.
+    """Yield (record, its JSON text) of an annotation file, or caption pairs of a folder of shards.
 
-    What a shard holds without a medium or a caption is left out, and counted at the end.
+    Samples without a medium or a caption are skipped; their count is printed at the end.
 
     Raises:
-        UserError: the file is no JSON array of objects, or a shard is broken.
+        UserError: the file is not a JSON array of objects, or a shard is broken.
     """
     if not path.is_dir():
         yield from iter_rows(path)
         return
-    left_out = 0
+    skipped = 0
     for shard in shards_of(path):
         for files in _samples(shard):
             pair = _caption_pair(shard, files)
             if pair:
                 yield pair, to_json(pair, ensure_ascii=False)
-            left_out += pair is None
-    if left_out:
-        print(f"{path}: {left_out} samples without a medium or a caption are left out")
+            skipped += pair is None
+    if skipped:
+        print(f"{path}: skipped {skipped} samples without a medium or a caption")
 
 
-_Files = dict[str, tuple[tarfile.TarInfo, bytes]]  # by suffix; the bytes of what is no medium
+_Files = dict[str, tuple[tarfile.TarInfo, bytes]]  # by suffix; content of text files only
 
 
 def _samples(shard: Path) -> Iterator[_Files]:
-    """The files of each key of a shard, which stand one after the other."""
+    """Group the files of a shard by key."""
     try:
         with tarfile.open(shard, "r:") as tar:
             entries = (entry for entry in tar if entry.isfile())
@@ -70,12 +69,12 @@ def _samples(shard: Path) -> Iterator[_Files]:
                 yield sample
     except (tarfile.TarError, OSError) as error:
         raise UserError(
-            f"{shard}: not a whole tar file ({error}): fetch it again or remove it"
+            f"{shard}: not a complete tar file ({error}): download it again or remove it"
         ) from error
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the file's name."""
+    """Split at the first dot of the file name, as WebDataset does."""
     path = PurePosixPath(name)
     stem, _, suffix = path.name.partition(".")
     return str(path.with_name(stem)), f".{suffix.lower()}"
@@ -88,8 +87,8 @@ def _caption_pair(shard: Path, files: _Files) -> dict[str, str] | None:
             if suffix in files and caption:
                 entry, _ = files[suffix]
                 name = PurePosixPath(entry.name).name
-                place = f"{shard.name}/{entry.offset_data}+{entry.size}/{name}"
-                return {f"{modality}_name": place, "caption": caption}
+                member = f"{shard.name}/{entry.offset_data}+{entry.size}/{name}"
+                return {f"{modality}_name": member, "caption": caption}
     return None
 
 
@@ -101,5 +100,5 @@ def _caption(shard: Path, files: _Files) -> str:
             return str(json.loads(files[".json"][1])["caption"] or "").strip()
     except (ValueError, TypeError, KeyError) as error:
         (entry, _) = files.get(".txt") or files[".json"]
-        raise UserError(f"{shard}: {entry.name} holds no caption: {error}") from error
+        raise UserError(f"{shard}: {entry.name} has no caption: {error}") from error
     return ""

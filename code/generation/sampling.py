@@ -51,7 +51,7 @@ class CompleteSignalSpans(LogitsProcessor):
         self._next: dict[int, int] = {}
         self._lengths: dict[int, int] = {}  # by first token
         for modality in signals.counts:
-            run = signals.run(modality)
+            run = signals.span(modality)
             self._next |= dict(pairwise(run))
             self._lengths[run[0]] = len(run)
 

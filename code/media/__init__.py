@@ -1,1 +1,1 @@
-"""Media files: decoding in a worker process, transforms for ImageBind, feature cache, writing."""
+"""Media files: decoding in subprocesses, ImageBind's preprocessing, feature cache, writing."""

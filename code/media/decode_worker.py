@@ -1,17 +1,15 @@
-"""Decoding in a subprocess: a crash, a hang or gigabytes cost one medium, and not the program.
+"""Decodes media in subprocesses with limits on memory and time.
 
-`decode(function, ...)` runs a function of `media.decoding`, or another one that needs no torch,
-in a worker process with limits on memory and time, and returns its result. A worker is started when
-the first is needed (0.2 s, 70 MB of memory), serves one call after the other, and is replaced when
-it dies or has held a GB; threads that decode at the same time get a worker each, up to
-`MAX_WORKERS` in a process: the others wait. A call costs 0.2 ms, and 0.3 ms for every MB that
-comes back through a pipe: views of a picture of 640x480 take 5.5 ms where they took 4.2 in the same
-process.
+A crash, a hang or gigabytes of memory cost one medium, not the program. `decode(function, ...)`
+runs a function of `media.decoding`, or another one that does not import torch, in a worker. Workers
+start on demand (0.2 s, 70 MB), are reused, and are replaced when they die or have held a GB; each
+thread that decodes gets one, up to `MAX_WORKERS` a process. A call costs 0.2 ms, and 0.3 ms for
+every MB returned through the pipe: an image of 640x480 takes 5.5 ms, 4.2 ms in the same process.
 
-A worker ends with the process that started it, however that ends: its requests end, or it finds
-itself adopted. It is started with `subprocess`, since a DataLoader's processes may have no children
-of `multiprocessing`, and ignores SIGTERM and SIGINT, which the processes that it serves may survive
-to save a run. What it sends back is JSON and raw arrays: bytes of strangers make no objects here.
+A worker exits with its parent, however that exits: its input ends, or its parent process id
+changes. It is a `subprocess`, because DataLoader workers may not have `multiprocessing` children,
+and ignores SIGTERM and SIGINT, which its parent may survive to save a checkpoint. Results are JSON
+and raw arrays: nothing is unpickled.
 """
 
 import atexit
@@ -40,16 +38,16 @@ MEMORY = 4 << 30  # bytes of address space of a worker
 MAX_WORKERS = 4  # of a process
 POLL_SECONDS = 0.1  # between two calls of `check`
 MAX_PEAK_MEMORY = 1 << 30  # bytes; a worker that has held more is replaced
-_LONGEST_ANSWER = 1 << 20  # bytes of an answer without its arrays
-_PING = b"\n"  # in place of a request
+_MAX_ANSWER = 1 << 20  # bytes of an answer without its arrays
+_PING, _PONG = b"\n", b"ready\n"
 
 
 class TimeLimits(NamedTuple):
-    """How long a call may take, in seconds.
+    """Time limits of a call.
 
     Attributes:
         cpu_seconds: of processor time, all threads together.
-        wall_seconds: by the clock: more, where the disk is slow or the processors are busy.
+        wall_seconds: of wall time; larger, for slow disks and busy processors.
     """
 
     cpu_seconds: int
@@ -59,6 +57,17 @@ class TimeLimits(NamedTuple):
 DEFAULT_LIMITS = TimeLimits(cpu_seconds=120, wall_seconds=600)
 
 
+class _Call(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    label: str
+    limits: TimeLimits
+
+    def to_line(self) -> bytes:
+        name = [self.function.__module__, self.function.__qualname__]
+        return to_json([name, self.arguments, self.label, self.limits]).encode() + b"\n"
+
+
 def decode(
     function: Callable[..., Any],
     *arguments: Any,
@@ -66,49 +75,36 @@ def decode(
     limits: TimeLimits = DEFAULT_LIMITS,
     check: Callable[[], None] | None = None,
 ) -> Any:
-    """The result of `function(*arguments)`, computed in a worker process.
+    """Run `function(*arguments)` in a worker process.
 
     Args:
-        function: of a module, found there by its name.
-        arguments: what JSON can hold.
-        label: what messages call the medium; none: the first argument, its path.
-        limits: on the time of the call; waiting for a free worker does not count.
-        check: called every `POLL_SECONDS` meanwhile; what it raises ends the worker and comes out.
+        function: of a module's top level.
+        arguments: JSON values.
+        label: the medium's name in error messages; default: the first argument, its path.
+        limits: of the call, without the time of waiting for a free worker.
+        check: called every `POLL_SECONDS`; an exception it raises kills the worker and propagates.
 
     Returns:
-        What the function returned: arrays, numbers, texts, and lists of them; tuples come as lists.
+        The function's result: arrays, numbers, strings, and lists of them; tuples become lists.
 
     Raises:
-        MediaError: the function raised it, crashed, or passed a limit.
-        RuntimeError: the function raised something else, which the worker prints, or no worker can
-            be started.
+        MediaError: raised by the function, or it crashed or exceeded a limit.
+        RuntimeError: the function raised something else (printed to stderr), or no worker starts.
     """
-    with _borrowed_worker(check) as worker:
+    with _borrow_worker(check) as worker:
         call = _Call(function, arguments, label or str(arguments[0]), limits)
-        error, result = worker.call(call, check)
+        error, result = worker.run(call, check)
     if error:
         raise MediaError(error)
     return result
 
 
-class _Call(NamedTuple):
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
-    label: str
-    limits: TimeLimits
-
-    def as_json(self) -> bytes:
-        """The request, one line."""
-        name = [self.function.__module__, self.function.__qualname__]
-        return to_json([name, self.arguments, self.label, self.limits]).encode() + b"\n"
-
-
 class _Worker:
-    """The side of a worker process that asks."""
+    """The parent's side of a worker process."""
 
     def __init__(self) -> None:
         environment = os.environ | {
-            "OPENBLAS_NUM_THREADS": "1",  # each thread of it reserves address space
+            "OPENBLAS_NUM_THREADS": "1",  # each of its threads reserves address space
             "MALLOC_ARENA_MAX": "2",
         }
         self.process = subprocess.Popen(
@@ -119,115 +115,114 @@ class _Worker:
         )
         assert self.process.stdin and self.process.stdout
         self.requests, self.answers = self.process.stdin, self.process.stdout
-        self.exceeded_peak = False  # its heap may be fragmented: no more calls
-        if not self.alive():
-            self.end()
-            raise RuntimeError(f"the decoding process cannot start: {_describe_exit(self.process)}")
+        self.exceeded_peak = False  # its heap may be fragmented
+        if not self.is_alive():
+            self.kill()
+            raise RuntimeError(f"the decoding process cannot start: {self._exit_reason()}")
 
-    def alive(self) -> bool:
-        """Whether it answers; `process.poll` sees the end of a killed one some ms late."""
+    def is_alive(self) -> bool:
+        """Whether it answers a ping; `process.poll` notices a killed process some ms late."""
         with suppress(BrokenPipeError):
-            self.requests.write(_PING)
-            self.requests.flush()
-        return self.answers.readline() == b"ready\n"
+            self._send(_PING)
+        return self.answers.readline() == _PONG
 
-    def end(self) -> None:
-        """Kill it."""
+    def kill(self) -> None:
         self.process.kill()
         self.process.wait()
         self.answers.close()
-        with suppress(BrokenPipeError):  # of a request that it did not read
+        with suppress(BrokenPipeError):  # from an unread request
             self.requests.close()
 
-    def call(self, call: _Call, check: Callable[[], None] | None) -> tuple[str, Any]:
-        """The text of a `MediaError`, or the result; MediaError if the worker died."""
-        with self._explained(call):
-            self.requests.write(call.as_json())
-            self.requests.flush()
-        ready = select.poll()
-        ready.register(self.answers, select.POLLIN)
-        while not ready.poll(POLL_SECONDS * 1000):
+    def run(self, call: _Call, check: Callable[[], None] | None) -> tuple[str, Any]:
+        """The text of a `MediaError` and the result; raises if the worker dies."""
+        try:
+            self._send(call.to_line())
+        except BrokenPipeError as error:
+            raise self._death(call) from error
+        poll = select.poll()
+        poll.register(self.answers, select.POLLIN)
+        while not poll.poll(POLL_SECONDS * 1000):
             if check:
                 check()
-        with self._explained(call):
-            answer = json.loads(self.answers.readline(_LONGEST_ANSWER))
+        try:
+            answer = json.loads(self.answers.readline(_MAX_ANSWER))
             self.exceeded_peak = answer["peak"] > MAX_PEAK_MEMORY
             return answer["error"], _unpack(answer["result"], self.answers)
+        except (EOFError, ValueError, LookupError, TypeError) as error:
+            raise self._death(call) from error
 
-    @contextmanager
-    def _explained(self, call: _Call) -> Iterator[None]:
-        """Say how the worker died, if it did amid what is written or read here."""
+    def _send(self, line: bytes) -> None:
+        self.requests.write(line)
+        self.requests.flush()
+
+    def _death(self, call: _Call) -> Exception:
+        """The error of a call during which the worker died."""
         try:
-            yield
-        except (BrokenPipeError, EOFError, ValueError, LookupError, TypeError) as error:
-            try:
-                self.process.wait(5)  # for its exit code
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            died = _describe_exit(self.process, call.limits)
-            if self.process.returncode > 0:
-                raise RuntimeError(f"{call.label}: {died}, its error is above") from error
-            raise MediaError(f"{call.label}: cannot be decoded: {died}") from error
+            self.process.wait(5)  # for its exit code
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        reason = self._exit_reason(call.limits)
+        if self.process.returncode > 0:
+            return RuntimeError(f"{call.label}: {reason}, its error is above")
+        return MediaError(f"{call.label}: cannot be decoded: {reason}")
 
-
-def _describe_exit(process: subprocess.Popen, limits: TimeLimits = DEFAULT_LIMITS) -> str:
-    """Why a worker that has exited did so."""
-    code = process.returncode
-    if code == -signal.SIGXCPU:
-        return f"it takes more than {limits.cpu_seconds} s of processor time"
-    if code == -signal.SIGALRM:
-        return f"it takes more than {limits.wall_seconds} s"
-    if code < 0:
-        return f"it ended the decoder ({signal.Signals(-code).name})"
-    return f"the decoder ended with code {code}"
+    def _exit_reason(self, limits: TimeLimits = DEFAULT_LIMITS) -> str:
+        code = self.process.returncode
+        if code == -signal.SIGXCPU:
+            return f"it takes more than {limits.cpu_seconds} s of processor time"
+        if code == -signal.SIGALRM:
+            return f"it takes more than {limits.wall_seconds} s"
+        if code < 0:
+            return f"the decoder crashed ({signal.Signals(-code).name})"
+        return f"the decoder ended with code {code}"
 
 
 class _Pool:
-    """The workers of a process."""
+    """The workers of this process."""
 
     def __init__(self) -> None:
-        self.places = BoundedSemaphore(MAX_WORKERS)
+        self.slots = BoundedSemaphore(MAX_WORKERS)
         self.lock = Lock()
         self.idle: list[_Worker] = []
 
     def take(self) -> _Worker:
-        """An idle worker that lives, or a new one."""
+        """A live idle worker, or a new one."""
         while True:
             with self.lock:
                 worker = self.idle.pop() if self.idle else None
             if worker is None:
                 return _Worker()
-            if worker.alive():
+            if worker.is_alive():
                 return worker
-            worker.end()
+            worker.kill()
 
     def close(self) -> None:
-        """End the idle workers."""
+        """Kill the idle workers."""
         with self.lock:
             workers, self.idle = self.idle, []
         for worker in workers:
-            worker.end()
+            worker.kill()
 
 
 _pool = _Pool()
 
 
-def _renew_pool() -> None:
-    """The workers of a process are not those of its forks."""
+def _reset_pool() -> None:
+    """A forked process does not share its parent's workers."""
     global _pool
     _pool = _Pool()
 
 
-os.register_at_fork(after_in_child=_renew_pool)
+os.register_at_fork(after_in_child=_reset_pool)
 atexit.register(lambda: _pool.close())
 
 
 @contextmanager
-def _borrowed_worker(check: Callable[[], None] | None) -> Iterator[_Worker]:
-    """A worker for one call; one that was left amid a call is ended."""
+def _borrow_worker(check: Callable[[], None] | None) -> Iterator[_Worker]:
+    """A worker for one call; killed if the call raises."""
     pool = _pool
-    while not pool.places.acquire(timeout=POLL_SECONDS):
+    while not pool.slots.acquire(timeout=POLL_SECONDS):
         if check:
             check()
     try:
@@ -235,19 +230,19 @@ def _borrowed_worker(check: Callable[[], None] | None) -> Iterator[_Worker]:
         try:
             yield worker
         except BaseException:
-            worker.end()
+            worker.kill()
             raise
         if worker.exceeded_peak:
-            worker.end()
+            worker.kill()
         else:
             with pool.lock:
                 pool.idle.append(worker)
     finally:
-        pool.places.release()
+        pool.slots.release()
 
 
 def _pack(value: Any, arrays: list[np.ndarray]) -> Any:
-    """`value` as JSON holds it; its arrays go into `arrays`, one after the other."""
+    """Convert `value` to JSON; arrays are appended to `arrays` and replaced by dtype and shape."""
     if isinstance(value, np.ndarray):
         arrays.append(np.ascontiguousarray(value))
         return {"dtype": value.dtype.str, "shape": value.shape}
@@ -255,14 +250,14 @@ def _pack(value: Any, arrays: list[np.ndarray]) -> Any:
 
 
 def _unpack(value: Any, stream: BinaryIO) -> Any:
-    """What `_pack` was given, the arrays read from `stream`; EOFError if they are not all there."""
+    """Inverse of `_pack`; reads the arrays from `stream`, EOFError if it ends before."""
     if isinstance(value, list):
         return [_unpack(one, stream) for one in value]
     if not isinstance(value, dict):
         return value
     shape, dtype = value["shape"], np.dtype(value["dtype"])
     if dtype.hasobject or math.prod(shape) * dtype.itemsize > MEMORY:
-        raise ValueError(f"no array of a medium: {value}")
+        raise ValueError(f"not an array of a medium: {value}")
     array = np.empty(shape, dtype)
     if stream.readinto(_bytes(array)) < array.nbytes:
         raise EOFError
@@ -270,7 +265,7 @@ def _unpack(value: Any, stream: BinaryIO) -> Any:
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
-    """What a contiguous array holds, to be read and written."""
+    """A contiguous array's memory."""
     return array.reshape(-1).view(np.uint8)
 
 
@@ -278,67 +273,65 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    """Answer requests until there are no more, or the process that asks is gone."""
+    """Serve requests until the input ends or the parent is gone."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries' prints go to stderr
     for ignored in (signal.SIGTERM, signal.SIGINT):
         signal.signal(ignored, signal.SIG_IGN)
-    Thread(target=_end_with, args=(int(sys.argv[1]),), daemon=True).start()
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_AS, MEMORY)
+    Thread(target=_exit_with, args=(int(sys.argv[1]),), daemon=True).start()
+    _set_limit(resource.RLIMIT_CORE, 0)
+    _set_limit(resource.RLIMIT_AS, MEMORY)
     for line in sys.stdin.buffer:
         if line == _PING:
-            answers.write(b"ready\n")
-            answers.flush()
-            continue
-        (module, name), arguments, label, limits = json.loads(line)
-        _allow(*limits)
-        arrays: list[np.ndarray] = []
-        error, result = _answer(getattr(import_module(module), name), arguments, label)
-        answer = {"error": error, "result": _pack(result, arrays), "peak": _peak()}
-        answers.write(to_json(answer).encode() + b"\n")
-        for array in arrays:
-            answers.write(_bytes(array))
+            answers.write(_PONG)
+        else:
+            _serve(line, answers)
         answers.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _answer(function: Callable[..., Any], arguments: list[Any], label: str) -> tuple[str, Any]:
-    """The text of a `MediaError`, or the result. Any other error ends the process."""
+def _serve(line: bytes, answers: BinaryIO) -> None:
+    """Run one call; an exception other than `MediaError` and `MemoryError` ends the process."""
+    (module, name), arguments, label, limits = json.loads(line)
+    _start_limits(*limits)
+    error, result = "", None
     try:
-        return "", function(*arguments)
-    except MediaError as error:
-        return str(error), None
+        result = getattr(import_module(module), name)(*arguments)
+    except MediaError as fault:
+        error = str(fault)
     except MemoryError:
-        return f"{label}: cannot be decoded: it takes more than {MEMORY >> 30} GB of memory", None
+        error = f"{label}: cannot be decoded: it takes more than {MEMORY >> 30} GB of memory"
+    arrays: list[np.ndarray] = []
+    answer = {"error": error, "result": _pack(result, arrays), "peak": _peak_memory()}
+    answers.write(to_json(answer).encode() + b"\n")
+    for array in arrays:
+        answers.write(_bytes(array))
 
 
-def _peak() -> int:
-    """The most bytes that this process has held; `getrusage` counts its parent's as well."""
+def _peak_memory() -> int:
+    """Peak resident bytes of this process; `getrusage` would include its parent's."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def _allow(cpu_seconds: int, clock_seconds: int) -> None:
-    """Let the next call take this long; then the system ends the process, whatever it is doing."""
+def _start_limits(cpu_seconds: int, wall_seconds: int) -> None:
+    """Have the kernel kill this process when it exceeds these times from now on."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds
-    _limit(resource.RLIMIT_CPU, soft)
-    signal.setitimer(signal.ITIMER_REAL, clock_seconds)
+    _set_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds)
+    signal.setitimer(signal.ITIMER_REAL, wall_seconds)
 
 
-def _limit(kind: int, value: int) -> None:
-    """Set a limit, or leave it where the one who started the program allows less."""
+def _set_limit(kind: int, value: int) -> None:
+    """Set a soft limit, at most the hard limit."""
     most = resource.getrlimit(kind)[1]
     resource.setrlimit(kind, (value if most == resource.RLIM_INFINITY else min(value, most), most))
 
 
-def _end_with(parent: int) -> None:
-    """End this process when it is no more a child of `parent`.
+def _exit_with(parent: int) -> None:
+    """Exit when `parent` is no longer the parent process.
 
-    By polling, not by `common.child_process.die_with_parent`: that signal comes when the parent's
-    thread that started the child ends, and workers are started by threads of pools, which end while
-    others still use the worker.
+    Polls: the signal of `common.child_process.die_with_parent` comes when the parent's thread that
+    started the child ends, and threads of pools end while others still use the worker.
     """
     while os.getppid() == parent:
         time.sleep(0.5)
@@ -348,5 +341,5 @@ def _end_with(parent: int) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except BrokenPipeError:  # the process that asked is gone, amid a call
-        os._exit(0)  # without a last attempt to write the answer
+    except BrokenPipeError:  # the parent is gone, during a call
+        os._exit(0)  # without flushing the answer

@@ -1,11 +1,10 @@
-"""Pictures, videos and sounds out of files, and out of shards.
+"""Decodes images, videos and audio from files and shards.
 
-Decoding only: `media.transforms` makes encoder inputs of it, and has it done by
-`media.decode_worker` in a process of its own, for which nothing here imports torch. A picture and
-a sound cost their whole decoding (a minute of sound holds 4 MB at 16 kHz). Of a video every packet
-is read once, undecoded, to count the frames, and then every frame up to the last asked for is
-decoded: by counting, they are the right ones in every format. That costs a second for a minute in
-480p; memory holds those asked for.
+Runs in `media.decode_worker`'s processes and therefore does not import torch; `media.transforms`
+computes encoder inputs. Images and audio are decoded entirely (4 MB for a minute of audio at 16
+kHz). Of a video all packets are demuxed to count the frames, and the frames up to the last selected
+one are decoded, which is exact in every format: about a second for a minute in 480p; only the
+selected frames are held.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,30 +24,31 @@ from PIL import Image, ImageOps
 from nextgpt.common.errors import MediaError
 from nextgpt.media.shard_members import in_shard, medium_exists, medium_state, open_medium
 
-# Named, because FFmpeg and Pillow also read playlists, scripts and text, which may lead elsewhere.
-CONTAINERS = "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
-PICTURES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-MAX_SOUND_SECONDS = 3 * 3600  # up to `MAX_SOUND_RATE`; above it as many samples
-MAX_SOUND_RATE = 48_000  # Hz; 3 hours of it hold 2.1 GB, half of a worker's memory
-MAX_CHANNELS = 64  # FFmpeg's resampler takes no more
-_STILLS = ("mjpeg", "png", "bmp", "tiff", "webp")  # codecs of covers
-_MAX_ASPECT = 50  # beyond it, one side scaled to the encoder's size makes the other one huge
+# Allow lists: FFmpeg and Pillow also read playlists, scripts and text, which may refer elsewhere.
+CONTAINER_FORMATS = (
+    "mov,matroska,webm,avi,mpegts,mpeg,flv,asf,gif,ogg,wav,w64,aiff,mp3,flac,aac,amr"
+)
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+MAX_AUDIO_SECONDS = 3 * 3600  # at up to `MAX_AUDIO_RATE`; at higher rates as many samples
+MAX_AUDIO_RATE = 48_000  # Hz; 3 hours of it hold 2.1 GB, half of a worker's memory
+MAX_CHANNELS = 64  # limit of FFmpeg's resampler
+_STILL_CODECS = ("mjpeg", "png", "bmp", "tiff", "webp")  # of album covers
+_MAX_ASPECT = 50  # beyond it, scaling the short side to the encoder's size makes the other huge
 
 
 @contextmanager
-def _naming(path: Path, kind: str) -> Iterator[None]:
-    """Turn what decoders raise into a `MediaError` that names the file.
+def _as_media_errors(path: Path | str, kind: str) -> Iterator[Path]:
+    """Convert all exceptions to a `MediaError` that names the file.
 
-    Whatever they raise: on broken bytes Pillow and PyAV raise far more kinds of errors than they
-    document, and each of them means that this file is of no use. So does each of the file system's:
-    a file may vanish at any moment.
+    On broken bytes Pillow and PyAV raise many undocumented types, and a file may vanish any time.
     """
+    file = Path(path)
     try:
-        if not medium_exists(path):
+        if not medium_exists(file):
             raise MediaError(f"{path}: no such file")
-        if medium_state(path).size == 0:
+        if medium_state(file).size == 0:
             raise MediaError(f"{path}: empty file")
-        yield
+        yield file
     except (MediaError, MemoryError):
         raise
     except Exception as error:
@@ -57,82 +57,80 @@ def _naming(path: Path, kind: str) -> Iterator[None]:
 
 
 def _source(path: Path) -> BinaryIO | str:
-    """What libraries open: a file by its path, a medium in a shard by its bytes."""
     return open_medium(path) if in_shard(path) else str(path)
 
 
 def _open_container(path: Path) -> InputContainer:
-    return av.open(_source(path), options={"format_whitelist": CONTAINERS})
+    return av.open(_source(path), options={"format_whitelist": CONTAINER_FORMATS})
 
 
 def _check_size(path: Path, width: int, height: int) -> None:
     if min(width, height) < 1:
-        raise MediaError(f"{path}: {width}x{height}, a picture without pixels")
+        raise MediaError(f"{path}: {width}x{height}, an image without pixels")
     if max(width, height) > _MAX_ASPECT * min(width, height):
         raise MediaError(f"{path}: {width}x{height} is too long and thin, crop it")
 
 
 def read_image(path: Path | str) -> Image.Image:
-    """The picture upright in RGB; what is transparent is white, of an animation the first picture.
+    """Decode an image to upright RGB, on white; of an animation the first frame.
 
     Raises:
-        MediaError: missing, broken or not a picture.
+        MediaError: missing, broken or not an image.
     """
-    path = Path(path)
-    with _naming(path, "a picture"), Image.open(_source(path), formats=PICTURES) as image:
-        _check_size(path, *image.size)
+    with (
+        _as_media_errors(path, "an image") as file,
+        Image.open(_source(file), formats=IMAGE_FORMATS) as image,
+    ):
+        _check_size(file, *image.size)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16 bits; converting would clip at 255
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         if upright.has_transparency_data:
             upright = upright.convert("RGBA")
-            white = Image.new("RGBA", upright.size, "white")
-            upright = Image.alpha_composite(white, upright)
+            upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
         return upright.convert("RGB")
 
 
 def read_pixels(path: Path | str) -> np.ndarray:
-    """The picture of `read_image`, (H, W, 3) uint8 RGB; it raises the same."""
+    """As `read_image`, as (H, W, 3) uint8."""
     return np.asarray(read_image(path))
 
 
 def read_samples(path: Path | str) -> tuple[np.ndarray, int]:
-    """First of up to 64 channels of a sound, or of a video's sound track, and its rate in Hz.
+    """Decode the first of up to 64 channels of an audio file, or of a video's audio stream.
 
     Returns:
-        All samples, (S,) float32, and how many there are a second.
+        all samples (S,) float32, and the sampling rate in Hz.
 
     Raises:
-        MediaError: missing, broken, without a sound track, longer than 3 hours, or, where it has
-            more than 48 000 samples a second, of more samples than 3 hours of those hold.
+        MediaError: missing, broken, without audio, or longer than 3 hours at 48 kHz or less (at
+            higher rates: more samples than that).
     """
-    path = Path(path)
-    samples = bytearray()  # grows in place: blocks put together at the end would be held twice
+    samples = bytearray()  # grows in place: concatenating blocks would hold the samples twice
     length = 0
-    with _naming(path, "a sound"), _open_container(path) as container:
+    with _as_media_errors(path, "audio") as file, _open_container(file) as container:
         if not container.streams.audio:
-            raise MediaError(f"{path}: no sound in it")
+            raise MediaError(f"{path}: no audio stream in it")
         stream = container.streams.audio[0]
-        for block in _first_channel_blocks(path, container, stream):
+        for block in _first_channel_blocks(file, container, stream):
             samples += block.tobytes()
             length += len(block)
             rate = max(stream.codec_context.sample_rate, 1)
-            longest = MAX_SOUND_SECONDS * min(rate, MAX_SOUND_RATE)
+            longest = MAX_AUDIO_SECONDS * min(rate, MAX_AUDIO_RATE)
             if length > longest:
                 raise MediaError(f"{path}: longer than {longest / rate / 3600:.3g} hours, cut it")
-        rate = stream.codec_context.sample_rate
-    if not length:
-        raise MediaError(f"{path}: a sound without samples")
-    return np.frombuffer(samples, np.float32), rate
+        if not length:
+            raise MediaError(f"{path}: audio without samples")
+        return np.frombuffer(samples, np.float32), stream.codec_context.sample_rate
 
 
 def _first_channel_blocks(
     path: Path, container: InputContainer, stream: AudioStream
 ) -> Iterator[np.ndarray]:
-    """Samples of the first channel, block by block: (S,) float32.
+    """Yield the first channel, which the published filter bank uses, block by block: (S,) float32.
 
-    Interleaved ("flt"), which is one plane whatever the number of channels: of planes PyAV counts
-    the pointers up to a null, and with 8 channels or more there is none behind the last.
+    Interleaved ("flt") to have one plane: PyAV counts planes up to a null pointer, which is missing
+    after the last of 8 channels or more.
     """
     interleaved = av.AudioResampler(format="flt")
     for frame in chain(container.decode(stream), [None]):
@@ -140,36 +138,28 @@ def _first_channel_blocks(
         if not 1 <= channels <= MAX_CHANNELS:
             raise MediaError(f"{path}: {channels} channels, more than {MAX_CHANNELS}: mix it down")
         for block in interleaved.resample(frame):
-            # The first channel, as the published filter bank takes it.
             yield block.to_ndarray().reshape(-1, block.layout.nb_channels)[:, 0]
 
 
 def read_video_frames(
     path: Path | str, choose: Callable[[int, float], Sequence[int]]
 ) -> list[np.ndarray]:
-    """Chosen frames of a video, upright, each (H, W, 3) uint8 RGB.
-
-    Args:
-        path: the file.
-        choose: from the number of frames and the frames per second to the indices wanted, in the
-            order in which they come back; an index may come twice.
+    """Decode the frames whose indices `choose(number of frames, frames per second)` returns.
 
     Raises:
-        MediaError: missing, broken or without moving pictures.
+        MediaError: as `pick_frames`.
     """
-    frames, rate = measure_video(path)
-    return pick_frames(path, choose(frames, rate))
+    return pick_frames(path, choose(*measure_video(path)))
 
 
 def measure_video(path: Path | str) -> tuple[int, float]:
-    """How many frames a video has, and how many a second, by reading its packets.
+    """Number of frames and frames per second of a video, from its packets.
 
     Raises:
-        MediaError: missing, broken or without moving pictures.
+        MediaError: missing, broken or without a video stream.
     """
-    path = Path(path)
-    with _naming(path, "a video"), _open_container(path) as container:
-        stream = _moving_pictures(path, container)
+    with _as_media_errors(path, "a video") as file, _open_container(file) as container:
+        stream = _open_video_stream(file, container)
         packets = [p for p in container.demux(stream) if p.size > 0 and not p.is_discard]
         if not packets:
             raise MediaError(f"{path}: a video without frames")
@@ -177,54 +167,55 @@ def measure_video(path: Path | str) -> tuple[int, float]:
 
 
 def pick_frames(path: Path | str, indices: Sequence[int]) -> list[np.ndarray]:
-    """The frames with these numbers, as `read_video_frames` gives them.
+    """Decode the frames `indices`, in that order, upright, each (H, W, 3) uint8 RGB.
+
+    The last frame stands for those that a truncated file lacks.
 
     Raises:
-        MediaError: missing, broken or without moving pictures.
+        MediaError: missing, broken or without a video stream.
     """
-    path = Path(path)
-    with _naming(path, "a video"), _open_container(path) as container:
-        frames = container.decode(_moving_pictures(path, container))
-        pictures = {
-            index: _upright(path, frame)
-            for index, frame in enumerate(islice(frames, max(indices) + 1))
+    with _as_media_errors(path, "a video") as file, _open_container(file) as container:
+        decoded = container.decode(_open_video_stream(file, container))
+        frames = {
+            index: _upright(file, frame)
+            for index, frame in enumerate(islice(decoded, max(indices) + 1))
             if index in indices
         }
-    if not pictures:
-        raise MediaError(f"{path}: a video without readable frames")
-    last = pictures[max(pictures)]  # stands for those that a cut file lacks
-    return [pictures.get(index, last) for index in indices]
+        if not frames:
+            raise MediaError(f"{path}: a video without readable frames")
+        last = frames[max(frames)]
+        return [frames.get(index, last) for index in indices]
 
 
-def moving_pictures(container: InputContainer) -> VideoStream | None:
-    """The first stream of moving pictures, which the cover of an album is not.
+def find_video_stream(container: InputContainer) -> VideoStream | None:
+    """The first video stream that is not an album cover.
 
-    What browsers record has no frame rate in its header, so that alone decides nothing.
+    Browsers record videos without a frame rate in the header, so its absence alone is no criterion.
     """
     for stream in container.streams.video:
-        moving = stream.average_rate or stream.codec_context.name not in _STILLS
-        if moving and not stream.disposition & Disposition.attached_pic:
+        moves = stream.average_rate or stream.codec_context.name not in _STILL_CODECS
+        if moves and not stream.disposition & Disposition.attached_pic:
             return stream
     return None
 
 
-def _moving_pictures(path: Path, container: InputContainer) -> VideoStream:
-    stream = moving_pictures(container)
+def _open_video_stream(path: Path, container: InputContainer) -> VideoStream:
+    stream = find_video_stream(container)
     if stream is None:
-        raise MediaError(f"{path}: no moving pictures in it")
+        raise MediaError(f"{path}: no video stream in it")
     _check_size(path, stream.width, stream.height)
     stream.thread_type = "AUTO"
     return stream
 
 
 def _rate_of(packets: list[av.Packet]) -> float:
-    """Frames per second by the times at which they are shown; 1 if the times do not tell."""
+    """Frames per second from the packets' presentation times; 1 if these are missing."""
     times = [float(p.pts * p.time_base) for p in packets if p.pts is not None and p.time_base]
     length = max(times, default=0.0) - min(times, default=0.0)
     return (len(packets) - 1) / length if length > 0 else 1.0
 
 
 def _upright(path: Path, frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, 3) uint8, turned as the file asks for (telephones film on their side)."""
-    _check_size(path, frame.width, frame.height)  # the header may have told of another size
+    """(H, W, 3) uint8, rotated as the file's metadata says."""
+    _check_size(path, frame.width, frame.height)  # may differ from the header's
     return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)

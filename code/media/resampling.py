@@ -1,4 +1,4 @@
-"""Resampling of audio to another sampling rate."""
+"""Audio resampling."""
 
 import math
 
@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv1d, pad
 
-MAX_KERNEL = 6_000_000  # numbers: 0.2 GB while it is computed
+MAX_KERNEL = 6_000_000  # elements; computing it takes 0.2 GB
 _CROSSINGS = 6
 _ROLL_OFF = 0.99
 
 
 def resample(samples_S: Tensor, rate: int, new_rate: int) -> Tensor:
-    """Resample by a band-limited Hann-windowed sinc, with torchaudio's default figures.
+    """Resample with a band-limited Hann-windowed sinc kernel, with torchaudio's default parameters.
 
-    After Smith (https://ccrma.stanford.edu/~jos/resample/): 6 zero crossings, roll-off 0.99. It
-    costs a kernel of `kernel_size` numbers.
+    After Smith (https://ccrma.stanford.edu/~jos/resample/): 6 zero crossings, roll-off 0.99. The
+    kernel has `kernel_size` elements.
     """
     if rate == new_rate:
         return samples_S
@@ -32,11 +32,7 @@ def resample(samples_S: Tensor, rate: int, new_rate: int) -> Tensor:
 
 
 def kernel_size(rate: int, new_rate: int) -> int:
-    """How many numbers the kernel of `resample` has: gigabytes where the ratio is not a simple one.
-
-    Args:
-        rate: in Hz, above 0.
-    """
+    """Elements of `resample`'s kernel for rates above 0 Hz; gigabytes for ratios of large terms."""
     old, new, width = _ratio(rate, new_rate)
     return new * (2 * width + old)
 

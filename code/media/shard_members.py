@@ -1,62 +1,51 @@
-"""Media inside WebDataset shards: paths into tar files, opened without unpacking.
-
-A medium in a shard has a path of its own, `SHARD.tar/OFFSET+SIZE/NAME`, and its bytes are read from
-there.
-"""
+"""Media in WebDataset shards: paths of the form `SHARD.tar/OFFSET+SIZE/NAME`, read in place."""
 
 import re
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from nextgpt.common.file_digests import FileState
 
-_INSIDE = re.compile(r"(.+\.tar)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
+_MEMBER = re.compile(r"(.+\.tar)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
 
 
-class _Place(NamedTuple):
-    """Where a medium lies in a shard, in bytes."""
-
-    shard: Path
-    offset: int
-    size: int
-
-
-def _place(path: Path) -> _Place | None:
-    found = _INSIDE.fullmatch(path.as_posix())
-    return _Place(Path(found[1]), int(found[2]), int(found[3])) if found else None
+def _parse(path: Path) -> tuple[Path, int, int] | None:
+    """(shard, offset, size) of a medium in a shard, in bytes; None for a file."""
+    found = _MEMBER.fullmatch(path.as_posix())
+    return (Path(found[1]), int(found[2]), int(found[3])) if found else None
 
 
 def in_shard(path: Path) -> bool:
-    """Whether `path` is that of a medium in a shard."""
-    return _place(path) is not None
+    """Whether `path` names a medium in a shard."""
+    return _parse(path) is not None
 
 
 def medium_exists(path: Path) -> bool:
-    """Whether there is such a file, or such a shard."""
-    place = _place(path)
-    return place.shard.is_file() if place else path.is_file()
+    """Whether the file, or the medium's shard, exists."""
+    member = _parse(path)
+    return (member[0] if member else path).is_file()
 
 
 def medium_state(path: Path) -> FileState:
-    """The state of the file, or, with the medium's own size, of its shard.
+    """The state of the file, or of the medium's shard with the medium's size.
 
     Raises:
-        OSError: it is not there.
+        OSError: it does not exist.
     """
-    place = _place(path)
-    return FileState.of(place.shard)._replace(size=place.size) if place else FileState.of(path)
+    member = _parse(path)
+    return FileState.of(member[0])._replace(size=member[2]) if member else FileState.of(path)
 
 
 def open_medium(path: Path) -> BinaryIO:
-    """The bytes of a file, or of a medium in a shard; those are read at once.
+    """Open a file, or a medium in a shard, which is read into memory.
 
     Raises:
-        OSError: it is not there.
+        OSError: it does not exist.
     """
-    place = _place(path)
-    if place is None:
+    if not (member := _parse(path)):
         return path.open("rb")
-    with place.shard.open("rb") as shard:
-        shard.seek(place.offset)
-        return BytesIO(shard.read(place.size))
+    shard, offset, size = member
+    with shard.open("rb") as stream:
+        stream.seek(offset)
+        return BytesIO(stream.read(size))

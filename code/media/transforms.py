@@ -1,11 +1,8 @@
-"""Encoder inputs out of pictures, videos and sounds: resize, crop, sample, filter bank, normalise.
+"""ImageBind's preprocessing: resize, crop, clip sampling, log-mel filter bank, normalization.
 
-Files are decoded by `media.decode_worker` in a process of its own: whatever a file does to a
-decoder costs that file, and nobody else.
-
-Conventions of the published preprocessing, which the recorded cases decide. A picture is one view,
-a video 15 (5 clips of 2 s, 2 frames each, 3 crops: 18 MB), a sound 3 (clips of 2 s). The clips
-start at 0, 1/n .. (n-1)/n of the time at which a clip may start, so the end stays unseen.
+Files are decoded in subprocesses (`media.decode_worker`). An image is one view, a video 15 (5 clips
+of 2 s, 2 frames each, 3 crops: 18 MB), audio 3 (clips of 2 s). As published, clips start at 0, 1/n
+.. (n-1)/n of the latest possible start, so the end is not covered.
 """
 
 import math
@@ -28,8 +25,8 @@ from nextgpt.media.decode_worker import DEFAULT_LIMITS, TimeLimits, decode
 from nextgpt.media.decoding import measure_video, pick_frames, read_pixels, read_samples
 from nextgpt.media.resampling import MAX_KERNEL, kernel_size, resample
 
-# Part of the key of a cached feature: raise it when a modality's files, decoded and preprocessed,
-# give other numbers than before (`tests/golden_preprocessing.py` holds those it gives).
+# Part of the feature cache's key: raise it when a modality's decoding or preprocessing gives other
+# numbers (`tests/golden_preprocessing.py` records them).
 PREPROCESSING_VERSIONS: dict[Modality, int] = {"image": 1, "video": 1, "audio": 1}
 SIZE = 224  # pixels
 _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
@@ -48,18 +45,18 @@ def load_views(
     check: Callable[[], None] | None = None,
     limits: TimeLimits = DEFAULT_LIMITS,
 ) -> Tensor:
-    """What the encoder takes in of one file, float32.
+    """Decode a file to the media encoder's input, float32.
 
     Args:
-        check: called ten times a second while the file is decoded; what it raises ends that.
-        limits: on the time of decoding; a video is read twice, each time within them.
+        check: called ten times a second while decoding; an exception it raises stops it.
+        limits: of each decoding call; a video takes two.
 
     Returns:
         image (3, 224, 224); video (15, 3, 2, 224, 224), crops fastest; audio (3, 1, 128, 204).
 
     Raises:
-        MediaError: the file is missing, broken, too short or not of this modality, or decoding it
-            crashed or passed a limit.
+        MediaError: the file is missing, broken, too short or not of this modality, or decoding
+            crashed or exceeded a limit.
     """
     file = str(Path(path).absolute())
     if modality == "image":
@@ -72,8 +69,8 @@ def load_views(
     if len(samples_S) < _WINDOW:
         raise MediaError(f"{path}: {len(samples_S)} samples at {RATE} Hz, shorter than 25 ms")
     views = audio_views(samples_S)
-    if not views.isfinite().all():  # a file of floats may hold any
-        raise MediaError(f"{path}: its samples are no finite numbers")
+    if not views.isfinite().all():  # possible in files of floats
+        raise MediaError(f"{path}: its samples are not finite")
     return views
 
 
@@ -83,13 +80,10 @@ def read_audio(
     check: Callable[[], None] | None = None,
     limits: TimeLimits = DEFAULT_LIMITS,
 ) -> Tensor:
-    """All samples of a sound, or of a video's sound track, as mono (S,) float32 at `rate` Hz.
-
-    Args:
-        check, limits: as in `load_views`.
+    """All samples of an audio file, or of a video's audio, as mono (S,) float32 at `rate` Hz.
 
     Raises:
-        MediaError: as in `load_views`, or sampled in no simple ratio to `rate`.
+        MediaError: as in `load_views`, or the sampling rate has no simple ratio to `rate`.
     """
     file = str(Path(path).absolute())
     samples, found_rate = decode(read_samples, file, check=check, limits=limits)
@@ -99,7 +93,7 @@ def read_audio(
 
 
 def image_views(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, 224, 224): short side 224 (bicubic, antialiased), centre crop."""
+    """RGB image -> (3, 224, 224): short side 224 (bicubic, antialiased), centre crop."""
     width, height = image.size
     short = min(width, height)
     width, height = int(SIZE * width / short), int(SIZE * height / short)
@@ -109,12 +103,12 @@ def image_views(image: Image.Image) -> Tensor:
 
 
 def normalise(pixels_HWC: np.ndarray) -> Tensor:
-    """RGB bytes (H, W, 3) -> (3, H, W) float32, by CLIP's mean and deviation."""
+    """RGB (H, W, 3) uint8 -> (3, H, W) float32, by CLIP's mean and standard deviation."""
     return (torch.from_numpy(pixels_HWC).permute(2, 0, 1) / 255 - _MEAN) / _STD
 
 
 def clip_starts(duration: float, clips: int) -> list[Fraction]:
-    """Where `clips` clips of 2 s start, in seconds; all at 0 in what is shorter than a clip."""
+    """Start times of `clips` clips of 2 s, in seconds; all 0 if `duration` is shorter."""
     latest = Fraction(max(duration - CLIP_SECONDS, 0))
     return [latest * clip / clips for clip in range(clips)]
 
@@ -147,10 +141,10 @@ def _three_crops(frame_HWC: np.ndarray) -> Tensor:
 
 
 def audio_views(samples_S: Tensor) -> Tensor:
-    """Mono samples at 16 kHz -> (3, 1, 128, 204): log mel energies of 3 clips of 2 s.
+    """Mono samples at 16 kHz -> (3, 1, 128, 204): log-mel energies of 3 clips of 2 s.
 
-    Each clip's mean is taken off the waveform itself, so what two clips share loses both means,
-    as published. Frames that a short sound lacks are 0 before normalisation.
+    As published, each clip's mean is subtracted in place, so overlapping clips lose both means.
+    Short audio is padded with 0 before normalization.
     """
     samples_S = samples_S.clone()
     views = []
@@ -164,7 +158,7 @@ def audio_views(samples_S: Tensor) -> Tensor:
 
 
 def _filter_bank(clip_S: Tensor) -> Tensor:
-    """Kaldi's log filter bank, (S,) -> (128, frames), floored at float32's epsilon."""
+    """Kaldi's log-mel filter bank, (S,) -> (128, frames), floored at float32's epsilon."""
     return torch.from_numpy(
         spectrogram(
             clip_S.numpy(),
@@ -185,7 +179,7 @@ def _filter_bank(clip_S: Tensor) -> Tensor:
 
 @cache
 def _mel_filters() -> np.ndarray:
-    with warnings.catch_warnings():  # the lowest of 128 filters lie between two frequencies
+    with warnings.catch_warnings():  # the lowest of 128 filters are empty
         warnings.simplefilter("ignore", UserWarning)
         return mel_filter_bank(
             num_frequency_bins=_FFT // 2 + 1,

@@ -1,1 +1,1 @@
-"""The mini world: a closed world of objects, rendered by code, where every claim is measurable."""
+"""The mini world: synthetic media of rendered objects with exact ground truth, and its models."""

@@ -1,12 +1,12 @@
-"""Builds the mini world's frozen parts from nothing: trains them, and writes their folders.
+"""Train the mini system's frozen components from scratch and write their folders.
 
-    python -m nextgpt.mini_world.build_components [--only PART ...] [--rebuild] [--untrained]
+    python -m nextgpt.mini_world.build_components [--only COMPONENT ...] [--rebuild] [--untrained]
 
-A part that is there and trained is left alone unless --rebuild is given. What a part needs of
-another (the decoders the caption towers, the video network the picture network) is taken from that
-one's folder, or trained before it. Every training keeps a checkpoint and its log in the work folder
-and goes on from there when it is started again; remove them to begin anew. The language model is
-not trained but unpacked, in 30 s.
+A component that is already trained is kept unless --rebuild is given. Modules of other components
+that it depends on (text encoders of the decoders, the image UNet of the video UNet) are loaded from
+their folders, or trained first. Each training run keeps its checkpoint and log in the work folder
+and resumes from there; delete them to start over. The language model is not trained but converted,
+in 30 s.
 """
 
 import argparse
@@ -46,20 +46,25 @@ from nextgpt.mini_world.component_training.text_encoders import (
 from nextgpt.mini_world.component_training.vae import train_vae
 from nextgpt.mini_world.component_training.vocoder import train_vocoder
 from nextgpt.mini_world.language_model import convert_language_model
-from nextgpt.mini_world.mini_decoders import FOLDERS, MINI, build_mini_decoder, clip_text_config
+from nextgpt.mini_world.mini_decoders import (
+    DECODER_FOLDERS,
+    MINI_DECODERS,
+    build_mini_decoder,
+    clip_text_config,
+)
 from nextgpt.mini_world.mini_encoder import MINI_IMAGEBIND, TEXT_TOWER, write_mini_encoder
-from nextgpt.mini_world.mini_tokenizers import clip_tokenizer, sample_captions
+from nextgpt.mini_world.mini_tokenizers import build_clip_tokenizer, tokenizer_captions
 from nextgpt.model.imagebind import ImageBind, load_imagebind
 
-Part = Literal["language_model", "encoder", "image", "video", "audio"]
-PARTS: tuple[Part, ...] = get_args(Part)
-_PATHS: dict[Part, str] = {
+Component = Literal["language_model", "encoder", "image", "video", "audio"]
+COMPONENTS: tuple[Component, ...] = get_args(Component)
+_PATHS: dict[Component, str] = {
     "language_model": "smollm2_ckpt/135m_instruct",
     "encoder": "imagebind_ckpt/mini",
-    **FOLDERS,
+    **DECODER_FOLDERS,
 }
-# Where each component that is trained lies: its part, and the folder in it.
-_HOMES: dict[str, tuple[Part, str]] = {
+# Component and subfolder of each trained module.
+_MODULES: dict[str, tuple[Component, str]] = {
     "clip": ("encoder", TEXT_TOWER),
     "encoder": ("encoder", "."),
     "picture_vae": ("image", "vae"),
@@ -70,23 +75,25 @@ _HOMES: dict[str, tuple[Part, str]] = {
     "audio_unet": ("audio", "unet"),
     "vocoder": ("audio", "vocoder"),
 }
-# What is trained in several runs, each with a log of its own.
+# Modules trained in several runs, each with its log.
 _RUNS: dict[str, tuple[str, ...]] = {"encoder": ("encoder", "encoder_sight")}
-_ORIGINS = {"_name_or_path", "is_local", "local_files_only"}  # of a component that was loaded
-RECORD = "training.json"  # in a part's folder: what of it is trained, how long, the last losses
+# Keys with which libraries record in a module's files where it was loaded from.
+_ORIGIN_KEYS = {"_name_or_path", "is_local", "local_files_only"}
+# In a component's folder: the last log line (step, seconds, losses) of each of its training runs.
+TRAINING_RECORD = "training.json"
 
 
-class Builder:
-    """Makes what the parts are of, each component once, when it is first asked for.
+class ComponentBuilder:
+    """Builds components from modules, each of which is loaded or trained on first use.
 
-    A component that its part's record calls trained is taken from there; others are trained.
+    A module listed in its component's training record is loaded from there; others are trained.
 
     Args:
-        out: folder of the parts.
-        work: folder of checkpoints, logs and pools.
-        seed: of everything.
-        rebuilt: parts to train anew although they are there.
-        untrained: give random weights to what is not trained: in a second, to look at the format.
+        out: folder of the components.
+        work: folder of checkpoints, logs and caches.
+        seed: seed of all training runs.
+        rebuilt: components to train again even if they exist.
+        untrained: random weights for modules that are not trained yet; takes a second.
     """
 
     def __init__(
@@ -95,7 +102,7 @@ class Builder:
         work: Path,
         seed: int,
         *,
-        rebuilt: Collection[Part] = (),
+        rebuilt: Collection[Component] = (),
         untrained: bool = False,
     ) -> None:
         self.out = out
@@ -106,103 +113,93 @@ class Builder:
 
     @cached_property
     def clip(self) -> ClipTower:
-        """The caption tower of the encoder and of the picture and video pipelines."""
-        if self._is_trained("clip"):
-            folder = self._home("clip")
-            tokenizer = CLIPTokenizer.from_pretrained(folder)
-            return ClipTower(_frozen(CLIPTextModelWithProjection, folder), tokenizer)
+        """Text encoder of the media encoder and of the image and video pipelines."""
+        if model := self._load("clip", CLIPTextModelWithProjection):
+            return ClipTower(model, CLIPTokenizer.from_pretrained(self._folder("clip")))
         return train_clip(self.work, self.seed)
 
     @cached_property
     def encoder(self) -> ImageBind:
-        """Of media."""
+        """The media encoder."""
         if self._is_trained("encoder"):
-            return load_imagebind(self._home("encoder")).requires_grad_(False)
+            return load_imagebind(self._folder("encoder")).requires_grad_(False)
         return train_encoder(self.clip, self.work, self.seed)
 
     @cached_property
     def clap(self) -> ClapTower:
-        """The caption tower of the sound pipeline."""
-        if self._is_trained("clap"):
-            folder = self._home("clap")
-            tokenizer = AutoTokenizer.from_pretrained(folder.with_name("tokenizer"))
-            return ClapTower(_frozen(ClapTextModelWithProjection, folder), tokenizer)
+        """Text encoder of the audio pipeline."""
+        if model := self._load("clap", ClapTextModelWithProjection):
+            folder = self._folder("clap").with_name("tokenizer")
+            return ClapTower(model, AutoTokenizer.from_pretrained(folder))
         return train_clap(self.work, self.seed)
 
     @cached_property
     def picture_vae(self) -> AutoencoderKL:
-        """Of pictures and of frames."""
-        if self._is_trained("picture_vae"):
-            return _frozen(AutoencoderKL, self._home("picture_vae"))
-        return train_vae("picture", self.work, self.seed)
+        """VAE of images and frames."""
+        trained = self._load("picture_vae", AutoencoderKL)
+        return trained or train_vae("picture", self.work, self.seed)
 
     @cached_property
     def sound_vae(self) -> AutoencoderKL:
-        """Of mel spectrograms."""
-        if self._is_trained("sound_vae"):
-            return _frozen(AutoencoderKL, self._home("sound_vae"))
-        return train_vae("sound", self.work, self.seed)
+        """VAE of mel spectrograms."""
+        trained = self._load("sound_vae", AutoencoderKL)
+        return trained or train_vae("sound", self.work, self.seed)
 
     @cached_property
     def image_unet(self) -> UNet2DConditionModel:
-        """Of the picture pipeline; the video pipeline's begins with it."""
-        if self._is_trained("image_unet"):
-            return _frozen(UNet2DConditionModel, self._home("image_unet"))
-        return train_unet("image", self.picture_vae, self.clip, self.work, self.seed)
+        """UNet of the image pipeline, which initialises that of the video pipeline."""
+        trained = self._load("image_unet", UNet2DConditionModel)
+        return trained or train_unet("image", self.picture_vae, self.clip, self.work, self.seed)
 
     @cached_property
     def video_unet(self) -> UNet3DConditionModel:
-        """Of the video pipeline."""
-        if self._is_trained("video_unet"):
-            return _frozen(UNet3DConditionModel, self._home("video_unet"))
-        return train_unet(
+        """UNet of the video pipeline."""
+        return self._load("video_unet", UNet3DConditionModel) or train_unet(
             "video", self.picture_vae, self.clip, self.work, self.seed, self.image_unet
         )
 
     @cached_property
     def audio_unet(self) -> UNet2DConditionModel:
-        """Of the sound pipeline."""
-        if self._is_trained("audio_unet"):
-            return _frozen(UNet2DConditionModel, self._home("audio_unet"))
-        return train_unet("audio", self.sound_vae, self.clap, self.work, self.seed)
+        """UNet of the audio pipeline."""
+        trained = self._load("audio_unet", UNet2DConditionModel)
+        return trained or train_unet("audio", self.sound_vae, self.clap, self.work, self.seed)
 
     @cached_property
     def vocoder(self) -> SpeechT5HifiGan:
-        """Of the sound pipeline."""
-        if self._is_trained("vocoder"):
-            return _frozen(SpeechT5HifiGan, self._home("vocoder"))
-        return train_vocoder(self.sound_vae, self.work, self.seed)
+        """Vocoder of the audio pipeline."""
+        trained = self._load("vocoder", SpeechT5HifiGan)
+        return trained or train_vocoder(self.sound_vae, self.work, self.seed)
 
-    def write(self, part: Part, folder: Path) -> None:
-        """Train what is missing of `part` and write its folder, whole or not at all."""
-        if part == "language_model":
+    def write(self, component: Component, folder: Path) -> None:
+        """Train the missing modules of `component` and write its folder, atomically."""
+        if component == "language_model":
             convert_language_model(folder)
             return
-        if part == "encoder":
+        if component == "encoder":
             self._write_encoder(folder)
         else:
-            trained = {} if self.untrained else self._trained(part)
-            build_mini_decoder(part, folder, self.seed, sample_captions(), trained=trained)
-        _forget_origins(folder)
-        (folder / RECORD).write_text(to_json(self._record(part), indent=1) + "\n")
+            trained = {} if self.untrained else self._pipeline_modules(component)
+            build_mini_decoder(component, folder, self.seed, tokenizer_captions(), trained=trained)
+        _remove_origins(folder)
+        (folder / TRAINING_RECORD).write_text(to_json(self._record(component), indent=1) + "\n")
 
-    def is_complete(self, part: Part) -> bool:
-        """Whether the folder is there, with all of it trained unless that is not asked for."""
-        folder = self.out / _PATHS[part]
-        trained = _trained_in(folder)
-        return folder.exists() and (self.untrained or all(n in trained for n in _components(part)))
+    def is_complete(self, component: Component) -> bool:
+        """Return whether the folder exists and, unless `untrained`, all modules are trained."""
+        folder = self.out / _PATHS[component]
+        trained = self.untrained or _read_record(folder).keys() >= set(_modules_of(component))
+        return folder.exists() and trained
 
     def _write_encoder(self, folder: Path) -> None:
         if self.untrained:
             torch.manual_seed(self.seed)
-            tokenizer = clip_tokenizer(sample_captions(), MINI.text_tokens)
-            tower = CLIPTextModelWithProjection(clip_text_config(tokenizer, MINI))
+            tokenizer = build_clip_tokenizer(tokenizer_captions(), MINI_DECODERS.text_tokens)
+            tower = CLIPTextModelWithProjection(clip_text_config(tokenizer, MINI_DECODERS))
             write_mini_encoder(folder, ImageBind(MINI_IMAGEBIND), tower, tokenizer)
         else:
             write_mini_encoder(folder, self.encoder, self.clip.model, self.clip.tokenizer)
 
-    def _trained(self, modality: Modality) -> dict[str, Any]:
-        """Trained parts of one pipeline, by diffusers' names."""
+    def _pipeline_modules(self, modality: Modality) -> dict[str, Any]:
+        """Trained modules of a pipeline, by diffusers' names."""
         if modality == "audio":
             return {
                 "tokenizer": self.clap.tokenizer,
@@ -218,86 +215,88 @@ class Builder:
             "unet": self.image_unet if modality == "image" else self.video_unet,
         }
 
-    def _home(self, name: str) -> Path:
-        part, inner = _HOMES[name]
-        return self.out / _PATHS[part] / inner
+    def _folder(self, module: str) -> Path:
+        component, inner = _MODULES[module]
+        return self.out / _PATHS[component] / inner
 
-    def _is_trained(self, name: str) -> bool:
-        part, _ = _HOMES[name]
-        return part not in self.rebuilt and name in _trained_in(self.out / _PATHS[part])
+    def _is_trained(self, module: str) -> bool:
+        component, _ = _MODULES[module]
+        record = _read_record(self.out / _PATHS[component])
+        return component not in self.rebuilt and module in record
 
-    def _record(self, part: Part) -> dict[str, dict[str, float]]:
-        """Run of each component to its log's last line: steps, seconds on one core, losses."""
+    def _load(self, module: str, kind: type[nn.Module]) -> Any:
+        """Load a trained module, frozen and in float32; None if it is not trained yet."""
+        if not self._is_trained(module):
+            return None
+        return kind.from_pretrained(self._folder(module)).float().eval().requires_grad_(False)
+
+    def _record(self, component: Component) -> dict[str, dict[str, float]]:
+        """The component's training record; empty with random weights."""
         if self.untrained:
             return {}
-        before = _trained_in(self.out / _PATHS[part])
+        before = _read_record(self.out / _PATHS[component])
         return {
-            run: before[run] if self._is_trained(name) else last_log_entry(self.work, run)
-            for name in _components(part)
-            for run in _RUNS.get(name, (name,))
+            run: before[run] if self._is_trained(module) else last_log_entry(self.work, run)
+            for module in _modules_of(component)
+            for run in _RUNS.get(module, (module,))
         }
 
 
-def _frozen(kind: type[nn.Module], folder: Path) -> Any:
-    """A component from its folder, in float32."""
-    return kind.from_pretrained(folder).float().eval().requires_grad_(False)
-
-
-def _forget_origins(folder: Path) -> None:
-    """Strike out where a component was loaded from, which the libraries write into its files."""
+def _remove_origins(folder: Path) -> None:
+    """Remove the paths that modules were loaded from out of their configuration files."""
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and _ORIGINS & content.keys():
-            kept = {key: value for key, value in content.items() if key not in _ORIGINS}
+        if isinstance(content, dict) and _ORIGIN_KEYS & content.keys():
+            kept = {key: value for key, value in content.items() if key not in _ORIGIN_KEYS}
             path.write_text(to_json(kept, indent=2) + "\n", encoding="utf-8")
 
 
-def _components(part: Part) -> list[str]:
-    """What of `part` is trained."""
-    return [name for name, (home, _) in _HOMES.items() if home == part]
+def _modules_of(component: Component) -> list[str]:
+    """Names of the trained modules of `component`."""
+    return [name for name, (owner, _) in _MODULES.items() if owner == component]
 
 
-def _trained_in(folder: Path) -> dict[str, dict[str, float]]:
-    """A part's record; empty without one."""
-    path = folder / RECORD
+def _read_record(folder: Path) -> dict[str, dict[str, float]]:
+    """Read a component's training record; empty without one."""
+    path = folder / TRAINING_RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def build(builder: Builder, parts: Sequence[Part]) -> None:
-    """Build what is missing of `parts`, and those to be rebuilt."""
+def build_components(builder: ComponentBuilder, components: Sequence[Component]) -> None:
+    """Build those of `components` that are incomplete or to be rebuilt."""
     builder.work.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        folder = builder.out / _PATHS[part]
-        if part not in builder.rebuilt and builder.is_complete(part):
-            print(f"{part}: {folder} is there")
+    for component in components:
+        folder = builder.out / _PATHS[component]
+        if component not in builder.rebuilt and builder.is_complete(component):
+            print(f"{component}: {folder} exists")
             continue
         start = time.monotonic()
-        made = folder.with_name(f".{folder.name}.new")
-        shutil.rmtree(made, ignore_errors=True)
-        builder.write(part, made)
+        temporary = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(temporary, ignore_errors=True)
+        builder.write(component, temporary)
         shutil.rmtree(folder, ignore_errors=True)
-        rename_durably(made, folder)
-        print(f"{part}: {folder} built in {time.monotonic() - start:.0f} s")
+        rename_durably(temporary, folder)
+        print(f"{component}: {folder} built in {time.monotonic() - start:.0f} s")
 
 
 def main() -> None:
-    """Read the arguments and build."""
-    parser = argparse.ArgumentParser(description="build the mini world's frozen parts")
+    """Parse the arguments and build."""
+    parser = argparse.ArgumentParser(description="build the mini system's frozen components")
     parser.add_argument("--out", type=Path, default=project_path("ckpt/pretrained_ckpt"))
     parser.add_argument("--work", type=Path, default=project_path("ckpt/build"))
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rebuild", action="store_true", help="also what is there already")
+    parser.add_argument("--only", nargs="+", choices=COMPONENTS, default=list(COMPONENTS))
+    parser.add_argument("--rebuild", action="store_true", help="also those that exist")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--untrained", action="store_true", help="random weights, at once")
+    parser.add_argument("--untrained", action="store_true", help="random weights, without training")
     arguments = parser.parse_args()
-    builder = Builder(
+    builder = ComponentBuilder(
         arguments.out,
         arguments.work,
         arguments.seed,
         rebuilt=arguments.only if arguments.rebuild else (),
         untrained=arguments.untrained,
     )
-    build(builder, arguments.only)
+    build_components(builder, arguments.only)
 
 
 if __name__ == "__main__":

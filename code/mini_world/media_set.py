@@ -1,7 +1,7 @@
-"""An album: the media of one data set, those that are shown and the names of those answered with.
+"""The media of one dataset: inputs with the objects they show, and file names of answers.
 
-A medium's nuisances are seeded by the data set's seed and its file name, so that neither the order
-of rendering nor the number of media changes a single byte. A picture costs 3 ms, a video 14 ms, a
+Nuisance variables are seeded by the dataset's seed and the file name, so that a file's bytes depend
+neither on the order of rendering nor on the number of media. An image takes 3 ms, a video 14 ms, a
 sound 3 ms.
 """
 
@@ -14,45 +14,53 @@ from PIL import Image
 
 from nextgpt.common.modality import Modality
 from nextgpt.media.writing import SUFFIXES, Frames, Output, Sound, save_medium
-from nextgpt.mini_world.appearance import unnamed_colour
+from nextgpt.mini_world.appearance import sample_unnamed_colour
 from nextgpt.mini_world.objects import ATTRIBUTES, Split, WorldObject, sample_object
-from nextgpt.mini_world.render_image import OWN_LOOK, Look, render_image
-from nextgpt.mini_world.render_sound import RATE, render_sound
+from nextgpt.mini_world.render_audio import SAMPLE_RATE, render_audio
+from nextgpt.mini_world.render_image import DEFAULT_APPEARANCE, Appearance, render_image
 from nextgpt.mini_world.render_video import FRAMES_PER_SECOND, render_video
 
 
-def generator(seed: int, name: str) -> np.random.Generator:
-    """Random numbers for one purpose, the same wherever and whenever they are drawn."""
+def seeded_rng(seed: int, name: str) -> np.random.Generator:
+    """Return an independent random generator for each purpose `name`."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
 def render_medium(
-    name: str, modality: Modality, thing: WorldObject, seed: int, look: Look = OWN_LOOK
+    name: str,
+    modality: Modality,
+    obj: WorldObject,
+    seed: int,
+    appearance: Appearance = DEFAULT_APPEARANCE,
 ) -> Output:
-    """Render `thing`; the same seed and file name give the same medium."""
-    rng = generator(seed, name)
+    """Render `obj`, deterministically for a seed and file name."""
+    rng = seeded_rng(seed, name)
     if modality == "image":
-        return Image.fromarray(render_image(thing, rng, look))
+        return Image.fromarray(render_image(obj, rng, appearance))
     if modality == "video":
-        return Frames(render_video(thing, rng, look), FRAMES_PER_SECOND)
-    return Sound(render_sound(thing, rng), RATE)
+        return Frames(render_video(obj, rng, appearance), FRAMES_PER_SECOND)
+    return Sound(render_audio(obj, rng), SAMPLE_RATE)
 
 
 def write_medium(
-    path: Path, modality: Modality, thing: WorldObject, seed: int, look: Look = OWN_LOOK
+    path: Path,
+    modality: Modality,
+    obj: WorldObject,
+    seed: int,
+    appearance: Appearance = DEFAULT_APPEARANCE,
 ) -> None:
-    """Render `thing` into `path`; the same seed and file name give the same bytes."""
-    save_medium(render_medium(path.name, modality, thing, seed, look), path)
+    """Render `obj` into `path`; the same seed and file name give the same bytes."""
+    save_medium(render_medium(path.name, modality, obj, seed, appearance), path)
 
 
-class Album:
-    """The media of one data set.
+class MediaSet:
+    """The media of one dataset; iterates over the inputs: file name, modality, object.
 
     Args:
-        prefix: what its file names begin with.
-        sizes: how many media of each modality there are to be shown.
-        split: whether the things shown are held out.
-        unnamed_colours: share of the pictures and videos in colours that have no name.
+        prefix: prefix of the file names.
+        sizes: number of inputs of each modality.
+        split: split of the objects shown.
+        unnamed_colours: proportion of images and videos in unnamed colours.
     """
 
     def __init__(
@@ -63,43 +71,45 @@ class Album:
         split: Split = "training",
         unnamed_colours: float = 0.0,
     ) -> None:
-        self.shown: dict[Modality, list[tuple[str, WorldObject]]] = {}
+        self.inputs: dict[Modality, list[tuple[str, WorldObject]]] = {}
         self._prefix = prefix
         self._answers: dict[tuple[Modality, str], str] = {}
-        self._looks: dict[str, Look] = {}
+        self._appearances: dict[str, Appearance] = {}
         for modality, size in sizes.items():
-            rng = generator(seed, f"{prefix}/{modality}")
-            self.shown[modality] = [
+            rng = seeded_rng(seed, f"{prefix}/{modality}")
+            self.inputs[modality] = [
                 (f"{prefix}_{modality}_{number:06d}{SUFFIXES[modality]}", sample_object(rng, split))
                 for number in range(1, size + 1)
             ]
-            for name, _ in self.shown[modality] if modality != "audio" else ():
-                rng = generator(seed, f"{name} colour")
+            for name, _ in self.inputs[modality] if modality != "audio" else ():
+                rng = seeded_rng(seed, f"{name} colour")
                 if rng.random() < unnamed_colours:
-                    self._looks[name] = Look(rgb=unnamed_colour(rng))
+                    self._appearances[name] = Appearance(rgb=sample_unnamed_colour(rng))
 
-    def look(self, name: str) -> Look:
-        """How the medium of this file name is painted."""
-        return self._looks.get(name, OWN_LOOK)
+    def appearance(self, name: str) -> Appearance:
+        """Return the appearance of the object in this file."""
+        return self._appearances.get(name, DEFAULT_APPEARANCE)
 
-    def named(self, name: str, modality: Modality) -> frozenset[str]:
-        """The attributes of what is shown that can be told by looking at it or hearing it."""
-        told = frozenset(ATTRIBUTES[modality])
-        return told - {"colour"} if self.look(name).rgb else told
+    def visible_attributes(self, name: str, modality: Modality) -> frozenset[str]:
+        """Return the attributes that a caption of this file may name."""
+        attributes = frozenset(ATTRIBUTES[modality])
+        return attributes - {"colour"} if self.appearance(name).rgb else attributes
 
     def __iter__(self) -> Iterator[tuple[str, Modality, WorldObject]]:
-        """All media to be rendered: file name, modality, thing."""
-        for modality, media in self.shown.items():
-            for name, thing in media:
-                yield name, modality, thing
+        for modality, media in self.inputs.items():
+            for name, obj in media:
+                yield name, modality, obj
 
-    def draw(self, modality: Modality, rng: np.random.Generator) -> tuple[str, WorldObject]:
-        """A medium to show: its file name and what is on it."""
-        media = self.shown[modality]
+    def sample(self, modality: Modality, rng: np.random.Generator) -> tuple[str, WorldObject]:
+        """Sample an input: its file name and the object."""
+        media = self.inputs[modality]
         return media[rng.integers(len(media))]
 
     def answer_name(self, modality: Modality, caption: str) -> str:
-        """The name under which an answer's caption embedding is kept: one for each caption."""
+        """Return the file name of an answer, under which its caption embedding is stored.
+
+        Equal captions share a name.
+        """
         number = len(self._answers) + 1
         name = f"{self._prefix}_answer_{number:06d}{SUFFIXES[modality]}"
         return self._answers.setdefault((modality, caption), name)

@@ -1,10 +1,8 @@
-"""Things: what the mini world is made of, their values, and the splits of their pairs.
+"""Objects of the mini world, the values of their attributes, and the held-out splits.
 
-Costs nothing: a thing is six words, drawn from a seeded generator.
-
-A split is a set of (shape, colour) pairs, with wordings of its own (`words.Wording`). Training sees
-the training pairs alone. Every choice (learning rates, steps, losses, wordings) is made on the
-validation pairs; the test pairs are measured once, at the end.
+A split is a set of (shape, colour) pairs with request and caption templates of its own
+(`words.TemplateSet`). Models are trained on the training pairs only. Hyperparameters and templates
+are chosen on the validation pairs; the test pairs are evaluated once, at the end.
 """
 
 from collections.abc import Collection
@@ -26,49 +24,31 @@ TIMBRE_OF = dict(zip(SHAPES, ("bell", "buzzer", "flute", "chime", "drum", "whist
 PITCH_OF = {"small": "high", "big": "low"}
 SHAPE_OF = {timbre: shape for shape, timbre in TIMBRE_OF.items()}
 SIZE_OF = {pitch: size for size, pitch in PITCH_OF.items()}
-OPPOSITE_MOTION = dict(
-    zip(
-        MOTIONS,
-        ("moves right", "moves left", "moves down", "moves up", "shrinks", "grows"),
-        strict=True,
-    )
-)
+OPPOSITE_MOTION = {
+    "moves left": "moves right",
+    "moves right": "moves left",
+    "moves up": "moves down",
+    "moves down": "moves up",
+    "grows": "shrinks",
+    "shrinks": "grows",
+}
 
 Split = Literal["training", "validation", "test"]
 
-# Never rendered, captioned or spoken of in training: every colour once in each split, every shape
-# at least once, so that each shape and each colour is still seen in other pairs.
+# Each held-out split takes every colour once and every shape at least once, so that all shapes and
+# colours occur in training in other pairs. Shapes are listed in the order of COLOURS.
 HELD_OUT_PAIRS: dict[Split, frozenset[tuple[str, str]]] = {
-    "validation": frozenset(
-        {
-            ("square", "red"),
-            ("ring", "orange"),
-            ("cross", "yellow"),
-            ("triangle", "green"),
-            ("star", "blue"),
-            ("circle", "purple"),
-            ("triangle", "white"),
-            ("ring", "black"),
-        }
-    ),
-    "test": frozenset(
-        {
-            ("star", "red"),
-            ("circle", "orange"),
-            ("square", "yellow"),
-            ("ring", "green"),
-            ("cross", "blue"),
-            ("triangle", "purple"),
-            ("star", "white"),
-            ("square", "black"),
-        }
-    ),
+    split: frozenset(zip(shapes.split(), COLOURS, strict=True))
+    for split, shapes in {
+        "validation": "square ring cross triangle star circle triangle ring",
+        "test": "star circle square ring cross triangle star square",
+    }.items()
 }
 _SPLIT_OF: dict[tuple[str, str], Split] = {
     pair: split for split, pairs in HELD_OUT_PAIRS.items() for pair in pairs
 }
 
-# What a caption of each modality tells.
+# Attributes that a medium of each modality shows and its captions name.
 ATTRIBUTES: dict[Modality, tuple[str, ...]] = {
     "image": ("size", "colour", "shape", "place"),
     "video": ("size", "colour", "shape", "place", "motion"),
@@ -90,15 +70,15 @@ Value = str | int
 
 @dataclass(frozen=True)
 class WorldObject:
-    """One thing.
+    """One object.
 
     Attributes:
-        shape: what it is; gives the timbre of its sound.
-        colour: its one colour.
-        size: small or big; gives the pitch of its sound.
-        place: where its centre is; in a video, on average over time.
-        motion: what it does in a video, None where it has none.
-        count: how often it sounds.
+        shape: one of `SHAPES`; determines the timbre of its sound.
+        colour: one of `COLOURS`.
+        size: small or big; determines the pitch of its sound.
+        place: position of its centre; in a video, averaged over time.
+        motion: motion in a video; None if it is never rendered as one.
+        count: number of notes in its sound.
     """
 
     shape: str
@@ -110,12 +90,12 @@ class WorldObject:
 
     @property
     def timbre(self) -> str:
-        """What it sounds like."""
+        """Timbre of its sound, one for each shape."""
         return TIMBRE_OF[self.shape]
 
     @property
     def pitch(self) -> str:
-        """How high it sounds."""
+        """Pitch of its sound: high for small objects, low for big ones."""
         return PITCH_OF[self.size]
 
     @property
@@ -124,12 +104,12 @@ class WorldObject:
         return _SPLIT_OF.get((self.shape, self.colour), "training")
 
     def attributes(self, modality: Modality) -> dict[str, Value]:
-        """Attribute to value, for what a medium of this modality shows."""
+        """Return the attributes that a medium of this modality shows, with their values."""
         return {name: getattr(self, name) for name in ATTRIBUTES[modality]}
 
 
 def sample_object(rng: np.random.Generator, split: Split = "training") -> WorldObject:
-    """Draw a thing of `split`, every value alike."""
+    """Sample an object of `split`, uniformly over its pairs and over all other values."""
     pairs = [(s, c) for s in SHAPES for c in COLOURS]
     allowed = [pair for pair in pairs if _SPLIT_OF.get(pair, "training") == split]
     shape, colour = allowed[rng.integers(len(allowed))]
@@ -143,13 +123,13 @@ def sample_object(rng: np.random.Generator, split: Split = "training") -> WorldO
     )
 
 
-def changes(
-    thing: WorldObject, attribute: str, splits: Collection[Split] = ("training",)
+def attribute_variants(
+    obj: WorldObject, attribute: str, splits: Collection[Split] = ("training",)
 ) -> list[WorldObject]:
-    """`thing` with each other value of `attribute` whose pair is in one of `splits`."""
-    others = [
-        replace(thing, **{attribute: value})
+    """Return `obj` with each other value of `attribute` whose pair is in one of `splits`."""
+    variants = [
+        replace(obj, **{attribute: value})
         for value in VALUES[attribute]
-        if value != getattr(thing, attribute)
+        if value != getattr(obj, attribute)
     ]
-    return [other for other in others if other.split in splits]
+    return [variant for variant in variants if variant.split in splits]

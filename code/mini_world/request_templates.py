@@ -1,14 +1,14 @@
-"""How people ask for pictures, videos and sounds, and how the assistant leads them in."""
+"""Templates of requests for images, videos and sounds, and lead-ins of the answers."""
 
 from collections.abc import Sequence
 from itertools import product
 
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.words import Wording
+from nextgpt.mini_world.words import TemplateSet
 
-# In words alone, naming everything.
-OPENINGS: dict[Modality, Wording] = {
-    "image": Wording(
+# Without a medium, naming all attributes.
+OPENING_REQUESTS: dict[Modality, TemplateSet] = {
+    "image": TemplateSet(
         (
             "Show me a {size} {colour} {shape} {place}.",
             "Draw a {size} {colour} {shape} {place}.",
@@ -35,7 +35,7 @@ OPENINGS: dict[Modality, Wording] = {
             "Let me see an image of a {colour} {shape}, {size}, {place}.",
         ),
     ),
-    "video": Wording(
+    "video": TemplateSet(
         (
             "Show me a video of a {size} {colour} {shape} {place} {moving}.",
             "I want a video in which a {size} {colour} {shape} {place} {moves}.",
@@ -62,7 +62,7 @@ OPENINGS: dict[Modality, Wording] = {
             "Let me watch a video: a {size} {colour} {shape} {place}, {moving}.",
         ),
     ),
-    "audio": Wording(
+    "audio": TemplateSet(
         (
             "Let me hear a {size} {shape} {count}.",
             "Play a {pitch} {timbre} {count}.",
@@ -93,9 +93,9 @@ OPENINGS: dict[Modality, Wording] = {
     ),
 }
 
-# Leaning on the last medium, which stays of its kind.
-_COMMON = {
-    "colour": Wording(
+# Edits of the last medium, which keep its modality, by the edited attribute.
+_VISUAL_EDITS = {
+    "colour": TemplateSet(
         (
             "The same in {colour}.",
             "Now make it {colour}.",
@@ -116,7 +116,7 @@ _COMMON = {
         ("I would like it {colour}.", "Change the colour to {colour}."),
         ("Please make it {colour}.", "Show me the same in {colour}."),
     ),
-    "size": Wording(
+    "size": TemplateSet(
         (
             "The same, but {size}.",
             "Now make it {size}.",
@@ -135,7 +135,7 @@ _COMMON = {
         ("I would like it {size}.",),
         ("Please make it {size}.", "Show me a {size} one."),
     ),
-    "place": Wording(
+    "place": TemplateSet(
         (
             "The same, but {place}.",
             "Put it {place}.",
@@ -154,7 +154,7 @@ _COMMON = {
         ("I would like it {place}.",),
         ("Please put it {place}.", "Show me the same {place}."),
     ),
-    "shape": Wording(
+    "shape": TemplateSet(
         (
             "The same, but as a {shape}.",
             "Turn it into a {shape}.",
@@ -173,11 +173,11 @@ _COMMON = {
         ("Please turn it into a {shape}.", "Show me a {shape} instead."),
     ),
 }
-EDITS: dict[Modality, dict[str, Wording]] = {
-    "image": _COMMON,
-    "video": _COMMON
+EDIT_REQUESTS: dict[Modality, dict[str, TemplateSet]] = {
+    "image": _VISUAL_EDITS,
+    "video": _VISUAL_EDITS
     | {
-        "motion": Wording(
+        "motion": TemplateSet(
             (
                 "The same, but let it {move}.",
                 "Now make it {move}.",
@@ -197,7 +197,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
         )
     },
     "audio": {
-        "size": Wording(
+        "size": TemplateSet(
             (
                 "The same, but {pitch}.",
                 "Now make it {pitch}, please.",
@@ -213,7 +213,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
             ("I would like it {pitch}.",),
             ("Please make it {pitch}.", "Please let me hear it {pitch}."),
         ),
-        "count": Wording(
+        "count": TemplateSet(
             (
                 "The same, but {count}.",
                 "Let me hear it {count}.",
@@ -229,7 +229,7 @@ EDITS: dict[Modality, dict[str, Wording]] = {
         ),
     },
 }
-REVERSE = Wording(
+REVERSE_REQUESTS = TemplateSet(
     (
         "The same, the other way.",
         "Now the other way round.",
@@ -258,7 +258,7 @@ REVERSE = Wording(
     ("Please play it the other way.", "Make the motion go the other way."),
 )
 
-HEAR = Wording(
+AUDIO_REQUESTS = TemplateSet(
     (
         "What does it sound like?",
         "Let me hear it.",
@@ -275,7 +275,7 @@ HEAR = Wording(
     ("Make me hear what this sounds like.",),
     ("Please play its sound.", "Let me hear what it sounds like."),
 )
-HEAR_COUNTED = Wording(
+COUNTED_AUDIO_REQUESTS = TemplateSet(
     (
         "Let me hear it {count}.",
         "Make it sound {count}.",
@@ -290,9 +290,9 @@ HEAR_COUNTED = Wording(
     ("Please let it sound {count}.", "Let me listen to it {count}."),
 )
 
-# (how it was last shown, what is wanted now)
-SHOW: dict[tuple[Modality | None, Modality], Wording] = {
-    (None, "image"): Wording(
+# By the last modality (None: nothing shown yet) and the requested one.
+VISUAL_REQUESTS: dict[tuple[Modality | None, Modality], TemplateSet] = {
+    (None, "image"): TemplateSet(
         (
             "Show me a picture of it.",
             "Draw it.",
@@ -304,7 +304,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("Paint it.",),
         ("Show it to me.", "Please paint it for me."),
     ),
-    ("video", "image"): Wording(
+    ("video", "image"): TemplateSet(
         (
             "Show me a still picture of it.",
             "A picture of it, please.",
@@ -320,7 +320,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("Give me a single frame of it.",),
         ("Please show me a single picture of it.", "Draw one still image of it."),
     ),
-    ("audio", "image"): Wording(
+    ("audio", "image"): TemplateSet(
         (
             "Show me what made this sound.",
             "Draw what you hear.",
@@ -338,7 +338,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("Paint the thing that is heard.",),
         ("Please draw what makes this sound.", "Show me a picture of what you hear."),
     ),
-    (None, "video"): Wording(
+    (None, "video"): TemplateSet(
         (
             "Show me a video of it {moving}.",
             "Film it, {moving}.",
@@ -350,7 +350,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("A clip of it {moving}.",),
         ("Please make a video of it {moving}.", "Let me see it {moving}."),
     ),
-    ("image", "video"): Wording(
+    ("image", "video"): TemplateSet(
         (
             "Let it {move}.",
             "Make it {move}.",
@@ -367,7 +367,7 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
         ("Animate it so that it {moves}.",),
         ("Please make a video in which it {moves}.", "Show me how it {moves}."),
     ),
-    ("audio", "video"): Wording(
+    ("audio", "video"): TemplateSet(
         (
             "Show what makes this sound, {moving}.",
             "A video of what made this sound, {moving}.",
@@ -389,8 +389,8 @@ SHOW: dict[tuple[Modality | None, Modality], Wording] = {
     ),
 }
 
-# The course's four cases: several at once. What is asked for, and in which order it may be said.
-_TELL = (
+# The course's four cases request several outputs at once; their requests are combined from parts.
+_DESCRIBE = (
     "describe it",
     "tell me what you see",
     "tell me what it is",
@@ -406,8 +406,8 @@ _PLAY = (
     "make the sound of it",
     "let me hear how it sounds",
 )
-_ASK = ("what is this", "what do you see", "what is shown here")
-_ASK_SOUND = ("what does it sound like", "how does it sound", "what would it sound like")
+_QUESTIONS = ("what is this", "what do you see", "what is shown here")
+_SOUND_QUESTIONS = ("what does it sound like", "how does it sound", "what would it sound like")
 _RECOLOUR = (
     "make it {colour}",
     "show it in {colour}",
@@ -426,7 +426,7 @@ _FILM = (
     "make a clip in which it {moves}",
     "animate it, {moving}",
 )
-_IN_TURN = (
+_SEQUENCES = (
     "{first}, then {second}.",
     "{first}, and then {second}.",
     "{first}. Then {second}.",
@@ -437,36 +437,36 @@ _IN_TURN = (
 )
 
 
-def _in_turn(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
-    """Every way to ask for one thing and then for another."""
+def _sequences(first: Sequence[str], second: Sequence[str]) -> tuple[str, ...]:
+    """Combine every first request with every second one."""
     return tuple(
-        words.replace("{first}", one).replace("{second}", other)
-        for words, one, other in product(_IN_TURN, first, second)
+        template.replace("{first}", one).replace("{second}", other)
+        for template, one, other in product(_SEQUENCES, first, second)
     )
 
 
-_WHAT_AND_SOUND = Wording(
+_DESCRIBE_AND_PLAY = TemplateSet(
     (
-        *_in_turn(_TELL, _PLAY),
-        *(f"{ask}? {play.capitalize()}." for ask, play in product(_ASK, _PLAY)),
-        *(f"{ask}, and {ask_sound}?" for ask, ask_sound in product(_ASK, _ASK_SOUND)),
+        *_sequences(_DESCRIBE, _PLAY),
+        *(f"{ask}? {play.capitalize()}." for ask, play in product(_QUESTIONS, _PLAY)),
+        *(f"{ask}, and {ask_sound}?" for ask, ask_sound in product(_QUESTIONS, _SOUND_QUESTIONS)),
     ),
     ("Say what it is, then play how it sounds.",),
     ("Tell me what it is and let me hear its sound.", "What is it? Let me hear how it sounds."),
 )
-# Picture, video and sound of one thing: what is asked for in turn, or in one list.
-_DRAW_THING = tuple(
+# Image, video and sound of one object, requested in turn or as one list.
+_DRAW_OBJECT = tuple(
     f"{ask} a {{size}} {{colour}} {{shape}} {{place}}"
     for ask in ("draw", "show me", "I want to see", "make an image of")
 )
 _FILM_IT = ("film it {moving}", "make a video of it {moving}", "show me how it {moves}")
 _PLAY_IT = ("play its sound {count}", "let me hear it {count}")
-_IN_THREE_TURNS = (
+_THREE_STEPS = (
     "{0}, {1}, and {2}.",
     "first {0}, then {1}, then {2}.",
     "{0}. Then {1}, and after that {2}.",
 )
-_ALL_THREE = (
+_OUTPUT_LISTS = (
     "picture, video and sound, please",
     "a picture, a video and a sound, please",
     "I want a picture, a video and the sound",
@@ -478,31 +478,31 @@ _ALL_THREE = (
     "show me a picture and a clip, and let me hear the sound",
     "draw it, film it, and play its sound",
 )
-_THING_AND_ALL = (
+_OBJECT_DESCRIPTIONS = (
     "a {size} {colour} {shape} {place} that {moves} and sounds {count}",
     "a {size} {colour} {shape} {place}, {moving}, heard {count}",
     "a {colour} {shape}, {size}, {place}, that {moves} and is heard {count}",
     "a {size} {colour} {shape} {place}, it {moves} and sounds {count}",
 )
-_THREE_KINDS = (
+_THREE_OUTPUTS = (
     *(
         turns.replace("{0}", draw).replace("{1}", film).replace("{2}", play)
-        for turns, draw, film, play in product(_IN_THREE_TURNS, _DRAW_THING, _FILM_IT, _PLAY_IT)
+        for turns, draw, film, play in product(_THREE_STEPS, _DRAW_OBJECT, _FILM_IT, _PLAY_IT)
     ),
-    *(f"{kinds}: {thing}." for kinds, thing in product(_ALL_THREE, _THING_AND_ALL)),
+    *(f"{outputs}: {obj}." for outputs, obj in product(_OUTPUT_LISTS, _OBJECT_DESCRIPTIONS)),
 )
-COURSE_REQUESTS: dict[str, Wording] = {
-    "T+I→T+A": _WHAT_AND_SOUND,
-    "T+V→T+A": _WHAT_AND_SOUND,
-    "T+I→T+I+V": Wording(
-        _in_turn(_RECOLOUR, _FILM),
+COURSE_REQUESTS: dict[str, TemplateSet] = {
+    "T+I→T+A": _DESCRIBE_AND_PLAY,
+    "T+V→T+A": _DESCRIBE_AND_PLAY,
+    "T+I→T+I+V": TemplateSet(
+        _sequences(_RECOLOUR, _FILM),
         ("First paint it {colour}, then animate it so that it {moves}.",),
         (
             "Please draw it in {colour} and make a video of it {moving}.",
             "Show me a {colour} one and let me watch it {moving}.",
         ),
     ),
-    "T→T+I+V+A": Wording(
+    "T→T+I+V+A": TemplateSet(
         (
             "Show me a picture of a {size} {colour} {shape} {place}, a video of it {moving}, "
             "and let me hear it {count}.",
@@ -519,7 +519,7 @@ COURSE_REQUESTS: dict[str, Wording] = {
             "then play its sound {count}.",
             "Make a picture, a clip and the sound of a {colour} {shape}, {size}, {place}, "
             "that {moves} and sounds {count}.",
-            *_THREE_KINDS,
+            *_THREE_OUTPUTS,
         ),
         (
             "Create a picture, a video and a sound: a {size} {colour} {shape} {place} that {moves} "
@@ -533,8 +533,8 @@ COURSE_REQUESTS: dict[str, Wording] = {
     ),
 }
 
-# How a medium stands among the human's words: mostly before them.
-VIEWED = (
+# Position of a medium in the human's turn: mostly before the text.
+MEDIUM_LAYOUTS = (
     "{medium} {request}",
     "{medium} {request}",
     "{medium} {request}",
@@ -542,8 +542,8 @@ VIEWED = (
     "{request} {medium}",
 )
 
-# Before the caption of what comes.
-LEADS: dict[Modality, str] = {
+# Precede the caption of the medium in an answer.
+LEAD_INS: dict[Modality, str] = {
     "image": "Here is the picture:",
     "video": "Here is the video:",
     "audio": "It sounds like this:",

@@ -10,10 +10,9 @@ from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
-from nextgpt.conversation.chat_template import template_from_tokenizer
 from nextgpt.conversation.prompt import PromptBuilder
 from nextgpt.conversation.signal_tokens import SignalTokens
-from nextgpt.conversation.templates import TEMPLATES
+from nextgpt.conversation.templates import TEMPLATES, template_from_tokenizer
 from nextgpt.model.imagebind import ImageBind, load_imagebind
 from nextgpt.model.language_model import load_language_model, load_tokenizer, prepare_language_model
 from nextgpt.model.nextgpt import NextGPT

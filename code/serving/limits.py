@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.common.modality import Modality
 from nextgpt.media.decode_worker import MAX_WORKERS, TimeLimits, decode
-from nextgpt.media.decoding import CONTAINERS, MAX_CHANNELS, PICTURES, moving_pictures
+from nextgpt.media.decoding import CONTAINER_FORMATS, IMAGE_FORMATS, MAX_CHANNELS, find_video_stream
 
 MAX_BYTES = 50_000_000  # of a file
 MAX_PIXELS = 40_000_000  # of a picture
@@ -76,7 +76,7 @@ def _is_picture(path: Path, name: str) -> bool:
     try:
         with warnings.catch_warnings():  # Pillow's own limit is higher, it warns first
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=PICTURES) as image:
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
                 width, height = image.size
     except UnidentifiedImageError:
         return False
@@ -101,7 +101,7 @@ def _too_many_pixels() -> str:
 
 def _check_stream(path: Path, name: str) -> Modality:
     try:
-        with av.open(str(path), options={"format_whitelist": CONTAINERS}) as container:
+        with av.open(str(path), options={"format_whitelist": CONTAINER_FORMATS}) as container:
             return _check_container(container, name)
     except MediaError:
         raise
@@ -114,7 +114,7 @@ def _check_stream(path: Path, name: str) -> Modality:
 
 
 def _check_container(container: InputContainer, name: str) -> Modality:
-    moving = moving_pictures(container)
+    moving = find_video_stream(container)
     if moving is not None:
         _check_video(container, moving, name)
         return "video"

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.captions import caption
-from nextgpt.mini_world.media_set import generator
+from nextgpt.mini_world.captions import sample_caption
+from nextgpt.mini_world.media_set import seeded_rng
 from nextgpt.mini_world.objects import COLOURS, COUNTS, MOTIONS, PLACES, SHAPES, SIZES, WorldObject
 from nextgpt.model.text_encoders import TextEncoder
 
@@ -63,7 +63,7 @@ class CaptionBank:
 
 def bank_captions(modality: Modality) -> list[str]:
     """A caption of each thing that differs in what this modality shows, always the same ones."""
-    rng = generator(0, f"caption bank {modality}")
+    rng = seeded_rng(0, f"caption bank {modality}")
     if modality == "audio":
         things = [
             WorldObject(shape, "red", size, "middle", None, count)
@@ -77,4 +77,4 @@ def bank_captions(modality: Modality) -> list[str]:
                 SHAPES, COLOURS, SIZES, PLACES, motions
             )
         ]
-    return [caption(thing, modality, rng) for thing in things]
+    return [sample_caption(thing, modality, rng) for thing in things]

@@ -1,10 +1,9 @@
-"""Whether data sets are ready to be trained on: every record, every medium's file, some decoded."""
+"""Validates data sets before training: every record, every media file, some of them decoded."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from nextgpt.common.errors import MediaError, UserError
@@ -15,19 +14,19 @@ from nextgpt.dataset.caption_records import CaptionFinding, is_among
 from nextgpt.dataset.conversations import ConversationDataset
 from nextgpt.media.transforms import load_views
 
-_MAX_SHOWN_FAULTS = 5  # of a data set; the others are counted
+_MAX_SHOWN_FAULTS = 5  # of a data set; further ones are counted
 
 
 @dataclass
 class DatasetFinding:
-    """What was found of a data set.
+    """Result of validating a data set.
 
     Attributes:
-        rows: conversations.
-        unusable: those with a medium or a caption embedding that is not there or cannot be read.
-        faults: of the first of them.
-        decoded: media that were decoded, and can be.
-        unrecorded: caption embeddings of which nothing says what caption they were made from.
+        rows: number of conversations.
+        unusable: number of those with a missing or broken medium or caption embedding.
+        faults: messages for the first of them.
+        decoded: number of media decoded successfully.
+        unrecorded: number of caption embeddings without a record of their caption.
     """
 
     name: str
@@ -57,12 +56,12 @@ def check_datasets(
     captions: Mapping[str, CaptionFinding],
     decode: int,
 ) -> Iterator[DatasetFinding]:
-    """Look at all conversations of all data sets; their records were checked when it was opened.
+    """Validate all conversations of each data set; opening `dataset` has checked their records.
 
     Args:
-        shapes: of the caption embeddings, which are then looked for too; none: they are not needed.
-        captions: by data set, what comparing captions with those of the embeddings has found.
-        decode: of so many conversations, evenly spread, media are decoded and embeddings read.
+        shapes: of the caption embeddings; None skips them.
+        captions: results of `compare_captions`, by data set.
+        decode: number of evenly spaced conversations whose media are decoded and embeddings loaded.
     """
     for name, rows in dataset.sizes.items():
         finding, compared = DatasetFinding(name, rows), captions.get(name, CaptionFinding())
@@ -72,34 +71,29 @@ def check_datasets(
             try:
                 if is_among(row, compared.wrong_rows):
                     raise UserError(compared.faults.get(row, f"row {row}: see the rows before it"))
-                conversation = dataset[name, row]
-                for turn in conversation.turns:
+                for turn in dataset[name, row].turns:
                     for part in turn.parts:
                         if isinstance(part, Media):
-                            _check_medium(part, shapes, finding, closely=row % every == 0)
+                            finding.decoded += _check_medium(part, shapes, load=row % every == 0)
             except (MediaError, UserError) as fault:
                 finding.unusable += 1
-                finding.faults += [str(fault)] if len(finding.faults) < _MAX_SHOWN_FAULTS else []
+                if len(finding.faults) < _MAX_SHOWN_FAULTS:
+                    finding.faults.append(str(fault))
         yield finding
 
 
 def _check_medium(
-    medium: Media,
-    shapes: dict[Modality, tuple[int, ...]] | None,
-    finding: DatasetFinding,
-    *,
-    closely: bool,
-) -> None:
+    medium: Media, shapes: dict[Modality, tuple[int, ...]] | None, *, load: bool
+) -> bool:
+    """Check a medium or its caption embedding; whether it was decoded."""
     if medium.embedding is None:
-        if closely:
-            views = load_views(medium.modality, medium.path or "")
-            if not torch.isfinite(views).all():
-                raise MediaError(f"{medium.path}: not finite numbers")
-            finding.decoded += 1
-    elif shapes is not None:
-        if closely:
-            read_embedding(Path(medium.embedding), shapes[medium.modality])
-        elif not Path(medium.embedding).is_file():
-            raise MediaError(
-                f"{medium.embedding} is missing: run process_embeddings.py on these captions"
-            )
+        if load and not load_views(medium.modality, medium.path or "").isfinite().all():
+            raise MediaError(f"{medium.path}: values are not finite")
+        return load
+    if shapes is not None and load:
+        read_embedding(Path(medium.embedding), shapes[medium.modality])
+    elif shapes is not None and not Path(medium.embedding).is_file():
+        raise MediaError(
+            f"{medium.embedding} is missing: run process_embeddings.py on these captions"
+        )
+    return False

@@ -33,7 +33,12 @@ from nextgpt.mini_world.component_training.init_video_unet import (
 from nextgpt.mini_world.component_training.latent_cache import LatentCache
 from nextgpt.mini_world.component_training.runner import Losses, TrainingPlan, bf16_autocast, train
 from nextgpt.mini_world.component_training.text_encoders import Tower
-from nextgpt.mini_world.mini_decoders import MINI, SHARED_NOISE, scheduler, unet
+from nextgpt.mini_world.mini_decoders import (
+    MINI_DECODERS,
+    SHARED_NOISE,
+    build_scheduler,
+    build_unet,
+)
 from nextgpt.model.decoders import initial_noise
 
 PLANS: dict[Modality, TrainingPlan] = {
@@ -68,7 +73,7 @@ def train_unet(
     """
     device = choose_device()
     torch.manual_seed(seed)
-    model = unet(modality, MINI)
+    model = build_unet(modality, MINI_DECODERS)
     if image_unet is not None:
         inflate_image_unet(model, image_unet)
     model.to(device)
@@ -116,7 +121,7 @@ class _Objective:
         self.modality = modality
         self.latents = latents
         self.tower = tower
-        self.scheduler = scheduler()
+        self.scheduler = build_scheduler()
         with torch.no_grad():
             self.empty = tower.embed(tower.tokenize([""]))
 

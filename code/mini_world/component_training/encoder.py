@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.appearance import unnamed_colour, unnamed_outline
-from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.appearance import sample_unnamed_colour, sample_unnamed_outline
+from nextgpt.mini_world.captions import sample_caption
 from nextgpt.mini_world.component_training.losses import (
     LOGIT_SCALE,
     Probes,
@@ -38,7 +38,7 @@ from nextgpt.mini_world.component_training.samples import (
 from nextgpt.mini_world.component_training.text_encoders import ClipTower, clip_forward
 from nextgpt.mini_world.mini_encoder import MINI_IMAGEBIND
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject
-from nextgpt.mini_world.render_image import OWN_LOOK, Look
+from nextgpt.mini_world.render_image import DEFAULT_APPEARANCE, Appearance
 from nextgpt.model.imagebind import ImageBind
 
 PLAN = TrainingPlan(steps=4500, learning_rate=1e-3, weight_decay=0.05, ema_decay=0.995)
@@ -86,7 +86,7 @@ class _AlignmentLosses:
             objects, views = self._media(modality, count, rng)
             mentioned = _mentioned_attributes(modality, count)
             captions = [
-                caption(obj, modality, rng, names)
+                sample_caption(obj, modality, rng, names)
                 for obj, names in zip(objects, mentioned, strict=True)
             ]
             with bf16_autocast(), sdpa_kernel(SDPBackend.MATH):  # few tokens: faster than flash
@@ -121,9 +121,9 @@ class _AlignmentLosses:
         objects = sample_hard_negatives(rng, modality, count, self.emphasized)
         third = count // 3
         looks = [
-            *(Look(rgb=unnamed_colour(rng)) for _ in range(third)),
-            *(Look(outline=unnamed_outline(rng)) for _ in range(third)),
-            *[OWN_LOOK] * third,
+            *(Appearance(rgb=sample_unnamed_colour(rng)) for _ in range(third)),
+            *(Appearance(outline=sample_unnamed_outline(rng)) for _ in range(third)),
+            *[DEFAULT_APPEARANCE] * third,
         ]
         render_views = render_image_views if modality == "image" else render_video_views
         return objects, render_views(objects, rng, looks)

@@ -18,7 +18,7 @@ from torch.nn.functional import mse_loss
 
 from nextgpt.common.errors import UserError
 from nextgpt.mini_world.component_training.samples import DECODED_FRAMES
-from nextgpt.mini_world.mini_decoders import SHARED_NOISE, scheduler
+from nextgpt.mini_world.mini_decoders import SHARED_NOISE, build_scheduler
 from nextgpt.model.decoders import initial_noise
 
 LAST_FRAME_STEPS = 500
@@ -80,7 +80,7 @@ def pretrain_frame_positions(video: UNet3DConditionModel, latents: Tensor, state
     layer = video.get_submodule(_POSITION_LAYER)
     inputs: list[Tensor] = []  # (N * T, width, H, W) each
     hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    noise_schedule = scheduler()
+    noise_schedule = build_scheduler()
     with torch.no_grad():
         for batch in latents.split(4):
             timesteps_N = torch.randint(noise_schedule.config.num_train_timesteps, (len(batch),))

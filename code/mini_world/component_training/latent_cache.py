@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nextgpt.common.io import atomic_write
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.appearance import unnamed_colour, unnamed_outline
+from nextgpt.mini_world.appearance import sample_unnamed_colour, sample_unnamed_outline
 from nextgpt.mini_world.component_training.mel import log_mel
 from nextgpt.mini_world.component_training.runner import bf16_autocast
 from nextgpt.mini_world.component_training.samples import (
@@ -28,12 +28,12 @@ from nextgpt.mini_world.component_training.samples import (
     render_audio_clips,
     render_images,
     render_videos,
-    sample_caption,
     sample_objects,
+    sample_partial_caption,
 )
 from nextgpt.mini_world.component_training.text_encoders import Tower
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject
-from nextgpt.mini_world.render_image import Look
+from nextgpt.mini_world.render_image import Appearance
 
 # Shares of images and videos in unnamed colours and shapes: otherwise "red is never a square"
 # is learned from a world in which red squares are held out.
@@ -167,10 +167,10 @@ def _hidden_attributes(modality: Modality, position: float) -> tuple[str, ...]:
     return ("colour",) if position < _UNNAMED_COLOURS else ("shape",)
 
 
-def _look(hidden: tuple[str, ...], rng: np.random.Generator) -> Look:
-    return Look(
-        rgb=unnamed_colour(rng) if "colour" in hidden else None,
-        outline=unnamed_outline(rng) if "shape" in hidden else None,
+def _look(hidden: tuple[str, ...], rng: np.random.Generator) -> Appearance:
+    return Appearance(
+        rgb=sample_unnamed_colour(rng) if "colour" in hidden else None,
+        outline=sample_unnamed_outline(rng) if "shape" in hidden else None,
     )
 
 
@@ -181,5 +181,5 @@ def _paraphrases(
     mentioned = None
     if modality != "audio" and rng.random() < _AUDIO_ATTRIBUTES:
         mentioned = frozenset(ATTRIBUTES[modality]) - {"colour", "place", *hidden}
-    one, mentioned = sample_caption(obj, modality, rng, mentioned, hidden)
-    return one, sample_caption(obj, modality, rng, mentioned)[0]
+    one, mentioned = sample_partial_caption(obj, modality, rng, mentioned, hidden)
+    return one, sample_partial_caption(obj, modality, rng, mentioned)[0]

@@ -18,19 +18,19 @@ from tqdm import tqdm
 from nextgpt.common.io import atomic_write
 from nextgpt.common.modality import Modality
 from nextgpt.media.transforms import SIZE, audio_views, image_views, normalise
-from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.captions import sample_caption
 from nextgpt.mini_world.objects import (
     ATTRIBUTES,
     PITCH_OF,
     TIMBRE_OF,
     VALUES,
     WorldObject,
-    changes,
+    attribute_variants,
     sample_object,
 )
-from nextgpt.mini_world.render_image import OWN_LOOK, Look, render_image
-from nextgpt.mini_world.render_sound import render_sound
-from nextgpt.mini_world.render_video import render_moments, render_video
+from nextgpt.mini_world.render_audio import render_audio
+from nextgpt.mini_world.render_image import DEFAULT_APPEARANCE, Appearance, render_image
+from nextgpt.mini_world.render_video import render_frames, render_video
 from nextgpt.mini_world.words import choose
 
 ALL_ATTRIBUTES = tuple(VALUES)
@@ -58,7 +58,9 @@ def sample_hard_negatives(
         first = sample_object(rng)
         objects.append(first)
         for _ in range(3):
-            objects.append(choose(rng, changes(first, choose(rng, attributes)) or [first]))
+            objects.append(
+                choose(rng, attribute_variants(first, choose(rng, attributes)) or [first])
+            )
     return objects[:count]
 
 
@@ -67,7 +69,7 @@ def _source(attribute: str) -> str:
     return {"timbre": "shape", "pitch": "size"}.get(attribute, attribute)
 
 
-def sample_caption(
+def sample_partial_caption(
     obj: WorldObject,
     modality: Modality,
     rng: np.random.Generator,
@@ -86,12 +88,12 @@ def sample_caption(
         The caption and the attributes it mentions.
     """
     if mentioned is not None:
-        return caption(obj, modality, rng, mentioned), mentioned
+        return sample_caption(obj, modality, rng, mentioned), mentioned
     mentioned = frozenset(ATTRIBUTES[modality])
     if modality != "audio" and rng.random() < 0.5:
         mentioned -= {name for name in sorted(mentioned) if rng.random() < 0.4}
     mentioned -= set(hidden)
-    return caption(obj, modality, rng, mentioned), mentioned
+    return sample_caption(obj, modality, rng, mentioned), mentioned
 
 
 def attribute_labels(
@@ -115,7 +117,7 @@ def _value(obj: WorldObject, attribute: str) -> str | int:
 
 
 def render_images(
-    objects: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Look] = ()
+    objects: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Appearance] = ()
 ) -> np.ndarray:
     """Render images: (N, 64, 64, 3) uint8.
 
@@ -126,13 +128,13 @@ def render_images(
 
 
 def _with_looks(
-    objects: Sequence[WorldObject], looks: Sequence[Look]
-) -> Iterable[tuple[WorldObject, Look]]:
-    return zip(objects, looks or [OWN_LOOK] * len(objects), strict=True)
+    objects: Sequence[WorldObject], looks: Sequence[Appearance]
+) -> Iterable[tuple[WorldObject, Appearance]]:
+    return zip(objects, looks or [DEFAULT_APPEARANCE] * len(objects), strict=True)
 
 
 def render_videos(
-    objects: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Look] = ()
+    objects: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Appearance] = ()
 ) -> np.ndarray:
     """Render videos at half the frame rate: (N, 8, 64, 64, 3) uint8."""
     step = 16 // DECODED_FRAMES
@@ -142,7 +144,7 @@ def render_videos(
 
 def render_audio_clips(objects: Sequence[WorldObject], rng: np.random.Generator) -> Tensor:
     """Render audio clips: (N, 32000) float32."""
-    return torch.from_numpy(np.stack([render_sound(obj, rng) for obj in objects]))
+    return torch.from_numpy(np.stack([render_audio(obj, rng) for obj in objects]))
 
 
 def normalize_pixels(pixels: np.ndarray) -> Tensor:
@@ -151,7 +153,7 @@ def normalize_pixels(pixels: np.ndarray) -> Tensor:
 
 
 def render_image_views(
-    objects: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Look] = ()
+    objects: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Appearance] = ()
 ) -> Tensor:
     """Render images as encoder input: (N, 3, 224, 224)."""
     images = render_images(objects, rng, looks)
@@ -159,16 +161,14 @@ def render_image_views(
 
 
 def render_video_views(
-    objects: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Look] = ()
+    objects: Sequence[WorldObject], rng: np.random.Generator, looks: Sequence[Appearance] = ()
 ) -> Tensor:
     """Render one encoder view of each object's video: (N, 3, 2, 224, 224).
 
     All clips and crops of a square video of 2 s are equal: its first and last frame. Most get JPEG
     artifacts of random strength, as those of a video file have its codec's.
     """
-    ends = [
-        render_moments(obj, (-1.0, 1.0), rng, look) for obj, look in _with_looks(objects, looks)
-    ]
+    ends = [render_frames(obj, (-1.0, 1.0), rng, look) for obj, look in _with_looks(objects, looks)]
     return torch.stack([video_view(_add_jpeg_artifacts(frames, rng)) for frames in ends])
 
 
@@ -218,5 +218,5 @@ class AudioViewCache:
 
 def _audio_view(seed: int, number: int, obj: WorldObject) -> Tensor:
     """Return one view, (1, 128, 204) float16."""
-    samples = render_sound(obj, np.random.default_rng([seed, 2, number]))
+    samples = render_audio(obj, np.random.default_rng([seed, 2, number]))
     return audio_views(torch.from_numpy(samples))[0].half()

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.captions import sample_caption
 from nextgpt.mini_world.component_training.losses import (
     LOGIT_SCALE,
     Probes,
@@ -33,15 +33,15 @@ from nextgpt.mini_world.component_training.losses import (
 from nextgpt.mini_world.component_training.runner import Losses, TrainingPlan, bf16_autocast, train
 from nextgpt.mini_world.component_training.samples import (
     attribute_labels,
-    sample_caption,
     sample_hard_negatives,
+    sample_partial_caption,
 )
-from nextgpt.mini_world.mini_decoders import MINI, clap_text_model, clip_text_config
+from nextgpt.mini_world.mini_decoders import MINI_DECODERS, build_clap_text_model, clip_text_config
 from nextgpt.mini_world.mini_tokenizers import (
-    clip_tokenizer,
-    roberta_tokenizer,
-    sample_captions,
-    tokenize,
+    build_clip_tokenizer,
+    build_roberta_tokenizer,
+    tokenize_captions,
+    tokenizer_captions,
 )
 from nextgpt.mini_world.objects import ATTRIBUTES
 
@@ -62,7 +62,7 @@ class Tower(ABC):
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Return padded, truncated token ids (N, T) on the tower's device."""
-        return tokenize(self.tokenizer, captions).input_ids.to(self.model.device)
+        return tokenize_captions(self.tokenizer, captions).input_ids.to(self.model.device)
 
     @abstractmethod
     def embed(self, ids_NT: Tensor) -> Tensor:
@@ -92,9 +92,11 @@ class ClapTower(Tower):
 
 def train_clip(work: Path, seed: int, plan: TrainingPlan | None = None) -> ClipTower:
     """Train the CLIP tower on captions of all modalities; resume from `work`."""
-    tokenizer = clip_tokenizer(sample_captions(), MINI.text_tokens)
+    tokenizer = build_clip_tokenizer(tokenizer_captions(), MINI_DECODERS.text_tokens)
     torch.manual_seed(seed)
-    tower = ClipTower(CLIPTextModelWithProjection(clip_text_config(tokenizer, MINI)), tokenizer)
+    tower = ClipTower(
+        CLIPTextModelWithProjection(clip_text_config(tokenizer, MINI_DECODERS)), tokenizer
+    )
     model = _train(
         "clip",
         tower.model,
@@ -109,9 +111,9 @@ def train_clip(work: Path, seed: int, plan: TrainingPlan | None = None) -> ClipT
 
 def train_clap(work: Path, seed: int, plan: TrainingPlan | None = None) -> ClapTower:
     """Train the CLAP tower on audio captions; resume from `work`."""
-    tokenizer = roberta_tokenizer(sample_captions(), MINI.text_tokens)
+    tokenizer = build_roberta_tokenizer(tokenizer_captions(), MINI_DECODERS.text_tokens)
     torch.manual_seed(seed)
-    tower = ClapTower(clap_text_model(tokenizer, MINI), tokenizer)
+    tower = ClapTower(build_clap_text_model(tokenizer, MINI_DECODERS), tokenizer)
     model = _train(
         "clap",
         tower.model,
@@ -136,8 +138,8 @@ def _train(
     learner = nn.ModuleDict(
         {
             "tower": model,
-            "state_probes": Probes(MINI.text_width, unmentioned_class=True),
-            "feature_probes": Probes(MINI.sound_width, unmentioned_class=True),
+            "state_probes": Probes(MINI_DECODERS.text_width, unmentioned_class=True),
+            "feature_probes": Probes(MINI_DECODERS.audio_embed_dim, unmentioned_class=True),
         }
     )
 
@@ -156,8 +158,8 @@ def _losses(
 ) -> Losses:
     """Contrast two full captions per object; probe those and a partial one."""
     objects = sample_hard_negatives(rng, modality, _BATCH_SIZE)
-    captions = [caption(obj, modality, rng) for _ in range(2) for obj in objects]
-    partial = [sample_caption(obj, modality, rng) for obj in objects]
+    captions = [sample_caption(obj, modality, rng) for _ in range(2) for obj in objects]
+    partial = [sample_partial_caption(obj, modality, rng) for obj in objects]
     full_NA = attribute_labels(objects, [ATTRIBUTES[modality]] * _BATCH_SIZE)
     partial_NA = attribute_labels(objects, [mentioned for _, mentioned in partial])
     labels_NA = torch.cat([full_NA, full_NA, partial_NA])

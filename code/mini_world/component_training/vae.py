@@ -20,7 +20,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, pad
 
-from nextgpt.mini_world.appearance import unnamed_colour
+from nextgpt.mini_world.appearance import sample_unnamed_colour
 from nextgpt.mini_world.component_training.mel import log_mel
 from nextgpt.mini_world.component_training.runner import Losses, TrainingPlan, bf16_autocast, train
 from nextgpt.mini_world.component_training.samples import (
@@ -30,9 +30,9 @@ from nextgpt.mini_world.component_training.samples import (
     render_videos,
     sample_objects,
 )
-from nextgpt.mini_world.mini_decoders import MINI, vae
+from nextgpt.mini_world.mini_decoders import MINI_DECODERS, build_vae
 from nextgpt.mini_world.objects import WorldObject
-from nextgpt.mini_world.render_image import Look
+from nextgpt.mini_world.render_image import Appearance
 
 Kind = Literal["picture", "sound"]  # as in the names of the checkpoints
 PLANS: dict[Kind, TrainingPlan] = {
@@ -68,10 +68,12 @@ def _build(kind: Kind) -> AutoencoderKL:
     Residual branches end in zeros (arXiv 1901.09321), resizing convolutions are identities, and the
     latents' standard deviation is small: at 1, noise would dominate for long.
     """
-    channels, size = (3, MINI.size) if kind == "picture" else (1, MINI.sound_frames)
-    model = vae(channels, size, MINI)
+    channels, size = (
+        (3, MINI_DECODERS.image_size) if kind == "picture" else (1, MINI_DECODERS.mel_frames)
+    )
+    model = build_vae(channels, size, MINI_DECODERS)
     with torch.no_grad():
-        model.quant_conv.bias[MINI.latents :] = _INITIAL_LOG_VARIANCE
+        model.quant_conv.bias[MINI_DECODERS.latent_channels :] = _INITIAL_LOG_VARIANCE
         for module in model.modules():
             if isinstance(module, ResnetBlock2D):
                 module.conv2.weight.zero_()
@@ -92,7 +94,9 @@ def _images(rng: np.random.Generator) -> Tensor:
     return torch.cat([normalize_pixels(render_images(objects, rng, looks)), frames])
 
 
-def _hard_objects(rng: np.random.Generator, count: int) -> tuple[list[WorldObject], list[Look]]:
+def _hard_objects(
+    rng: np.random.Generator, count: int
+) -> tuple[list[WorldObject], list[Appearance]]:
     """Sample objects, three of four small, half in unnamed colours.
 
     Sampled uniformly, small purple stars would be reconstructed as circles.
@@ -101,7 +105,9 @@ def _hard_objects(rng: np.random.Generator, count: int) -> tuple[list[WorldObjec
         replace(obj, size="small") if rng.random() < 0.5 else obj
         for obj in sample_objects(rng, count)
     ]
-    return objects, [Look(unnamed_colour(rng) if rng.random() < 0.5 else None) for _ in objects]
+    return objects, [
+        Appearance(sample_unnamed_colour(rng) if rng.random() < 0.5 else None) for _ in objects
+    ]
 
 
 def _spectrograms(rng: np.random.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.audio_utils import hertz_to_mel, mel_to_hertz
 from nextgpt.mini_world.component_training.mel import log_mel
 from nextgpt.mini_world.component_training.runner import Losses, TrainingPlan, bf16_autocast, train
 from nextgpt.mini_world.component_training.samples import render_audio_clips, sample_objects
-from nextgpt.mini_world.mini_decoders import MINI, vocoder
+from nextgpt.mini_world.mini_decoders import MINI_DECODERS, build_vocoder
 
 PLAN = TrainingPlan(steps=800, learning_rate=1e-3)
 _WINDOWS = (2048, 1024, 512, 256)  # samples
@@ -34,7 +34,7 @@ def train_vocoder(
 ) -> SpeechT5HifiGan:
     """Train the vocoder; resume from `work`."""
     torch.manual_seed(seed)
-    model = vocoder(MINI)
+    model = build_vocoder(MINI_DECODERS)
     init_as_oscillators(model)
 
     def loss_of(rng: np.random.Generator, _: int) -> Losses:
@@ -66,8 +66,12 @@ def init_as_oscillators(model: SpeechT5HifiGan) -> None:
         *hertz_to_mel(np.array(_PITCH_RANGE), mel_scale="slaney").tolist(), inputs
     )
     pitches_I = torch.from_numpy(mel_to_hertz(mels.numpy(), mel_scale="slaney"))
-    periods_I = (pitches_I * MINI.hop / MINI.sample_rate).round()  # in a frame
-    cycles_IL = periods_I[:, None] * torch.arange(length) / MINI.hop + torch.rand(inputs, 1)
+    periods_I = (
+        pitches_I * MINI_DECODERS.hop_length / MINI_DECODERS.sample_rate
+    ).round()  # in a frame
+    cycles_IL = periods_I[:, None] * torch.arange(length) / MINI_DECODERS.hop_length + torch.rand(
+        inputs, 1
+    )
     tones_IL = torch.hann_window(length) * torch.cos(2 * torch.pi * cycles_IL)
     channel = torch.arange(inputs)
     pair = channel % (outputs // 2) * 2
@@ -90,10 +94,10 @@ def _segments(vae: AutoencoderKL, rng: np.random.Generator) -> tuple[Tensor, Ten
     with torch.no_grad(), bf16_autocast():
         reconstructed = vae.decode(vae.encode(half).latent_dist.mean).sample.float()
     spectrograms_NTM = torch.cat([reconstructed.squeeze(1), spectrograms_NTM[_BATCH_SIZE // 2 :]])
-    starts = rng.integers(0, MINI.sound_frames - _FRAMES, size=_BATCH_SIZE)
+    starts = rng.integers(0, MINI_DECODERS.mel_frames - _FRAMES, size=_BATCH_SIZE)
     frames = [s[start : start + _FRAMES] for s, start in zip(spectrograms_NTM, starts, strict=True)]
     segments = [
-        s[start * MINI.hop : (start + _FRAMES) * MINI.hop]
+        s[start * MINI_DECODERS.hop_length : (start + _FRAMES) * MINI_DECODERS.hop_length]
         for s, start in zip(samples_NS, starts, strict=True)
     ]
     return torch.stack(frames), torch.stack(segments)

@@ -28,10 +28,10 @@ from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.transforms import load_views
 from nextgpt.media.writing import SUFFIXES, Output
-from nextgpt.mini_world.captions import caption
+from nextgpt.mini_world.captions import sample_caption
 from nextgpt.mini_world.media_set import write_medium
 from nextgpt.mini_world.mini_encoder import TEXT_TOWER
-from nextgpt.mini_world.mini_tokenizers import tokenize
+from nextgpt.mini_world.mini_tokenizers import tokenize_captions
 from nextgpt.mini_world.objects import ATTRIBUTES, Split, WorldObject, sample_object
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plots import draw_grid
@@ -79,7 +79,7 @@ def _sample_captioned(
     """Sample objects with full captions, every second of a held-out pair."""
     rng = np.random.default_rng([seed, MODALITIES.index(modality)])
     objects = [sample_object(rng, split if n % 2 else "training") for n in range(count)]
-    return [(obj, caption(obj, modality, rng, split=split)) for obj in objects]
+    return [(obj, sample_caption(obj, modality, rng, split=split)) for obj in objects]
 
 
 def _score_decoder(
@@ -147,7 +147,7 @@ def _other_captions(
     while len(texts) < CANDIDATES - 1:
         other = sample_object(rng, split if rng.random() < 0.5 else "training")
         if other.attributes(modality) != attributes:
-            texts.append(caption(other, modality, rng, split=split))
+            texts.append(sample_caption(other, modality, rng, split=split))
     return texts
 
 
@@ -157,6 +157,6 @@ def _nearest(
     texts: list[str],
     feature_D: Tensor,
 ) -> int:
-    tokens = tokenize(tokenizer, texts)
+    tokens = tokenize_captions(tokenizer, texts)
     texts_ND = normalize(tower(tokens.input_ids).text_embeds, dim=-1)
     return int((texts_ND @ feature_D).argmax())

@@ -19,17 +19,19 @@ from nextgpt.media.writing import SUFFIXES
 from nextgpt.mini_world.dialogues import (
     CASE_INPUT,
     OUTPUTS,
-    Scene,
-    Step,
-    course_case,
-    opening,
-    shown,
-    step,
-    unseen,
+    DialogueSampler,
+    DialogueState,
+    Exchange,
 )
-from nextgpt.mini_world.media_set import generator, write_medium
+from nextgpt.mini_world.media_set import seeded_rng, write_medium
 from nextgpt.mini_world.objects import Split, Value, WorldObject, sample_object
-from nextgpt.mini_world.questions import ASKED, TOPICS, WORLD, ask, ask_world
+from nextgpt.mini_world.questions import (
+    ANSWERED_ATTRIBUTES,
+    TOPICS,
+    WORLD_TOPICS,
+    sample_question,
+    sample_world_question,
+)
 from nextgpt.mini_world.words import choose
 
 LETTERS: dict[str, str] = dict(zip(("T", "I", "V", "A"), OUTPUTS, strict=True))
@@ -132,7 +134,7 @@ def write_media(items: Sequence[Item], seed: int) -> None:
 
 def _item(cell: str, number: int, seed: int, folder: Path, split: Split) -> Item:
     """Generate one item; resample every second one until it contains a held-out pair, if it can."""
-    rng = generator(seed, f"{split} {cell} {number}")
+    rng = seeded_rng(seed, f"{split} {cell} {number}")
     if number % 2 == 0:
         return _draw(cell, number, rng, folder, split, "training", ("training",))
     for _ in range(_ATTEMPTS):
@@ -171,15 +173,16 @@ def _draw(
         given, goal = (LETTERS[letter] for letter in cell.split("→"))
         source, goals = next((m for m in MODALITIES if m == given), None), [goal]
     path = folder / f"score_{cell.replace('→', '_')}_{number:05d}{SUFFIXES.get(source, '')}"
-    scene = shown(obj, source) if source else None
+    state = DialogueState.after_input(obj, source) if source else None
+    sampler = DialogueSampler(rng, split, pairs)
     held_out = source in _VISUAL and obj.split == split
     rounds = []
     for goal in goals:
-        next_step, expected = _next_round(scene, goal, obj, rng, split, pairs)
+        exchange, expected = _next_exchange(sampler, state, goal, obj)
         media = [Media(source, path=str(path))] if source and not rounds else []
-        rounds.append(Turn("human", (*media, Text(next_step.request))))
-        scene = next_step.scene
-        held_out |= scene.thing.split == split and any(map(_determines_pair, expected))
+        rounds.append(Turn("human", (*media, Text(exchange.request))))
+        state = exchange.state
+        held_out |= state.obj.split == split and any(map(_determines_pair, expected))
     medium = (source, obj, path) if source else None
     return Item(cell, held_out, tuple(rounds), expected, int(rng.integers(2**31)), medium)
 
@@ -189,68 +192,65 @@ def _determines_pair(expected: Expected) -> bool:
     return expected.kind in _VISUAL and {"shape", "colour"} <= expected.attributes.keys()
 
 
-def _next_round(
-    scene: Scene | None,
-    goal: str,
-    obj: WorldObject,
-    rng: np.random.Generator,
-    split: Split,
-    pairs: Collection[Split],
-) -> tuple[Step, tuple[Expected, ...]]:
-    """Generate one round in the wording of `split` and its expected answer."""
+def _next_exchange(
+    sampler: DialogueSampler, state: DialogueState | None, goal: str, obj: WorldObject
+) -> tuple[Exchange, tuple[Expected, ...]]:
+    """Sample one round and its expected answer."""
     if goal == "text":
-        return _ask(scene or unseen(obj), rng, split)
+        return _ask(state or DialogueState.initial(obj), sampler.rng, sampler.split)
     if goal in CASES:
-        next_step = course_case(goal, obj, rng, split, pairs)
+        exchange = sampler.course_case(goal, obj)
         # The text either describes what is shown, or introduces the media and is free.
         described = CASE_INPUT[goal] if goal.endswith("→T+A") else None
-        attributes = _determined_attributes(next_step.scene, described) if described else {}
-        expected = [Expected("text", attributes, str(next_step.answer[0]))]
-    elif scene is None:
-        next_step, expected = opening(goal, rng, split, obj), []
+        attributes = _determined_attributes(exchange.state, described) if described else {}
+        expected = [Expected("text", attributes, str(exchange.answer[0]))]
+    elif state is None:
+        exchange, expected = sampler.opening(goal, obj), []
     else:
-        next_step, expected = step(scene, goal, rng, split, pairs), []
-    media = [part for part in next_step.answer if not isinstance(part, str)]
+        exchange, expected = sampler.follow_up(state, goal), []
+    media = [part for part in exchange.answer if not isinstance(part, str)]
     expected += [
-        Expected(m, _determined_attributes(next_step.scene, m), caption) for m, caption in media
+        Expected(m, _determined_attributes(exchange.state, m), caption) for m, caption in media
     ]
-    return next_step, tuple(expected)
+    return exchange, tuple(expected)
 
 
-def _ask(scene: Scene, rng: np.random.Generator, split: Split) -> tuple[Step, tuple[Expected, ...]]:
+def _ask(
+    state: DialogueState, rng: np.random.Generator, split: Split
+) -> tuple[Exchange, tuple[Expected, ...]]:
     """Generate a question about the last medium or, without one, about the mini world."""
-    obj, last = scene.thing, scene.last
-    topic = choose(rng, _topics(scene))
+    obj, last = state.obj, state.last
+    topic = choose(rng, _topics(state))
     if last is None:
-        question, answer = ask_world(obj, rng, split, topic)
+        question, answer = sample_world_question(obj, rng, split, topic)
     else:
         if rng.random() < _DESCRIPTIONS:
             topic = "describe"
-        question, answer = ask(obj, last, rng, scene.known, split, topic)
+        question, answer = sample_question(obj, last, rng, state.known, split, topic)
     if last is not None and topic == "describe":
-        attributes = _determined_attributes(scene, last)
+        attributes = _determined_attributes(state, last)
     else:
-        attributes = {name: getattr(obj, name) for name in ASKED.get(topic, (topic,))}
+        attributes = {name: getattr(obj, name) for name in ANSWERED_ATTRIBUTES.get(topic, (topic,))}
     describes_audio = topic == "describe" and last == "audio"
     expected = Expected("text", attributes, answer, describes_audio)
-    return Step(question, (answer,), scene), (expected,)
+    return Exchange(question, (answer,), state), (expected,)
 
 
-def _topics(scene: Scene) -> list[str]:
+def _topics(state: DialogueState) -> list[str]:
     """Return the possible topics; an audio clip's count only if it is known."""
-    if scene.last is None:
-        return list(WORLD)
+    if state.last is None:
+        return list(WORLD_TOPICS)
     return [
         name
-        for name, topic in TOPICS[scene.last].items()
-        if set(topic.needs) <= scene.known and (name != "count" or name in scene.known)
+        for name, topic in TOPICS[state.last].items()
+        if set(topic.required) <= state.known and (name != "count" or name in state.known)
     ]
 
 
-def _determined_attributes(scene: Scene, modality: Modality) -> dict[str, Value]:
-    """Return the attributes of the scene's object that are known, hence determined."""
+def _determined_attributes(state: DialogueState, modality: Modality) -> dict[str, Value]:
+    """Return the attributes of the state's object that are known, hence determined."""
     return {
         name: value
-        for name, value in scene.thing.attributes(modality).items()
-        if _AUDIO_SOURCE.get(name, name) in scene.known
+        for name, value in state.obj.attributes(modality).items()
+        if _AUDIO_SOURCE.get(name, name) in state.known
     }

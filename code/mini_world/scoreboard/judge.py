@@ -15,7 +15,7 @@ from nextgpt.media.decoding import read_image, read_video_frames
 from nextgpt.media.transforms import read_audio
 from nextgpt.media.writing import Frames, Output, Sound
 from nextgpt.mini_world.objects import ATTRIBUTES, Value
-from nextgpt.mini_world.render_sound import RATE
+from nextgpt.mini_world.render_audio import SAMPLE_RATE
 from nextgpt.mini_world.scoreboard.judge_audio import judge_samples
 from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
 
@@ -54,4 +54,4 @@ def judge_file(modality: Modality, path: Path) -> Judgement:
     if modality == "video":
         frames = read_video_frames(path, lambda count, _: range(count))
         return judge(modality, Frames(np.stack(frames), 0))
-    return judge(modality, Sound(read_audio(path, RATE).numpy(), RATE))
+    return judge(modality, Sound(read_audio(path, SAMPLE_RATE).numpy(), SAMPLE_RATE))

@@ -20,7 +20,7 @@ from nextgpt.mini_world.objects import (
     Value,
     WorldObject,
 )
-from nextgpt.mini_world.render_sound import RATE, SOUNDING, render_sound
+from nextgpt.mini_world.render_audio import NOTE_SECONDS, SAMPLE_RATE, render_audio
 
 _FFT, _HOP = 1024, 160  # samples: 64 ms, 10 ms
 _BANDS = 64
@@ -31,7 +31,7 @@ _ONSET, _OFFSET = 11.0, 16.0  # dB below the loudest frame: a note starts, ends
 _MIN_DISTANCE = 0.42  # seconds between onsets
 _MIN_ENERGY = 0.1  # of the strongest note's
 _DYNAMIC_RANGE = 35.0  # dB below the maximum that features resolve
-_LENGTH = int(SOUNDING * RATE / _HOP)  # frames of a note
+_LENGTH = int(NOTE_SECONDS * SAMPLE_RATE / _HOP)  # frames of a note
 _SEGMENTS = 8  # per note, of 50 ms
 _MIN_TIMBRE_CORRELATION = 0.65  # below it, timbre and pitch are None
 _MIN_NOTE_CORRELATION = 0.5  # below it, it is noise or hum: count is None
@@ -57,13 +57,15 @@ def judge_samples(samples: np.ndarray, rate: int) -> dict[str, Value | None]:
 @cache
 def _filters() -> tuple[np.ndarray, np.ndarray]:
     """Return the window (samples,) and the mel filters (bands, frequencies)."""
-    mel = mel_filter_bank(_FFT // 2 + 1, _BANDS, 0.0, RATE / 2, RATE, mel_scale="htk")
+    mel = mel_filter_bank(_FFT // 2 + 1, _BANDS, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE, mel_scale="htk")
     return np.hanning(_FFT).astype(np.float32), mel.T.astype(np.float32)
 
 
 def _energies(samples: np.ndarray, rate: int) -> np.ndarray:
     """Return mel energies above the noise floor (frames, bands), a frame per 10 ms."""
-    samples = resample(torch.from_numpy(np.asarray(samples, dtype=np.float32)), rate, RATE).numpy()
+    samples = resample(
+        torch.from_numpy(np.asarray(samples, dtype=np.float32)), rate, SAMPLE_RATE
+    ).numpy()
     padded = np.pad(samples, (_FFT // 2, _FFT // 2))
     frames = np.lib.stride_tricks.sliding_window_view(padded, _FFT)[::_HOP]
     window, mel = _filters()
@@ -89,7 +91,7 @@ def _onsets(energies: np.ndarray) -> list[int]:
             sounding = False
         elif loud > on and not sounding:
             sounding = True
-            if not onsets or frame - onsets[-1] > _MIN_DISTANCE * RATE / _HOP:
+            if not onsets or frame - onsets[-1] > _MIN_DISTANCE * SAMPLE_RATE / _HOP:
                 onsets.append(frame)
     sums = np.array([energies[onset : onset + _LENGTH].sum() for onset in onsets])
     lowest = _MIN_ENERGY * sums.max()
@@ -117,7 +119,7 @@ def _templates() -> dict[tuple[str, str], np.ndarray]:
             obj = WorldObject(shape, "red", size, "middle", None, 1)
             samples = []
             for seed in range(_TEMPLATE_SAMPLES):
-                energies = _energies(render_sound(obj, np.random.default_rng(seed)), RATE)
+                energies = _energies(render_audio(obj, np.random.default_rng(seed)), SAMPLE_RATE)
                 samples.append(_features(energies, _onsets(energies)[0]))
             mean = np.mean(samples, axis=0)
             templates[TIMBRE_OF[shape], PITCH_OF[size]] = mean / np.linalg.norm(mean)

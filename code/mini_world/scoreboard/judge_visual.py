@@ -11,10 +11,17 @@ import numpy as np
 from PIL import Image
 
 from nextgpt.mini_world.colours import colour_name
-from nextgpt.mini_world.likeness import BLURS, PATCH, RADII, shape_templates, soften, unit_length
 from nextgpt.mini_world.objects import SHAPES, Value
 from nextgpt.mini_world.render_image import CENTRE, PIXELS, RADIUS
-from nextgpt.mini_world.render_video import SWELL, TRAVEL
+from nextgpt.mini_world.render_video import SCALE_CHANGE, TRAVEL
+from nextgpt.mini_world.shape_similarity import (
+    BLUR_PASSES,
+    PATCH_SIZE,
+    TEMPLATE_RADII,
+    blur,
+    normalize_rows,
+    shape_templates,
+)
 
 _FOREGROUND = 40.0  # RGB distance from the background; the nearest colour is 98 away
 _AREA = (20.0, 1100.0)  # pixels of an object, smallest and largest in a video
@@ -35,7 +42,7 @@ _METRIC = (_TO_YCC.T @ np.diag([_LUMA_WEIGHT**2, 1, 1]) @ _TO_YCC).astype(np.flo
 def judge_frames(pixels_THWC: np.ndarray) -> dict[str, Value | None]:
     """Judge size, colour, shape, place and motion of the object in (T, H, W, 3) uint8 frames."""
     judged: dict[str, Value | None] = dict.fromkeys(("size", "colour", "shape", "place", "motion"))
-    frames = soften(_resize(pixels_THWC))
+    frames = blur(_resize(pixels_THWC))
     found = _segment(frames)
     if found is None:
         return judged
@@ -117,7 +124,7 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
     """Return each frame's connected region around the densest point: (T, H, W) bool."""
     density = mask.astype(np.float32)
     for _ in range(6):
-        density = soften(density)
+        density = blur(density)
     peak = (density * mask).reshape(len(mask), -1).argmax(axis=1)
     region = np.zeros_like(mask)
     region.reshape(len(mask), -1)[np.arange(len(mask)), peak] = True
@@ -156,25 +163,25 @@ def _match_templates(found: _Segmentation) -> tuple[np.ndarray, np.ndarray]:
     """
     shifts = np.array([(0, 0), (-0.5, 0), (0.5, 0), (0, -0.5), (0, 0.5)])
     patches = np.stack([_cut(found.cover, found.centre + shift) for shift in shifts])
-    cosine = unit_length(patches.reshape(-1, PATCH**2)) @ shape_templates().T
-    cosine = cosine.reshape(len(shifts), -1, len(SHAPES), len(RADII), len(BLURS))
+    cosine = normalize_rows(patches.reshape(-1, PATCH_SIZE**2)) @ shape_templates().T
+    cosine = cosine.reshape(len(shifts), -1, len(SHAPES), len(TEMPLATE_RADII), len(BLUR_PASSES))
     by_radius = cosine.max(axis=(0, 4))  # (T, shapes, radii)
     # Larger objects show their shape more clearly.
     weights = found.cover.sum(axis=(1, 2)) ** 2
-    return np.average(by_radius.max(axis=2), axis=0, weights=weights), RADII[
+    return np.average(by_radius.max(axis=2), axis=0, weights=weights), TEMPLATE_RADII[
         by_radius.argmax(axis=2)
     ].T
 
 
 def _cut(cover: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Crop (T, patch, patch) around each centre, bilinear, zero-padded."""
-    corner = centre - PATCH / 2  # x, y of the patch's upper left corner
+    corner = centre - PATCH_SIZE / 2  # x, y of the patch's upper left corner
     whole = np.floor(corner).astype(int)
     part = (corner - whole).astype(np.float32)
-    padded = np.pad(cover, ((0, 0), (PATCH, PATCH), (PATCH, PATCH)))
+    padded = np.pad(cover, ((0, 0), (PATCH_SIZE, PATCH_SIZE), (PATCH_SIZE, PATCH_SIZE)))
     cuts = []
-    for frame, (x, y), (u, v) in zip(padded, whole + PATCH, part, strict=True):
-        window = frame[y : y + PATCH + 1, x : x + PATCH + 1]
+    for frame, (x, y), (u, v) in zip(padded, whole + PATCH_SIZE, part, strict=True):
+        window = frame[y : y + PATCH_SIZE + 1, x : x + PATCH_SIZE + 1]
         window = (1 - v) * window[:-1] + v * window[1:]
         cuts.append((1 - u) * window[:, :-1] + u * window[:, 1:])
     return np.stack(cuts)
@@ -194,7 +201,7 @@ def _motion(time: np.ndarray, centre: np.ndarray, radii: np.ndarray) -> str | No
     """Judge motion by slopes over time, relative to the rendered ones; None if slow or mixed."""
     if len(time) < 2:
         return None
-    swell = np.log((1 + SWELL) / (1 - SWELL)) / 2
+    swell = np.log((1 + SCALE_CHANGE) / (1 - SCALE_CHANGE)) / 2
     tracks = np.column_stack([centre / (TRAVEL / 2), np.log(radii) / swell])
     lever = time - time.mean()
     slopes = lever @ tracks / (lever**2).sum()  # right, down, growth

@@ -15,7 +15,7 @@ from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text
 from nextgpt.generation.assistant import Answer, Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Output
-from nextgpt.mini_world.captions import as_heard, read_caption
+from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.scoreboard.items import Expected, Item
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.scoring import Score, compare_attributes, score_answer
@@ -138,8 +138,8 @@ def score_captions(
     found: dict[tuple[int, str], dict[str, bool]] = {}
     tasks = [task for row, result in enumerate(results) for task in _tasks(row, result)]
     for task in tasks:
-        mentioned = read_caption(task.caption)
-        mentioned = as_heard(mentioned) if task.expected.kind == "audio" else mentioned
+        mentioned = parse_caption(task.caption)
+        mentioned = audible_attributes(mentioned) if task.expected.kind == "audio" else mentioned
         if task.name == "passed":
             right = compare_attributes(task.expected, mentioned)
             found.setdefault((task.row, "written"), {}).update(right)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nextgpt.common.modality import Modality
 from nextgpt.evaluation.metrics import proportion
-from nextgpt.mini_world.captions import as_heard, read_caption
+from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.objects import VALUES, Value
 from nextgpt.mini_world.scoreboard.items import Expected, Item
 
@@ -44,8 +44,8 @@ def score_answer(
     attributes = {}
     for part in expected:
         if part.kind == "text":
-            found = read_caption(text)
-            found = as_heard(found) if part.describes_audio else found
+            found = parse_caption(text)
+            found = audible_attributes(found) if part.describes_audio else found
         else:
             found = next((judged for kind, judged in media if kind == part.kind), {})
         attributes |= compare_attributes(part, found)

@@ -71,7 +71,7 @@ def _shipped(path: str, title: str) -> dict[str, Source]:
 
 _VICUNA = "ckpt/pretrained_ckpt/vicuna_ckpt/7b_v0"
 _BUILD = ("python", "-m", "nextgpt.mini_world.build_components", "--only", "language_model")
-# By the path in the shipped configurations. Licences as in the README's table.
+# By the path in the shipped configurations. The terms are those of the table in docs/weights.md.
 SOURCES: dict[str, Source] = {
     "ckpt/pretrained_ckpt/imagebind_ckpt/huge/imagebind_huge.pth": Source(
         "ImageBind huge",

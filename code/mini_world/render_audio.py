@@ -1,15 +1,15 @@
-"""Sounds: 2 s, mono, 16 kHz: one to three soundings of one of six timbres; about 3 ms each.
+"""Audio synthesis: 2 s of mono at 16 kHz, one to three notes of one of six timbres; 3 ms a sound.
 
-| timbre | made of |
+| timbre | synthesis |
 | --- | --- |
-| bell | inharmonic partials, struck, dying away |
-| buzzer | many strong harmonics, steady and rattling |
-| flute | nearly one harmonic, soft start, vibrato, breath |
-| chime | three glassy notes, one after the other, dying away |
-| drum | a falling low tone and a burst of noise |
-| whistle | one high tone, trilling |
+| bell | inharmonic partials with exponential decay |
+| buzzer | many strong harmonics, amplitude-modulated by a square wave |
+| flute | nearly one harmonic, soft attack, vibrato, breath noise |
+| chime | three staggered tones with exponential decay |
+| drum | a tone falling in pitch and a noise burst |
+| whistle | one high tone with a trill |
 
-What nobody names varies: loudness, phase, the silence before, 1 % in pitch, and light noise.
+Nuisance variables: loudness, phase, leading silence, 1 % in pitch, and light noise.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,12 @@ import numpy as np
 
 from nextgpt.mini_world.objects import WorldObject
 
-RATE = 16_000  # samples a second
+SAMPLE_RATE = 16_000  # Hz
 SECONDS = 2.0
-SOUNDING = 0.40  # seconds that one sounding lasts
-PERIOD = 0.60  # seconds from one sounding to the next: a gap of 0.2 s
-SILENCE_BEFORE = (0.02, 0.20)  # seconds
-FREQUENCY = {  # Hz: low for big things, high for small ones
+NOTE_SECONDS = 0.40
+NOTE_PERIOD = 0.60  # seconds from onset to onset: a gap of 0.2 s
+LEADING_SILENCE = (0.02, 0.20)  # range in seconds
+FREQUENCY = {  # Hz
     "bell": {"low": 480.0, "high": 1080.0},
     "buzzer": {"low": 130.0, "high": 320.0},
     "flute": {"low": 330.0, "high": 760.0},
@@ -33,27 +33,27 @@ FREQUENCY = {  # Hz: low for big things, high for small ones
 }
 
 
-def render_sound(thing: WorldObject, rng: np.random.Generator) -> np.ndarray:
-    """The sound of `thing`: (32000,) float32 in -1..1 at 16 kHz."""
-    frequency = FREQUENCY[thing.timbre][thing.pitch] * rng.uniform(0.99, 1.01)
-    loudness, before = rng.uniform(0.35, 0.9), rng.uniform(*SILENCE_BEFORE)
-    time = np.arange(int(SOUNDING * RATE)) / RATE
-    samples = np.zeros(int(SECONDS * RATE))
-    for index in range(thing.count):
-        sounding = _RECIPES[thing.timbre](time, frequency, rng) * _ramp(time, 0.004, 0.02)
-        start = int((before + index * PERIOD) * RATE)
-        samples[start : start + len(time)] = loudness * sounding / np.abs(sounding).max()
+def render_audio(obj: WorldObject, rng: np.random.Generator) -> np.ndarray:
+    """Synthesise the sound of `obj`: (32000,) float32 in -1..1 at 16 kHz."""
+    frequency = FREQUENCY[obj.timbre][obj.pitch] * rng.uniform(0.99, 1.01)
+    loudness, silence = rng.uniform(0.35, 0.9), rng.uniform(*LEADING_SILENCE)
+    time = np.arange(int(NOTE_SECONDS * SAMPLE_RATE)) / SAMPLE_RATE
+    samples = np.zeros(int(SECONDS * SAMPLE_RATE))
+    for index in range(obj.count):
+        note = _SYNTHESIZERS[obj.timbre](time, frequency, rng) * _envelope(time, 0.004, 0.02)
+        start = int((silence + index * NOTE_PERIOD) * SAMPLE_RATE)
+        samples[start : start + len(time)] = loudness * note / np.abs(note).max()
     samples += rng.uniform(0.0003, 0.002) * rng.standard_normal(len(samples))
     return np.clip(samples, -1.0, 1.0).astype(np.float32)
 
 
-def _ramp(time: np.ndarray, attack: float, release: float) -> np.ndarray:
-    """From 0 up to 1 within `attack` seconds, and down to 0 within the last `release` seconds."""
-    return np.clip(np.minimum(time / attack, (SOUNDING - time) / release), 0.0, 1.0)
+def _envelope(time: np.ndarray, attack: float, release: float) -> np.ndarray:
+    """Linear attack and release, in seconds."""
+    return np.clip(np.minimum(time / attack, (NOTE_SECONDS - time) / release), 0.0, 1.0)
 
 
 def _tone(cycles: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A sine at any phase; `cycles` is frequency times time."""
+    """A sine of random phase; `cycles` is frequency times time."""
     return np.sin(2 * np.pi * (cycles + rng.uniform()))
 
 
@@ -67,15 +67,15 @@ def _bell(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.nd
 
 def _buzzer(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
     harmonics = range(1, int(5000 / frequency) + 1)
-    wave_ = sum(_tone(k * frequency * time, rng) / k**0.5 for k in harmonics)
-    return wave_ * (0.75 + 0.25 * np.sign(np.sin(2 * np.pi * 25 * time)))
+    wave = sum(_tone(k * frequency * time, rng) / k**0.5 for k in harmonics)
+    return wave * (0.75 + 0.25 * np.sign(np.sin(2 * np.pi * 25 * time)))
 
 
 def _flute(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
     cycles = frequency * (time + 0.0006 * np.sin(2 * np.pi * 5.5 * time))
     tone = sum(a * _tone(k * cycles, rng) for k, a in ((1, 1.0), (2, 0.2), (3, 0.06)))
     breath = 0.03 * rng.standard_normal(len(time))
-    return (tone + breath) * _ramp(time, 0.09, 0.09)
+    return (tone + breath) * _envelope(time, 0.09, 0.09)
 
 
 def _chime(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
@@ -91,7 +91,7 @@ def _chime(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.n
 
 
 def _drum(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
-    fall = 1.2 * (1 - np.exp(-25.0 * time)) / 25.0  # seconds gained while the tone falls to rest
+    fall = 1.2 * (1 - np.exp(-25.0 * time)) / 25.0  # integral of the decaying pitch offset
     tone = np.exp(-8.0 * time) * _tone(frequency * (time + fall), rng)
     return tone + 0.5 * np.exp(-50.0 * time) * rng.standard_normal(len(time))
 
@@ -99,10 +99,10 @@ def _drum(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.nd
 def _whistle(time: np.ndarray, frequency: float, rng: np.random.Generator) -> np.ndarray:
     trill = 0.07 / (2 * np.pi * 15) * np.sin(2 * np.pi * (15 * time + rng.uniform()))
     tone = _tone(frequency * (time + trill), rng) + 0.02 * rng.standard_normal(len(time))
-    return tone * _ramp(time, 0.03, 0.04)
+    return tone * _envelope(time, 0.03, 0.04)
 
 
-_RECIPES: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
+_SYNTHESIZERS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] = {
     "bell": _bell,
     "buzzer": _buzzer,
     "flute": _flute,
