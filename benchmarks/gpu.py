@@ -110,7 +110,7 @@ def measure_stage(config: Config, stage: int, steps: int, device: torch.device) 
 def random_batch(config: Config, model: NextGPT, micro: int) -> Batch:
     """A full micro batch of random ids."""
     batch = full_batch(config, model, micro)
-    vocabulary = model.own_vocabulary_size
+    vocabulary = model.base_vocabulary_size
     batch.input_ids = torch.randint(vocabulary, batch.input_ids.shape)
     batch.labels = batch.input_ids.clone()
     batch.features = torch.randn(batch.features.shape)
@@ -142,9 +142,9 @@ def measure_answer(config: Config, device: torch.device) -> str:
     asked = Conversation((Turn("human", (Text("Show me all of it, and let me hear it."),)),))
     for modality in MODALITIES:
         assistant.load_decoder(modality)
-    assistant.chat(asked, seed=0, options=options)  # warms up
+    assistant.chat(asked, seed=0, settings=options)  # warms up
     start = time.perf_counter()
-    answer = assistant.chat(asked, seed=0, options=options)
+    answer = assistant.chat(asked, seed=0, settings=options)
     synchronize(device)
     whole = time.perf_counter() - start
     links = ", ".join(f"{link} {seconds:.2f} s" for link, seconds in answer.seconds.items())

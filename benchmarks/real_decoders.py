@@ -24,10 +24,9 @@ from transformers import (
 )
 
 from nextgpt.common.io import atomic_write
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.mini_world.mini_decoders import NO_SAFETY_CHECKER
 from nextgpt.mini_world.mini_tokenizers import build_clip_tokenizer, build_roberta_tokenizer
-from nextgpt.model.decoders import PIPELINES
 
 
 def _vae(channels: int, latents: int, widths: tuple[int, ...]) -> AutoencoderKL:
@@ -125,7 +124,8 @@ def write_random_decoder(modality: Modality, folder: Path) -> None:
     )
     networks = NETWORKS[modality]()
     unchecked = NO_SAFETY_CHECKER if modality == "image" else {}
-    pipeline = PIPELINES[modality](
+    pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
+    pipeline = pipeline_class(
         tokenizer=tokenizer, scheduler=DDIMScheduler(), **networks, **unchecked
     )
     with atomic_write(folder) as aside, torch.no_grad():

@@ -27,7 +27,7 @@ from nextgpt.config.loader import STAGES, load_config
 from nextgpt.conversation.batch import Batch
 from nextgpt.conversation.prompt import IGNORE_INDEX
 from nextgpt.dataset.sampler import BatchSchedule
-from nextgpt.model.build import resolve_model_path
+from nextgpt.model.loading import resolve_model_path
 from nextgpt.training.data import load_batches, rank_batches
 from nextgpt.training.engine import StepCounts, TrainEngine
 from nextgpt.training.media_features import BatchEncoder

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Assistant", "load_config"]
 
-# Libraries read these when they are imported, which is always after this. Without them each model
-# draws a loading bar of its own, and diffusers warns about the pipelines that it is pinned for.
+# Read by the libraries on import, which is always later. They silence a loading bar for each model,
+# and diffusers' deprecation warnings about the pipelines that it is pinned for.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-# Loaded with peft, whether it is used or not: it would warn on every CPU of a kernel that it lacks,
-# and of every 8-bit matrix that bf16 is multiplied as fp16.
+# peft imports it: it warns of a missing kernel on every CPU, and of a cast from bf16 to fp16 for
+# every 8-bit matrix.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _EXPORTS = {
@@ -39,17 +39,17 @@ _EXPORTS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import an exported name on first use: torch is not loaded by what does without it."""
+    """Import an exported name on first use, so that programs without torch start fast."""
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
 def _load_standard_code_module() -> None:
-    """Put the standard library's `code` in place of this package.
+    """Replace this module by the standard library's `code`.
 
-    Where the current folder comes first on the import path (`python -m` in the repository's root),
-    `import code`, which pdb and torch do, finds this folder.
+    With the repository's root first on the import path (`python -m`), `import code`, as in pdb and
+    torch, finds this folder.
     """
     file = Path(sysconfig.get_path("stdlib")) / "code.py"
     spec = importlib.util.spec_from_file_location("code", file)

@@ -16,11 +16,10 @@ from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.config.loader import add_config_arguments, load_config_from
-from nextgpt.model.build import find_folder
 from nextgpt.model.delta import DELTA_FILE, PUBLISHED_FILE, Delta, read_delta, write_delta
+from nextgpt.model.loading import find_folder, map_folder
 from nextgpt.model.trainable import is_base_vocabulary
 from nextgpt.model.upstream_checkpoint import NEW_ROWS, Tensors, delta_to_published
-from nextgpt.model.weight_files import map_folder
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _NEW_ROWS = ".new_rows"
@@ -51,7 +50,7 @@ def publish(delta: Delta, out: Path, dtype: torch.dtype | None, language_model: 
             f"{NEW_ROWS}: only systems with the published signal tokens can be converted"
         )
     tuned = delta.tensors
-    if not delta.holds_own_vocabulary:
+    if not delta.holds_base_vocabulary:
         tuned = tuned | _base_rows(language_model, delta.vocabulary_size)
     tensors = {
         name: tensor.to(dtype or tensor.dtype).contiguous()

@@ -1,4 +1,4 @@
-"""The demo in the browser: python demo_app.py, then http://127.0.0.1:7860."""
+"""Serve page and API: python demo_app.py, then http://127.0.0.1:7860."""
 
 import argparse
 from pathlib import Path
@@ -9,16 +9,16 @@ from nextgpt.serving.server import serve
 
 
 def main() -> None:
-    """Arguments in, one call."""
-    parser = argparse.ArgumentParser(description="the demo in the browser", allow_abbrev=False)
+    """Parse the arguments and serve."""
+    parser = argparse.ArgumentParser(description="serve page and API", allow_abbrev=False)
     add_config_arguments(parser)
     parser.add_argument(
-        "--nextgpt_ckpt_path", type=Path, help="tuned parameters; else the last stage's"
+        "--nextgpt_ckpt_path", type=Path, help="tuned parameters; by default the last stage's"
     )
     parser.add_argument(
         "--server_name",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets the whole network in",
+        help="address to listen on; 0.0.0.0 opens it to the network",
     )
     parser.add_argument("--server_port", type=int, default=7860)
     arguments = parser.parse_args()

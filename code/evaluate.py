@@ -13,7 +13,7 @@ from pathlib import Path
 from nextgpt.common.cli import run_cli
 from nextgpt.common.paths import project_path
 from nextgpt.config.loader import add_config_arguments, load_config_from
-from nextgpt.generation.cli import find_delta
+from nextgpt.generation.assistant import find_delta
 from nextgpt.mini_world.objects import HELD_OUT_PAIRS
 from nextgpt.mini_world.scoreboard.items import CELLS, parse_cells
 from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, evaluate

@@ -1,4 +1,4 @@
-"""Talks to the system: a text with media in; words to the screen, media into a folder.
+"""Generate answers: text and media in, text to the terminal and media into a folder.
 
 python inference.py --prompt "what does it sound like?" --image drum.png --out outputs/drum
 python inference.py --prompt "and film it" --history outputs/drum/history.json --out outputs/drum
@@ -15,7 +15,7 @@ from nextgpt.generation.cli import answer_requests
 from nextgpt.generation.history import read_history
 from nextgpt.generation.requests import Request, human_turn, read_cases
 
-# The published names of some keys of the configuration.
+# Upstream's names of some configuration keys.
 PUBLISHED_FLAGS = {
     "top_p": "generation.top_p",
     "temperature": "generation.temperature",
@@ -34,7 +34,7 @@ PUBLISHED_FLAGS = {
 
 
 def main() -> None:
-    """Arguments in, one call."""
+    """Parse the arguments and answer."""
     parser = _parser()
     arguments = parser.parse_args()
     flags = [(key, getattr(arguments, flag)) for flag, key in PUBLISHED_FLAGS.items()]
@@ -42,7 +42,7 @@ def main() -> None:
     config = load_config_from(arguments, overrides=overrides)
     media = {modality: getattr(arguments, modality) for modality in MODALITIES}
     if arguments.cases and (arguments.history or any(media.values())):
-        parser.error("--cases brings its own media: leave out --image, --video, --audio, --history")
+        parser.error("--cases has its own media: leave out --image, --video, --audio, --history")
     if arguments.cases:
         requests = read_cases(arguments.cases, arguments.out)
     else:
@@ -53,20 +53,24 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="talk to the system", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="generate answers", allow_abbrev=False)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", help="what you say; never read as a path")
-    what.add_argument("--cases", type=Path, help="JSON file of several things to say")
+    what.add_argument("--prompt", help="the text; never parsed as a path")
+    what.add_argument("--cases", type=Path, help="JSON file of several prompts with media")
     for modality in MODALITIES:
         parser.add_argument(
-            f"--{modality}", type=Path, action="append", default=[], help="a file to show"
+            f"--{modality}",
+            type=Path,
+            action="append",
+            default=[],
+            help=f"input {modality}; may be repeated",
         )
-    parser.add_argument("--history", type=Path, help="history.json of the answer before")
+    parser.add_argument("--history", type=Path, help="history.json of the previous answer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the answer's files")
     parser.add_argument("--seed", type=int, default=0, help="the same one gives the same answer")
     add_config_arguments(parser)
     parser.add_argument(
-        "--nextgpt_ckpt_path", type=Path, help="tuned parameters; else the last stage's"
+        "--nextgpt_ckpt_path", type=Path, help="tuned parameters; by default the last stage's"
     )
     for flag, key in PUBLISHED_FLAGS.items():
         parser.add_argument(f"--{flag}", help=f"short for --set {key}=")

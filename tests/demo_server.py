@@ -47,15 +47,23 @@ def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: in
     """Always says the same, with media of its own seed."""
     write_tiny_parts(folder)
     overrides = script_language_model(folder, scripted_ids(*said))
+    overrides += [
+        "serving.examples=code/mini_world/demo_examples",
+        "serving.caption_bank=code/mini_world/caption_bank.json",
+    ]
     overrides += [f"decoders.{modality}.num_inference_steps={steps}" for modality in MODALITIES]
-    return Assistant.load(load_config("7b", overrides=overrides), folder / "tuned" / "stage_3")
+    return Assistant.from_config(
+        load_config("7b", overrides=overrides), folder / "tuned" / "stage_3"
+    )
 
 
 def babbling_assistant(folder: Path) -> Assistant:
     """Says what the seed and the prompt make it say, with media here and there."""
     write_tiny_parts(folder, favoured=range(38))
     overrides = [*tiny_overrides(folder), "generation.top_p=1.0", "generation.max_new_tokens=20"]
-    return Assistant.load(load_config("7b", overrides=overrides), folder / "tuned" / "stage_3")
+    return Assistant.from_config(
+        load_config("7b", overrides=overrides), folder / "tuned" / "stage_3"
+    )
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class Running:
     """A server that answers, and its inside."""
 
     address: str
-    desk: InferenceQueue
+    queue: InferenceQueue
     sessions: Sessions
     folder: Path
     page: gr.Blocks
@@ -84,8 +92,8 @@ def running_demo(assistant: Assistant) -> Iterator[Running]:
     together.mkdir(exist_ok=True)
     with TemporaryDirectory(dir=together) as name:
         folder = Path(name)
-        desk = InferenceQueue(assistant)
-        app = build_app(desk, folder)
+        queue = InferenceQueue(assistant)
+        app = build_app(queue, folder)
         # Gradio takes uploads from the one folder that this names. Of several servers in one
         # process, which only tests have, the first would refuse its own from the second's start on.
         os.environ["GRADIO_TEMP_DIR"] = str(together)
@@ -97,10 +105,10 @@ def running_demo(assistant: Assistant) -> Iterator[Running]:
         try:
             wait_until(lambda: server.started)
             page = app.state.page.get_blocks()
-            yield Running(f"http://127.0.0.1:{port}", desk, app.state.sessions, folder, page)
+            yield Running(f"http://127.0.0.1:{port}", queue, app.state.sessions, folder, page)
         finally:
             server.should_exit = True
-            desk.close()
+            queue.close()
             thread.join(30)
             assert not thread.is_alive(), "the server is stuck"
             if before is None:

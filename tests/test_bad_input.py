@@ -74,7 +74,7 @@ BROKEN_FOLDERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a language model without weights": (
         "language_model", lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "a language model that lacks a weight": ("language_model", without_a_weight, "up_proj"),
-    "a language model of another size": ("language_model", twice_as_wide, "another shape"),
+    "a language model of another size": ("language_model", twice_as_wide, "shape (256"),
     "a language model without figures": (
         "language_model", lambda f: (f / "config.json").unlink(), "config.json is missing"),
     "a language model without tokenizer": (
@@ -145,10 +145,13 @@ def test_a_broken_delta_is_named(
 
 
 ANSWERS = {
-    "a folder to show": (["--image", "/"], "neither a folder nor an address"),
-    "an address to show": (["--image", "https://example.com/a.png"], "nor an address"),
+    "a folder to show": (["--image", "/"], "neither a folder nor a URL"),
+    "an address to show": (["--image", "https://example.com/a.png"], "nor a URL"),
     "a seed beyond": (["--seed", "-1"], "seed -1"),
-    "a place that is no folder": (["--out", str(PARITY / "recipe.py" / "x")], "no folder"),
+    "a place that is no folder": (
+        ["--out", str(PARITY / "recipe.py" / "x")],
+        "not a writable folder",
+    ),
     "a sound too short to be made": (["--audio_length_in_s", "1e-4"], "cannot make this audio"),
     "too many steps": (
         ["--num_inference_steps_for_img", "1001"],

@@ -56,7 +56,7 @@ def model() -> NextGPT:
             heads=2,
             dim_feedforward=32,
         )
-    set_trainable(model, list(TRAINABLE_GROUPS), own_vocabulary=False)
+    set_trainable(model, list(TRAINABLE_GROUPS), base_vocabulary=False)
     return model
 
 

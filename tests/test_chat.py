@@ -2,6 +2,10 @@
 
 import os
 import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,18 +18,28 @@ from nextgpt.common.errors import MediaError, UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.conversation.prompt import PromptBuilder
-from nextgpt.generation.assistant import Answer, Assistant
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import (
+    Answer,
+    AnswerComplete,
+    Cancelled,
+    DiffusionStep,
+    MediumReady,
+    TextDelta,
+    TurnComplete,
+    stream_events,
+)
 from nextgpt.generation.sampling import (
     CompleteSignalSpans,
     StopSequences,
     TextStreamer,
+    join_texts,
     readable_parts,
-    words,
 )
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Frames, Sound
 from nextgpt.model.build import build_prompt_builder
-from nextgpt.model.decoders import Decoder
+from nextgpt.model.decoders import build_decoder
 from parity_tools import MEDIA
 from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_system import tiny_encoder
@@ -40,7 +54,7 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
     folder = tmp_path_factory.mktemp("babbler")
     write_tiny_parts(folder, favoured=range(38))
     config = load_config("7b", overrides=tiny_overrides(folder))
-    return Assistant.load(config, folder / "tuned" / "stage_3")
+    return Assistant.from_config(config, folder / "tuned" / "stage_3")
 
 
 def say(*parts: Text | Media) -> Conversation:
@@ -51,7 +65,7 @@ def ask(
     assistant: Assistant, conversation: Conversation, seed: int = 0, **figures: float
 ) -> Answer:
     options = GenerationSettings.from_config(assistant.config)
-    return assistant.chat(conversation, seed=seed, options=replace(options, **figures))
+    return assistant.chat(conversation, seed=seed, settings=replace(options, **figures))
 
 
 def runs_of(ids: list[int]) -> list[str]:
@@ -110,7 +124,7 @@ def test_every_published_end_stops(written: list[int], tmp_path: Path) -> None:
     write_tiny_parts(tmp_path)
     overrides = script_language_model(tmp_path, [*word, *written])
     config = load_config("7b", overrides=overrides)
-    assistant = Assistant.load(config, tmp_path / "tuned" / "stage_3")
+    assistant = Assistant.from_config(config, tmp_path / "tuned" / "stage_3")
     answer = ask(assistant, say(Text("hello")))
     assert answer.token_ids == [*word, *written]
     assert answer.turn.parts == (Text("Sure"),)
@@ -126,8 +140,8 @@ def whole(
     assistant: Assistant, conversation: Conversation, answer: Answer
 ) -> tuple[int, torch.Tensor]:
     """The prompt's length L, and the input embeddings (1, L + A, H) of prompt and answer."""
-    encoded = assistant.encoder.encode(conversation)
-    (prompt,) = assistant._read([encoded], {})
+    encoded = assistant.prompt_builder.encode(conversation)
+    (prompt,) = assistant._embed_prompts([encoded], {})
     written = torch.tensor([answer.token_ids])
     embed = assistant.model.language_model.get_input_embeddings()
     return len(prompt), torch.cat([prompt[None], embed(written)], dim=1)
@@ -182,7 +196,7 @@ def test_media_are_those_of_the_projected_hidden_states(babbler: Assistant) -> N
     for number, (position, modality) in enumerate(starts):
         run = torch.tensor([[0, prompt + position]])
         caption = model.project_runs(modality, run, hidden, embeddings)
-        decoder = Decoder(modality, babbler.config.decoders[modality].path, babbler.device)
+        decoder = build_decoder(modality, babbler.config.decoders[modality].path, babbler.device)
         options = GenerationSettings.from_config(babbler.config).decode[modality]
         expected = decoder.decode(caption, replace(options, seed=3 + number))[0]
         for found, wanted in zip(pixels(answer.outputs[number]), pixels(expected), strict=True):
@@ -196,12 +210,104 @@ def pixels(output: object) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_streamed_words_are_the_answers_words(babbler: Assistant, seed: int) -> None:
-    streamed: list[str] = []
     options = GenerationSettings.from_config(babbler.config)
     options = replace(options, top_k=0, top_p=1, temperature=2, max_new_tokens=40)
-    answer = babbler.chat(say(Text("tell me")), seed=seed, options=options, on_text=streamed.append)
-    assert "".join(streamed) == answer.text
+    *events, last = babbler.stream(say(Text("tell me")), seed=seed, settings=options)
+    streamed = [event.text for event in events if isinstance(event, TextDelta)]
+    assert isinstance(last, AnswerComplete)
+    assert "".join(streamed) == last.answer.text
     assert len(streamed) > 1
+
+
+def test_events_come_in_order_and_hold_the_complete_answer(babbler: Assistant) -> None:
+    settings = replace(GenerationSettings.from_config(babbler.config), max_new_tokens=24, top_p=1)
+    conversation = say(Text("draw, film and play it"))
+    *events, last = babbler.stream(conversation, seed=3, settings=settings)
+    whole = babbler.chat(conversation, seed=3, settings=settings)
+    assert isinstance(last, AnswerComplete) and last.answer.token_ids == whole.token_ids
+    kinds = [type(event) for event in events if not isinstance(event, TextDelta)]
+    steps = [event for event in events if isinstance(event, DiffusionStep)]
+    ready = [event for event in events if isinstance(event, MediumReady)]
+    total = settings.decode["image"].num_inference_steps
+    assert kinds == [TurnComplete, *([DiffusionStep] * total + [MediumReady]) * len(ready)]
+    assert [event.step for event in steps] == [*range(1, total + 1)] * len(ready)
+    assert sorted(event.number for event in ready) == [*range(len(whole.outputs))] != []
+    for event, step in zip(ready, steps[::total], strict=True):
+        assert event.number == step.number
+        for found, wanted in zip(
+            pixels(event.output), pixels(whole.outputs[event.number]), strict=True
+        ):
+            np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("where", [TextDelta, TurnComplete, DiffusionStep])
+@pytest.mark.parametrize("how", ["close", "raise"])
+def test_an_answer_ends_with_its_consumer(babbler: Assistant, where: type, how: str) -> None:
+    settings = GenerationSettings.from_config(babbler.config)
+    slow = replace(settings.decode["image"], num_inference_steps=900)
+    settings = replace(
+        settings,
+        max_new_tokens=24,
+        top_p=1,
+        decode=dict.fromkeys(settings.decode, replace(slow, height=None, width=None)),
+    )
+    before = threading.active_count()
+
+    def consume() -> None:
+        with closing(babbler.stream(say(Text("draw it")), seed=3, settings=settings)) as events:
+            for event in events:
+                if isinstance(event, where):
+                    if how == "raise":
+                        raise KeyError(where)
+                    return
+        pytest.fail("no such event")
+
+    start = time.monotonic()
+    with pytest.raises(KeyError) if how == "raise" else nullcontext():
+        consume()
+    assert time.monotonic() - start < 10
+    assert threading.active_count() == before
+    assert babbler.chat("draw", settings=replace(settings, max_new_tokens=2)).token_ids
+
+
+def test_the_producer_gets_cancelled_and_its_errors_come_out() -> None:
+    ended = []
+
+    def generate(emit: Callable[[object], None]) -> None:
+        try:
+            while True:
+                emit(TextDelta("a"))
+        except Cancelled:
+            ended.append(True)
+            raise
+
+    events = stream_events(generate)
+    assert next(events) == TextDelta("a") and not ended
+    events.close()
+    assert ended
+
+    def fail(emit: Callable[[object], None]) -> None:
+        emit(TextDelta("b"))
+        raise MediaError("broken")
+
+    failing = stream_events(fail)
+    assert next(failing) == TextDelta("b")
+    with pytest.raises(MediaError, match="broken"):
+        next(failing)
+
+
+def test_a_text_with_files_is_a_conversation(babbler: Assistant, tmp_path: Path) -> None:
+    settings = replace(GenerationSettings.from_config(babbler.config), max_new_tokens=8)
+    turn = say(Media("image", path=PHOTO), Media("audio", path=BELL), Text("what is it?"))
+    wanted = babbler.chat(turn, settings=settings)
+    given = babbler.chat("what is it?", image=PHOTO, audio=[Path(BELL)], settings=settings)
+    assert given.token_ids == wanted.token_ids and given.prompt_tokens == wanted.prompt_tokens
+    with pytest.raises(UserError, match=r"no such file.*gone\.png"):
+        babbler.chat("what?", image=tmp_path / "gone.png")
+    with pytest.raises(TypeError, match="picture"):
+        babbler.chat("what?", picture=PHOTO)
+    with pytest.raises(TypeError, match="conversation"):
+        babbler.chat(turn, image=PHOTO)
 
 
 def test_stream_holds_back_what_may_be_an_end_or_half_a_character() -> None:
@@ -218,7 +324,7 @@ def test_stream_holds_back_what_may_be_an_end_or_half_a_character() -> None:
     stream.end()
     assert told_after[len(word) : len(word) + 3] == ["Sure"] * 3
     assert told_after[-2:] == ["Sure☺ Sure"] * 2
-    assert "".join(told) == words(readable_parts(encoder, ids)) == "Sure☺ Sure"
+    assert "".join(told) == join_texts(readable_parts(encoder, ids)) == "Sure☺ Sure"
 
 
 WRITTEN = (
@@ -263,7 +369,7 @@ def test_streams_of_random_answers_are_their_final_texts(config: str) -> None:
         ids = random_answer(encoder, random.Random(seed))
         told: list[str] = []
         stream = TextStreamer(encoder, told.append)
-        final = words(readable_parts(encoder, ids))
+        final = join_texts(readable_parts(encoder, ids))
         for token_id in ids:
             stream.put(torch.tensor([token_id]))
             assert final.startswith("".join(told)), seed
@@ -294,8 +400,8 @@ def test_media_of_every_turn_are_read(babbler: Assistant) -> None:
         Turn("assistant", (Text("a person"), Media("audio", path="/nowhere.wav"))),
         Turn("human", (Media("audio", path=BELL), Text("and this?"))),
     )
-    encoded = babbler.encoder.encode(Conversation(turns))
-    (prompt,) = babbler._read([encoded], {})
+    encoded = babbler.prompt_builder.encode(Conversation(turns))
+    (prompt,) = babbler._embed_prompts([encoded], {})
     photo, bell = (prompt[position] for position, _ in encoded.media_positions)
     assert [m.modality for _, m in encoded.signal_spans] == ["audio"]
     assert not torch.allclose(photo, bell)
@@ -305,17 +411,17 @@ def test_media_of_every_turn_are_read(babbler: Assistant) -> None:
 def test_a_files_feature_is_kept_until_the_file_changes(babbler: Assistant, tmp_path: Path) -> None:
     picture = tmp_path / "picture.jpg"
     picture.write_bytes(Path(PHOTO).read_bytes())
-    encoded = babbler.encoder.encode(say(Media("image", path=str(picture))))
-    first, again = (babbler._read([encoded], {})[0] for _ in range(2))
+    encoded = babbler.prompt_builder.encode(say(Media("image", path=str(picture))))
+    first, again = (babbler._embed_prompts([encoded], {})[0] for _ in range(2))
     assert torch.equal(first, again)
     black = np.zeros((30, 30, 3), np.uint8)
     Image.fromarray(black).save(picture)
     os.utime(picture, ns=(1, 1))
-    dark = babbler._read([encoded], {})[0]
+    dark = babbler._embed_prompts([encoded], {})[0]
     assert not torch.allclose(dark, first)
     picture.write_bytes(Path(PHOTO).read_bytes())
     os.utime(picture, ns=(1, 1))  # as programs that copy do
-    assert torch.equal(babbler._read([encoded], {})[0], first)
+    assert torch.equal(babbler._embed_prompts([encoded], {})[0], first)
     with pytest.raises(MediaError, match="no such file"):
         ask(babbler, say(Media("image", path=str(tmp_path / "none.png"))))
 
@@ -335,10 +441,10 @@ def together(assistant: Assistant, at_once: int = 16, **figures: float) -> list[
         GenerationSettings.from_config(assistant.config), max_new_tokens=40, **figures
     )
     alone = [
-        assistant.chat(conversation, seed=seed, options=options)
+        assistant.chat(conversation, seed=seed, settings=options)
         for conversation, seed in zip(conversations, seeds, strict=True)
     ]
-    batch = assistant.answer(conversations, seeds=seeds, options=options, media_at_once=at_once)
+    batch = assistant.answer(conversations, seeds=seeds, settings=options, media_at_once=at_once)
     return [alone, batch]
 
 
@@ -375,22 +481,22 @@ def test_sampled_answers_have_the_same_ids_alone_and_in_a_batch(
     for seed in range(4):
         seeds = (seed, seed, seed + 1)
         alone = [
-            babbler.chat(conversation, seed=own, options=options).token_ids
+            babbler.chat(conversation, seed=own, settings=options).token_ids
             for conversation, own in zip(conversations, seeds, strict=True)
         ]
-        batch = babbler.answer(conversations, seeds=seeds, options=options, media_at_once=16)
+        batch = babbler.answer(conversations, seeds=seeds, settings=options, media_at_once=16)
         assert [answer.token_ids for answer in batch] == alone
         other = babbler.answer(
-            conversations[::-1], seeds=seeds[::-1], options=options, media_at_once=16
+            conversations[::-1], seeds=seeds[::-1], settings=options, media_at_once=16
         )
         assert [answer.token_ids for answer in other[::-1]] == alone
 
 
 def test_an_answer_ends_although_others_go_on() -> None:
     stops = StopSequences([[13, 332], [2]])
-    assert stops.cut([5, 13, 332, 7, 2]) == [5, 13, 332]
-    assert stops.cut([5, 2, 2, 2]) == [5, 2]
-    assert stops.cut([13, 5]) == [13, 5]
+    assert stops.truncate([5, 13, 332, 7, 2]) == [5, 13, 332]
+    assert stops.truncate([5, 2, 2, 2]) == [5, 2]
+    assert stops.truncate([13, 5]) == [13, 5]
     assert stops(torch.tensor([[13, 332], [332, 13], [5, 2]]), torch.empty(0)).tolist() == [
         True, False, True
     ]  # fmt: skip

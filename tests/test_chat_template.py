@@ -9,7 +9,7 @@ from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.conversation.prompt import IGNORE_INDEX, PromptBuilder
 from nextgpt.conversation.signal_tokens import SignalTokens
 from nextgpt.conversation.templates import template_from_tokenizer
-from nextgpt.model.build import resolve_model_path
+from nextgpt.model.loading import resolve_model_path
 from parity_tools import PARITY
 
 # The forms of LLaMA 2, LLaMA 3 and Zephyr, and ChatML with a system prompt.

@@ -76,7 +76,8 @@ def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
 
     def parts(most_media: int) -> tuple[ContentPart, ...]:
         media = [
-            Media(rng.choice(MODALITIES), caption="x") for _ in range(rng.randint(0, most_media))
+            Media(rng.choice(list(MODALITIES)), caption="x")
+            for _ in range(rng.randint(0, most_media))
         ]
         words = [Text(rng.choice(SAYINGS)) for _ in range(rng.randint(0 if media else 1, 2))]
         return tuple(rng.sample([*media, *words], len(media) + len(words)))

@@ -65,8 +65,8 @@ def test_what_was_tuned_with_new_rows_alone_is_published_with_the_language_model
     tmp_path: Path,
 ) -> None:
     model = tiny_model(lora=True)
-    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, own_vocabulary=False)}
-    write_delta(tuned, model.own_vocabulary_size, tmp_path / "delta.safetensors")
+    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, base_vocabulary=False)}
+    write_delta(tuned, model.base_vocabulary_size, tmp_path / "delta.safetensors")
     path = f"language_model.path={PARITY / 'llama_tiny'}"
     convert("--to", "published", "--set", path, tmp_path, tmp_path / "theirs")
     written = torch.load(tmp_path / "theirs/pytorch_model.pt", weights_only=True)
@@ -91,8 +91,8 @@ def test_another_language_model_than_the_tuned_one_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model(lora=False)
-    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, own_vocabulary=False)}
-    write_delta(tuned, model.own_vocabulary_size + 7, tmp_path / "delta.safetensors")
+    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, base_vocabulary=False)}
+    write_delta(tuned, model.base_vocabulary_size + 7, tmp_path / "delta.safetensors")
     path = f"language_model.path={PARITY / 'llama_tiny'}"
     with pytest.raises(SystemExit):
         convert("--to", "published", "--set", path, tmp_path, tmp_path / "out")

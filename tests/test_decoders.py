@@ -16,10 +16,10 @@ from torch import nn
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.media.writing import SUFFIXES, Frames, Output, Sound, save_medium
+from nextgpt.media.writing import Frames, Output, Sound, save_medium
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
-from nextgpt.model.decoders import PIPELINES, Decoder, DiffusionSettings, initial_noise
-from nextgpt.model.pretrained_folder import resolve_model_name
+from nextgpt.model.decoders import DiffusionSettings, build_decoder, initial_noise
+from nextgpt.model.loading import resolve_model_path
 from nextgpt.model.text_encoders import TextEncoder
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
@@ -34,14 +34,15 @@ LENGTH = {"image": {}, "video": {"num_frames": 3}, "audio": {"audio_length_in_s"
 
 def pipeline(modality: Modality) -> DiffusionPipeline:
     """The diffusers pipeline, loaded as diffusers' manual says."""
-    return PIPELINES[modality].from_pretrained(tiny_decoder(modality), dtype=torch.float32)
+    pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
+    return pipeline_class.from_pretrained(tiny_decoder(modality), dtype=torch.float32)
 
 
 def decode(modality: Modality, options: DiffusionSettings = OPTIONS, scale: float = 1.0) -> Output:
     """The first caption, decoded from its embedding."""
     folder = str(tiny_decoder(modality))
     embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS[:1])
-    return Decoder(modality, folder, CPU).decode(embeddings * scale, options)[0]
+    return build_decoder(modality, folder, CPU).decode(embeddings * scale, options)[0]
 
 
 def values(output: Output) -> np.ndarray:
@@ -93,7 +94,7 @@ def test_captions_embedding_decodes_as_its_prompt(
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_batch_equals_samples_with_their_own_seeds(modality: Modality) -> None:
     folder = str(tiny_decoder(modality))
-    decoder = Decoder(modality, folder, CPU)
+    decoder = build_decoder(modality, folder, CPU)
     embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS)
     both = decoder.decode(embeddings, OPTIONS)
     second = decoder.decode(embeddings[1:], DiffusionSettings(**{**vars(OPTIONS), "seed": 6}))
@@ -109,7 +110,7 @@ def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
     assert frames.std(dim=-1) == pytest.approx(torch.ones(2, 4), abs=0.03)
     assert torch.corrcoef(frames[0])[0, 1:] == pytest.approx(torch.full((3,), 0.9), abs=0.01)
     assert torch.corrcoef(frames[:, 0])[0, 1].abs() < 0.05  # two videos share nothing
-    decoder = Decoder("video", str(tiny_decoder("video")), torch.device("cpu"))
+    decoder = build_decoder("video", str(tiny_decoder("video")), torch.device("cpu"))
     embeddings = decoder.text_encoder.encode(CAPTIONS)
     alike, apart = (
         decoder.decode(embeddings, DiffusionSettings(**{**vars(OPTIONS), "shared_noise": shared}))
@@ -137,7 +138,7 @@ def test_same_seed_gives_the_same_file_and_another_another(
     outputs = [
         decode(modality, DiffusionSettings(**{**vars(OPTIONS), "seed": seed})) for seed in (5, 5, 6)
     ]
-    paths = [tmp_path / f"{index}{SUFFIXES[modality]}" for index in range(2)]
+    paths = [tmp_path / f"{index}{MODALITIES[modality].suffix}" for index in range(2)]
     for output, path in zip(outputs, paths, strict=False):
         save_medium(output, path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -147,7 +148,7 @@ def test_same_seed_gives_the_same_file_and_another_another(
 
 @pytest.mark.parametrize("modality", MODALITIES)
 def test_progress_reaches_the_end_and_can_stop_the_decoding(modality: Modality) -> None:
-    decoder = Decoder(modality, str(tiny_decoder(modality)), CPU)
+    decoder = build_decoder(modality, str(tiny_decoder(modality)), CPU)
     embeddings = torch.zeros(1, *SHAPES[modality])
     seen: list[tuple[int, int]] = []
     decoder.decode(embeddings, OPTIONS, lambda step, steps: seen.append((step, steps)))
@@ -165,7 +166,7 @@ def test_an_offloaded_decoder_makes_the_same_and_leaves_the_device_even_when_sto
     modality: Modality, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cpu", 0)  # the same as without a number, but told apart by name
-    decoder = Decoder(modality, str(tiny_decoder(modality)), device, offloaded=True)
+    decoder = build_decoder(modality, str(tiny_decoder(modality)), device, offloaded=True)
     embeddings = decoder.text_encoder.encode(CAPTIONS[:1])
     parts = decoder.pipeline.components.values()
     networks = {part for part in parts if isinstance(part, nn.Module)} - {
@@ -209,7 +210,7 @@ def test_kinds_and_sizes_of_what_comes_out() -> None:
 
 
 def test_embedding_of_another_shape_is_an_input_error() -> None:
-    decoder = Decoder("image", str(tiny_decoder("image")), CPU)
+    decoder = build_decoder("image", str(tiny_decoder("image")), CPU)
     with pytest.raises(UserError, match=r"\(12, 32\), not \(77, 768\)"):
         decoder.decode(torch.zeros(1, 77, 768))
 
@@ -271,11 +272,11 @@ def test_folders_in_the_published_layout_load_the_same(modality: Modality, tmp_p
 
 def test_names_that_the_hub_no_longer_has_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert resolve_model_name("runwayml/stable-diffusion-v1-5") == name
+    assert resolve_model_path("runwayml/stable-diffusion-v1-5") == name
     assert "gone from the hub" in capsys.readouterr().out
-    assert resolve_model_name(name) == name
+    assert resolve_model_path(name) == name
     with pytest.raises(UserError, match="no such folder"):
-        resolve_model_name("../no/such/folder")
+        resolve_model_path("../no/such/folder")
 
 
 def test_builder_gives_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:

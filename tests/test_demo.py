@@ -2,6 +2,8 @@
 
 import asyncio
 import struct
+import subprocess
+import sys
 import threading
 import wave
 import zlib
@@ -21,26 +23,21 @@ from PIL import Image
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.generation.events import DiffusionStep, TextDelta, TurnComplete
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.decode_worker import MAX_WORKERS
 from nextgpt.media.writing import Frames, Sound, save_medium
 from nextgpt.mini_world.captions import parse_caption
+from nextgpt.mini_world.page_files import BANK, EXAMPLES, bank_captions, write_caption_bank
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.serving.answer_state import AnswerState
-from nextgpt.serving.chat_view import as_said, chat_messages
+from nextgpt.serving.chat_view import chat_messages, unescape_text
 from nextgpt.serving.examples import read_examples
 from nextgpt.serving.explanation import explanation_html
 from nextgpt.serving.limits import MAX_BYTES, MAX_CHECKS, check_medium, find_modality
-from nextgpt.serving.nearest_captions import CaptionBank, bank_captions
+from nextgpt.serving.nearest_captions import CaptionBank
 from nextgpt.serving.sampling_settings import apply_settings, check_seed, setting_specs
-from nextgpt.serving.scheduler import (
-    DiffusionStep,
-    Finished,
-    MediumReady,
-    Queued,
-    TextDelta,
-    TurnComplete,
-)
+from nextgpt.serving.scheduler import Finished, MediumSaved, QueuePosition
 from nextgpt.serving.sessions import Round, Session, Sessions, safe_name
 from nextgpt.serving.temporary_folder import temporary_folder
 from parity_tools import MEDIA
@@ -161,10 +158,10 @@ def test_a_file_that_vanishes_amid_the_check_is_refused_by_its_name(
 def test_a_file_that_vanishes_after_its_check_is_refused_by_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Sessions(tmp_path).of("tab", "ada")
+    session = Sessions(tmp_path).get("tab", "ada")
     monkeypatch.setattr("nextgpt.serving.sessions.check_medium", lambda *_: "image")
     with pytest.raises(MediaError, match=r"^a\.png: .*upload it again") as refused:
-        session.show("", [(tmp_path / "gone.png", "a.png")])
+        session.build_turn("", [(tmp_path / "gone.png", "a.png")])
     assert str(tmp_path) not in str(refused.value)
 
 
@@ -182,20 +179,20 @@ def test_checks_run_one_at_a_time_for_a_visitor_and_leave_a_worker_to_the_desk(
 
     async def scene() -> None:
         names = [str(number) for number in range(MAX_WORKERS + 2)]
-        tasks = [asyncio.create_task(sessions.check_media(name, check, name)) for name in names]
+        tasks = [asyncio.create_task(sessions.run_check(name, check, name)) for name in names]
         while len(running) < MAX_CHECKS:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         assert len(running) == MAX_CHECKS == MAX_WORKERS - 1
         for name in names:
             with pytest.raises(UserError, match="being checked already"):
-                await sessions.check_media(name, check, name)
+                await sessions.run_check(name, check, name)
         tasks.pop().cancel()  # who leaves the line
         await asyncio.sleep(0.1)
         go.set()
         assert await asyncio.gather(*tasks) == names[:-1]
-        assert await sessions.check_media(names[0], check, "again") == "again"
-        assert await sessions.check_media(names[-1], check, names[-1]) == names[-1]
+        assert await sessions.run_check(names[0], check, "again") == "again"
+        assert await sessions.run_check(names[-1], check, names[-1]) == names[-1]
 
     asyncio.run(scene())
     assert not sessions._checking and len(running) == MAX_WORKERS + 3
@@ -209,12 +206,12 @@ def test_sessions_may_be_opened_while_files_are_looked_up(tmp_path: Path) -> Non
         __hash__ = str.__hash__
 
         def __eq__(self, other: object) -> bool:
-            sessions.of(f"tab {len(sessions)}", "another")
+            sessions.get(f"tab {len(sessions)}", "another")
             return str.__eq__(self, other)
 
-    sessions.of("tab", "ada")
+    sessions.get("tab", "ada")
     path = written(sessions.root / "a.png", b"x")
-    assert not sessions.may_use(str(path), Opening("ada"))
+    assert not sessions.has_access(str(path), Opening("ada"))
     assert len(sessions) == 2
 
 
@@ -258,7 +255,7 @@ def test_kinds_are_told_by_content_not_by_name(tmp_path: Path) -> None:
 
 def test_every_knob_is_turned_within_its_range_and_refused_beyond() -> None:
     for knob in setting_specs(OPTIONS):
-        for value in (knob.low, knob.high, knob.value):
+        for value in (knob.low, knob.high, knob.default):
             apply_settings(OPTIONS, {knob.name: value})
         for value in (knob.low - knob.step, knob.high + knob.step, float("nan"), "1", True):
             with pytest.raises(UserError, match=rf"{knob.name}.*give"):
@@ -266,7 +263,7 @@ def test_every_knob_is_turned_within_its_range_and_refused_beyond() -> None:
     turned = apply_settings(OPTIONS, {"steps_video": 7, "top_p": 0.5, "frames_video": None})
     assert turned.decode["video"] == replace(OPTIONS.decode["video"], num_inference_steps=7)
     assert turned.top_p == 0.5 and turned.decode["image"] == OPTIONS.decode["image"]
-    with pytest.raises(UserError, match="no knob"):
+    with pytest.raises(UserError, match="unknown setting"):
         apply_settings(OPTIONS, {"path": 1})
     with pytest.raises(UserError, match="whole number"):
         apply_settings(OPTIONS, {"steps_image": 2.5})
@@ -281,8 +278,8 @@ def test_seeds() -> None:
 
 def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
-    session = sessions.of("tab", "ada")
-    turn = session.show("what is it?", [(MEDIA / "portrait.jpg", "../../etc/my pass wd.jpg")])
+    session = sessions.get("tab", "ada")
+    turn = session.build_turn("what is it?", [(MEDIA / "portrait.jpg", "../../etc/my pass wd.jpg")])
     shown = Path(turn.parts[0].path)
     assert shown.name == "my_pass_wd.jpg" and shown.is_relative_to(session.folder)
     assert shown.read_bytes() == (MEDIA / "portrait.jpg").read_bytes()
@@ -291,7 +288,7 @@ def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> 
     assert sessions.media_file(token, inner, "bob") is None
     assert sessions.media_file("", f"{token}/{inner}", "bob") is None
     with pytest.raises(UserError, match="another visitor"):
-        sessions.of("tab", "bob")
+        sessions.get("tab", "bob")
     sessions.close("tab", "ada")
     assert not session.folder.exists() and len(sessions) == 0
     assert sessions.media_file(token, inner, "ada") is None
@@ -300,9 +297,9 @@ def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "%2e%2e/x", "..", "", "."])
 def test_no_media_address_leads_out_of_the_own_session(name: str, tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
-    session = sessions.of("tab", "ada")
+    session = sessions.get("tab", "ada")
     session.new_folder()
-    other = sessions.of("other", "bob")
+    other = sessions.get("other", "bob")
     secret = written(other.new_folder() / "a.png", b"secret")
     for address in (name, f"../{other.folder.name}/1/a.png", str(secret)):
         assert sessions.media_file(session.folder.name, address, "ada") is None
@@ -316,20 +313,20 @@ def test_file_names_are_made_safe(name: str) -> None:
 
 def test_silent_sessions_and_old_uploads_are_swept(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
-    session = sessions.of("tab", "ada")
+    session = sessions.get("tab", "ada")
     session.new_folder()
     upload = written(sessions.new_upload("a.png"), b"x")
-    sessions.lend(str(upload), "ada")
+    sessions.grant_access(str(upload), "ada")
     sessions.sweep(idle=1000)
     assert upload.exists() and len(sessions) == 1
     sessions.sweep(idle=-1)
     assert not upload.exists() and not session.folder.exists() and len(sessions) == 0
-    assert not sessions.may_use(str(upload), "ada")
+    assert not sessions.has_access(str(upload), "ada")
 
 
 def test_a_sweep_takes_what_a_closed_sessions_answer_still_wrote(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
-    left, kept = sessions.of("left", "ada"), sessions.of("kept", "ada")
+    left, kept = sessions.get("left", "ada"), sessions.get("kept", "ada")
     sessions.close("left", "ada")
     for session in (left, kept):
         written(session.new_folder() / "late.png", b"x")
@@ -351,13 +348,13 @@ def test_an_upload_is_removed_when_the_last_who_may_use_it_gives_it_back(tmp_pat
     sessions = Sessions(tmp_path)
     upload = written(sessions.new_upload("a.png"), b"x")
     for visitor in ("ada", "bob"):
-        sessions.lend(str(upload), visitor)
-    sessions.release(str(upload), "ada")
-    assert upload.exists() and not sessions.may_use(str(upload), "ada")
-    sessions.release(str(upload), "bob")
-    assert not upload.parent.exists() and not sessions.may_use(str(upload), "bob")
-    own = written(sessions.of("tab", "ada").new_folder() / "a.png", b"x")
-    sessions.release(str(own), "ada")
+        sessions.grant_access(str(upload), visitor)
+    sessions.revoke_access(str(upload), "ada")
+    assert upload.exists() and not sessions.has_access(str(upload), "ada")
+    sessions.revoke_access(str(upload), "bob")
+    assert not upload.parent.exists() and not sessions.has_access(str(upload), "bob")
+    own = written(sessions.get("tab", "ada").new_folder() / "a.png", b"x")
+    sessions.revoke_access(str(own), "ada")
     assert own.exists()  # it goes with its session
 
 
@@ -365,18 +362,18 @@ def test_a_reply_grows_event_by_event(tmp_path: Path) -> None:
     reply = AnswerState(seed=3)
     turn = Turn("assistant", (Text("Sure"), Media("image"), Media("audio")))
     assert reply.parts == ()
-    for event in (Queued(2), TextDelta("Su"), TextDelta("re")):
-        reply.take(event)
+    for event in (QueuePosition(2), TextDelta("Su"), TextDelta("re")):
+        reply.update(event)
     assert reply.parts == (Text("Sure"),) and reply.before == 2
     for event in (
         TurnComplete(turn, ("a", "[IMG0]")),
         DiffusionStep(0, 1, 4),
-        MediumReady(0, tmp_path / "a.png"),
+        MediumSaved(0, tmp_path / "a.png"),
     ):
-        reply.take(event)
+        reply.update(event)
     assert reply.parts == (Text("Sure"), Media("image", str(tmp_path / "a.png")), Media("audio"))
     assert not reply.ended
-    reply.take(Finished((), {}))
+    reply.update(Finished((), {}))
     assert reply.ended and reply.token_names == ("a", "[IMG0]")
 
 
@@ -389,14 +386,14 @@ TYPED = [
 
 @pytest.mark.parametrize("typed", TYPED)
 def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
-    session = Sessions(tmp_path).of("tab", "ada")
-    human = session.show(typed, [])
+    session = Sessions(tmp_path).get("tab", "ada")
+    human = session.build_turn(typed, [])
     assert human.parts == (Text(typed),)
-    assert not tiny_encoder().encode(Conversation((human,))).slots  # where media would go
-    session.rounds.append(Round(human, AnswerState(0, words=typed, stopped=True)))
+    assert not tiny_encoder().encode(Conversation((human,))).media_positions  # where media would go
+    session.rounds.append(Round(human, AnswerState(0, text=typed, stopped=True)))
     messages, rounds = chat_messages(session, notice=typed)
     shown = messages[0]["content"][0]
-    assert "<" not in shown and unescape(shown) == typed and as_said(shown) == typed
+    assert "<" not in shown and unescape(shown) == typed and unescape_text(shown) == typed
     assert messages[1]["content"][0] == shown
     notice = messages[-1]["content"][0].value
     assert "<script" not in notice and "<Image" not in notice
@@ -409,30 +406,31 @@ def test_tokens_in_the_explanation_are_escaped_and_runs_are_marked() -> None:
     reply.finished = Finished(((("a <i>red</i> circle", 0.25),),), {"image": 1.5})
     html = explanation_html(reply)
     assert "<b>" not in html and "<i>" not in html and "·&lt;b&gt;" in html
-    assert html.count('class="run image"') == 2  # in the tokens, and beside the caption
+    assert html.count('class="span image"') == 2  # in the tokens, and beside the caption
     assert "a &lt;i&gt;red&lt;/i&gt; circle" in html and "1.50" in html and "Seed 5" in html
 
 
 def test_what_ended_early_is_explained_as_far_as_it_came() -> None:
-    reply = AnswerState(5, words="Su")
+    reply = AnswerState(5, text="Su")
     assert explanation_html(reply) == ""
-    reply.take(TurnComplete(Turn("assistant", (Text("Sure"), Media("image"))), ("Sure", "[IMG0]")))
+    reply.update(
+        TurnComplete(Turn("assistant", (Text("Sure"), Media("image"))), ("Sure", "[IMG0]"))
+    )
     assert explanation_html(reply) == ""  # it is on its way
     reply.stopped = True
     html = explanation_html(reply)
     assert "Sure" in html and "[IMG0]" in html and "Seed 5" in html
-    assert "Seconds" not in html and "closest" not in html
+    assert "Seconds" not in html and "nearest" not in html
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])
 def test_a_captions_own_embedding_is_nearest_to_it(modality: str) -> None:
     encoder = TextEncoder(modality, str(tiny_decoder(modality)), torch.device("cpu"))
-    bank = CaptionBank()
-    captions = bank_captions(modality)
+    captions = CaptionBank.from_file(BANK).captions[modality]
     assert len(captions) == {"image": 480, "video": 2880, "audio": 36}[modality]
     assert captions == bank_captions(modality)
     assert all(parse_caption(caption) for caption in captions)
-    bank._embedded[modality] = captions[:30], encoder.encode(captions[:30]).flatten(1)
+    bank = CaptionBank({modality: captions[:30]})
     for index in (0, 7, 29):
         near = bank.nearest(encoder, encoder.encode([captions[index]])[0])
         assert near[0][1] < 1e-6 and near[0][1] <= near[1][1] <= near[2][1]
@@ -440,8 +438,35 @@ def test_a_captions_own_embedding_is_nearest_to_it(modality: str) -> None:
         torch.testing.assert_close(found, encoder.encode([captions[index]]))
 
 
+def test_the_caption_bank_is_what_its_script_writes(tmp_path: Path) -> None:
+    write_caption_bank(tmp_path / "bank.json")
+    assert (tmp_path / "bank.json").read_bytes() == BANK.read_bytes()
+
+
+def test_without_a_caption_bank_no_nearest_captions_are_shown(tmp_path: Path) -> None:
+    assert load_config("7b").serving.caption_bank is None
+    assert load_config("7b").serving.examples is None
+    turn = Turn("assistant", (Media("image"),))
+    state = AnswerState(5, turn=turn, token_names=("[IMG0]",))
+    state.finished = Finished(None, {"image": 1.5})
+    html = explanation_html(state)
+    assert "[IMG0]" in html and "1.50" in html and "nearest" not in html
+    encoder = TextEncoder("image", str(tiny_decoder("image")), torch.device("cpu"))
+    assert CaptionBank({"audio": ["a"]}).nearest(encoder, torch.zeros(encoder.shape)) == ()
+    (tmp_path / "bank.json").write_text('{"image": "no list"}')
+    with pytest.raises(UserError, match=r"bank\.json: image"):
+        CaptionBank.from_file(tmp_path / "bank.json")
+
+
+def test_serving_does_not_import_the_mini_world() -> None:
+    loaded = "import sys, nextgpt.serving.server as _; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
+    assert "nextgpt.serving.page" in modules.stdout, modules.stderr
+    assert "mini_world" not in modules.stdout
+
+
 def test_the_examples_are_the_four_cases_with_files_that_pass_the_limits() -> None:
-    examples = read_examples()
+    examples = read_examples(EXAMPLES)
     assert [e.name for e in examples] == ["T+I→T+A", "T+V→T+A", "T+I→T+I+V", "T→T+I+V+A"]
     kinds = [check_medium(e.file, "it") if e.file else None for e in examples]
     assert kinds == ["image", "video", "image", None]
@@ -451,9 +476,9 @@ def test_a_session_of_many_rounds_reads_only_what_was_answered(tmp_path: Path) -
     session = Session("ada", tmp_path / "s")
     said = [Turn("human", (Text(str(i)),)) for i in range(3)]
     session.rounds = [
-        Round(said[0], AnswerState(0, words="zero", stopped=True)),
-        Round(said[1], AnswerState(0, fault="broken")),
-        Round(said[2], AnswerState(0, words="two")),
+        Round(said[0], AnswerState(0, text="zero", stopped=True)),
+        Round(said[1], AnswerState(0, error="broken")),
+        Round(said[2], AnswerState(0, text="two")),
     ]
     zero, two = (Turn("assistant", (Text(word),)) for word in ("zero", "two"))
     assert session.turns() == (said[0], zero, said[2], two)

@@ -17,6 +17,7 @@ from demo_server import (
     scripted_assistant,
     wait_until,
 )
+from nextgpt.mini_world.page_files import EXAMPLES
 from nextgpt.serving.examples import read_examples
 
 pytestmark = pytest.mark.browser
@@ -99,8 +100,8 @@ def send(page: Page, text: str, *files: Path) -> None:
 
 def turn(page: Page, knob: str, value: str) -> None:
     """Type into a knob's field until its slider follows: just unfolded, it may lose what comes."""
-    field = page.locator(f"#knob_{knob} input[type=number]")
-    slider = page.locator(f"#knob_{knob} input[type=range]")
+    field = page.locator(f"#setting_{knob} input[type=number]")
+    slider = page.locator(f"#setting_{knob} input[type=range]")
     for _ in range(20):
         field.fill(value)
         page.wait_for_timeout(250)
@@ -178,7 +179,7 @@ def test_text_in_and_all_media_out_each_with_its_bar_and_a_second_round(
     order = page.locator("#chat figure.medium").evaluate_all("all => all.map(one => one.className)")
     assert [name.split()[-1] for name in order] == ["image", "video", "audio"]
     page.locator("#chat details.why summary").click()
-    expect(page.locator("#chat details.why .tokens .run.image")).to_contain_text("[IMG0]")
+    expect(page.locator("#chat details.why .tokens .span.image")).to_contain_text("[IMG0]")
     send(page, "and again")
     answered(page, rounds=2)
     assert page.locator("#chat video").count() == 2
@@ -194,7 +195,7 @@ def test_stop_in_the_middle_retry_edit_and_clear(
     expect(page.locator("#chat .making progress").first).to_be_visible()
     page.locator("#box .stop-button").click()
     expect(page.locator("#chat p.note", has_text="stopped")).to_be_visible()
-    wait_until(lambda: not everything.desk.line)
+    wait_until(lambda: not everything.queue.pending)
     page.locator("#chat details.why summary").click()
     expect(page.locator("#chat details.why")).to_contain_text("[IMG0]")
     expect(page.locator("#chat details.why")).not_to_contain_text("Seconds")
@@ -267,7 +268,7 @@ def test_each_chip_fills_the_box_with_words_and_its_file(
     visitor: BrowserContext, talker: Running
 ) -> None:
     page = opened(visitor, talker)
-    for example in reversed(read_examples()):
+    for example in reversed(read_examples(EXAMPLES)):
         page.reload()  # two have the same words
         page.get_by_role("button", name=example.name, exact=True).click()
         expect(page.locator("#box textarea")).to_have_value(example.text)
@@ -279,15 +280,15 @@ def test_each_chip_fills_the_box_with_words_and_its_file(
 
 def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running) -> None:
     page = opened(visitor, musician)
-    page.get_by_role("button", name="Knobs").click()
+    page.get_by_role("button", name="Settings").click()
     turn(page, "steps_audio", "7")
-    page.locator("#knob_seed input").fill("123")
-    page.locator("#knob_seed input").press("Tab")
+    page.locator("#setting_seed input").fill("123")
+    page.locator("#setting_seed input").press("Tab")
     send(page, "play")
     answered(page)
     expect(page.locator("#chat details.why")).to_contain_text("Seed 123")
     (session,) = (s for s in musician.sessions._open.values() if s.rounds)
-    assert session.rounds[0].reply.steps[0] == (7, 7)
+    assert session.rounds[0].answer.steps[0] == (7, 7)
 
 
 def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Running) -> None:
@@ -322,10 +323,10 @@ def test_a_narrow_window_shows_all_and_dark_is_dark(
     page = opened(visitor, everything, width=360)
     send(page, "all of it, on a telephone, in a message that is longer than one line of it")
     answered(page)
-    for fold in ("Camera", "Knobs"):
+    for fold in ("Camera", "Settings"):
         page.get_by_role("button", name=fold).click()
     page.locator("#chat details.why summary").click()
-    expect(page.locator("#knob_seed")).to_be_visible()
+    expect(page.locator("#setting_seed")).to_be_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     for selector in ("#chat figure.image img", "#chat video", "#chat audio", "#box textarea"):
         box = page.locator(selector).first.bounding_box()
@@ -344,9 +345,9 @@ def test_a_closed_tab_frees_its_work_and_its_files(
     page = opened(visitor, everything)
     send(page, "all of it")
     expect(page.locator("#chat .making progress").first).to_be_visible()
-    assert everything.desk.line
+    assert everything.queue.pending
     page.close()
-    wait_until(lambda: not everything.desk.line, seconds=10)
+    wait_until(lambda: not everything.queue.pending, seconds=10)
     wait_until(lambda: len(everything.sessions) == 0, seconds=10)
     assert not list(everything.sessions.folder.iterdir())
 

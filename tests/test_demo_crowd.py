@@ -32,11 +32,12 @@ from demo_server import (
 from nextgpt.common.errors import UserError
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import Cancelled, TextDelta
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Output, save_medium
 from nextgpt.serving.handlers import Handlers
 from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, setting_specs
-from nextgpt.serving.scheduler import Cancelled, Finished, Job, Queued, TextDelta
+from nextgpt.serving.scheduler import Finished, Job, QueuePosition
 
 SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
 
@@ -65,7 +66,7 @@ def test_sixteen_at_once_never_mix(babbler: Running, tmp_path: Path) -> None:
         one = client(babbler)
         told = []
         for text in (f"tell me of {number}", f"and of {number * 7}"):
-            answer = one.predict(text=text, files=[], knobs={"seed": number}, api_name="/chat")
+            answer = one.predict(text=text, files=[], settings={"seed": number}, api_name="/chat")
             media = [Path(file).read_bytes() for file in answer["files"]]
             told.append((answer["text"], answer["tokens"], media))
         return told
@@ -73,7 +74,7 @@ def test_sixteen_at_once_never_mix(babbler: Running, tmp_path: Path) -> None:
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(talk, range(16)))
     assert len({str(one) for one in together}) == 16
-    assistant = babbler.desk.assistant
+    assistant = babbler.queue.assistant
     options = GenerationSettings.from_config(assistant.config)
     shown = 0
     for number in (0, 5, 15):
@@ -82,7 +83,7 @@ def test_sixteen_at_once_never_mix(babbler: Running, tmp_path: Path) -> None:
             (f"tell me of {number}", f"and of {number * 7}"), together[number], strict=True
         ):
             turns += (Turn("human", (Text(text),)),)
-            alone = assistant.chat(Conversation(turns), seed=number, options=options)
+            alone = assistant.chat(Conversation(turns), seed=number, settings=options)
             media = [saved(output, tmp_path) for output in alone.outputs]
             assert told == (alone.text, alone.token_names, media)
             shown += len(media)
@@ -96,7 +97,7 @@ def saved(output: Output, folder: Path) -> bytes:
 
 
 def job(running: Running, **figures: int) -> Job:
-    options = GenerationSettings.from_config(running.desk.assistant.config)
+    options = GenerationSettings.from_config(running.queue.assistant.config)
     decode = {m: replace(one, num_inference_steps=100) for m, one in options.decode.items()}
     said = Conversation((Turn("human", (Text("all of it"),)),))
     return Job(said, replace(options, decode=decode), 0, running.folder / "desk")
@@ -106,7 +107,7 @@ def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assi
     with running_demo(assistant) as running:
 
         async def follow(one: Job, seen: list) -> None:
-            async for event in running.desk.answer(one):
+            async for event in running.queue.answer(one):
                 seen.append(event)
 
         async def scene() -> None:
@@ -117,51 +118,51 @@ def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assi
                 tasks.append(asyncio.create_task(follow(one, events)))
                 await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
-            assert [events[0] for events in seen] == [Queued(n) for n in range(4)]
+            assert [events[0] for events in seen] == [QueuePosition(n) for n in range(4)]
             jobs[1].stopped.set()  # somebody presses stop
             tasks[2].cancel()  # somebody closes the tab
             with pytest.raises(Cancelled):
                 await tasks[1]
             await asyncio.gather(tasks[0], tasks[3])
             assert isinstance(seen[0][-1], Finished) and isinstance(seen[3][-1], Finished)
-            assert Queued(1) in seen[3] and Queued(0) in seen[3]
+            assert QueuePosition(1) in seen[3] and QueuePosition(0) in seen[3]
             assert not any(isinstance(event, TextDelta) for event in seen[2])
-            assert not running.desk.line
+            assert not running.queue.pending
 
         asyncio.run(scene())
 
 
 def test_a_line_that_is_too_long_is_told(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nextgpt.serving.scheduler.LONGEST_LINE", 0)
+    monkeypatch.setattr("nextgpt.serving.scheduler.MAX_PENDING", 0)
     with pytest.raises(InternalServerError, match="try again later") as refused:
         openai(demo).chat.completions.create(model="any", messages=[user("a")])
     assert refused.value.status_code == 503
 
 
 def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> None:
-    options = GenerationSettings.from_config(demo.desk.assistant.config)
-    handlers = Handlers(demo.desk, demo.sessions, options)
-    session = demo.sessions.of("tab", "ada")
+    options = GenerationSettings.from_config(demo.queue.assistant.config)
+    handlers = Handlers(demo.queue, demo.sessions, options)
+    session = demo.sessions.get("tab", "ada")
     demo.sessions.close("tab", "ada")
     with pytest.raises(UserError, match="conversation is closed"):
-        asyncio.run(handlers.take(session, "a", []))
+        asyncio.run(handlers.accept(session, "a", []))
 
 
 def test_what_is_read_while_the_conversation_is_cleared_is_not_answered(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = demo.sessions.of("tab", "ada")
-    show = session.show
+    session = demo.sessions.get("tab", "ada")
+    show = session.build_turn
 
     def show_late(*said: Any) -> Turn:
         session.clear()
         return show(*said)
 
-    monkeypatch.setattr(session, "show", show_late)
-    options = GenerationSettings.from_config(demo.desk.assistant.config)
-    handlers = Handlers(demo.desk, demo.sessions, options)
-    with pytest.raises(UserError, match="cleared while this was read"):
-        asyncio.run(handlers.take(session, "a", []))
+    monkeypatch.setattr(session, "build_turn", show_late)
+    options = GenerationSettings.from_config(demo.queue.assistant.config)
+    handlers = Handlers(demo.queue, demo.sessions, options)
+    with pytest.raises(UserError, match="cleared meanwhile"):
+        asyncio.run(handlers.accept(session, "a", []))
     assert not session.rounds
 
 
@@ -173,7 +174,7 @@ def test_answers_come_at_both_ends_of_the_knobs(assistant: Assistant) -> None:
     for values in (low, {knob.name: knob.high for knob in quick}):
         turned = apply_settings(options, values)
         said = Conversation((Turn("human", (Text("all of it"),)),))
-        assert len(assistant.chat(said, seed=SEED_LIMIT, options=turned).outputs) == 3
+        assert len(assistant.chat(said, seed=SEED_LIMIT, settings=turned).outputs) == 3
 
 
 def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
@@ -181,10 +182,10 @@ def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
 
     async def scene() -> None:
         with pytest.raises(Cancelled):
-            async for event in demo.desk.answer(one):
+            async for event in demo.queue.answer(one):
                 if isinstance(event, TextDelta):
                     one.stopped.set()
-        while demo.desk.line:
+        while demo.queue.pending:
             await asyncio.sleep(0.01)
 
     start = time.monotonic()
@@ -199,10 +200,10 @@ def test_a_failing_decoder_ends_that_answer_with_a_message_and_the_server_goes_o
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"secret of {demo.folder}")
 
-    decoder = demo.desk.assistant.load_decoder("video")
+    decoder = demo.queue.assistant.load_decoder("video")
     monkeypatch.setattr(decoder.pipeline, "unet", None)
     asked = {"model": "any", "messages": [user("all of it")]}
-    with pytest.raises(InternalServerError, match="failed inside"):
+    with pytest.raises(InternalServerError, match="internal error"):
         openai(demo).chat.completions.create(**asked)
     monkeypatch.undo()
     assert openai(demo).chat.completions.create(**asked).choices[0].message.content
@@ -211,7 +212,7 @@ def test_a_failing_decoder_ends_that_answer_with_a_message_and_the_server_goes_o
 def test_a_part_that_cannot_be_loaded_is_no_fault_of_the_one_who_asks(
     demo: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    assistant = demo.desk.assistant
+    assistant = demo.queue.assistant
     gone = {"path": str(tmp_path / "gone")}
     audio = assistant.config.decoders["audio"].model_copy(update=gone)
     monkeypatch.setitem(assistant.config.decoders, "audio", audio)
@@ -239,8 +240,8 @@ def test_a_client_that_goes_away_frees_the_desk(demo: Running) -> None:
     with httpx.stream("POST", f"{demo.address}/v1/chat/completions", json=asked) as reply:
         lines = reply.iter_lines()
         next(lines)
-        wait_until(lambda: demo.desk.line)
-    wait_until(lambda: not demo.desk.line, seconds=5)
+        wait_until(lambda: demo.queue.pending)
+    wait_until(lambda: not demo.queue.pending, seconds=5)
     wait_until(lambda: not any(k.startswith("v1") for k in demo.sessions._open), seconds=5)
 
 
@@ -248,9 +249,9 @@ def test_a_client_that_does_not_wait_for_the_whole_frees_the_desk(demo: Running)
     asked = {"messages": [user("all of it")]} | SLOW
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=0.5)
-    (job,) = demo.desk.line
+    (job,) = demo.queue.pending
     wait_until(job.stopped.is_set, seconds=5)
-    wait_until(lambda: not demo.desk.line, seconds=5)
+    wait_until(lambda: not demo.queue.pending, seconds=5)
 
 
 @pytest.mark.slow

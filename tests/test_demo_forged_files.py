@@ -132,7 +132,7 @@ def victims_upload(demo: Running) -> str:
 
 
 def victims_session_file(demo: Running) -> str:
-    path = demo.sessions.of("victim's tab", "victim").new_folder() / "a.png"
+    path = demo.sessions.get("victim's tab", "victim").new_folder() / "a.png"
     path.write_bytes(PHOTO.read_bytes() + SECRET)
     return str(path)
 
@@ -266,7 +266,7 @@ def test_api_parameters_by_name_take_no_forged_file(demo: Running, attacker: Att
         parameters = [one["parameter_name"] for one in endpoint["parameters"]]
         for parameter in parameters:
             for form in forms("/etc/passwd"):
-                data: dict[str, Any] = {"text": "", "files": [], "knobs": {}} | {parameter: form}
+                data: dict[str, Any] = {"text": "", "files": [], "settings": {}} | {parameter: form}
                 asked = {key: value for key, value in data.items() if key in parameters}
                 told = attacker.call_by_parameters(name.strip("/"), asked)
                 assert "root:" not in told
@@ -296,7 +296,7 @@ def test_an_address_is_not_fetched_after_the_box_was_replaced(
     file = {"path": f"{demo.address}/config", "meta": META}
     inputs = [{"text": "a", "files": [file]}, *defaults(demo.page.fns[send])[1:]]
     for way in (attacker.run, attacker.queue):
-        assert "not an address" in way(send, inputs)
+        assert "not a URL" in way(send, inputs)
     assert not [path for path in demo.folder.rglob("config*") if path.is_file()]
 
 
@@ -315,8 +315,8 @@ def test_a_cookie_that_this_server_did_not_issue_is_replaced(demo: Running) -> N
 
 
 def test_another_visitor_cannot_close_a_conversation(demo: Running, attacker: Attacker) -> None:
-    session = demo.sessions.of("victim's conversation", "victim")
+    session = demo.sessions.get("victim's conversation", "victim")
     closing = next(i for i, fn in demo.page.fns.items() if fn.name == "close")
     asked = {"data": [], "fn_index": closing, "session_hash": "victim's conversation"}
     attacker.http.post("/gradio_api/run/close", json=asked)
-    assert demo.sessions.of("victim's conversation", "victim") is session and not session.closed
+    assert demo.sessions.get("victim's conversation", "victim") is session and not session.closed

@@ -85,7 +85,7 @@ def test_openais_package_gets_words_and_all_media_in_their_places(demo: Running)
 
 def test_openais_package_lists_the_model_that_is_served(demo: Running) -> None:
     (model,) = openai(demo).models.list()
-    assert model.id == demo.desk.assistant.config.name
+    assert model.id == demo.queue.assistant.config.name
 
 
 def test_a_stream_holds_the_same_as_the_whole_and_rounds_go_on(demo: Running) -> None:
@@ -111,11 +111,11 @@ def test_a_stream_holds_the_same_as_the_whole_and_rounds_go_on(demo: Running) ->
 
 BAD = {
     "a path": ({"messages": [user({"type": "image_url", "image_url": {"url": "/etc/passwd"}})]},
-               "not read"),
+               "not fetched"),
     "file:": ({"messages": [user({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}})]
-               }, "not read"),
+               }, "not fetched"),
     "http": ({"messages": [user({"type": "video_url", "video_url": {"url": "http://127.0.0.1/"}})]},
-             "not read"),
+             "not fetched"),
     "not base64": ({"messages": [user({"type": "input_audio", "input_audio": {"data": "%%"}})]},
                    "base64"),
     "no medium": ({"messages": [user({"type": "audio_url", "audio_url":
@@ -159,13 +159,13 @@ def test_other_content_types_and_names_of_the_server_are_refused(demo: Running) 
 
 def test_nothing_is_left_of_a_completion(demo: Running) -> None:
     openai(demo).chat.completions.create(model="any", messages=[user("a", picture())])
-    wait_until(lambda: not demo.desk.line)
+    wait_until(lambda: not demo.queue.pending)
     assert not list(demo.sessions.folder.glob("*/*/*"))
 
 
 def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_path: Path) -> None:
     one = Client(demo.address, verbose=False, download_files=str(tmp_path))
-    asked = {"text": "all of it", "files": [handle_file(str(PHOTO))], "knobs": {"seed": 3}}
+    asked = {"text": "all of it", "files": [handle_file(str(PHOTO))], "settings": {"seed": 3}}
     first = one.predict(**asked, api_name="/chat")
     assert first["finished"] and first["text"] == "\n".join(WORDS) and first["seed"] == 3
     contents = [Path(file).read_bytes()[:4] for file in first["files"]]
@@ -173,7 +173,7 @@ def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_
     uploads = {*demo.folder.rglob(PHOTO.name)} - {*demo.sessions.folder.rglob("*")}
     assert not uploads  # the session has its own copy
     assert first["tokens"][-1] == "</s>" or len(first["tokens"]) > 30
-    second = one.predict(text="more", files=[], knobs={}, api_name="/chat")
+    second = one.predict(text="more", files=[], settings={}, api_name="/chat")
     assert second["text"] == first["text"]
     session = next(s for s in demo.sessions._open.values() if len(s.rounds) == 2)
     assert [part.modality for part in session.turns()[1].parts if isinstance(part, Media)] == [
@@ -182,17 +182,17 @@ def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_
     assert one.predict(api_name="/forget") == "cleared"
     assert not session.rounds and not session.folder.exists()
     with pytest.raises(Exception, match="steps_image 0: give 1 to 100"):
-        one.predict(text="a", files=[], knobs={"steps_image": 0}, api_name="/chat")
+        one.predict(text="a", files=[], settings={"steps_image": 0}, api_name="/chat")
 
 
 def test_the_pages_knobs_are_refused_beyond_their_ranges_by_name(demo: Running) -> None:
-    options = GenerationSettings.from_config(demo.desk.assistant.config)
-    values = {knob.name: knob.value for knob in setting_specs(options)} | {"seed": -1}
+    options = GenerationSettings.from_config(demo.queue.assistant.config)
+    values = {knob.name: knob.default for knob in setting_specs(options)} | {"seed": -1}
     with httpx.Client(base_url=demo.address, timeout=30) as page:
         for name, value in (("steps_image", 10_000), ("temperature", -1), ("seed", 2**40)):
             turned = (values | {name: value}).values()
             told = pressed_enter(page, [{"text": "a", "files": []}, *turned])
-            assert f"{name} {value}: give" in told and not demo.desk.line
+            assert f"{name} {value}: give" in told and not demo.queue.pending
 
 
 def pressed_enter(page: httpx.Client, data: list) -> str:
@@ -214,7 +214,7 @@ def test_a_file_of_the_server_cannot_be_shown_or_fetched(demo: Running, tmp_path
         call = httpx.post(f"{demo.address}/gradio_api/call/chat", json=asked).json()["event_id"]
         told = httpx.get(f"{demo.address}/gradio_api/call/chat/{call}", timeout=30).text
         assert "event: error" in told and "event: complete" not in told
-        assert "://" not in path or "not an address" in told
+        assert "://" not in path or "not a URL" in told
         for address in (f"/gradio_api/file={path}", f"/gradio_api/file/{path}", f"/media/{path}"):
             assert httpx.get(demo.address + address).status_code in (403, 404)
 
@@ -230,8 +230,8 @@ def test_files_go_out_to_the_visitor_whose_they_are_and_to_nobody_else(demo: Run
         assert ada.get(address).content == PHOTO.read_bytes()
         assert bob.get(address).status_code == 404
         assert httpx.get(demo.address + address).status_code == 404
-        session = demo.sessions.of("ada's tab", ada.cookies[COOKIE])
-        turn = session.show("", [(PHOTO, "my photo.jpg")])
+        session = demo.sessions.get("ada's tab", ada.cookies[COOKIE])
+        turn = session.build_turn("", [(PHOTO, "my photo.jpg")])
         shown = Path(turn.parts[0].path).relative_to(session.folder)
         address = f"/media/{session.folder.name}/{shown}"
         reply = ada.get(address, headers={"Range": "bytes=0-9"})
@@ -298,7 +298,7 @@ def test_a_medium_that_crashes_the_decoder_costs_that_request_alone(
     where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
     asked = {"model": "any", "messages": [user("what is it?", picture(MEDIA / "gray.png"))]}
-    demo.desk.assistant._features.clear()
+    demo.queue.assistant._features.clear()
     with monkeypatch.context() as patch:
         patch.setattr(where, hostile_decoders.crash)
         with pytest.raises(BadRequestError, match="decoder crashed") as refused:
@@ -314,11 +314,11 @@ def test_who_goes_away_ends_the_decoder_of_what_hangs(
     where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
     monkeypatch.setattr(where, hostile_decoders.hang)
-    demo.desk.assistant._features.clear()
+    demo.queue.assistant._features.clear()
     asked = {"messages": [user("what is it?", picture())]}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=2)
-    wait_until(lambda: not demo.desk.line, seconds=5)
+    wait_until(lambda: not demo.queue.pending, seconds=5)
     wait_until(lambda: not any(k.startswith("v1") for k in demo.sessions._open), seconds=5)
     wait_until(lambda: not workers(), seconds=5)
 
@@ -384,9 +384,9 @@ def test_files_that_hang_in_their_checks_do_not_hold_the_desk(
     demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
     monkeypatch.setattr("nextgpt.serving.limits.find_modality", hostile_decoders.hang)
-    demo.desk.assistant._features.clear()
+    demo.queue.assistant._features.clear()
     asked = {"messages": [user("what is it?", picture())]}
-    options = GenerationSettings.from_config(demo.desk.assistant.config)
+    options = GenerationSettings.from_config(demo.queue.assistant.config)
     shown = Conversation((Turn("human", (Media("image", path=str(PHOTO)), Text("what?"))),))
     folder = demo.folder / "desk"
     folder.mkdir()
@@ -394,7 +394,7 @@ def test_files_that_hang_in_their_checks_do_not_hold_the_desk(
     async def answer() -> list[Event]:
         job = Job(shown, options, 0, folder)
         async with asyncio.timeout(50):
-            return [event async for event in demo.desk.answer(job)]
+            return [event async for event in demo.queue.answer(job)]
 
     with ThreadPoolExecutor(6) as attackers:
         attacks = [
@@ -419,7 +419,7 @@ def test_media_that_take_long_to_decode_end_their_answer(
     demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
     monkeypatch.setattr("nextgpt.media.transforms.read_pixels", hostile_decoders.hang)
-    demo.desk.assistant._features.clear()
+    demo.queue.assistant._features.clear()
     asked = {"model": "any", "messages": [user("what is it?", picture())]}
     with monkeypatch.context() as patch:
         patch.setattr("nextgpt.serving.scheduler.MAX_DECODING_SECONDS", 1)
@@ -433,7 +433,7 @@ def test_media_that_take_long_to_decode_end_their_answer(
 def test_nothing_is_uploaded_when_the_room_is_taken(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nextgpt.serving.sessions.MOST_BYTES", -1)
+    monkeypatch.setattr("nextgpt.serving.sessions.MAX_BYTES_OF_FILES", -1)
     reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
     assert reply.status_code == 507 and not demo.sessions._uploads.get("a.png")
     with pytest.raises(InternalServerError, match="too many files") as refused:

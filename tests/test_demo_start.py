@@ -116,17 +116,17 @@ build_app = nextgpt.serving.server.build_app
 
 
 class Loader:
-    load = staticmethod(lambda *_: scripted_assistant(Path(folder), ("Sure",)))
+    from_config = staticmethod(lambda *_: scripted_assistant(Path(folder), ("Sure",)))
 
 
-def build_stuck(desk, *given):
+def build_stuck(queue, *given):
     async def stuck():
         if how == "loop":
             while True:
                 time.sleep(0.01)
-        desk._worker.submit(time.sleep, 1000)
+        queue._worker.submit(time.sleep, 1000)
 
-    app = build_app(desk, *given)
+    app = build_app(queue, *given)
     app.router.routes.insert(0, APIRoute("/v1/stuck", stuck))
     return app
 
@@ -160,7 +160,7 @@ def scene(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, psutil.Popen]]]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["loop", "desk", "not"])
+@pytest.mark.parametrize("how", ["loop", "queue", "not"])
 def test_a_server_that_is_stuck_still_ends_when_it_is_told(
     how: str, scene: Callable[[str], tuple[str, psutil.Popen]], tmp_path: Path
 ) -> None:
@@ -169,7 +169,7 @@ def test_a_server_that_is_stuck_still_ends_when_it_is_told(
     if how == "loop":
         with pytest.raises(httpx.ReadTimeout):
             httpx.get(f"{address}/v1/stuck", timeout=1)
-    elif how == "desk":
+    elif how == "queue":
         httpx.get(f"{address}/v1/stuck")
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == (0 if how == "not" else 1)

@@ -328,7 +328,7 @@ def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
     babbler: Path, tmp_path: Path
 ) -> None:
     config = load_config("7b", overrides=overrides_of(babbler))
-    assistant = Assistant.load(config, babbler / "tuned" / "stage_3")
+    assistant = Assistant.from_config(config, babbler / "tuned" / "stage_3")
     cells = ("T→T", "T→I", "I→A", "A→V", "T→T+I+V+A", SECOND)
     boards = [measure(assistant, EvaluationSettings(cells, 2), tmp_path) for _ in "ab"]
     assert boards[0].cells == boards[1].cells
@@ -345,7 +345,7 @@ def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
 
 def test_ceilings_are_decoded_from_the_captions_as_they_stand(babbler: Path) -> None:
     config = load_config("7b", overrides=overrides_of(babbler))
-    assistant = Assistant.load(config, babbler / "tuned" / "stage_3")
+    assistant = Assistant.from_config(config, babbler / "tuned" / "stage_3")
     options = GenerationSettings.from_config(config)
     decoder = assistant.load_decoder("audio")
     written = "A BELL (low): it rings twice"
@@ -403,7 +403,7 @@ def test_plain_questions_of_each_split_are_a_hundred_that_are_not_trained_on() -
 @torch.no_grad()
 def test_perplexity_is_that_of_the_models_own_loss(babbler: Path) -> None:
     config = load_config("7b", overrides=overrides_of(babbler))
-    model = Assistant.load(config, babbler / "tuned" / "stage_3").model.language_model
+    model = Assistant.from_config(config, babbler / "tuned" / "stage_3").model.language_model
     prompts, answers = [[1, 5, 6], [1, 7]], [[8, 9, 10], [11, 12, 13, 14]]
     losses = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -102,7 +102,7 @@ def test_published_file_with_wrong_names_lists_every_one(tmp_path: Path) -> None
     assert "3 faults" in message
     assert "missing modality_heads.vision.2.weight" in message
     assert "unexpected modality_heads.visual.2.weight" in message
-    assert "modality_heads.audio.2.weight is (512, 768), not (1024, 768)" in message
+    assert "modality_heads.audio.2.weight: shape (512, 768), expected (1024, 768)" in message
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.float16, 2e-3)])
@@ -184,9 +184,9 @@ def test_unreadable_published_file_is_named(tmp_path: Path, content: bytes) -> N
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "not the figures"),
-        ("[]", "not the figures"),
-        ('{"vision": {"width": 64}}', "not the figures"),
+        ("{", "not the configuration"),
+        ("[]", "not the configuration"),
+        ('{"vision": {"width": 64}}', "not the configuration"),
         (json.dumps({**asdict(TINY), "pixels": 224}), "pixels"),
         (None, "No such file"),
     ],

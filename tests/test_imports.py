@@ -36,12 +36,6 @@ ENTRY_LAYER = len(LAYERS)
 # Entries that evaluate the mini world; the other entries serve the 7B system too.
 MINI_WORLD_ENTRIES = {"evaluate.py", "evaluate_parts.py"}
 
-# Upward imports that are still to be removed: (file, imported room).
-KNOWN_UPWARD_IMPORTS = {
-    ("serving/examples.py", "mini_world"),
-    ("serving/nearest_captions.py", "mini_world"),
-}
-
 # The course's path of a command that lies in a higher room: (file, imported room).
 ENTRIES_IN_ROOMS = {("dataset/preprocess_dataset.py", "tools")}
 
@@ -103,11 +97,10 @@ def test_every_room_has_a_layer() -> None:
 
 def test_imports_run_downwards() -> None:
     upward = upward_imports(CODE)
-    known = KNOWN_UPWARD_IMPORTS | ENTRIES_IN_ROOMS
-    unknown = [str(one) for one in upward if (one.file, one.room) not in known]
+    unknown = [str(one) for one in upward if (one.file, one.room) not in ENTRIES_IN_ROOMS]
     assert not unknown, unknown[0]
-    removed = known - {(one.file, one.room) for one in upward}
-    assert not removed, f"no longer imported: {removed}"
+    removed = ENTRIES_IN_ROOMS - {(one.file, one.room) for one in upward}
+    assert not removed, removed
 
 
 def test_only_the_entries_of_the_mini_world_import_it() -> None:
@@ -200,7 +193,6 @@ def test_a_stage_is_trained_without_the_mini_world(tmp_path: Path) -> None:
     assert len(run.losses) == 2 and run.delta
 
 
-@pytest.mark.xfail(strict=True, reason="serving builds its captions and examples with mini_world")
 def test_the_server_starts_without_the_mini_world(tmp_path: Path) -> None:
     write_tiny_parts(tmp_path)
     sets = [word for override in tiny_overrides(tmp_path) for word in ("--set", override)]

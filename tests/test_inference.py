@@ -11,8 +11,7 @@ from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
-from nextgpt.generation.assistant import Assistant
-from nextgpt.generation.cli import find_delta
+from nextgpt.generation.assistant import Assistant, find_delta
 from nextgpt.generation.history import read_history, write_history
 from nextgpt.model.delta import DELTA_FILE
 from parity_tools import MEDIA
@@ -159,10 +158,10 @@ def test_a_fault_ends_with_code_2_a_word_and_no_file(
 def test_tuned_parameters_of_another_model_are_refused(scripted: Path, tmp_path: Path) -> None:
     config = load_config("7b", overrides=tiny_overrides(scripted))
     wider = config.model_copy(
-        update={"output_projection": config.output_projection.model_copy(update={"width": 64})}
+        update={"output_projection": config.output_projection.model_copy(update={"d_model": 64})}
     )
     with pytest.raises(UserError, match="does not fit this model"):
-        Assistant.load(wider, scripted / "tuned" / "stage_3")
+        Assistant.from_config(wider, scripted / "tuned" / "stage_3")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from disturbances import PICTURES, SOUNDS, Disturbance, Rng
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.media.writing import SUFFIXES, Frames, Output, Sound, save_medium
+from nextgpt.media.writing import Frames, Output, Sound, save_medium
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject, sample_object
 from nextgpt.mini_world.render_audio import SAMPLE_RATE, render_audio
 from nextgpt.mini_world.render_image import RADIUS, RGB, draw_frame, render_image
@@ -68,7 +68,7 @@ def check(
 
 def through_file(folder: Path) -> Callable[[Modality, Output], Judgement]:
     def read(modality: Modality, medium: Output) -> Judgement:
-        path = folder / f"medium{SUFFIXES[modality]}"
+        path = folder / f"medium{MODALITIES[modality].suffix}"
         save_medium(medium, path)
         return judge_file(modality, path)
 

@@ -5,8 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nextgpt.common.modality import Modality
-from nextgpt.media.writing import SUFFIXES
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.mini_world.appearance import sample_unnamed_colour, sample_unnamed_outline
 from nextgpt.mini_world.colours import distances_to_named, hue
 from nextgpt.mini_world.media_set import write_medium
@@ -56,7 +55,7 @@ def test_judge_does_not_name_unnamed_appearances_in_files(
     modality: Modality, count: int, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(2)
-    path = tmp_path / f"medium{SUFFIXES[modality]}"
+    path = tmp_path / f"medium{MODALITIES[modality].suffix}"
     for seed in range(count):
         obj = sample_object(rng)
         write_medium(path, modality, obj, seed, Appearance(rgb=sample_unnamed_colour(rng)))

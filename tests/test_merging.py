@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from nextgpt import merge_vicuna as entry
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
-from nextgpt.model.weight_files import map_folder
+from nextgpt.model.loading import map_folder
 from nextgpt.tools.weights.merge import merge_vicuna
 from tiny_vicuna import LLAMA, Format, write_delta, write_llama, write_weights
 

@@ -81,19 +81,19 @@ def config_of(run: TinyRun) -> Config:
 @pytest.mark.parametrize("modality", MODALITIES)
 @torch.no_grad()
 def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: Modality) -> None:
-    assistant = Assistant.load(config_of(stages[-1]), stages[-1].folder)
-    signals = assistant.encoder.signals
+    assistant = Assistant.from_config(config_of(stages[-1]), stages[-1].folder)
+    signals = assistant.prompt_builder.signals
     row = assistant.model.language_model.get_output_embeddings().new_rows[
         signals.span(modality)[0] - signals.first_id
     ]
     options = replace(GenerationSettings.from_config(assistant.config), top_p=1.0)
     asked = Conversation((Turn("human", (Text("Show me all of it."),)),))
     row *= 200  # whatever is said, a run of it begins now and then: for one of the two signs
-    answers = [assistant.chat(asked, seed=1, options=options)]
+    answers = [assistant.chat(asked, seed=1, settings=options)]
     row *= -1
-    answers.append(assistant.chat(asked, seed=1, options=options))
+    answers.append(assistant.chat(asked, seed=1, settings=options))
     media = [part for one in answers for part in one.turn.parts if isinstance(part, Media)]
-    captions = [caption for one in answers for caption in one.captions]
+    captions = [caption for one in answers for caption in one.prompt_embeds]
     shape = tuple(assistant.config.decoders[modality].prompt_embeds_shape)
     assert (modality, shape) in [
         (medium.modality, tuple(caption.shape))

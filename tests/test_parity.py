@@ -24,7 +24,7 @@ from tiny_system import recorded_batch, tiny_config, tiny_model
 
 def losses_of(case: str, *, whole_vocabulary: bool) -> tuple[NextGPT, Losses]:
     model = tiny_model(lora=case.startswith("stage3"))
-    set_trainable(model, list(TRAINABLE_GROUPS), own_vocabulary=whole_vocabulary)
+    set_trainable(model, list(TRAINABLE_GROUPS), base_vocabulary=whole_vocabulary)
     return model, model(recorded_batch(case))
 
 
@@ -137,7 +137,7 @@ def test_a_published_file_with_wrong_names_or_shapes_is_refused_with_their_list(
 def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
     """On the meta device, so that 7 billion parameters cost no memory."""
     config = load_config("7b")
-    model = build_on_meta(config, LlamaConfig(), own_tokens=32000, lora=True)
+    model = build_on_meta(config, LlamaConfig(), base_tokens=32000, lora=True)
     written = model_to_published(model)
     recorded = json.loads((PARITY / "delta_keys_7b.json").read_text())
     assert {name: list(tensor.shape) for name, tensor in written.items()} == recorded
@@ -146,7 +146,7 @@ def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
 def test_the_tuned_parts_have_the_published_parameter_counts() -> None:
     """The paper's figures, in millions; the vocabulary's rows are counted apart there."""
     config = load_config("7b")
-    model = build_on_meta(config, LlamaConfig(), own_tokens=32000, lora=True)
+    model = build_on_meta(config, LlamaConfig(), base_tokens=32000, lora=True)
     counts = {part: size / 1e6 for part, (size, _) in count_parameters(model).items()}
     assert round(counts["input_projection"], 1) == 4.2
     assert round(counts["lora"], 1) == 33.6

@@ -183,7 +183,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: write_weights(f, {"a": torch.zeros(1)}, shards=1)
         or (f / "model.safetensors").rename(f / FIRST), "files and index are not of one download"),
     "weights of another shape": (
-        lambda f: set_figure(f, "intermediate_size", 320), "missing or of another shape"),
+        lambda f: set_figure(f, "intermediate_size", 320), "expected (320, "),
     "a quantised model": (quantise, "weights of dtype torch.int8"),
     "the newer generation": (
         lambda f: write_weights(f, {"model.mm_input_projector.weight": torch.ones(1)}),

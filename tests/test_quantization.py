@@ -13,7 +13,7 @@ from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.model.build import build_model
-from nextgpt.model.quantization import saved_bytes
+from nextgpt.model.quantization import memory_saved
 from nextgpt.tools.memory_estimate import estimate_memory
 from test_training import ONE_AT_A_TIME, from_stage, zero
 from tiny_parts import tiny_overrides, write_tiny_parts
@@ -47,7 +47,7 @@ def test_it_expects_nearly_the_same_words(kind: str, most: float) -> None:
 def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
     whole, small = language_model("none"), language_model(kind)
     sizes = [sum(p.numel() * p.itemsize for p in model.parameters()) for model in (whole, small)]
-    assert saved_bytes(whole, kind) == pytest.approx(sizes[0] - sizes[1], rel=0.01)  # scales apart
+    assert memory_saved(whole, kind) == pytest.approx(sizes[0] - sizes[1], rel=0.01)  # scales apart
     plans = [estimate_memory(tiny_config(3, [IN_BITS[k]]), 3, 1) for k in ("none", kind)]
     frozen = [plan.on_device["weights that stay frozen"] for plan in plans]
     served = [plan.serving["language model"] for plan in plans]
@@ -59,13 +59,13 @@ def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
 def test_it_answers_with_words_and_media(kind: str, tmp_path: Path) -> None:
     write_tiny_parts(tmp_path, favoured=range(38))
     config = load_config("7b", overrides=[*tiny_overrides(tmp_path), IN_BITS[kind]])
-    assistant = Assistant.load(config, tmp_path / "tuned" / "stage_3")
+    assistant = Assistant.from_config(config, tmp_path / "tuned" / "stage_3")
     assert any(
         p.dtype in (torch.int8, torch.uint8) for p in assistant.model.language_model.parameters()
     )
     options = replace(GenerationSettings.from_config(config), top_p=1.0)
     asked = Conversation((Turn("human", (Text("Show me all of it."),)),))
-    answers = [assistant.chat(asked, seed=seed, options=options) for seed in range(4)]
+    answers = [assistant.chat(asked, seed=seed, settings=options) for seed in range(4)]
     assert any(answer.text for answer in answers) and any(answer.outputs for answer in answers)
 
 

@@ -16,8 +16,7 @@ from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import load_config
 from nextgpt.dataset.conversations import open_conversations
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
-from nextgpt.model.build import resolve_model_path
-from nextgpt.model.tokenizer_files import tokenizer_files
+from nextgpt.model.loading import resolve_model_path, tokenizer_files
 from nextgpt.tools.embed_captions import embed_captions
 from nextgpt.training.run_inputs import RunInputs, compare_inputs, identify_inputs, read_inputs
 from test_training import copied_data

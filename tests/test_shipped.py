@@ -22,7 +22,7 @@ FROZEN.append(project_path(CONFIG.encoder.path))
 
 @pytest.fixture(scope="module")
 def shipped() -> Assistant:
-    return Assistant.load(CONFIG, TUNED)
+    return Assistant.from_config(CONFIG, TUNED)
 
 
 def test_every_frozen_part_but_the_language_model_is_there_and_small() -> None:

@@ -85,8 +85,8 @@ def write_tiny_delta(path: Path, favoured: Sequence[int] = ()) -> None:
             hidden, prompt_embeds_shape=shape, **_PROJECTION
         )
     favour(model, favoured)
-    tensors = {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=False)}
-    write_delta(tensors, model.own_vocabulary_size, path)
+    tensors = {n: p.detach() for n, p in tuned_parameters(model, base_vocabulary=False)}
+    write_delta(tensors, model.base_vocabulary_size, path)
 
 
 @torch.no_grad()
@@ -128,6 +128,6 @@ def script_language_model(folder: Path, answer: Sequence[int]) -> list[str]:
         model.language_model.get_input_embeddings().new_rows.copy_(embedding[rows:])
         model.language_model.get_output_embeddings().new_rows.copy_(head[rows:])
     own.save_pretrained(folder / "scripted")
-    tensors = {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=False)}
+    tensors = {n: p.detach() for n, p in tuned_parameters(model, base_vocabulary=False)}
     write_delta(tensors, rows, folder / "tuned" / "stage_3" / DELTA_FILE)
     return overrides

@@ -49,7 +49,7 @@ def _filled_model(lora: bool) -> NextGPT:
     lm = model.language_model
     lm.get_input_embeddings().new_rows.copy_(new_vocabulary_rows("embed_tokens"))
     lm.get_output_embeddings().new_rows.copy_(new_vocabulary_rows("lm_head"))
-    for name, parameter in tuned_parameters(model, own_vocabulary=False):
+    for name, parameter in tuned_parameters(model, base_vocabulary=False):
         if group_of(name) != "vocabulary":
             parameter.copy_(recipe_tensor(published_name(name), parameter.shape))
     return model

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import KnownModality
 
 TrainableGroup = Literal["input_projection", "output_projections", "lora", "vocabulary"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -178,7 +178,7 @@ class TrainingConfig(Section):
     """training precision; auto: bf16 where the hardware supports it"""
     activation_checkpointing: bool
     """recompute activations in the backward pass to save memory"""
-    alignment_loss_weights: dict[Modality, float]
+    alignment_loss_weights: dict[KnownModality, float]
     """weights of the alignment losses between predicted prompt embeddings and caption embeddings"""
     cache_hidden_states: bool
     """cache the frozen language model's hidden states when output projections alone train: epochs
@@ -209,10 +209,14 @@ class GenerationConfig(Section):
 
 
 class ServingConfig(Section):
-    """Memory use when answering."""
+    """Answering, and the page of the demo."""
 
     offload_decoders: bool
     """keep idle decoders in CPU memory instead of on the GPU, for small cards"""
+    caption_bank: str | None
+    """JSON file of captions by modality, of which the page shows the nearest; null: shows none"""
+    examples: str | None
+    """folder with a cases.json and its media, for the example buttons; null: no buttons"""
 
 
 class Config(Section):
@@ -226,7 +230,7 @@ class Config(Section):
     language_model: LanguageModelConfig
     input_projection: InputProjectionConfig
     output_projection: OutputProjectionConfig
-    decoders: dict[Modality, DecoderConfig]
+    decoders: dict[KnownModality, DecoderConfig]
     data: DataConfig
     training: TrainingConfig
     generation: GenerationConfig

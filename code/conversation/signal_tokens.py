@@ -6,8 +6,6 @@ six characters.
 
 from nextgpt.common.modality import MODALITIES, Modality
 
-_NAMES: dict[Modality, str] = {"image": "IMG", "video": "VID", "audio": "AUD"}
-
 
 class SignalTokens:
     """Ids of the new tokens, in the published order: `<Img>`, `</Img>`, IMG, VID, AUD.
@@ -25,8 +23,9 @@ class SignalTokens:
         self._spans: dict[Modality, range] = {}
         self.end_id = first_id + 2
         for modality in MODALITIES:
-            self._spans[modality] = range(self.end_id, self.end_id + counts[modality])
-            self.end_id += counts[modality]
+            if modality in counts:
+                self._spans[modality] = range(self.end_id, self.end_id + counts[modality])
+                self.end_id += counts[modality]
 
     def __len__(self) -> int:
         """Number of new tokens."""
@@ -46,5 +45,5 @@ class SignalTokens:
             return "<Img>" if token_id == self.open else "</Img>"
         for modality, span in self._spans.items():
             if token_id in span:
-                return f"[{_NAMES[modality]}{token_id - span.start}]"
+                return f"[{MODALITIES[modality].token_prefix}{token_id - span.start}]"
         raise ValueError(f"{token_id} is not one of the new tokens")

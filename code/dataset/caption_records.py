@@ -33,7 +33,6 @@ _FORMAT = 1  # of the tables; raise it when their content changes
 _OUTPUT = np.dtype([("modality", "u1"), ("name", "u8"), ("caption", "u8"), ("row", "i8")])
 _RECORD = np.dtype([("name", "u8"), ("caption", "u8"), ("time_ns", "i8")])
 _ORDER = ("modality", "name", "caption")  # of output tables
-_CODES = tuple(MODALITIES)
 _NO_CAPTION = 0  # digest of None
 _MAX_DESCRIBED_FAULTS = 5  # of a data set and modality; further rows are only listed
 Command = Callable[[Path, Modality, Path], str]  # from annotation file, modality and folder
@@ -74,7 +73,7 @@ def compare_captions(
     """
     tables = {name: _outputs_table(dataset, name, cache_dir) for name in dataset.sources}
     findings = {name: CaptionFinding() for name in tables}
-    for code, modality in enumerate(_CODES):
+    for code, modality in enumerate(MODALITIES):
         outputs = {name: table[table["modality"] == code] for name, table in tables.items()}
         for name, mine in outputs.items():
             if not len(mine):
@@ -103,7 +102,8 @@ def is_among(row: int, rows: np.ndarray) -> bool:
 def output_modalities(dataset: ConversationDataset, cache_dir: Path) -> set[Modality]:
     """The modalities of all output media of the data sets; loads their tables."""
     tables = [_outputs_table(dataset, name, cache_dir) for name in dataset.sources]
-    return {_CODES[code] for table in tables for code in np.unique(table["modality"])}
+    names = list(MODALITIES)
+    return {names[code] for table in tables for code in np.unique(table["modality"])}
 
 
 def sample_outputs(
@@ -187,7 +187,7 @@ def _outputs_table(dataset: ConversationDataset, name: str, cache_dir: Path) -> 
     def entries() -> Iterator[tuple[int, int, int, int]]:
         for row in tqdm(range(len(index)), desc=f"captions of {name}", unit=" rows", delay=2):
             for medium in _outputs(dataset, name, row):
-                code = _CODES.index(medium.modality)
+                code = list(MODALITIES).index(medium.modality)
                 yield code, _digest(_file_name(medium)), _digest(medium.caption), row
 
     make = partial(_table, entries(), _OUTPUT, _ORDER)

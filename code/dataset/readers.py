@@ -30,9 +30,16 @@ Role = Literal["human", "assistant"]
 READER_VERSION = 1  # part of an index's key: raise it when a reader accepts other records
 PAIR_KINDS: tuple[Kind, ...] = ("caption_in", "caption_out")
 CAPTION_PROMPT = "generate a caption"  # stage 1's question
-_PLACEHOLDER = re.compile(r"\s*<(image|video|audio)>\s*")
 _TO_SPACE = str.maketrans(dict.fromkeys('"()*#:;~', " "))
 _SPACES = re.compile(r"\s{2,}")
+
+
+def _known() -> str:
+    return ", ".join(MODALITIES)
+
+
+def _placeholder() -> re.Pattern[str]:
+    return re.compile(rf"\s*<({'|'.join(MODALITIES)})>\s*")  # compiled once: `re` caches it
 
 
 class _RecordError(Exception):
@@ -114,7 +121,9 @@ def _caption_out(record: Record) -> Iterator[Turn]:
 def _caption_pair(record: Record) -> tuple[Modality, str, str]:
     named: list[Modality] = [m for m in MODALITIES if f"{m}_name" in record]
     if len(named) != 1:
-        raise _RecordError("expected one of the fields image_name, video_name, audio_name")
+        raise _RecordError(
+            f"expected one of the fields {', '.join(f'{m}_name' for m in MODALITIES)}"
+        )
     return named[0], _name(record, f"{named[0]}_name"), _caption(record, "caption")
 
 
@@ -129,7 +138,7 @@ def _later_release(record: Record) -> Iterator[Turn]:
             medium = _output(m, file.removesuffix(".npy"), _caption(record, f"{m}_captions"))
             named["assistant", m] = medium
     for role, value, _, where in _turns(record, "conversations"):
-        media = [named.pop((role, m), None) for m in _PLACEHOLDER.findall(value)]
+        media = [named.pop((role, m), None) for m in _placeholder().findall(value)]
         if None in media:
             side = "input" if role == "human" else "output"
             raise _RecordError(f"{where}.value: each placeholder needs an {side}_ field, used once")
@@ -211,7 +220,7 @@ def _turns(record: Record, key: str) -> Iterator[tuple[Role, str, Record, str]]:
 
 def _interleave(value: str, media: list[Media], where: str) -> tuple[ContentPart, ...]:
     """Split `value` at its placeholders and put the media in their places."""
-    strings = _PLACEHOLDER.split(value)  # text, modality, text, modality, text ..
+    strings = _placeholder().split(value)  # text, modality, text, modality, text ..
     expected, found = strings[1::2], [medium.modality for medium in media]
     if expected != found:
         raise _RecordError(
@@ -232,7 +241,7 @@ def _output(modality: Modality, name: str, caption: str) -> Media:
 
 def _modality(value: Any, where: str, others: str = "") -> Modality:
     if value not in tuple(MODALITIES):
-        raise _RecordError(f"{where}: expected {others}image, video or audio, not {value!r}")
+        raise _RecordError(f"{where}: expected one of {others}{_known()}, not {value!r}")
     return value
 
 

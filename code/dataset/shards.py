@@ -14,14 +14,8 @@ from typing import Any
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.json_io import to_json
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES
 from nextgpt.dataset.json_stream import iter_rows
-
-_SUFFIXES: dict[Modality, tuple[str, ...]] = {
-    "video": (".mp4", ".webm", ".mkv", ".avi", ".mov"),
-    "audio": (".wav", ".flac", ".mp3", ".ogg", ".m4a"),
-    "image": (".jpg", ".jpeg", ".png", ".webp"),
-}
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -82,13 +76,13 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 
 def _caption_pair(shard: Path, files: _Files) -> dict[str, str] | None:
     caption = _caption(shard, files)
-    for modality, suffixes in _SUFFIXES.items():
-        for suffix in suffixes:
+    for spec in sorted(MODALITIES.values(), key=lambda spec: -spec.shard_priority):
+        for suffix in spec.shard_suffixes:
             if suffix in files and caption:
                 entry, _ = files[suffix]
                 name = PurePosixPath(entry.name).name
                 member = f"{shard.name}/{entry.offset_data}+{entry.size}/{name}"
-                return {f"{modality}_name": member, "caption": caption}
+                return {f"{spec.name}_name": member, "caption": caption}
     return None
 
 

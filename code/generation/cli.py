@@ -1,96 +1,99 @@
-"""Answers requests one after another: words to the screen, media and history into a folder.
+"""The command line: text to the terminal, media and history into a folder.
 
-The model is loaded once. An answer's files are written when all of it is there: first the media,
-then `history.json`, with which the next call can go on.
+The model is loaded once. An answer's files are written when it is complete: first the media, then
+`history.json`, with which the next call continues the conversation.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.modality import Modality
-from nextgpt.common.paths import project_path
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.config.schema import Config
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Turn
-from nextgpt.generation.assistant import Answer, Assistant, Progress
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import (
+    Answer,
+    AnswerComplete,
+    DiffusionStep,
+    Event,
+    TextDelta,
+    TurnComplete,
+)
 from nextgpt.generation.history import write_history
 from nextgpt.generation.requests import Kind, Request
-from nextgpt.generation.settings import GenerationSettings
-from nextgpt.media.writing import SUFFIXES, save_medium
-from nextgpt.model.delta import DELTA_FILE
+from nextgpt.media.writing import save_medium
 
 HISTORY_FILE = "history.json"
-
-
-def find_delta(config: Config) -> Path:
-    """The tuned parameters of stage 3 or 4, whichever finished last.
-
-    Where neither did, with a word, those in the system's own folder.
-    """
-    own = project_path(config.save_path)
-    tuned = own / "stage_3"
-    finished = [own / stage / DELTA_FILE for stage in ("stage_3", "stage_4")]
-    if found := [path for path in finished if path.is_file()]:
-        return max(found, key=lambda path: path.stat().st_mtime).parent
-    if not tuned.exists() and any(
-        (own / name).is_file() for name in (DELTA_FILE, "pytorch_model.pt")
-    ):
-        print(f"no {tuned}: using the tuned parameters in {own}")
-        return own
-    return tuned
 
 
 def answer_requests(
     config: Config, delta: Path | None, requests: Sequence[Request], seed: int
 ) -> None:
-    """Answer `requests` with the system that `config` describes, and print and write the answers.
+    """Answer `requests`, print the texts and write media and history.
 
     Args:
-        delta: the tuned parameters; none: those of `find_delta`.
+        delta: the tuned parameters; by default those of `find_delta`.
         seed: of every answer. The same one gives the same files.
 
     Raises:
-        UserError: a part or a file is missing or wrong, or a folder cannot be written.
+        UserError: a component or a file is missing or invalid, or a folder cannot be written.
     """
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed}: give 0 to {2**32 - 1}")
     for folder in (request.folder.absolute() for request in requests):
-        there = next(place for place in (folder, *folder.parents) if place.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            raise UserError(f"{there} is no folder to write to: give another for the answer")
-    options = GenerationSettings.from_config(config)
-    assistant = Assistant.load(config, delta or find_delta(config))
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{existing} is not a writable folder: give another one for the answer")
+    assistant = Assistant.from_config(config, delta)
     print("\n".join(assistant.report))
     as_expected: list[bool] = []
     for request in requests:
         print(f"\n{request.name}")
         turns = (*request.history, request.turn)
-        try:
-            answer = assistant.chat(
-                Conversation(turns),
-                seed=seed,
-                options=options,
-                on_text=lambda text: print(text, end="", flush=True),
-                on_progress=_progress_bars(),
-            )
-        finally:
-            print(flush=True)
+        answer = _print_events(assistant.stream(Conversation(turns), seed=seed))
         for path in save_answer(answer, turns, request.folder):
             print(path)
         if request.expects is not None:
-            missed = compare_kinds(answer.turn, request.expects)
-            as_expected.append(not missed)
-            print(missed, end="")
+            difference = compare_kinds(answer.turn, request.expects)
+            as_expected.append(not difference)
+            print(difference, end="")
     if as_expected:
         print(f"\n{sum(as_expected)} of {len(as_expected)} answers have the expected media")
 
 
+def _print_events(events: Iterable[Event]) -> Answer:
+    """Print the text, show a bar for each medium on a terminal, and return the answer."""
+    media: list[Modality] = []
+    bar: tqdm | None = None
+    try:
+        for event in events:
+            match event:
+                case TextDelta(text):
+                    print(text, end="", flush=True)
+                case TurnComplete(turn):
+                    media = [part.modality for part in turn.parts if isinstance(part, Media)]
+                case DiffusionStep(number, step, total):
+                    bar = bar or tqdm(
+                        total=total, desc=media[number], unit="step", leave=False, disable=None
+                    )
+                    bar.update(step - bar.n)
+                    if step == total:
+                        bar.close()
+                        bar = None
+                case AnswerComplete(answer):
+                    return answer
+    finally:
+        print(flush=True)
+    raise AssertionError("the events ended without AnswerComplete")
+
+
 def compare_kinds(turn: Turn, expects: Sequence[Kind]) -> str:
-    """Say in a line which kinds of content an answer has and should have; empty if the same."""
+    """Describe how an answer's kinds of content differ from the expected; empty if they do not."""
     kinds = (part.modality if isinstance(part, Media) else "text" for part in turn.parts)
     given = list(dict.fromkeys(kinds))
     if set(given) == set(expects):
@@ -102,7 +105,7 @@ def save_answer(answer: Answer, turns: tuple[Turn, ...], folder: Path) -> list[P
     """Write the answer's media and, with the turns before it, `history.json`; return the paths.
 
     The media are called `answer_N_MODALITY`, N being the number of the answer in the conversation,
-    so the rounds of one conversation can share a folder.
+    so that the rounds of a conversation can share a folder.
 
     Raises:
         UserError: the folder cannot be written.
@@ -123,23 +126,7 @@ def save_answer(answer: Answer, turns: tuple[Turn, ...], folder: Path) -> list[P
 
 
 def _file_name(number: int, modality: Modality, before: list[ContentPart]) -> str:
-    """`answer_1_image.png`; the second picture of an answer is `answer_1_image_2.png`."""
+    """Return `answer_1_image.png`, for the second image of an answer `answer_1_image_2.png`."""
     earlier = sum(isinstance(part, Media) and part.modality == modality for part in before)
-    which = f"_{earlier + 1}" if earlier else ""
-    return f"answer_{number}_{modality}{which}{SUFFIXES[modality]}"
-
-
-def _progress_bars() -> Progress:
-    """A bar for each medium while it is made, on a terminal only."""
-    bar: tqdm | None = None
-
-    def show(modality: Modality, done: int, steps: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(total=steps, desc=modality, unit="step", leave=False, disable=None)
-        bar.update(done - bar.n)
-        if done == steps:
-            bar.close()
-            bar = None
-
-    return show
+    suffix = f"_{earlier + 1}" if earlier else ""
+    return f"answer_{number}_{modality}{suffix}{MODALITIES[modality].suffix}"

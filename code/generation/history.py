@@ -1,11 +1,11 @@
-"""A conversation so far as a file: JSON, a list of turns, human and assistant by turns.
+"""A conversation as a JSON file: a list of turns, human and assistant alternating.
 
     [{"role": "human", "parts": [{"modality": "image", "path": "/home/me/cat.png"},
                                  {"text": "what is it?"}]},
      {"role": "assistant", "parts": [{"text": "a cat, it sounds like this"},
                                      {"modality": "audio", "path": "answer_1_audio.wav"}]}]
 
-A path is absolute or relative to the file's folder. A text is words and never read as a path.
+A path is absolute or relative to the file's folder. A text is never parsed as a path.
 """
 
 import os
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import read_typed_json, to_json
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import KnownModality
 from nextgpt.conversation.messages import ContentPart, Media, Text, Turn
 
 
@@ -30,7 +30,7 @@ class _TextPart(_Strict):
 
 
 class _MediaPart(_Strict):
-    modality: Modality
+    modality: KnownModality
     path: str
 
 
@@ -43,40 +43,40 @@ _TURNS = TypeAdapter(list[_Turn])
 
 
 def read_history(path: Path) -> tuple[Turn, ...]:
-    """The turns in the file at `path`, which ends with an answer.
+    """Read the turns in the file at `path`, the last of which is the assistant's.
 
     Raises:
-        UserError: the file is missing or not in the format above; names turn and part.
+        UserError: the file is missing or has another format; names turn and part.
     """
-    found = read_typed_json(path, _TURNS, levels=("turn", "part"))
-    roles = [turn.role for turn in found]
-    if roles != ["human", "assistant"] * (len(found) // 2):
+    turns = read_typed_json(path, _TURNS, levels=("turn", "part"))
+    roles = [turn.role for turn in turns]
+    if roles != ["human", "assistant"] * (len(turns) // 2):
         raise UserError(
             f"history {path}: the turns must be human, assistant, human, assistant ... and end "
             f"with the assistant's; found {', '.join(roles)}"
         )
     folder = path.absolute().parent
-    return tuple(Turn(t.role, tuple(_part(p, folder) for p in t.parts)) for t in found)
+    return tuple(Turn(t.role, tuple(_parse(part, folder) for part in t.parts)) for t in turns)
 
 
 def write_history(turns: tuple[Turn, ...], path: Path) -> None:
-    """Write `turns` to `path`, whole or not at all; what lies in its folder gets relative paths."""
+    """Write `turns` to `path` atomically; paths inside its folder become relative."""
     folder = path.absolute().parent
     content = [
-        {"role": turn.role, "parts": [_written(part, folder) for part in turn.parts]}
+        {"role": turn.role, "parts": [_format(part, folder) for part in turn.parts]}
         for turn in turns
     ]
-    with atomic_write(path) as aside:
-        aside.write_text(to_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(path) as file:
+        file.write_text(to_json(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _part(part: _TextPart | _MediaPart, folder: Path) -> ContentPart:
+def _parse(part: _TextPart | _MediaPart, folder: Path) -> ContentPart:
     if isinstance(part, _TextPart):
         return Text(part.text)
     return Media(part.modality, path=os.path.normpath(folder / part.path))
 
 
-def _written(part: ContentPart, folder: Path) -> dict[str, str | None]:
+def _format(part: ContentPart, folder: Path) -> dict[str, str | None]:
     if isinstance(part, Text):
         return {"text": part.text}
     path = Path(part.path or "")

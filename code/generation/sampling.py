@@ -1,12 +1,12 @@
-"""The language model writes: whole signal runs, both ends, the words as they come.
+"""Token generation: complete signal spans, a generator for each row, stop sequences, streaming.
 
-Hugging Face's `generate` with its cache: a pass over the prompts, then one token of every answer a
-pass. SmolLM2-135M writes about 15 tokens a second on two cores, four times as many in sixteen
-answers at a time.
+Hugging Face's `generate` with its key-value cache: a forward pass over the prompts, then one for
+each token of the batch. SmolLM2-135M generates about 15 tokens a second on two cores, four times
+as many in a batch of sixteen.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -29,16 +29,16 @@ from nextgpt.conversation.prompt import PromptBuilder
 from nextgpt.conversation.signal_tokens import SignalTokens
 from nextgpt.generation.settings import GenerationSettings
 
-_LONGEST_CHARACTER = 4  # bytes in UTF-8
-_NO_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what bytes that are no character are decoded to
-_SINGLE_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a sentencepiece token that is one byte
+_MAX_CHARACTER_BYTES = 4  # in UTF-8
+_INVALID = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are no character
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
 
 
 class CompleteSignalSpans(LogitsProcessor):
-    """Signal tokens come as whole runs or not at all.
+    """Allow signal tokens in complete spans only.
 
-    The first token of a run forces the rest, a run begins at its first token and only if there is
-    room for all of it, and `<Img>`, `</Img>` are never written: they belong to the human's media.
+    A span starts with its first token, and only if all of it fits into the answer; each token
+    forces the next. `<Img>` and `</Img>` are never generated: they enclose the human's media.
 
     Args:
         signals: the new tokens, the last ids of the vocabulary.
@@ -51,18 +51,16 @@ class CompleteSignalSpans(LogitsProcessor):
         self._next: dict[int, int] = {}
         self._lengths: dict[int, int] = {}  # by first token
         for modality in signals.counts:
-            run = signals.span(modality)
-            self._next |= dict(pairwise(run))
-            self._lengths[run[0]] = len(run)
+            span = signals.span(modality)
+            self._next |= dict(pairwise(span))
+            self._lengths[span[0]] = len(span)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, V + N) after the answers' tokens so far (B, A), what may not come at -inf."""
+        """Mask scores (B, V + N) with -inf, given the generated ids (B, A)."""
         room = self.max_new_tokens - input_ids.shape[1]
-        startable = {first for first, length in self._lengths.items() if length <= room}
-        barred = [
-            i for i in range(self.signals.first_id, self.signals.end_id) if i not in startable
-        ]
-        scores = scores.index_fill(1, torch.tensor(barred, device=scores.device), -torch.inf)
+        allowed = {first for first, length in self._lengths.items() if length <= room}
+        masked = [i for i in range(self.signals.first_id, self.signals.end_id) if i not in allowed]
+        scores = scores.index_fill(1, torch.tensor(masked, device=scores.device), -torch.inf)
         for row, last in enumerate(input_ids[:, -1:].tolist()):
             if last and last[0] in self._next:
                 scores[row] = -torch.inf
@@ -71,10 +69,10 @@ class CompleteSignalSpans(LogitsProcessor):
 
 
 class PerRowSampler(LogitsProcessor):
-    """Draws each answer's next token with a generator of its own, whatever is answered beside it.
+    """Sample each row with its own generator, so that a batch does not change an answer.
 
     Args:
-        seeds: of the B answers.
+        seeds: of the B rows.
         device: of the scores.
     """
 
@@ -82,27 +80,27 @@ class PerRowSampler(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Scores (B, V + N) in which only the token drawn is finite."""
-        drawn = [
+        """Return scores (B, V + N) in which only the sampled token is finite."""
+        sampled = [
             torch.multinomial(row.softmax(dim=-1), 1, generator=generator)
             for row, generator in zip(scores, self.generators, strict=True)
         ]
-        return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(drawn), 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(sampled), 0.0)
 
 
 class StopSequences(StoppingCriteria):
-    """Ends an answer once its last tokens are one of `sequences`."""
+    """Stop a row once its last tokens are one of `sequences`."""
 
     def __init__(self, sequences: list[list[int]]) -> None:
         self.sequences = sequences
 
     def __call__(self, input_ids: torch.Tensor, _: torch.Tensor, **__: object) -> torch.Tensor:
-        """Which of the answers (B, A) are complete, (B,) bool."""
+        """Return which of the rows (B, A) are complete, (B,) bool."""
         ended = [self._ends(ids) for ids in input_ids.tolist()]
         return torch.tensor(ended, device=input_ids.device)
 
-    def cut(self, ids: list[int]) -> list[int]:
-        """`ids` up to the first end: an answer without what came while others were written."""
+    def truncate(self, ids: list[int]) -> list[int]:
+        """Cut `ids` after the first stop sequence: behind it is the padding of a batch."""
         ends = (n for n in range(1, len(ids) + 1) if self._ends(ids[:n]))
         return ids[: next(ends, len(ids))]
 
@@ -111,138 +109,158 @@ class StopSequences(StoppingCriteria):
 
 
 class TextStreamer(BaseStreamer):
-    """Hands on an answer's words as they come: never half a character, an end or a signal token.
+    """Pass on an answer's text while it is generated.
 
-    What was handed on is always the beginning of `words(readable_parts(...))` of the whole answer.
+    Incomplete characters, stop sequences and signal tokens are held back: the text so far is always
+    a prefix of `join_texts(readable_parts(...))` of the complete answer.
     """
 
-    def __init__(self, encoder: PromptBuilder, on_text: Callable[[str], None]) -> None:
-        self.encoder = encoder
+    def __init__(self, prompt_builder: PromptBuilder, on_text: Callable[[str], None]) -> None:
+        self.prompt_builder = prompt_builder
         self.on_text = on_text
         self._ids: list[int] = []
-        self._told = ""
+        self._text = ""
 
     def put(self, value: torch.Tensor) -> None:
-        """The next tokens; `generate` calls it."""
+        """Append tokens; called by `generate`."""
         self._ids += value.flatten().tolist()
-        # How sentencepiece reads a row of single bytes is known only when the row is complete.
-        # Special tokens are not read: a row goes on behind them.
-        end, special = len(self._ids), self.encoder.tokenizer.all_special_ids
+        # Sentencepiece decodes a sequence of byte tokens as a whole, across special tokens: hold
+        # it back until it is complete.
+        end, special = len(self._ids), self.prompt_builder.tokenizer.all_special_ids
         while end and (
-            self._ids[end - 1] in special or _is_single_byte(self.encoder, self._ids[end - 1])
+            self._ids[end - 1] in special or _is_byte(self.prompt_builder, self._ids[end - 1])
         ):
             end -= 1
-        self._tell(self._ids[:end])
+        self._flush(self._ids[:end])
 
     def end(self) -> None:
-        """The answer is complete; `generate` calls it."""
-        self._tell(self._ids)
+        """Pass on the rest; called by `generate`."""
+        self._flush(self._ids)
 
-    def _tell(self, ids: list[int]) -> None:
-        text = words(readable_parts(self.encoder, ids))
-        if len(text) > len(self._told) and text.startswith(self._told):
-            self.on_text(text[len(self._told) :])
-            self._told = text
+    def _flush(self, ids: list[int]) -> None:
+        text = join_texts(readable_parts(self.prompt_builder, ids))
+        if len(text) > len(self._text) and text.startswith(self._text):
+            self.on_text(text[len(self._text) :])
+            self._text = text
 
 
-def readable_parts(encoder: PromptBuilder, ids: list[int]) -> tuple[ContentPart, ...]:
-    """The parts of an answer, complete or on its way, without half an end or half a character."""
-    half_end = max(
-        (n for stop in encoder.stop_sequences for n in range(1, len(stop)) if ids[-n:] == stop[:n]),
+def readable_parts(prompt_builder: PromptBuilder, ids: list[int]) -> tuple[ContentPart, ...]:
+    """Decode an answer, complete or not, without a partial stop sequence or character at its end.
+
+    Args:
+        prompt_builder: whose tokenizer decodes.
+        ids: of the answer so far.
+    """
+    partial_stop = max(
+        (
+            n
+            for stop in prompt_builder.stop_sequences
+            for n in range(1, len(stop))
+            if ids[-n:] == stop[:n]
+        ),
         default=0,
     )
-    ids = ids[: len(ids) - half_end]
-    parts = encoder.decode_answer(ids)
-    # Of a row of bytes at the end, the last character may lack some, which spoils the whole row.
-    for _ in range(_LONGEST_CHARACTER - 1):
-        if not words(parts[-1:]).endswith(_NO_CHARACTER) or not _is_single_byte(encoder, ids[-1]):
+    ids = ids[: len(ids) - partial_stop]
+    parts = prompt_builder.decode_answer(ids)
+    # An incomplete character at the end invalidates the whole sequence of byte tokens before it.
+    for _ in range(_MAX_CHARACTER_BYTES - 1):
+        if not join_texts(parts[-1:]).endswith(_INVALID) or not _is_byte(prompt_builder, ids[-1]):
             break
         ids = ids[:-1]
-        parts = encoder.decode_answer(ids)
-    if words(parts[-1:]).endswith(_NO_CHARACTER):
-        text = words(parts[-1:]).rstrip(_NO_CHARACTER).rstrip()
+        parts = prompt_builder.decode_answer(ids)
+    if join_texts(parts[-1:]).endswith(_INVALID):
+        text = join_texts(parts[-1:]).rstrip(_INVALID).rstrip()
         parts = (*parts[:-1], Text(text)) if text else parts[:-1]
     return parts
 
 
-def _is_single_byte(encoder: PromptBuilder, token_id: int) -> bool:
-    return bool(_SINGLE_BYTE.fullmatch(encoder.tokenizer.convert_ids_to_tokens(token_id) or ""))
+def _is_byte(prompt_builder: PromptBuilder, token_id: int) -> bool:
+    token = prompt_builder.tokenizer.convert_ids_to_tokens(token_id)
+    return bool(_BYTE_TOKEN.fullmatch(token or ""))
 
 
-def words(parts: tuple[ContentPart, ...]) -> str:
-    """The texts of an answer, a line each."""
+def join_texts(parts: Iterable[ContentPart]) -> str:
+    """Join the text parts of an answer, a line each."""
     return "\n".join(part.text for part in parts if isinstance(part, Text))
 
 
-@torch.no_grad()
 def generate_answers(
     language_model: PreTrainedModel,
-    encoder: PromptBuilder,
+    prompt_builder: PromptBuilder,
     prompts: Sequence[torch.Tensor],
-    options: GenerationSettings,
+    settings: GenerationSettings,
     seeds: Sequence[int],
     on_text: Callable[[str], None] | None = None,
 ) -> list[list[int]]:
-    """The ids of the answers to `prompts`, ends included unless the tokens ran out before.
+    """Generate answers as token ids, stop sequences included.
 
     Args:
-        language_model: with grown vocabulary, in evaluation mode.
-        prompts: B input embeddings (L, H), each of its own length.
-        seeds: B; the same one gives the same ids; the process's random state stays as it was.
-        on_text: gets the words of a single answer as they come.
+        language_model: with extended vocabulary, in evaluation mode.
+        prompt_builder: of the prompts.
+        prompts: B input embeddings (L, H), of any lengths.
+        settings: for sampling.
+        seeds: B; the same one gives the same ids. Torch's global random state is left alone.
+        on_text: called with the text of a single answer while it is generated.
     """
-    device = prompts[0].device
-    ones = [torch.ones(len(prompt), dtype=torch.long, device=device) for prompt in prompts]
-    processors = LogitsProcessorList([CompleteSignalSpans(encoder.signals, options.max_new_tokens)])
-    if options.temperature > 0:  # transformers refuses a whole 1
-        processors.append(TemperatureLogitsWarper(float(options.temperature)))
-        if options.top_k:
-            processors.append(TopKLogitsWarper(options.top_k))
-        processors.append(TopPLogitsWarper(float(options.top_p)))
-        processors.append(PerRowSampler(seeds, device))
-    stops = StopSequences(encoder.stop_sequences)
-    ids = language_model.generate(
-        # On the left, so that all answers begin at one column; positions follow the mask.
-        inputs_embeds=pad_sequence(prompts, batch_first=True, padding_side="left"),  # (B, L, H)
-        attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
-        generation_config=GenerationConfig(
-            max_new_tokens=options.max_new_tokens,
-            do_sample=False,  # drawn above
-            pad_token_id=encoder.tokenizer.eos_token_id,
-        ),
-        logits_processor=processors,
-        stopping_criteria=StoppingCriteriaList([stops]),
-        streamer=TextStreamer(encoder, on_text) if on_text else None,
+    processors: list[LogitsProcessor] = [
+        CompleteSignalSpans(prompt_builder.signals, settings.max_new_tokens)
+    ]
+    if settings.temperature > 0:  # transformers wants floats
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k:
+            processors.append(TopKLogitsWarper(settings.top_k))
+        processors.append(TopPLogitsWarper(float(settings.top_p)))
+        processors.append(PerRowSampler(seeds, prompts[0].device))
+    streamer = TextStreamer(prompt_builder, on_text) if on_text else None
+    return _generate(
+        language_model, prompt_builder, prompts, settings.max_new_tokens, processors, streamer
     )
-    return [stops.cut(row) for row in ids.tolist()]
+
+
+def greedy_answers(
+    language_model: PreTrainedModel,
+    prompt_builder: PromptBuilder,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Decode greedily with a pretrained language model, without signal tokens.
+
+    Args:
+        language_model: without extended vocabulary.
+        prompt_builder: of the prompts.
+        prompts: B rows of ids, without media.
+        max_new_tokens: of an answer.
+
+    Returns:
+        B answers' ids, stop sequences included.
+    """
+    embed = language_model.get_input_embeddings()
+    rows = [embed(torch.tensor(prompt, device=language_model.device)) for prompt in prompts]
+    return _generate(language_model, prompt_builder, rows, max_new_tokens)
 
 
 @torch.no_grad()
-def greedy_answers(
+def _generate(
     language_model: PreTrainedModel,
-    encoder: PromptBuilder,
-    prompts: Sequence[list[int]],
-    most: int,
+    prompt_builder: PromptBuilder,
+    prompts: Sequence[torch.Tensor],
+    max_new_tokens: int,
+    processors: Sequence[LogitsProcessor] = (),
+    streamer: TextStreamer | None = None,
 ) -> list[list[int]]:
-    """The likeliest answers of a language model as it was published, without signal tokens.
-
-    Args:
-        prompts: B rows of ids, without media.
-        most: tokens of an answer.
-
-    Returns:
-        B answers' ids, ends included unless the tokens ran out before.
-    """
-    rows = [torch.tensor(prompt, device=language_model.device) for prompt in prompts]
-    ones = [torch.ones_like(row) for row in rows]
-    stops, pad_id = StopSequences(encoder.stop_sequences), encoder.tokenizer.eos_token_id
+    stops = StopSequences(prompt_builder.stop_sequences)
+    masks = [prompt.new_ones(len(prompt), dtype=torch.long) for prompt in prompts]
     ids = language_model.generate(
-        pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left"),
-        attention_mask=pad_sequence(ones, batch_first=True, padding_side="left"),
+        # Left padding: all answers start in one column. Position ids follow from the mask.
+        inputs_embeds=pad_sequence(prompts, batch_first=True, padding_side="left"),  # (B, L, H)
+        attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
         generation_config=GenerationConfig(
-            max_new_tokens=most, do_sample=False, pad_token_id=pad_id
+            max_new_tokens=max_new_tokens,
+            do_sample=False,  # PerRowSampler samples
+            pad_token_id=prompt_builder.tokenizer.eos_token_id,
         ),
+        logits_processor=LogitsProcessorList(processors),
         stopping_criteria=StoppingCriteriaList([stops]),
+        streamer=streamer,
     )
-    longest = max(map(len, rows))
-    return [stops.cut(row[longest:]) for row in ids.tolist()]
+    return [stops.truncate(row) for row in ids.tolist()]

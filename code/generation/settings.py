@@ -1,34 +1,23 @@
-"""How answers are sampled and media decoded: the configuration's figures, open to sliders."""
+"""Settings of one answer: sampling of tokens and decoding of media."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.config.schema import Config, DecoderConfig
 from nextgpt.model.decoders import DiffusionSettings
 
-_FIGURES = {
-    "num_inference_steps",
-    "guidance_scale",
-    "height",
-    "width",
-    "num_frames",
-    "fps",
-    "shared_noise",
-    "audio_length_in_s",
-}
-
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Options of one answer.
+    """Settings of one answer.
 
     Attributes:
-        top_k: how many of the likeliest tokens are sampled from; 0: all.
-        top_p: share of the likeliest tokens that are sampled from, 0 < top_p <= 1.
-        temperature: 0: always the likeliest token.
-        max_new_tokens: of the answer, signal tokens and end included.
-        decode: by modality; their `seed` is set by `Assistant.chat`.
+        top_k: sample from the most likely tokens alone; 0: from all.
+        top_p: nucleus sampling, 0 < top_p <= 1.
+        temperature: 0: greedy.
+        max_new_tokens: of the answer, signal tokens and stop sequence included.
+        decode: by modality; the `seed`s are set for each answer.
     """
 
     top_k: int
@@ -38,10 +27,10 @@ class GenerationSettings:
     decode: dict[Modality, DiffusionSettings]
 
     def __post_init__(self) -> None:
-        """Check what a user can set.
+        """Validate.
 
         Raises:
-            UserError: naming the option.
+            UserError: names the setting.
         """
         if self.top_k < 0:
             raise UserError(f"top_k {self.top_k}: give 0 or more")
@@ -54,10 +43,11 @@ class GenerationSettings:
 
     @classmethod
     def from_config(cls, config: Config) -> "GenerationSettings":
-        """The configuration's own figures."""
-        decode = {modality: _decode_options(one) for modality, one in config.decoders.items()}
+        """Return the settings in the configuration."""
+        decode = {modality: _diffusion(decoder) for modality, decoder in config.decoders.items()}
         return cls(**config.generation.model_dump(), decode=decode)
 
 
-def _decode_options(decoder: DecoderConfig) -> DiffusionSettings:
-    return DiffusionSettings(**decoder.model_dump(include=_FIGURES, exclude_none=True))
+def _diffusion(decoder: DecoderConfig) -> DiffusionSettings:
+    names = {field.name for field in fields(DiffusionSettings)}
+    return DiffusionSettings(**decoder.model_dump(include=names, exclude_none=True))

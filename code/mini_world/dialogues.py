@@ -177,7 +177,7 @@ class DialogueSampler:
         state: DialogueState | None = None
         for number in range(rounds):
             if number > 0:
-                source = choose(self.rng, MODALITIES) if self.rng.random() < 0.2 else None
+                source = choose(self.rng, tuple(MODALITIES)) if self.rng.random() < 0.2 else None
                 goal = choose(self.rng, OUTPUTS)
             media: list[tuple[str, Modality, WorldObject]] = []
             if source is not None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from nextgpt.common.modality import Modality
-from nextgpt.media.writing import SUFFIXES, Frames, Output, Sound, save_medium
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.media.writing import Frames, Output, Sound, save_medium
 from nextgpt.mini_world.appearance import sample_unnamed_colour
 from nextgpt.mini_world.objects import ATTRIBUTES, Split, WorldObject, sample_object
 from nextgpt.mini_world.render_audio import SAMPLE_RATE, render_audio
@@ -76,9 +76,9 @@ class MediaSet:
         self._answers: dict[tuple[Modality, str], str] = {}
         self._appearances: dict[str, Appearance] = {}
         for modality, size in sizes.items():
-            rng = seeded_rng(seed, f"{prefix}/{modality}")
+            rng, suffix = seeded_rng(seed, f"{prefix}/{modality}"), MODALITIES[modality].suffix
             self.inputs[modality] = [
-                (f"{prefix}_{modality}_{number:06d}{SUFFIXES[modality]}", sample_object(rng, split))
+                (f"{prefix}_{modality}_{number:06d}{suffix}", sample_object(rng, split))
                 for number in range(1, size + 1)
             ]
             for name, _ in self.inputs[modality] if modality != "audio" else ():
@@ -111,5 +111,5 @@ class MediaSet:
         Equal captions share a name.
         """
         number = len(self._answers) + 1
-        name = f"{self._prefix}_answer_{number:06d}{SUFFIXES[modality]}"
+        name = f"{self._prefix}_answer_{number:06d}{MODALITIES[modality].suffix}"
         return self._answers.setdefault((modality, caption), name)

@@ -31,9 +31,8 @@ from transformers import (
 )
 
 from nextgpt.common.io import atomic_write
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.mini_world.mini_tokenizers import build_clip_tokenizer, build_roberta_tokenizer
-from nextgpt.model.decoders import PIPELINES
 
 DECODER_FOLDERS: dict[Modality, str] = {
     "image": "mini_stable_diffusion",
@@ -109,7 +108,8 @@ def build_mini_decoder(
         torch.manual_seed(seed)
         # Copies, since the pipeline converts its modules to half precision in place.
         modules = _random_modules(modality, config, captions) | deepcopy(dict(trained or {}))
-        pipeline: DiffusionPipeline = PIPELINES[modality](scheduler=build_scheduler(), **modules)
+        pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
+        pipeline: DiffusionPipeline = pipeline_class(scheduler=build_scheduler(), **modules)
     with atomic_write(folder) as temporary:
         pipeline.to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
 

@@ -18,10 +18,10 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Text, Turn
-from nextgpt.generation.sampling import greedy_answers, words
+from nextgpt.generation.sampling import greedy_answers, join_texts
 from nextgpt.mini_world.plain_talk import ANSWERS_FILE
-from nextgpt.model.build import build_prompt_builder, resolve_model_path
-from nextgpt.model.pretrained_folder import load_pretrained
+from nextgpt.model.build import build_prompt_builder
+from nextgpt.model.loading import load_pretrained, resolve_model_path
 
 QUESTIONS = Path(__file__).with_name("plain_talk_questions.txt")
 _MAX_NEW_TOKENS = 72
@@ -44,7 +44,7 @@ def record_answers() -> list[tuple[str, str]]:
         answers = greedy_answers(model, prompt_builder, prompts, _MAX_NEW_TOKENS)
         for question, ids in zip(batch, answers, strict=True):
             ended = len(ids) < _MAX_NEW_TOKENS
-            if answer := _whole_sentences(words(prompt_builder.decode_answer(ids)), ended):
+            if answer := _whole_sentences(join_texts(prompt_builder.decode_answer(ids)), ended):
                 pairs.append((question, answer))
     return pairs
 

@@ -25,7 +25,6 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.media.writing import SUFFIXES
 from nextgpt.mini_world.captions import canonical_caption, sample_caption
 from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, DialogueSampler
 from nextgpt.mini_world.media_set import MediaSet, seeded_rng, write_medium
@@ -208,7 +207,7 @@ def _request_rows(seed: int, count: int) -> Rows:
     sampler = DialogueSampler(rng)
     rows = []
     for _ in range(count):
-        exchange = sampler.opening(choose(rng, MODALITIES))
+        exchange = sampler.opening(choose(rng, tuple(MODALITIES)))
         text, (modality, caption) = exchange.answer
         turns = _turns(exchange.request, text, output_modality=modality, caption=caption)
         rows.append({"mm_name": media_set.answer_name(modality, caption), "conversation": turns})
@@ -280,7 +279,7 @@ def write_examples(folder: Path, seed: int) -> None:
         obj = sample_object(rng)
         media: dict[str, str | None] = dict.fromkeys(MODALITIES)
         if source is not None:
-            file = f"mini_example_{source}_{number:06d}{SUFFIXES[source]}"
+            file = f"mini_example_{source}_{number:06d}{MODALITIES[source].suffix}"
             write_medium(folder / file, source, obj, seed)
             media[source] = file
         requested = choose(rng, attribute_variants(obj, "colour"))

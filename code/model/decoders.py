@@ -1,49 +1,40 @@
-"""The three frozen diffusion decoders behind one door: Stable Diffusion, ZeroScope and AudioLDM.
+"""Adapters of frozen diffusion pipelines: a subclass of `Decoder` for each kind of pipeline.
 
-An embedding from an output projection takes the place of the pipeline's own prompt embedding. The
-pipelines are diffusers' own; the video and sound ones live among its deprecated ones, which is why
-diffusers is pinned and why no other file names them. A step costs one network pass, two with
-guidance.
+The output projection's prompt embeddings take the place of the pipeline's own. The pipelines are
+diffusers'; those of video and audio are deprecated there, which is why diffusers is pinned and why
+no other file names them. A diffusion step costs one forward pass of the UNet, two with guidance.
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
-from typing import Any
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from diffusers.pipelines.deprecated.audioldm.pipeline_audioldm import AudioLDMPipeline
-from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_synth import (
-    TextToVideoSDPipeline,
-)
-from diffusers.utils.logging import disable_progress_bar
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.writing import Frames, Output, Sound
-from nextgpt.model.pretrained_folder import explain_load_errors, resolve_model_name
-from nextgpt.model.text_encoders import TextEncoder
+from nextgpt.model.loading import explain_load_errors, resolve_model_path
+from nextgpt.model.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 
-disable_progress_bar()  # of loading a pipeline's five parts
+if TYPE_CHECKING:  # diffusers is imported when a pipeline is: training does without
+    from diffusers import DiffusionPipeline
 
+_VAE, _UNET_2D = "diffusers:AutoencoderKL", "diffusers:UNet2DConditionModel"
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
-PIPELINES: dict[Modality, type[DiffusionPipeline]] = {
-    "image": StableDiffusionPipeline,
-    "video": TextToVideoSDPipeline,
-    "audio": AudioLDMPipeline,
-}
 
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """How to decode. The defaults are the published system's; none: the pipeline's own figure."""
+    """How to decode. The defaults are the published system's; None: the pipeline's own value."""
 
     num_inference_steps: int = 40
     guidance_scale: float = 7.5  # 1 or less: no guidance, half the cost
@@ -51,10 +42,9 @@ class DiffusionSettings:
     width: int | None = None
     num_frames: int = 24  # video
     fps: int = 8  # video, frames per second
-    # Video: what the frames have in common of their first noise's variance, as it was in training.
-    shared_noise: float = 0.0
-    audio_length_in_s: float | None = 5.0  # sound
-    # Of a batch's first sample, the next has seed + 1 ...; or one each; none: never the same twice.
+    shared_noise: float = 0.0  # video, see `initial_noise`: as in the decoder's training
+    audio_length_in_s: float | None = 5.0  # audio
+    # Of a batch's first sample, the next has seed + 1 ...; or one each; None: random.
     seed: int | tuple[int, ...] | None = None
     negative_prompt: str = ""
 
@@ -72,20 +62,40 @@ class DiffusionSettings:
                 raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
 
 
+@dataclass(frozen=True)
+class DecoderOption:
+    """A field of `DiffusionSettings` that users may set, and its range, ends included.
+
+    Attributes:
+        name: short, as the APIs know it.
+        field: of `DiffusionSettings`.
+        label: for laymen.
+    """
+
+    name: str
+    field: str
+    label: str
+    low: float
+    high: float
+    step: float
+
+
 def initial_noise(
     shape: Sequence[int],
     shared: float = 0.0,
     generator: list[torch.Generator] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Unit Gaussian noise of this shape; of a video's, (B, C, T, H, W), frames may share a part.
+    """Draw unit Gaussian noise; frames of a video, (B, C, T, H, W), may share a component.
 
     Args:
-        shared: of the variance, what all T frames have in common: 0 to 1 (the mixed noise of
-            arXiv 2305.10474).
-        generator: one for each sample; none: torch's own.
-        device: of the noise; none: the CPU.
+        shared: proportion of the variance that all T frames have in common, 0 to 1 (the mixed noise
+            of arXiv 2305.10474).
+        generator: one for each sample; None: torch's own.
+        device: of the noise; None: the CPU.
     """
+    from diffusers.utils.torch_utils import randn_tensor
+
     noise = randn_tensor(shape, generator, device)
     if not shared:
         return noise
@@ -94,42 +104,96 @@ def initial_noise(
 
 
 class Decoder:
-    """One frozen pipeline, loaded when first used and kept."""
+    """One frozen pipeline, loaded on first use; subclasses are the adapters.
+
+    Attributes:
+        pipeline_path: import string of the pipeline; model_index.json has its class name.
+        networks: by folder, import strings of the networks besides the text encoder.
+        unused_components: of the pipeline, never loaded.
+        text_encoder_spec: kind of text encoder, and so of prompt embeddings.
+        options: fields of `DiffusionSettings` that users may set.
+        size_arguments: of the pipeline's call, by the same names in `DiffusionSettings`.
+        legacy_callback: whether the pipeline has `callback` instead of `callback_on_step_end`.
+    """
+
+    pipeline_path: ClassVar[str]
+    networks: ClassVar[dict[str, str]]
+    unused_components: ClassVar[dict[str, None]] = {}
+    text_encoder_spec: ClassVar[TextEncoderSpec] = CLIP
+    options: ClassVar[tuple[DecoderOption, ...]] = (
+        DecoderOption("guidance", "guidance_scale", "guidance", 1, 15, 0.5),
+        DecoderOption("steps", "num_inference_steps", "denoising steps", 1, 100, 1),
+    )
+    size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
+    legacy_callback: ClassVar[bool] = False
 
     def __init__(
         self, modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
     ) -> None:
-        """Remember the pipeline's diffusers folder or hub name; half precision on CUDA.
+        """Resolve the pipeline's diffusers folder or hub name; half precision on CUDA.
 
         Args:
-            device: where it works.
-            offloaded: whether all but its text encoder waits in the machine's memory between uses.
+            device: where it computes.
+            offloaded: keep all but the text encoder in CPU memory between uses.
         """
-        self.modality: Modality = modality
-        self.path = resolve_model_name(path)
+        self.modality = modality
+        self.path = resolve_model_path(path)
         self.device = device
         self.offloaded = offloaded
 
+    def prepare_latents(
+        self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
+    ) -> Tensor | None:
+        """Return the noise that a batch begins with; None: the pipeline draws its own."""
+        return None
+
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        """Return the media in the pipeline's result."""
+        raise NotImplementedError
+
+    @classmethod
+    def pipeline_class(cls) -> Any:
+        """Import the pipeline's class, a `DiffusionPipeline`."""
+        return resolve_name(cls.pipeline_path)
+
+    @classmethod
+    def check_pipeline(cls, path: str, modality: Modality) -> None:
+        """Check that model_index.json of the folder `path`, if there is one, is of this pipeline.
+
+        Raises:
+            UserError: it is of another.
+        """
+        index = Path(path) / "model_index.json"
+        if not index.is_file():
+            return
+        with explain_load_errors(path):
+            found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        expected = cls.pipeline_path.partition(":")[2]
+        if found != expected:
+            raise UserError(f"{path} is a {found}, but {modality} takes a {expected}: give another")
+
     @cached_property
     def text_encoder(self) -> TextEncoder:
-        """The pipeline's tokenizer and text encoder, loaded on first use."""
+        """The pipeline's tokenizer and text encoder."""
         return TextEncoder(self.modality, self.path, self.device)
 
     @cached_property
-    def pipeline(self) -> DiffusionPipeline:
+    def pipeline(self) -> "DiffusionPipeline":
         """The diffusers pipeline, on the device unless it is offloaded.
 
         Raises:
             UserError: it cannot be loaded.
         """
-        unchecked = {"safety_checker": None, "feature_extractor": None}
+        from diffusers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # of loading a pipeline's components
         with explain_load_errors(self.path, "model_index.json"):
-            pipeline = PIPELINES[self.modality].from_pretrained(
+            pipeline = self.pipeline_class().from_pretrained(
                 self.path,
                 dtype=self.text_encoder.encoder.dtype,
                 tokenizer=self.text_encoder.tokenizer,
                 text_encoder=self.text_encoder.encoder,
-                **(unchecked if self.modality == "image" else {}),
+                **self.unused_components,
             )
         if self.device.type == "cuda":
             pipeline.vae.enable_slicing()  # 24 large frames at once would be the peak of memory
@@ -138,111 +202,150 @@ class Decoder:
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
-        """Inside, an offloaded pipeline is on the device: its weights go there and back."""
-        if not self.offloaded:
-            yield
-            return
-        self._move_networks(self.device)
+        """Move an offloaded pipeline's networks to the device inside, and back at the end."""
         try:
+            self._move_networks(self.device)
             yield
         finally:
             self._move_networks(torch.device("cpu"))
 
     def _move_networks(self, device: torch.device) -> None:
-        for part in self.pipeline.components.values():
-            if isinstance(part, nn.Module) and part is not self.text_encoder.encoder:
-                part.to(device)
+        for component in self.pipeline.components.values() if self.offloaded else ():
+            if isinstance(component, nn.Module) and component is not self.text_encoder.encoder:
+                component.to(device)
 
     def decode(
         self,
-        embeddings: Tensor,
-        options: DiffusionSettings | None = None,
+        prompt_embeds: Tensor,
+        settings: DiffusionSettings | None = None,
         progress: Progress | None = None,
     ) -> list[Output]:
-        """Decode a batch of embeddings into media, one each.
+        """Decode a batch of prompt embeddings into media, one each.
 
         Args:
-            embeddings: (B, T, D), or (B, D) for sound; those are brought to unit length.
-            options: see there.
-            progress: called after every step; what it raises ends the decoding.
+            prompt_embeds: (B, T, D) or (B, D), as the text encoder gives them.
+            settings: None: the published ones.
+            progress: called after every step; an exception in it ends the decoding.
 
         Returns:
             PIL images, `Frames` or `Sound`. The same seed gives the same media.
 
         Raises:
             UserError: the embeddings have another shape than this pipeline's, or it refuses the
-                options.
+                settings.
         """
-        options = options or DiffusionSettings()
-        if tuple(embeddings.shape[1:]) != self.text_encoder.shape:
+        settings = settings or DiffusionSettings()
+        if tuple(prompt_embeds.shape[1:]) != self.text_encoder.shape:
             raise UserError(
                 f"{self.path} takes {self.modality} embeddings of shape {self.text_encoder.shape}, "
-                f"not {tuple(embeddings.shape[1:])}: set prompt_embeds_shape to match"
+                f"not {tuple(prompt_embeds.shape[1:])}: set prompt_embeds_shape to match"
             )
         with self._on_device():
-            return self._decode(embeddings, options, progress)
+            arguments = self._arguments(prompt_embeds, settings) | self._callback(
+                settings, progress
+            )
+            try:
+                result = self.pipeline(**arguments)
+            except (ValueError, torch.OutOfMemoryError) as error:
+                raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
+        return self.wrap_outputs(result, settings)
 
-    def _decode(
-        self, embeddings: Tensor, options: DiffusionSettings, progress: Progress | None
-    ) -> list[Output]:
-        arguments = self._arguments(embeddings, options)
+    def _arguments(self, prompt_embeds: Tensor, settings: DiffusionSettings) -> dict[str, Any]:
+        count, seed, generator = len(prompt_embeds), settings.seed, None
+        if seed is not None:  # on the CPU: the same noise for every device
+            seeds = range(seed, seed + count) if isinstance(seed, int) else seed
+            generator = [torch.Generator().manual_seed(one) for one in seeds]
+        prompt_embeds = self.text_encoder.normalize(prompt_embeds)
+        arguments = {
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "prompt_embeds": prompt_embeds.to(self.device, self.pipeline.dtype),
+            "generator": generator,
+            "latents": self.prepare_latents(count, settings, generator),
+            **{name: getattr(settings, name) for name in self.size_arguments},
+        }
+        if settings.guidance_scale > 1:
+            negative = self.text_encoder.encode([settings.negative_prompt])
+            arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
+        return arguments
+
+    def _callback(self, settings: DiffusionSettings, progress: Progress | None) -> dict[str, Any]:
+        steps = settings.num_inference_steps
 
         def on_step(step: int, *_: Any) -> None:
             if progress:  # some schedulers take one step more than asked for
-                progress(min(step + 1, options.num_inference_steps), options.num_inference_steps)
-
-        if self.modality == "audio":
-            samples_BN = self._run(callback=on_step, **arguments).audios
-            rate = self.pipeline.vocoder.config.sampling_rate
-            return [Sound(samples, rate) for samples in samples_BN]
-        arguments |= {"height": options.height, "width": options.width}
-        if self.modality == "video":
-            arguments["num_frames"] = options.num_frames
-            if options.shared_noise:
-                arguments["latents"] = self._video_noise(len(embeddings), options, arguments)
-            videos_BTHWC = self._run(callback=on_step, **arguments).frames
-            return [Frames((v * 255).round().astype("uint8"), options.fps) for v in videos_BTHWC]
+                progress(min(step + 1, steps), steps)
 
         def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step)
             return tensors
 
-        return self._run(callback_on_step_end=on_step_end, **arguments).images
+        if self.legacy_callback:
+            return {"callback": on_step}
+        return {"callback_on_step_end": on_step_end}
 
-    def _video_noise(
-        self, count: int, options: DiffusionSettings, arguments: dict[str, Any]
-    ) -> Tensor:
-        """What a batch of videos begins with: (B, C, frames, H / 8, W / 8)."""
+
+class StableDiffusionDecoder(Decoder):
+    """Stable Diffusion (arXiv 2112.10752): PIL images."""
+
+    pipeline_path = "diffusers:StableDiffusionPipeline"
+    networks: ClassVar = {"vae": _VAE, "unet": _UNET_2D}
+    unused_components: ClassVar = {"safety_checker": None, "feature_extractor": None}
+
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        return result.images
+
+
+class ZeroScopeDecoder(Decoder):
+    """ZeroScope, a text-to-video UNet (arXiv 2308.06571): `Frames`."""
+
+    pipeline_path = (
+        "diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_synth"
+        ":TextToVideoSDPipeline"
+    )
+    networks: ClassVar = {"vae": _VAE, "unet": "diffusers:UNet3DConditionModel"}
+    options = (*Decoder.options, DecoderOption("frames", "num_frames", "frames", 1, 48, 1))
+    size_arguments = ("height", "width", "num_frames")
+    legacy_callback = True
+
+    def prepare_latents(
+        self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
+    ) -> Tensor | None:
+        """Noise that the frames share in part (B, C, frames, H / 8, W / 8), if they are to."""
+        if not settings.shared_noise:
+            return None
         unet, scale = self.pipeline.unet.config, self.pipeline.vae_scale_factor
-        sides = [
-            side // scale if side else unet.sample_size for side in (options.height, options.width)
-        ]
-        shape = (count, unet.in_channels, options.num_frames, *sides)
-        noise = initial_noise(shape, options.shared_noise, arguments.get("generator"))
+        sides = (s // scale if s else unet.sample_size for s in (settings.height, settings.width))
+        shape = (count, unet.in_channels, settings.num_frames, *sides)
+        noise = initial_noise(shape, settings.shared_noise, generator)
         return noise.to(self.device, self.pipeline.dtype)
 
-    def _run(self, **arguments: Any) -> Any:
-        try:
-            return self.pipeline(**arguments)
-        except (ValueError, torch.OutOfMemoryError) as error:
-            raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        return [Frames((v * 255).round().astype("uint8"), settings.fps) for v in result.frames]
 
-    def _arguments(self, embeddings: Tensor, options: DiffusionSettings) -> dict[str, Any]:
-        """What the pipelines have in common, and sound's own."""
-        count = len(embeddings)
-        arguments: dict[str, Any] = {
-            "num_inference_steps": options.num_inference_steps,
-            "guidance_scale": options.guidance_scale,
-        }
-        if self.modality == "audio":
-            embeddings = normalize(embeddings.float(), dim=-1)
-            arguments["audio_length_in_s"] = options.audio_length_in_s
-        arguments["prompt_embeds"] = embeddings.to(self.device, self.pipeline.dtype)
-        if options.seed is not None:  # on the CPU: the same noise for every device
-            first = options.seed
-            seeds = range(first, first + count) if isinstance(first, int) else first
-            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        if options.guidance_scale > 1:
-            negative = self.text_encoder.encode([options.negative_prompt])
-            arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
-        return arguments
+
+class AudioLDMDecoder(Decoder):
+    """AudioLDM (arXiv 2301.12503): `Sound`."""
+
+    pipeline_path = "diffusers.pipelines.deprecated.audioldm.pipeline_audioldm:AudioLDMPipeline"
+    networks: ClassVar = {
+        "vae": _VAE, "unet": _UNET_2D, "vocoder": "transformers:SpeechT5HifiGan"
+    }  # fmt: skip
+    text_encoder_spec = CLAP
+    options = (
+        *Decoder.options,
+        DecoderOption("seconds", "audio_length_in_s", "seconds", 0.5, 10, 0.5),
+    )
+    size_arguments = ("audio_length_in_s",)
+    legacy_callback = True
+
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        rate = self.pipeline.vocoder.config.sampling_rate
+        return [Sound(samples, rate) for samples in result.audios]
+
+
+def build_decoder(
+    modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
+) -> Decoder:
+    """Return the decoder of `modality` by its adapter; arguments as in `Decoder.__init__`."""
+    return MODALITIES[modality].decoder_class(modality, path, device, offloaded=offloaded)

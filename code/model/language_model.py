@@ -1,5 +1,5 @@
-"""Loads the language model: any Hugging Face causal model of the LLaMA family, frozen, grown by the
-new tokens and, where it is tuned, fitted with low-rank adapters."""
+"""The language model: a frozen Hugging Face causal model of the LLaMA family, its vocabulary
+extended by the new tokens and, where it is tuned, with LoRA adapters."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -15,13 +15,13 @@ from transformers import (
 from nextgpt.common.errors import UserError
 from nextgpt.config.schema import LanguageModelConfig
 from nextgpt.conversation.signal_tokens import SignalTokens
-from nextgpt.model.pretrained_folder import explain_load_errors, load_pretrained
-from nextgpt.model.quantization import leave_scales_out_of_states, quantization_config
+from nextgpt.model.loading import explain_load_errors, load_pretrained
+from nextgpt.model.quantization import exclude_scales_from_state_dict, quantization_config
 from nextgpt.model.vocabulary import extend_vocabulary
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of the model in folder `path`, or of that hub name.
+    """Load the fast tokenizer of the model in folder `path`, or of that hub name.
 
     Raises:
         UserError: there is none, or it cannot be read.
@@ -36,18 +36,16 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_language_model(
     config: LanguageModelConfig, path: str, signals: SignalTokens, dtype: torch.dtype, *, lora: bool
 ) -> PreTrainedModel:
-    """The frozen language model in `dtype`, with a new row (float32) for each new token.
+    """Load the frozen language model in `dtype`, with a new row (float32) for each new token.
 
     Args:
-        config: template, adapters and what of the vocabulary trains.
-        path: the folder or hub name, resolved.
-        signals: the new tokens, whose ids begin behind its tokenizer's.
-        dtype: of the frozen weights.
-        lora: whether to fit the adapters (float32).
+        path: the resolved folder or hub name.
+        signals: the new tokens; their ids follow the tokenizer's.
+        lora: whether to inject the adapters (float32).
 
     Raises:
-        UserError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks an
-            adapter's target.
+        UserError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks a
+            target module of the adapters.
     """
     model = load_pretrained(
         AutoModelForCausalLM,
@@ -56,7 +54,7 @@ def load_language_model(
         quantization=quantization_config(config.quantization, dtype),
     )
     if config.quantization != "none":
-        leave_scales_out_of_states(model)
+        exclude_scales_from_state_dict(model)
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
         raise UserError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
@@ -68,18 +66,18 @@ def load_language_model(
 def prepare_language_model(
     model: PreTrainedModel,
     config: LanguageModelConfig,
-    own_tokens: int,
+    base_tokens: int,
     new_tokens: int,
     *,
     lora: bool,
 ) -> None:
-    """Freeze `model`, grow its vocabulary and fit the adapters, in place.
+    """Freeze `model`, extend its vocabulary and inject LoRA adapters, in place.
 
     Raises:
-        UserError: the model lacks an adapter's target.
+        UserError: the model lacks a target module of the adapters.
     """
     model.requires_grad_(False)
-    extend_vocabulary(model, own_tokens, new_tokens)
+    extend_vocabulary(model, base_tokens, new_tokens)
     if not lora:
         return
     adapters = LoraConfig(
@@ -100,11 +98,11 @@ def prepare_language_model(
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights under them, in place, where those are float32.
+    """Merge the adapters into the base weights for inference, in place, where those are float32.
 
-    For a `model` whose adapters change no more. They stay as they are, to be saved, but cost
-    nothing: with adapters on all layers SmolLM2 reads in half the time. To weights in half
-    precision, or less, they are not added: most of what they say would be rounded away.
+    The adapters stay in the model, to be saved, but cost nothing: with adapters on all layers
+    SmolLM2's forward pass takes half the time. In half precision or less nothing is merged: most of
+    the small difference would be rounded away.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and module.get_base_layer().weight.dtype == torch.float32:

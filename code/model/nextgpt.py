@@ -1,7 +1,7 @@
-"""The any-to-any model: media in, language model, signal tokens out to the decoders.
+"""The any-to-any model: input projection, language model and output projections.
 
-One forward pass serves the three stages. It costs the language model's forward pass, logits at the
-positions that have targets only, and the output projections of the signal runs only.
+One forward pass serves all training stages. It costs the language model's forward pass, logits at
+the positions that have labels only, and the output projections of the signal spans only.
 """
 
 from dataclasses import dataclass, field
@@ -21,16 +21,16 @@ from nextgpt.model.trainable import set_modes, trained_groups
 
 @dataclass
 class Losses:
-    """Sums over a batch with their counts, so that ranks and micro batches can be averaged right.
+    """Losses summed over a batch, and their counts for the mean over ranks and micro batches.
 
     Attributes:
-        text: scalar, cross entropy summed over target tokens.
-        tokens: how many target tokens.
-        alignment: by modality a scalar, the alignment loss summed over signal runs.
-        signal_spans: by modality how many runs.
-        unused: scalar 0 that hangs on the output projections this batch did not need: every rank
-            then has the same graph, and so a gradient for every parameter in the same order,
-            whatever its samples hold. Gradients are summed over ranks in the order they come.
+        text: scalar, cross entropy summed over tokens with a label.
+        tokens: number of tokens with a label.
+        alignment: by modality a scalar, the alignment loss summed over signal spans.
+        signal_spans: by modality the number of spans.
+        unused: scalar 0 that depends on the output projections this batch did not use, so that
+            every rank has a gradient for every parameter in the same order: the all-reduce of
+            gradients needs it.
     """
 
     text: torch.Tensor
@@ -41,16 +41,16 @@ class Losses:
 
 
 class NextGPT(nn.Module):
-    """What trains, and the language model between.
+    """The language model and the projections.
 
-    The frozen encoder and decoders stay outside: they are never trained, wrapped or saved with it.
+    The frozen media encoder and decoders stay outside: they are never wrapped or saved with it.
 
     Args:
-        language_model: with grown vocabulary, hidden size H.
-        feature_width: E, the length of an encoder's vector.
-        output_projections: by modality; none where the run needs none.
-        signal_counts: signal tokens of each modality.
-        media_tokens: K, input embeddings that a medium becomes.
+        language_model: with extended vocabulary, hidden size H.
+        feature_width: E, the length of the media encoder's vector.
+        output_projections: by modality; empty if the run needs none.
+        signal_counts: number of signal tokens by modality.
+        media_tokens: K, input embeddings of one medium.
     """
 
     def __init__(
@@ -70,11 +70,7 @@ class NextGPT(nn.Module):
         self.signal_counts = signal_counts
 
     def train(self, mode: bool = True) -> Self:
-        """Put what trains into training mode and the rest, or without `mode` all, into evaluation.
-
-        Whoever calls it, DeepSpeed at each step or an evaluation that is over, what is frozen stays
-        in evaluation mode.
-        """
+        """Put what trains into training mode; frozen modules always stay in evaluation mode."""
         if not mode:
             return super().train(False)
         set_modes(self, trained_groups(self))
@@ -82,19 +78,19 @@ class NextGPT(nn.Module):
         return self
 
     @property
-    def own_vocabulary_size(self) -> int:
-        """Tokens of the language model without the new ones: the id of the first new one."""
+    def base_vocabulary_size(self) -> int:
+        """Number of the base model's tokens, which is the id of the first new one."""
         return len(self.language_model.get_input_embeddings().weight)
 
     def embed(
         self, input_ids: torch.Tensor, slots: torch.Tensor, features: torch.Tensor
     ) -> torch.Tensor:
-        """Input embeddings (B, L, H): tokens by their rows, media by the input projection.
+        """Input embeddings (B, L, H) of tokens, and at media positions of projected features.
 
         Args:
             input_ids: (B, L).
-            slots: (S, 2) row and first position of the media.
-            features: (S, E) their vectors.
+            slots: (S, 2) row and first position of each medium.
+            features: (S, E) of the media encoder.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
         features = features.reshape(len(slots), self.input_projection.in_features)
@@ -110,10 +106,10 @@ class NextGPT(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Last hidden states (B, L, H), after the final norm, of embeddings (B, L, H).
+        """Last hidden states (B, L, H), after the final norm, of input embeddings (B, L, H).
 
-        With `position_ids` (B, L), as in `Batch`, rows are packed; their padding stands last and is
-        seen by none, so that the mask goes unused: transformers takes one or the other.
+        With `position_ids` (B, L), as in `Batch`, rows are packed; their padding is last and no
+        token attends to it, so the mask is unused: transformers takes one or the other.
         """
         return self.language_model.model(
             inputs_embeds=embeddings,
@@ -129,7 +125,7 @@ class NextGPT(nn.Module):
         hidden: torch.Tensor,
         embeddings: torch.Tensor,
     ) -> torch.Tensor:
-        """Caption embeddings (R, *prompt_embeds_shape) of the signal runs at `runs` (R, 2)."""
+        """Prompt embeddings (R, *prompt_embeds_shape) of the signal spans at `runs` (R, 2)."""
         states_2RTH = self.states_of_runs(modality, runs, hidden, embeddings)
         return self.output_projections[modality](*states_2RTH)
 

@@ -1,23 +1,23 @@
-"""From the signal tokens of one modality to the caption embedding that its decoder reads."""
+"""Output projections (projectors): from hidden states of signal tokens to prompt embeddings."""
 
 import torch
 from torch import nn
 
 
 class OutputProjection(nn.Module):
-    """Linear, transformer with learned queries, linear (arXiv 2309.05519, section 3).
+    """Linear layer, transformer with learned queries, linear layer (arXiv 2309.05519, section 3).
 
     The names of its parameters are those of the published files.
 
     Args:
         hidden_size: H of the language model.
         d_model: of the transformer.
-        prompt_embeds_shape: (Q, D) of one caption, or (D,) where the decoder reads one vector.
-        encoder_layers, decoder_layers, heads, dim_feedforward: figures of the transformer.
+        prompt_embeds_shape: (Q, D) of one caption, or (D,) where the decoder takes one vector.
+        encoder_layers, decoder_layers, heads, dim_feedforward: of the transformer.
         whiten_inputs: subtract a constant from the inputs (`centre`, (H,), frozen; 0 until it is
-            set). Last hidden states have a mean many times as large as what tells captions apart,
-            and nothing is learned until the first layer has unlearned it. Not in the published
-            system.
+            set). The mean of last hidden states is many times as large as their variation over
+            captions, and nothing is learned until the first layer has unlearned it. Not in the
+            published system.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class OutputProjection(nn.Module):
             nn.TransformerEncoderLayer(d_model, heads, dim_feedforward, **layer),
             encoder_layers,
             nn.LayerNorm(d_model),
-            enable_nested_tensor=False,  # not to be had with norm_first; without this, it warns
+            enable_nested_tensor=False,  # unavailable with norm_first; without this, it warns
         )
         self.tfm = nn.Transformer(
             d_model,
@@ -56,10 +56,10 @@ class OutputProjection(nn.Module):
         self.model = nn.Linear(d_model, prompt_embeds_shape[-1])
 
     def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Caption embeddings (R, *prompt_embeds_shape) of R signal runs.
+        """Prompt embeddings (R, *prompt_embeds_shape) of R signal spans.
 
         Args:
-            hidden: (R, T, H) last hidden states of the runs' T tokens.
+            hidden: (R, T, H) last hidden states of the spans' T tokens.
             embeddings: (R, T, H) input embeddings of the same tokens.
         """
         x = hidden + embeddings if self.centre is None else hidden + embeddings - self.centre
@@ -68,13 +68,13 @@ class OutputProjection(nn.Module):
         return self.model(self.tfm(x, queries)).view(len(x), *self.prompt_embeds_shape)
 
 
-def alignment_loss(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The alignment loss, summed over samples: mean over queries of the Euclidean distance.
+def alignment_loss(prompt_embeds: torch.Tensor, caption_embeds: torch.Tensor) -> torch.Tensor:
+    """Alignment loss, summed over samples: mean over queries of the Euclidean distance.
 
     Args:
-        found: (R, *prompt_embeds_shape) from an output projection.
-        wanted: (R, *prompt_embeds_shape) from the decoder's own text encoder.
+        prompt_embeds: (R, *prompt_embeds_shape) predicted by an output projection.
+        caption_embeds: (R, *prompt_embeds_shape) of the decoder's own text encoder.
     """
-    difference = found.float() - wanted.float()
-    difference = difference.view(len(found), -1, found.shape[-1])  # (R, Q, D)
+    difference = prompt_embeds.float() - caption_embeds.float()
+    difference = difference.view(len(prompt_embeds), -1, prompt_embeds.shape[-1])  # (R, Q, D)
     return torch.linalg.vector_norm(difference, dim=-1).mean(dim=1).sum()

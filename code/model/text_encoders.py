@@ -1,11 +1,13 @@
-"""The decoders' own text encoders: from a caption to the embedding that a projection imitates.
+"""The decoders' own text encoders: a caption's embedding is the target of an output projection.
 
 Only the tokenizer and the text encoder of a pipeline are loaded: 0.25 GB of Stable Diffusion's
-2.1 GB in half precision. What comes out equals the pipeline's own `encode_prompt`.
+2.1 GB in half precision. The result equals the pipeline's own `encode_prompt`.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import sha256
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +15,36 @@ from torch.nn.functional import normalize
 from transformers import ClapTextModelWithProjection, CLIPTextModel, CLIPTokenizer, RobertaTokenizer
 
 from nextgpt.common.json_io import to_json
-from nextgpt.common.modality import Modality
-from nextgpt.model.pretrained_folder import (
-    TEXT_FILES,
-    check_kind,
-    explain_load_errors,
-    load_pretrained,
-    resolve_model_name,
-)
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.model.loading import explain_load_errors, load_pretrained, resolve_model_path
 
+# Without these transformers would use an empty vocabulary or default sizes.
+_FILES = (
+    "tokenizer/tokenizer_config.json",
+    "tokenizer/tokenizer.json|tokenizer/merges.txt",
+    "text_encoder/config.json",
+)
 # Tells apart how tokenizers of one vocabulary split words and treat case, accents and punctuation.
 _PROBE = "A Red-ish café's two  drums (3.5 s); 日本 — THE END!"
+
+
+@dataclass(frozen=True)
+class TextEncoderSpec:
+    """A kind of text encoder.
+
+    Attributes:
+        tokenizer, model: classes of transformers.
+        pooled: whether a caption becomes one vector of unit length (D,) by the model's projection,
+            as in AudioLDM (arXiv 2301.12503); else the last hidden states (T, D).
+    """
+
+    tokenizer: Any
+    model: Any
+    pooled: bool
+
+
+CLIP = TextEncoderSpec(CLIPTokenizer, CLIPTextModel, pooled=False)
+CLAP = TextEncoderSpec(RobertaTokenizer, ClapTextModelWithProjection, pooled=True)
 
 
 class TextEncoder:
@@ -32,35 +53,35 @@ class TextEncoder:
     def __init__(
         self, modality: Modality, path: str, device: torch.device, dtype: torch.dtype | None = None
     ) -> None:
-        """Load the two parts from a diffusers folder or hub name; `dtype` none: half on CUDA.
+        """Load both from a diffusers folder or hub name; `dtype` None: half precision on CUDA.
 
-        On the meta device no weight is read: names, shapes and kind are checked all the same.
+        On the meta device no weight is read; names, shapes and the kind of pipeline are checked.
 
         Raises:
-            InputError: naming the file that is missing or does not fit.
+            UserError: naming the file that is missing or does not fit.
         """
-        self.modality: Modality = modality
-        self.path = resolve_model_name(path)
-        check_kind(self.path, modality)
+        self.modality = modality
+        self.path = resolve_model_path(path)
+        adapter = MODALITIES[modality].decoder_class
+        adapter.check_pipeline(self.path, modality)
+        spec: TextEncoderSpec = adapter.text_encoder_spec
+        self.pooled = spec.pooled
         dtype = dtype or (torch.float16 if device.type == "cuda" else torch.float32)
-        audio = modality == "audio"
-        tokenizer_class = RobertaTokenizer if audio else CLIPTokenizer
-        encoder_class = ClapTextModelWithProjection if audio else CLIPTextModel
-        with explain_load_errors(self.path, *TEXT_FILES):
-            self.tokenizer = tokenizer_class.from_pretrained(self.path, subfolder="tokenizer")
+        with explain_load_errors(self.path, *_FILES):
+            self.tokenizer = spec.tokenizer.from_pretrained(self.path, subfolder="tokenizer")
         on_meta = device.type == "meta"
-        encoder = load_pretrained(encoder_class, self.path, dtype, "text_encoder", on_meta=on_meta)
+        encoder = load_pretrained(spec.model, self.path, dtype, "text_encoder", on_meta=on_meta)
         self.encoder = encoder.to(device).eval().requires_grad_(False)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one caption's embedding: (T, D) tokens and width, or (D,) for sound."""
-        if self.modality == "audio":
+        """Shape of one caption's embedding: (T, D), or (D,) if pooled."""
+        if self.pooled:
             return (self.encoder.config.projection_dim,)
         return (self.tokenizer.model_max_length, self.encoder.config.hidden_size)
 
     def fingerprints(self) -> tuple[str, str]:
-        """Hex digests of the text encoder's weights in half precision, and of the tokenizer.
+        """Return hex digests of the weights in half precision, and of the tokenizer.
 
         Neither depends on the path, nor on the format of the files.
         """
@@ -75,11 +96,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Embed B captions as the pipelines do: padded, and cut, to the tokenizer's length.
+        """Embed B captions, padded and truncated to the tokenizer's length as in the pipelines.
 
         Returns:
-            image, video: CLIP's last hidden state (B, T, D); audio: CLAP's text projection brought
-            to unit length (B, D), as AudioLDM (arXiv 2301.12503) takes it. In the encoder's dtype.
+            (B, T, D), or (B, D) if pooled, in the encoder's dtype.
         """
         tokens = self.tokenizer(
             list(captions),
@@ -88,8 +108,12 @@ class TextEncoder:
             truncation=True,
             return_tensors="pt",
         ).to(self.encoder.device)
-        if self.modality == "audio":
+        if self.pooled:
             projected_BD = self.encoder(tokens.input_ids, tokens.attention_mask).text_embeds
             return normalize(projected_BD, dim=-1)
-        # No mask: Stable Diffusion and ZeroScope let the padding be seen, and use its states.
+        # No mask: Stable Diffusion and ZeroScope attend to the padding, and use its states.
         return self.encoder(tokens.input_ids).last_hidden_state
+
+    def normalize(self, prompt_embeds: Tensor) -> Tensor:
+        """Scale predicted embeddings (..., D) as `encode` does: pooled ones to unit length."""
+        return normalize(prompt_embeds.float(), dim=-1) if self.pooled else prompt_embeds

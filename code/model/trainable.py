@@ -1,4 +1,4 @@
-"""What of the model is tuned: the one table behind freezing, modes, optimizer, saving, loading."""
+"""The trainable groups: the one table behind freezing, modes, optimizer, saving and loading."""
 
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ NEEDED_TO_ANSWER: frozenset[TrainableGroup] = frozenset(
 
 
 def group_of(name: str) -> TrainableGroup | None:
-    """The tuned part that the parameter called `name` belongs to; none for frozen weights."""
+    """Return the trainable group of the parameter called `name`; None for frozen weights."""
     if name.startswith("input_projection."):
         return "input_projection"
     if name.startswith("output_projections."):
@@ -28,7 +28,7 @@ def group_of(name: str) -> TrainableGroup | None:
 
 
 def is_base_vocabulary(name: str) -> bool:
-    """Whether `name` is one of the language model's own two vocabulary matrices."""
+    """Whether `name` is the language model's own embedding matrix or LM head."""
     return name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
@@ -38,57 +38,54 @@ def is_measured(name: str) -> bool:
 
 
 def tuned_parameters(
-    model: nn.Module, *, own_vocabulary: bool
+    model: nn.Module, *, base_vocabulary: bool
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Names and parameters of everything that can be tuned, in the model's order.
+    """Iterate over names and parameters of all trainable groups, frozen or not, in model order.
 
     Args:
         model: a NextGPT.
-        own_vocabulary: whether the language model's own vocabulary rows count.
+        base_vocabulary: whether to include the language model's own vocabulary matrices.
     """
     for name, parameter in model.named_parameters():
-        if group_of(name) and (own_vocabulary or not is_base_vocabulary(name)):
+        if group_of(name) and (base_vocabulary or not is_base_vocabulary(name)):
             yield name, parameter
 
 
-def set_trainable(model: nn.Module, trains: list[TrainableGroup], *, own_vocabulary: bool) -> None:
-    """Freeze everything but the parts in `trains`, which become float32, and set the modes.
+def set_trainable(model: nn.Module, groups: list[TrainableGroup], *, base_vocabulary: bool) -> None:
+    """Freeze all but `groups`, unfreeze those in float32, and switch to training mode.
 
-    From here on `model` is in training mode: see `set_modes`.
+    The modes are those of `set_modes`.
     """
     model.requires_grad_(False)
-    for name, parameter in tuned_parameters(model, own_vocabulary=own_vocabulary):
-        if group_of(name) in trains and not is_measured(name):
+    for name, parameter in tuned_parameters(model, base_vocabulary=base_vocabulary):
+        if group_of(name) in groups and not is_measured(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     model.train()
 
 
 def trained_groups(model: nn.Module) -> set[TrainableGroup | None]:
-    """The parts with a parameter that asks for a gradient; none of them: the language model."""
-    return {group_of(name) for name, one in model.named_parameters() if one.requires_grad}
+    """Return the groups with a parameter that requires a gradient; None: the language model."""
+    return {group_of(name) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def set_modes(model: nn.Module, trained: Set[TrainableGroup | None]) -> None:
-    """Put modules of the parts in `trained` into training mode, all others into evaluation mode.
+    """Put modules of the groups `trained` into training mode, all others into evaluation mode.
 
-    Dropout is thus active in what trains only; it never is in a frozen adapter or in the language
-    model. Exempt are modules that have no dropout and read their mode as "a backward pass comes":
-    layers that recompute their activations, and quantized matrices, which without one are packed in
-    a way that gradients do not pass through.
+    Dropout is thus active in what trains only, never in frozen adapters or in the language model.
+    Exempt are modules without dropout whose `training` decides whether a backward pass is possible:
+    layers with activation checkpointing, and quantized matrices, which evaluation mode packs in a
+    way that gradients do not pass through.
     """
     for name, module in model.named_modules():
-        module.training = group_of(f"{name}.") in trained or _reads_mode_as_backward(module)
-
-
-def _reads_mode_as_backward(module: nn.Module) -> bool:
-    quantized = type(module).__module__.startswith("bitsandbytes.")
-    return quantized or getattr(module, "gradient_checkpointing", False)
+        quantized = type(module).__module__.startswith("bitsandbytes.")
+        exempt = quantized or getattr(module, "gradient_checkpointing", False)
+        module.training = group_of(f"{name}.") in trained or exempt
 
 
 @contextmanager
 def dropout_disabled(model: nn.Module) -> Iterator[None]:
-    """Put everything into evaluation mode (see `set_modes`) and, at the end, back as it was."""
+    """Switch to evaluation mode (see `set_modes`) inside, and restore the mode at the end."""
     before = model.training
     set_modes(model, set())
     try:
@@ -98,9 +95,9 @@ def dropout_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """By part, how many parameters it has and how many of them train; the frozen base model last.
+    """Count parameters by group, all and trained; the frozen language model last.
 
-    Parts that `model` lacks are left out.
+    Groups that `model` lacks are left out.
     """
     counts: dict[str, tuple[int, int]] = dict.fromkeys(
         (*TRAINABLE_GROUPS, "language_model"), (0, 0)
@@ -108,16 +105,16 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         size, trains = parameter.numel(), parameter.requires_grad
         is_base = is_base_vocabulary(name) and not trains
-        part = "language_model" if is_base else group_of(name) or "language_model"
-        counts[part] = counts[part][0] + size, counts[part][1] + size * trains
-    return {part: count for part, count in counts.items() if count[0]}
+        group = "language_model" if is_base else group_of(name) or "language_model"
+        counts[group] = counts[group][0] + size, counts[group][1] + size * trains
+    return {group: count for group, count in counts.items() if count[0]}
 
 
 def format_parameter_counts(table: dict[str, tuple[int, int]]) -> str:
-    """The table as text, for the start of a run."""
+    """Format the counts as a table, for the start of a run."""
     lines = [f"{'part':<20}{'parameters':>14}  trains"]
-    for part, (size, trained) in table.items():
-        lines.append(f"{part:<20}{size:>14,}  {f'{trained:,}' if trained else 'frozen'}")
+    for group, (size, trained) in table.items():
+        lines.append(f"{group:<20}{size:>14,}  {f'{trained:,}' if trained else 'frozen'}")
     total, trained = (sum(column) for column in zip(*table.values(), strict=True))
     lines.append(f"{'total':<20}{total:>14,}  {trained:,} ({100 * trained / total:.2f} %)")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
 """The published layout of tuned parameters (`pytorch_model.pt` of 7b_tiva_v0), read and written.
 
-It holds the language model's vocabulary matrices whole, new rows last; here the new rows stand by
-themselves (`model/vocabulary.py`), so the matrices are split on reading and joined on writing.
+It holds the language model's vocabulary matrices whole, new rows last; here the new rows are
+parameters of their own (`model/vocabulary.py`), so the matrices are split and concatenated.
 """
 
 import re
@@ -15,7 +15,7 @@ from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import tuned_parameters
 
 Tensors = dict[str, torch.Tensor]
-_PREFIXES = {  # theirs, and ours
+_PREFIXES = {  # published name to name here
     "llama_model.base_model.model.": "language_model.",
     "llama_proj.": "input_projection.",
     "gen_text_hidden_fcs.0.": "output_projections.image.",
@@ -27,7 +27,7 @@ NEW_ROWS = 38  # `<Img>`, `</Img>`, 4 + 24 + 8 signal tokens: the published voca
 
 
 def is_published(tensors: Tensors) -> bool:
-    """Whether `tensors` carry the published names."""
+    """Whether `tensors` have the published names."""
     return any(name.startswith(tuple(_PREFIXES)) and "llama" in name for name in tensors)
 
 
@@ -37,7 +37,7 @@ def is_newer(names: Iterable[str]) -> bool:
 
 
 def published_to_delta(tensors: Tensors, source: Path) -> Tensors:
-    """Our names for the tensors of a published file; vocabulary matrices are split in two.
+    """Rename the tensors of a published file, and split vocabulary matrices in two.
 
     Raises:
         UserError: names that the published layout does not have.
@@ -46,34 +46,33 @@ def published_to_delta(tensors: Tensors, source: Path) -> Tensors:
     if unknown:
         raise UserError(f"{source}: names that are not the published ones: {', '.join(unknown)}")
     delta: Tensors = {}
-    for name, tensor in tensors.items():
-        prefix = next(theirs for theirs in _PREFIXES if name.startswith(theirs))
-        ours = _PREFIXES[prefix] + name.removeprefix(prefix)
-        if _MATRIX.search(name):
-            delta[ours] = tensor[:-NEW_ROWS]
-            delta[ours.removesuffix("weight") + "new_rows"] = tensor[-NEW_ROWS:]
+    for published, tensor in tensors.items():
+        prefix = next(prefix for prefix in _PREFIXES if published.startswith(prefix))
+        name = _PREFIXES[prefix] + published.removeprefix(prefix)
+        if _MATRIX.search(published):
+            delta[name] = tensor[:-NEW_ROWS]
+            delta[name.removesuffix("weight") + "new_rows"] = tensor[-NEW_ROWS:]
         else:
-            delta[ours] = tensor
+            delta[name] = tensor
     return delta
 
 
-def published_name(ours: str) -> str:
-    """The published name of the tuned parameter that we call `ours`."""
-    theirs, mine = next(pair for pair in _PREFIXES.items() if ours.startswith(pair[1]))
-    return theirs + ours.removeprefix(mine)
+def published_name(name: str) -> str:
+    """Return the published name of the tuned parameter `name`."""
+    published, prefix = next(pair for pair in _PREFIXES.items() if name.startswith(pair[1]))
+    return published + name.removeprefix(prefix)
 
 
 def model_to_published(model: NextGPT) -> Tensors:
-    """The tuned tensors of `model` under the published names, vocabulary matrices whole."""
-    return delta_to_published(
-        {n: p.detach() for n, p in tuned_parameters(model, own_vocabulary=True)}
-    )
+    """Return the tuned tensors of `model` in the published layout."""
+    tuned = tuned_parameters(model, base_vocabulary=True)
+    return delta_to_published({name: p.detach() for name, p in tuned})
 
 
 def delta_to_published(tuned: Tensors) -> Tensors:
-    """Tuned tensors by our names under the published ones, new rows behind the matrices' own.
+    """Rename tuned tensors to the published names, new rows appended to the matrices.
 
-    A centre, which the published system does not know, goes into the bias behind it.
+    A centre, which the published system lacks, is folded into the bias of the layer behind it.
     """
     published: Tensors = {}
     for name, tensor in tuned.items():

@@ -1,4 +1,4 @@
-"""Rounds as messages of Gradio's chatbot: words letter by letter, all else as own HTML."""
+"""The conversation as messages of Gradio's chatbot: text as strings, everything else as HTML."""
 
 from collections.abc import Sequence
 from html import escape
@@ -7,103 +7,109 @@ from typing import Any
 
 import gradio as gr
 
+from nextgpt.common.modality import MODALITIES
 from nextgpt.conversation.messages import ContentPart, Media, Text
 from nextgpt.serving.answer_state import AnswerState
-from nextgpt.serving.explanation import TITLES, explanation_html
+from nextgpt.serving.explanation import explanation_html
 from nextgpt.serving.sessions import Round, Session
 
 Message = dict[str, Any]
 
 
-def as_typed(text: str) -> str:
-    """Text as Gradio shows it letter by letter: even without markdown it reads HTML."""
+def escape_text(text: str) -> str:
+    """Escape HTML, which Gradio parses even without markdown."""
     return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
-def as_said(typed: str) -> str:
-    """What `as_typed` was made of."""
-    return typed.replace("&lt;", "<").replace("&amp;", "&")
+def unescape_text(text: str) -> str:
+    """Invert `escape_text`."""
+    return text.replace("&lt;", "<").replace("&amp;", "&")
 
 
 def chat_messages(session: Session, notice: str = "") -> tuple[list[Message], list[int]]:
-    """The conversation as messages, and the number of each message's round."""
+    """Render the conversation; return its messages, and each message's round."""
     messages: list[Message] = []
     rounds: list[int] = []
     for number, one in enumerate(session.rounds):
-        made = [*_said(one, session.folder), *_replied(one.reply, session.folder)]
-        messages += made
-        rounds += [number] * len(made)
+        rendered = [
+            *_human_messages(one, session.folder),
+            *_assistant_messages(one.answer, session.folder),
+        ]
+        messages += rendered
+        rounds += [number] * len(rendered)
     if notice:
-        messages.append(_message("assistant", [_notice(notice)]))
+        messages.append(_message("assistant", [_error(notice)]))
         rounds.append(len(session.rounds))
     return messages, rounds
 
 
-def _said(one: Round, folder: Path) -> list[Message]:
-    media = [_shown(part, folder) for part in one.human.parts if isinstance(part, Media)]
+def _human_messages(one: Round, folder: Path) -> list[Message]:
+    media = [_player(part, folder) for part in one.human.parts if isinstance(part, Media)]
     texts = [part.text for part in one.human.parts if isinstance(part, Text)]
-    words = [as_typed(text) for text in texts if text.strip()]
-    # Apart from each other, so that the words alone can be edited.
-    return [_message("user", content) for content in ([_html(media)] if media else [], words)
+    texts = [escape_text(text) for text in texts if text.strip()]
+    # Two messages, so that the text alone can be edited.
+    return [_message("user", content) for content in ([_html(media)] if media else [], texts)
             if content]  # fmt: skip
 
 
-def _replied(reply: AnswerState, folder: Path) -> list[Message]:
+def _assistant_messages(state: AnswerState, folder: Path) -> list[Message]:
     content: list[Any] = []
     number = 0
-    for part in reply.parts:
+    for part in state.parts:
         if isinstance(part, Text):
-            content.append(as_typed(part.text))
+            content.append(escape_text(part.text))
         else:
-            content.append(_html([_made(part, number, reply, folder)]))
+            content.append(_html([_medium(part, number, state, folder)]))
             number += 1
-    if not reply.ended and reply.before:
-        content.append(_html([f'<p class="note">{_line(reply.before)}</p>']))
-    elif not reply.ended and not content:
+    if not state.ended and state.before:
+        content.append(_html([f'<p class="note">{_queue_position(state.before)}</p>']))
+    elif not state.ended and not content:
         content.append(_html(['<p class="note busy">reading …</p>']))
-    if reply.stopped:
+    if state.stopped:
         content.append(_html(['<p class="note">stopped</p>']))
-    if reply.fault:
-        content.append(_notice(reply.fault))
-    why = explanation_html(reply)
-    if why:
-        content.append(_html([why]))
+    if state.error:
+        content.append(_error(state.error))
+    explanation = explanation_html(state)
+    if explanation:
+        content.append(_html([explanation]))
     return [_message("assistant", content)] if content else []
 
 
-def _line(before: int) -> str:
+def _queue_position(before: int) -> str:
     return f"in the queue: {before} {'answer' if before == 1 else 'answers'} before this one"
 
 
-def _made(part: Media, number: int, reply: AnswerState, folder: Path) -> str:
+def _medium(part: Media, number: int, state: AnswerState, folder: Path) -> str:
+    """Render a medium of an answer, or its progress."""
     if part.path:
-        return _shown(part, folder)
-    title = TITLES[part.modality]
-    if reply.ended:
+        return _player(part, folder)
+    title = MODALITIES[part.modality].display_name
+    if state.ended:
         return f'<p class="note">the {title} was not made</p>'
-    done, steps = reply.steps.get(number, (0, 0))
-    label = f"{title}: denoising step {done} of {steps}" if steps else f"{title}: waiting"
-    bar = f'<progress max="{steps or 1}" value="{done}"></progress>'
+    step, total = state.steps.get(number, (0, 0))
+    label = f"{title}: denoising step {step} of {total}" if total else f"{title}: waiting"
+    bar = f'<progress max="{total or 1}" value="{step}"></progress>'
     return f'<div class="making" data-modality="{part.modality}"><span>{label}</span>{bar}</div>'
 
 
-def _shown(part: ContentPart, folder: Path) -> str:
-    """A medium to be seen or heard, with a link to keep it."""
+def _player(part: ContentPart, folder: Path) -> str:
+    """Render a file as a player with a download link."""
     assert isinstance(part, Media) and part.path
     path = Path(part.path)
-    address = escape(f"media/{folder.name}/{path.relative_to(folder)}", quote=True)
+    url = escape(f"media/{folder.name}/{path.relative_to(folder)}", quote=True)
+    spec = MODALITIES[part.modality]
     player = {
-        "image": f'<img src="{address}" alt="{TITLES["image"]}">',
-        "video": f'<video src="{address}" controls loop playsinline preload="auto"></video>',
-        "audio": f'<audio src="{address}" controls preload="auto"></audio>',
-    }[part.modality]
-    link = f'<a href="{address}" download="{escape(path.name, quote=True)}">download</a>'
+        "image": f'<img src="{url}" alt="{spec.display_name}">',
+        "video": f'<video src="{url}" controls loop playsinline preload="auto"></video>',
+        "audio": f'<audio src="{url}" controls preload="auto"></audio>',
+    }[spec.media_type]
+    link = f'<a href="{url}" download="{escape(path.name, quote=True)}">download</a>'
     return (
         f'<figure class="medium {part.modality}">{player}<figcaption>{link}</figcaption></figure>'
     )
 
 
-def _notice(text: str) -> gr.HTML:
+def _error(text: str) -> gr.HTML:
     return _html([f'<p class="fault" role="alert">{escape(text)}</p>'])
 
 

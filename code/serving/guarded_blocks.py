@@ -1,9 +1,9 @@
-"""Gradio's `Blocks` that refuses forged files.
+"""A subclass of Gradio's `Blocks` that refuses forged file paths.
 
-Gradio takes the path of a file from whoever sends it, and copies what it finds there into the
-folder that it serves: whatever the server may read. Its own check of paths is off in a page that is
-mounted into another application, and the components of a session, which an update replaces, cannot
-be relied on. Here every call of every function comes through one place, before any file is touched.
+Gradio accepts the path of a file from the client, and copies the file into the folder that it
+serves: any file that the server can read. Its own check of paths is off in a page mounted into
+another application, and a session's components, which an update replaces, cannot be relied on. Here
+every call of every function passes one check before any file is touched.
 """
 
 import logging
@@ -20,11 +20,11 @@ _log = logging.getLogger("demo")
 
 
 class GuardedBlocks(gr.Blocks):
-    """A page whose functions get no files but the visitor's own.
+    """A page whose functions receive only files of the visitor.
 
     Args:
-        sessions: that know whose files those are.
-        options: Gradio's.
+        sessions: with the visitors' files.
+        options: of `gr.Blocks`.
     """
 
     def __init__(self, sessions: Sessions, **options: Any) -> None:
@@ -43,13 +43,13 @@ class GuardedBlocks(gr.Blocks):
         """Call a function, unless its inputs name a file that is not the visitor's.
 
         Raises:
-            gradio.Error: they do, or the function failed. What fails unforeseen is told by its kind
-                alone: its text may name what lies where.
+            gradio.Error: they do, or the function failed. Of an unexpected error only the type is
+                shown: its message may contain paths.
         """
         try:
-            if iterator is None:  # later the files are used up
+            if iterator is None:  # else the first call has checked, and removed the uploads
                 for path in file_paths(inputs):
-                    self._sessions.check_file(path, request.cookies.get(COOKIE, ""))
+                    self._sessions.check_access(path, request.cookies.get(COOKIE, ""))
             return await super().process_api(
                 block_fn, inputs, state=state, request=request, iterator=iterator, **others
             )
@@ -59,12 +59,12 @@ class GuardedBlocks(gr.Blocks):
             raise gr.Error(str(error), print_exception=False) from error
         except Exception as error:
             _log.warning("a call of the page failed", exc_info=error)
-            told = f"this call failed ({type(error).__name__}): reload, and try again"
-            raise gr.Error(told, print_exception=False) from error
+            message = f"this call failed ({type(error).__name__}): reload, and try again"
+            raise gr.Error(message, print_exception=False) from error
 
 
 def file_paths(value: Any) -> Iterator[str]:
-    """The path of everything in `value` that Gradio might take for a file, however deep."""
+    """Find the paths of everything in `value` that Gradio might take for a file, at any depth."""
     if isinstance(value, dict):
         if isinstance(value.get("path"), str):
             yield value["path"]

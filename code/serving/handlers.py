@@ -1,4 +1,4 @@
-"""What the page's buttons and Gradio's client do: each is a walk over a session and its desk."""
+"""Handlers of the page's buttons and of Gradio's client."""
 
 import secrets
 from collections.abc import AsyncIterator, Sequence
@@ -10,17 +10,18 @@ from typing import Any
 import gradio as gr
 
 from nextgpt.common.errors import UserError
-from nextgpt.conversation.messages import Text, Turn
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.generation.sampling import join_texts
 from nextgpt.generation.settings import GenerationSettings
-from nextgpt.serving.answer_state import AnswerState, follow_answer, new_job
+from nextgpt.serving.answer_state import AnswerState, follow_answer
 from nextgpt.serving.chat_view import Message, chat_messages
-from nextgpt.serving.limits import check_words
+from nextgpt.serving.limits import check_text
 from nextgpt.serving.middleware import COOKIE
 from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, check_seed
-from nextgpt.serving.scheduler import InferenceQueue
+from nextgpt.serving.scheduler import InferenceQueue, Job
 from nextgpt.serving.sessions import Round, Session, Sessions, safe_name
 
-_BUSY = "an answer is on its way: wait for it, or stop it"
+_BUSY = "an answer is in progress: wait for it, or stop it"
 
 
 @dataclass(frozen=True)
@@ -28,142 +29,141 @@ class Handlers:
     """The handlers of one server.
 
     Attributes:
-        options: the configuration's own; the knobs turn them.
+        defaults: the configuration's settings.
     """
 
-    desk: InferenceQueue
+    queue: InferenceQueue
     sessions: Sessions
-    options: GenerationSettings
+    defaults: GenerationSettings
 
     def session(self, request: gr.Request) -> Session:
-        """The session of the tab or client that asks."""
+        """Return the session of the tab or client that sent the request."""
         visitor = request.cookies.get(COOKIE, "")
-        return self.sessions.of(str(request.session_hash), visitor)
+        return self.sessions.get(str(request.session_hash), visitor)
 
     async def send(
-        self, said: dict[str, Any], knobs: dict[str, Any], request: gr.Request
+        self, message: dict[str, Any], values: dict[str, Any], request: gr.Request
     ) -> AsyncIterator[tuple[list[Message], bool]]:
-        """Answer what stands in the box: (messages, whether the box may be emptied), many times."""
+        """Answer the message box; yield (messages, whether the box may be cleared) repeatedly."""
         session = self.session(request)
         try:
-            options, seed = self.settings(knobs)
-            files = [(Path(path), Path(path).name) for path in said.get("files") or []]
-            human = await self.take(session, said.get("text") or "", files)
+            settings, seed = self.parse_settings(values)
+            files = [(Path(path), Path(path).name) for path in message.get("files") or []]
+            human = await self.accept(session, message.get("text") or "", files)
         except UserError as error:
             yield chat_messages(session, str(error))[0], False
             return
-        async for messages in self.reply(session, human, options, seed):
+        async for messages in self.answer(session, human, settings, seed):
             yield messages, True
 
-    async def again(
-        self, number: int, text: str | None, knobs: dict[str, Any], request: gr.Request
+    async def retry(
+        self, number: int, text: str | None, values: dict[str, Any], request: gr.Request
     ) -> AsyncIterator[list[Message]]:
-        """Answer round `number` again: with a new seed, or with another text in the same place."""
+        """Answer round `number` again, with a new seed or with an edited text."""
         session = self.session(request)
         if not 0 <= number < len(session.rounds) or session.job:
             yield chat_messages(session, _BUSY if session.job else "")[0]
             return
         one = session.rounds[number]
         try:
-            options, seed = self.settings(knobs)
-            human = one.human if text is None else _reworded(one.human, text)
+            settings, seed = self.parse_settings(values)
+            human = one.human if text is None else _with_text(one.human, text)
         except UserError as error:
             yield chat_messages(session, str(error))[0]
             return
         if text is None and seed is not None:
-            seed = (one.reply.seed + 1) % SEED_LIMIT  # a fixed seed would give the same again
-        session.cut(number)
-        async for messages in self.reply(session, human, options, seed):
+            seed = (one.answer.seed + 1) % SEED_LIMIT  # a fixed seed would give the same answer
+        session.truncate(number)
+        async for messages in self.answer(session, human, settings, seed):
             yield messages
 
-    async def reply(
-        self, session: Session, human: Turn, options: GenerationSettings, seed: int | None
+    async def answer(
+        self, session: Session, human: Turn, settings: GenerationSettings, seed: int | None
     ) -> AsyncIterator[list[Message]]:
-        """The conversation's messages while it is answered."""
-        reply = AnswerState(secrets.randbelow(SEED_LIMIT) if seed is None else seed)
-        turns = (*session.turns(), human)
-        session.rounds.append(Round(human, reply))
-        session.job = job = new_job(turns, options, reply, session.new_folder())
+        """Yield the conversation's messages while the answer is generated."""
+        state = AnswerState(secrets.randbelow(SEED_LIMIT) if seed is None else seed)
+        conversation = Conversation((*session.turns(), human))
+        session.rounds.append(Round(human, state))
+        session.job = job = Job(conversation, settings, state.seed, session.new_folder())
         try:
             yield chat_messages(session)[0]
-            async with aclosing(follow_answer(self.desk, reply, job, session.folder)) as events:
+            async with aclosing(follow_answer(self.queue, state, job, session.folder)) as events:
                 async for _ in events:
                     yield chat_messages(session)[0]
         finally:
-            reply.stopped |= not reply.ended  # the tab was closed
+            state.stopped |= not state.ended  # the tab was closed
             session.job = None
         yield chat_messages(session)[0]
 
-    def settings(self, knobs: dict[str, Any]) -> tuple[GenerationSettings, int | None]:
-        """The options and the seed that the knobs stand for; UserError out of range."""
-        values = dict(knobs)
+    def parse_settings(self, values: dict[str, Any]) -> tuple[GenerationSettings, int | None]:
+        """Return settings and seed; UserError if one is out of range."""
+        values = dict(values)
         seed = check_seed(values.pop("seed", None))
-        return apply_settings(self.options, values), seed
+        return apply_settings(self.defaults, values), seed
 
-    async def take(self, session: Session, text: str, files: Sequence[tuple[Path, str]]) -> Turn:
-        """The human's turn; only the visitor's own uploads are read, and they are used up.
+    async def accept(self, session: Session, text: str, files: Sequence[tuple[Path, str]]) -> Turn:
+        """Build the human turn from the visitor's own uploads, and remove those.
 
         Raises:
-            UserError: the session is busy or closed, was cleared meanwhile, what is shown is
+            UserError: the session is busy or closed, or was cleared meanwhile, the turn is
                 unusable, or other files of the visitor are being checked.
         """
         for path, _ in files:
-            self.sessions.check_file(str(path), session.visitor)
+            self.sessions.check_access(str(path), session.visitor)
         clearings = session.clearings
         if files:
-            human = await self.sessions.check_media(session.visitor, session.show, text, files)
+            human = await self.sessions.run_check(session.visitor, session.build_turn, text, files)
         else:
-            human = session.show(text, files)
+            human = session.build_turn(text, files)
         session.check_open(clearings)
         if session.job:
             raise UserError(_BUSY)
         for path, _ in files:
-            self.sessions.release(str(path), session.visitor)
+            self.sessions.revoke_access(str(path), session.visitor)
         return human
 
     def stop(self, request: gr.Request) -> None:
-        """End the answer being made."""
+        """Cancel the answer in progress."""
         self.session(request).stop()
 
     def clear(self, request: gr.Request) -> list[Message]:
-        """Begin anew."""
+        """Clear the conversation."""
         self.session(request).clear()
         return []
 
     def close(self, request: gr.Request) -> None:
-        """The tab is gone: so are its work and its files."""
+        """Close the session of a tab that was closed."""
         self.sessions.close(str(request.session_hash), request.cookies.get(COOKIE, ""))
 
     async def chat(
         self,
         text: str,
         files: list[gr.FileData],
-        knobs: dict,
+        settings: dict,
         request: gr.Request,
     ) -> AsyncIterator[dict]:
-        """One round for Gradio's client: what the answer holds so far, the media as files."""
+        """Answer Gradio's client; yields the answer so far, media as files."""
         session = self.session(request)
         try:
-            if not isinstance(text, str) or not isinstance(knobs or {}, dict):
-                raise UserError("give a text, a list of files and an object of knobs")
-            options, seed = self.settings(knobs or {})
-            shown = [_shown(file) for file in files or []]
-            human = await self.take(session, text, shown)
+            if not isinstance(text, str) or not isinstance(settings or {}, dict):
+                raise UserError("give a text, a list of files and an object of settings")
+            chosen, seed = self.parse_settings(settings or {})
+            human = await self.accept(session, text, [_path_and_name(file) for file in files or []])
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        async for _ in self.reply(session, human, options, seed):
-            reply = session.rounds[-1].reply if session.rounds else None
-            if reply and reply.fault:
-                raise gr.Error(reply.fault, print_exception=False)
-            if reply:
-                yield _as_data(reply)
+        async for _ in self.answer(session, human, chosen, seed):
+            state = session.rounds[-1].answer if session.rounds else None
+            if state and state.error:
+                raise gr.Error(state.error, print_exception=False)
+            if state:
+                yield _as_data(state)
 
 
-def _shown(file: Any) -> tuple[Path, str]:
-    """Where a file lies that Gradio's client shows, and what people call it.
+def _path_and_name(file: Any) -> tuple[Path, str]:
+    """Return path and display name of a file that Gradio's client uploaded.
 
     Raises:
-        UserError: it is no file of Gradio's.
+        UserError: not a file of Gradio's.
     """
     if not isinstance(file, dict) or not isinstance(file.get("path"), str):
         raise UserError("files: give a list of uploaded files")
@@ -171,22 +171,22 @@ def _shown(file: Any) -> tuple[Path, str]:
     return Path(file["path"]), safe_name(name if isinstance(name, str) else file["path"])
 
 
-def _as_data(reply: AnswerState) -> dict[str, Any]:
+def _as_data(state: AnswerState) -> dict[str, Any]:
     return {
-        "text": "\n".join(part.text for part in reply.parts if isinstance(part, Text)),
+        "text": join_texts(state.parts),
         "files": [
-            {"path": str(reply.files[number]), "meta": {"_type": "gradio.FileData"}}
-            for number in sorted(reply.files)
+            {"path": str(state.files[number]), "meta": {"_type": "gradio.FileData"}}
+            for number in sorted(state.files)
         ],
-        "tokens": list(reply.token_names),
-        "seconds": reply.finished.seconds if reply.finished else {},
-        "seed": reply.seed,
-        "finished": reply.finished is not None,
+        "tokens": list(state.token_names),
+        "seconds": state.finished.seconds if state.finished else {},
+        "seed": state.seed,
+        "finished": state.finished is not None,
     }
 
 
-def _reworded(human: Turn, text: str) -> Turn:
-    check_words(text)
+def _with_text(human: Turn, text: str) -> Turn:
+    check_text(text)
     media = tuple(part for part in human.parts if not isinstance(part, Text))
     if not media and not text.strip():
         raise UserError("nothing to answer: give a text or a medium")

@@ -1,8 +1,8 @@
-"""Who asks, and what may be asked for: before any request reaches Gradio.
+"""Middleware before Gradio: visitor cookies, an allowlist of routes, access to files, body limits.
 
-Every visitor gets a random cookie. Gradio hands out any file of its folder to whoever knows the
-address, and brings routes that this demo does not use; here a file goes only to the visitor whose
-it is, and only the addresses that the page and Gradio's client need are there.
+Every visitor gets a random cookie. Gradio serves any file of its folder to whoever knows the URL,
+and has routes that this server does not use; here a file is served to its visitor alone, and only
+the routes that the page and Gradio's client need exist.
 """
 
 import json
@@ -19,7 +19,7 @@ from nextgpt.serving.limits import MAX_BYTES, MAX_FILES
 from nextgpt.serving.sessions import Sessions
 
 COOKIE = "nextgpt_visitor"
-_ISSUED = re.compile(r"[\w-]{32}", re.ASCII)  # what a cookie of this server looks like
+_ISSUED = re.compile(r"[\w-]{32}", re.ASCII)  # a cookie of this server
 MAX_JSON = 1_000_000  # bytes of a body that is neither an upload nor the API's
 _GRADIO = "/gradio_api"
 _FILE = f"{_GRADIO}/file="
@@ -39,14 +39,14 @@ _FOLDERS = (
 
 
 class VisitorMiddleware:
-    """Middleware in plain ASGI: Starlette's own class would hold back what is streamed."""
+    """Plain ASGI middleware: Starlette's BaseHTTPMiddleware would buffer streams."""
 
     def __init__(self, app: Any, sessions: Sessions) -> None:
         self.app = app
         self.sessions = sessions
 
     async def __call__(self, scope: dict, receive: Any, send: Any) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -57,53 +57,53 @@ class VisitorMiddleware:
             cookie = f"{COOKIE}={visitor}".encode()
             others = [(name, value) for name, value in scope["headers"] if name != b"cookie"]
             scope = {**scope, "headers": [*others, (b"cookie", cookie)]}
-        if not self._may_ask(scope["path"], visitor):
+        if not self._allowed(scope["path"], visitor):
             await Response("not found", 404)(scope, receive, send)
             return
         send = _with_cookie(send, visitor) if fresh else send
-        if not _bounded(scope):
-            await Response("too much at once", 413)(scope, receive, send)
+        if not _has_bounded_body(scope):
+            await Response("the request is too large", 413)(scope, receive, send)
             return
         if scope["path"] == _UPLOAD:
             if self.sessions.full():
-                await Response("too much is uploaded, try again later", 507)(scope, receive, send)
+                await Response("too many uploads, try again later", 507)(scope, receive, send)
                 return
-            send = self._remembering(send, visitor)
+            send = self._with_access(send, visitor)
         await self.app(scope, receive, send)
 
-    def _may_ask(self, path: str, visitor: str) -> bool:
+    def _allowed(self, path: str, visitor: str) -> bool:
         if path.startswith(_FILE):
-            return self.sessions.may_use(path.removeprefix(_FILE), visitor)
+            return self.sessions.has_access(path.removeprefix(_FILE), visitor)
         return path in _PAGES or path.startswith(_FOLDERS)
 
-    def _remembering(self, send: Any, visitor: str) -> Any:
-        """Passes an upload's answer on, and lends the visitor what it lists."""
+    def _with_access(self, send: Any, visitor: str) -> Any:
+        """Grant the visitor access to the files that the response to an upload lists."""
         body = bytearray()
 
-        async def remember(message: dict) -> None:
+        async def send_and_grant(message: dict) -> None:
             body.extend(message.get("body", b""))
             if message["type"] == "http.response.body" and not message.get("more_body"):
-                with suppress(ValueError):  # an error's text
+                with suppress(ValueError):  # an error message
                     for path in json.loads(body):
-                        self.sessions.lend(str(path), visitor)
+                        self.sessions.grant_access(str(path), visitor)
             await send(message)
 
-        return remember
+        return send_and_grant
 
 
-def _bounded(scope: dict) -> bool:
-    """Whether a request tells beforehand that its body is no longer than it may be.
+def _has_bounded_body(scope: dict) -> bool:
+    """Whether a request declares the length of its body, and that is within the limit.
 
-    An upload may be as long as its files together. `/v1/` reads bodies with a limit of its own.
+    An upload's limit is that of its files together. `/v1/` enforces its own limit while reading.
     """
     if scope["path"].startswith(_API):
         return True
     headers = Request(scope).headers
-    length = headers.get("content-length", "0")  # none, and not in chunks: there is no body
+    length = headers.get("content-length", "0")  # missing, and not chunked: there is no body
     if "transfer-encoding" in headers or not length.isdecimal() or len(length) > 15:
         return False
-    most = MAX_FILES * (MAX_BYTES + 10_000) if scope["path"] == _UPLOAD else MAX_JSON
-    return int(length) <= most
+    limit = MAX_FILES * (MAX_BYTES + 10_000) if scope["path"] == _UPLOAD else MAX_JSON
+    return int(length) <= limit
 
 
 def _with_cookie(send: Any, visitor: str) -> Any:

@@ -1,67 +1,74 @@
-"""OpenAI's messages as turns of a conversation; their media as files of a session."""
+"""Convert OpenAI's messages to turns of a conversation; their media become files of a session."""
 
 import base64
 import binascii
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import ContentPart, Media, Text, Turn
 from nextgpt.serving.sessions import Session
 
-_MODALITIES: dict[str, Modality] = {
-    "image_url": "image", "video_url": "video", "audio_url": "audio", "input_audio": "audio"
-}  # fmt: skip
+
+def _modality_of(part_type: str) -> Modality:
+    return "audio" if part_type == "input_audio" else part_type.removesuffix("_url")
 
 
-class _Asked(BaseModel):
+def _check_part_type(part_type: str) -> str:
+    known = ["text", *(f"{modality}_url" for modality in MODALITIES), "input_audio"]
+    if part_type not in known:
+        raise ValueError(f"should be one of {', '.join(known)}")
+    return part_type
+
+
+class _Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
 
-class _Address(_Asked):
+class _Url(_Lenient):
     url: str
 
 
-class _Sound(_Asked):
+class _Base64Audio(_Lenient):
     data: str
     format: str = "wav"
 
 
-class ServedPart(_Asked):
+class MessagePart(_Lenient):
     """A part of a message."""
 
-    type: Literal["text", "image_url", "video_url", "audio_url", "input_audio"]
+    type: Annotated[str, AfterValidator(_check_part_type)]
     text: str = ""
-    image_url: _Address | None = None
-    video_url: _Address | None = None
-    audio_url: _Address | None = None
-    input_audio: _Sound | None = None
+    image_url: _Url | None = None
+    video_url: _Url | None = None
+    audio_url: _Url | None = None
+    input_audio: _Base64Audio | None = None
 
 
-class ServedMessage(_Asked):
-    """A message; of an assistant's, `parts` count before `content`."""
+class Message(_Lenient):
+    """A message; an assistant's `parts` take precedence over its `content`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ServedPart] | None = None
-    parts: list[ServedPart] | None = None
+    content: str | list[MessagePart] | None = None
+    parts: list[MessagePart] | None = None
 
 
-class StreamOptions(_Asked):
-    """What a stream tells beside the answer."""
+class StreamOptions(_Lenient):
+    """Options of a stream."""
 
     include_usage: bool = False
 
 
-class Completion(BaseModel):
-    """What a client asks for. Other fields are the page's knobs, or do not count."""
+class CompletionRequest(BaseModel):
+    """The body of a request. Other fields are the page's settings, or ignored."""
 
     model_config = ConfigDict(extra="allow")
 
-    messages: list[ServedMessage] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1)
     stream: bool = False
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = 1
@@ -70,80 +77,81 @@ class Completion(BaseModel):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     seed: int | None = None
-    tools: None = None  # there are none to be called
+    tools: None = None  # unsupported
 
 
-def conversation_turns(messages: Sequence[ServedMessage], session: Session) -> tuple[Turn, ...]:
-    """The turns that `messages` stand for; what they show becomes files of `session`.
+def conversation_turns(messages: Sequence[Message], session: Session) -> tuple[Turn, ...]:
+    """Convert `messages` to turns; users' media become files of `session`.
 
-    A system's words go before the first user's.
+    The system prompt is prepended to the first user message.
 
     Raises:
-        UserError: the roles do not take turns, or a medium is unusable.
+        UserError: the roles do not alternate, or a medium is unusable.
     """
-    instruction = "\n".join(
-        _words(one) for one in messages if one.role in ("system", "developer")
+    system = "\n".join(
+        _text(message) for message in messages if message.role in ("system", "developer")
     ).strip()
-    spoken = [one for one in messages if one.role in ("user", "assistant")]
-    expected = ["user", "assistant"] * len(spoken)
-    if len(spoken) % 2 == 0 or [one.role for one in spoken] != expected[: len(spoken)]:
+    dialogue = [message for message in messages if message.role in ("user", "assistant")]
+    expected = ["user", "assistant"] * len(dialogue)
+    roles = [message.role for message in dialogue]
+    if len(dialogue) % 2 == 0 or roles != expected[: len(dialogue)]:
         raise UserError("messages: user and assistant must take turns, and the last be the user's")
     turns: list[Turn] = []
-    for message in spoken:
+    for message in dialogue:
         if message.role == "assistant":
-            turns.append(Turn("assistant", _answered(message)))
+            turns.append(Turn("assistant", _assistant_parts(message)))
         else:
-            text = "\n".join(filter(None, [instruction, _words(message)]))
-            instruction = ""
-            turns.append(session.show(text, _files(message, session)))
+            text = "\n".join(filter(None, [system, _text(message)]))
+            system = ""
+            turns.append(session.build_turn(text, _files(message, session)))
     return tuple(turns)
 
 
-def shows_media(messages: Sequence[ServedMessage]) -> bool:
-    """Whether `conversation_turns` has media to check."""
-    shown = (part for one in messages if one.role == "user" for part in _content(one))
-    return any(part.type != "text" for part in shown)
+def has_media(messages: Sequence[Message]) -> bool:
+    """Whether a user message has media, which `conversation_turns` checks."""
+    parts = (part for message in messages if message.role == "user" for part in _content(message))
+    return any(part.type != "text" for part in parts)
 
 
-def _content(message: ServedMessage) -> list[ServedPart]:
+def _content(message: Message) -> list[MessagePart]:
     content = message.parts or message.content or []
-    return [ServedPart(type="text", text=content)] if isinstance(content, str) else content
+    return [MessagePart(type="text", text=content)] if isinstance(content, str) else content
 
 
-def _words(message: ServedMessage) -> str:
+def _text(message: Message) -> str:
     return "\n".join(part.text for part in _content(message) if part.type == "text")
 
 
-def _answered(message: ServedMessage) -> tuple[ContentPart, ...]:
-    """An earlier answer: of its media only the kind counts, the signal runs that made them."""
+def _assistant_parts(message: Message) -> tuple[ContentPart, ...]:
+    """Convert an earlier answer; only the modality of its media matters, for the signal tokens."""
     return tuple(
-        Text(part.text) if part.type == "text" else Media(_MODALITIES[part.type])
+        Text(part.text) if part.type == "text" else Media(_modality_of(part.type))
         for part in _content(message)
     )
 
 
-def _files(message: ServedMessage, session: Session) -> list[tuple[Path, str]]:
+def _files(message: Message, session: Session) -> list[tuple[Path, str]]:
     files = []
     for part in _content(message):
         if part.type != "text":
             name = f"{part.type} {len(files) + 1}"
-            path = session.new_folder() / "shown"
-            path.write_bytes(_decoded(part, name))
+            path = session.new_folder() / "upload"
+            path.write_bytes(_decode(part, name))
             files.append((path, name))
     return files
 
 
-def _decoded(part: ServedPart, name: str) -> bytes:
-    given: Any = getattr(part, part.type)
+def _decode(part: MessagePart, name: str) -> bytes:
+    given: Any = getattr(part, part.type, None)
     if given is None:
         raise UserError(f"{name}: the part has no {part.type}")
-    data = given.data if isinstance(given, _Sound) else given.url
+    data = given.data if isinstance(given, _Base64Audio) else given.url
     head, comma, body = data.partition(",")
-    if isinstance(given, _Sound) and not comma:
+    if isinstance(given, _Base64Audio) and not comma:
         body = head
     elif not head.startswith("data:") or not head.endswith(";base64") or not comma:
         raise UserError(
-            f"{name}: give the medium itself as data:...;base64,...; an address is not read"
+            f"{name}: give the medium itself as data:...;base64,...; a URL is not fetched"
         )
     try:
         return base64.b64decode(body, validate=True)

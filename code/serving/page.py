@@ -1,4 +1,4 @@
-"""The page: a chat, a box for words and files, chips with examples, the knobs folded away."""
+"""The page: chat, message box, example buttons, camera and settings."""
 
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from nextgpt.serving.chat_view import as_said, chat_messages
+from nextgpt.serving.chat_view import chat_messages, unescape_text
 from nextgpt.serving.examples import Example
 from nextgpt.serving.guarded_blocks import GuardedBlocks
 from nextgpt.serving.handlers import Handlers
@@ -15,18 +15,21 @@ from nextgpt.serving.sampling_settings import SEED_LIMIT, SettingSpec, setting_s
 
 TITLE = "NExT-GPT"
 STYLE = Path(__file__).with_name("style.css")
-_DARK = "() => document.body.classList.toggle('dark')"
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-_LIMIT: dict[str, Any] = {"concurrency_limit": None}  # the desk has the queue
+_TOGGLE_DARK = "() => document.body.classList.toggle('dark')"
+_UNLIMITED: dict[str, Any] = {"concurrency_limit": None}  # InferenceQueue limits
+_PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"} | _UNLIMITED
 
 
 def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> gr.Blocks:
-    """The page and its API.
+    """Build the page and its API.
 
     Args:
-        about: a line below the title, of the system that is served.
+        handlers: of its buttons.
+        examples: a button each.
+        about: a line below the title.
     """
-    knobs = setting_specs(handlers.options)
+    specs = setting_specs(handlers.defaults)
     with GuardedBlocks(handlers.sessions, title=TITLE, analytics_enabled=False) as page:
         with gr.Row(elem_id="head"):
             gr.Markdown(f"# {TITLE}\n{about}")
@@ -56,62 +59,57 @@ def build_page(handlers: Handlers, examples: Sequence[Example], about: str) -> g
             max_plain_text_length=20_000,
             autofocus=True,
         )
-        with gr.Accordion("Camera", open=False, elem_id="camera"), gr.Row():
-            photo = gr.Image(
-                sources=["webcam"], type="filepath", label="Photograph", height=240, elem_id="photo"
-            )
-            film = (
-                gr.Video(  # as it is: to mirror or to mute it, Gradio would need FFmpeg's program
-                    sources=["webcam"],
-                    label="Film",
-                    height=240,
-                    elem_id="film",
-                    include_audio=True,
-                    webcam_options=gr.WebcamOptions(mirror=False),
-                )
-            )
-        with gr.Accordion("Knobs", open=False, elem_id="knobs"):
-            turned = _sliders(knobs)
-        names = [*(knob.name for knob in knobs), "seed"]
-        _connect(handlers, names, chat, box, turned)
+        _add_camera(box)
+        with gr.Accordion("Settings", open=False, elem_id="settings"):
+            sliders = _sliders(specs)
+        _connect(handlers, [*(spec.name for spec in specs), "seed"], chat, box, sliders)
         for chip, example in zip(chips, examples, strict=True):
-            chip.click(_fill(handlers, example), None, box, api_visibility="private", **_LIMIT)
-        # Not `change`: it also comes when the camera is emptied, and then may meet a box in use.
-        for camera, taken in ((photo, photo.input), (film, film.stop_recording)):
-            camera.preprocess = _path  # Gradio's own would decode the file
-            taken(
-                _attach,
-                [box, camera],
-                [box, camera],
-                show_progress="hidden",
-                api_visibility="private",
-                **_LIMIT,
-            )
-        dark.click(None, js=_DARK, api_visibility="private")
+            chip.click(_fill(handlers, example), None, box, api_visibility="private", **_UNLIMITED)
+        dark.click(None, js=_TOGGLE_DARK, api_visibility="private")
         page.unload(handlers.close)
-        gr.api(handlers.chat, api_name="chat", **_LIMIT)
-        gr.api(_forget(handlers), api_name="forget", **_LIMIT)
+        gr.api(handlers.chat, api_name="chat", **_UNLIMITED)
+        gr.api(_forget(handlers), api_name="forget", **_UNLIMITED)
     return page
+
+
+def _add_camera(box: gr.MultimodalTextbox) -> None:
+    """Add photograph and film, which are attached to the message box."""
+    with gr.Accordion("Camera", open=False, elem_id="camera"), gr.Row():
+        photo = gr.Image(
+            sources=["webcam"], type="filepath", label="Photograph", height=240, elem_id="photo"
+        )
+        film = gr.Video(  # mirroring or muting would need the FFmpeg program
+            sources=["webcam"],
+            label="Film",
+            height=240,
+            elem_id="film",
+            include_audio=True,
+            webcam_options=gr.WebcamOptions(mirror=False),
+        )
+    # Not `change`: it is also triggered when the camera is cleared, and then may race with typing.
+    for camera, taken in ((photo, photo.input), (film, film.stop_recording)):
+        camera.preprocess = _path  # Gradio's would decode the file
+        taken(_attach, [box, camera], [box, camera], **_PRIVATE)
 
 
 def _path(file: gr.FileData | None) -> str | None:
     return file.path if file else None
 
 
-def _sliders(knobs: Sequence[SettingSpec]) -> list[gr.components.Component]:
-    """A slider for each knob, by groups, and a field for the seed."""
+def _sliders(specs: Sequence[SettingSpec]) -> list[gr.components.Component]:
+    """Add a slider for each setting, by groups, and a field for the seed."""
     sliders: dict[str, gr.components.Component] = {}
-    for group in dict.fromkeys(knob.group for knob in knobs):
+    for group in dict.fromkeys(spec.group for spec in specs):
         with gr.Row():
-            for knob in knobs:
-                if knob.group == group:
-                    sliders[knob.name] = gr.Slider(
-                        knob.low,
-                        knob.high,
-                        knob.value,
-                        step=knob.step,
-                        label=knob.label if group == "Words" else f"{group}: {knob.label}",
-                        elem_id=f"knob_{knob.name}",
+            for spec in specs:
+                if spec.group == group:
+                    sliders[spec.name] = gr.Slider(
+                        spec.low,
+                        spec.high,
+                        spec.default,
+                        step=spec.step,
+                        label=spec.label if group == "Words" else f"{group}: {spec.label}",
+                        elem_id=f"setting_{spec.name}",
                         min_width=220,
                     )
     seed = gr.Number(
@@ -120,12 +118,12 @@ def _sliders(knobs: Sequence[SettingSpec]) -> list[gr.components.Component]:
         precision=0,
         minimum=-1,
         maximum=SEED_LIMIT,
-        elem_id="knob_seed",
+        elem_id="setting_seed",
     )
-    turned = [*(sliders[knob.name] for knob in knobs), seed]
-    for one in turned:  # `turn_knobs` refuses what is out of range, and names the knob
-        one.preprocess = lambda value: value
-    return turned
+    inputs = [*(sliders[spec.name] for spec in specs), seed]
+    for component in inputs:  # `apply_settings` checks the range, and names the setting
+        component.preprocess = lambda value: value
+    return inputs
 
 
 def _connect(
@@ -133,48 +131,48 @@ def _connect(
     names: Sequence[str],
     chat: gr.Chatbot,
     box: gr.MultimodalTextbox,
-    knobs: list[gr.components.Component],
+    sliders: list[gr.components.Component],
 ) -> None:
-    """What sending, stopping, retrying, editing and clearing do."""
+    """Connect sending, stopping, retrying, editing and clearing to their handlers."""
     idle = {"submit_btn": True, "stop_btn": False}
     busy = {"submit_btn": False, "stop_btn": True}
 
-    async def send(request: gr.Request, said: dict, *values: Any) -> AsyncIterator[dict]:
-        emptied = False
-        turned = dict(zip(names, values, strict=True))
-        async for messages, taken in handlers.send(said, turned, request):
-            yield {chat: messages} | ({box: _box(busy, "")} if taken and not emptied else {})
-            emptied |= taken
+    async def send(request: gr.Request, message: dict, *values: Any) -> AsyncIterator[dict]:
+        cleared = False
+        settings = dict(zip(names, values, strict=True))
+        async for messages, accepted in handlers.send(message, settings, request):
+            clear_box = accepted and not cleared
+            yield {chat: messages} | ({box: _box(busy, "")} if clear_box else {})
+            cleared |= accepted
         yield {box: gr.MultimodalTextbox(interactive=True, **idle)}
 
-    async def again(
+    async def repeat(
         number: int, text: str | None, values: Sequence[Any], request: gr.Request
     ) -> AsyncIterator[dict]:
-        turned = dict(zip(names, values, strict=True))
+        settings = dict(zip(names, values, strict=True))
         yield {box: gr.MultimodalTextbox(**busy)}
-        async for messages in handlers.again(number, text, turned, request):
+        async for messages in handlers.retry(number, text, settings, request):
             yield {chat: messages}
         yield {box: gr.MultimodalTextbox(interactive=True, **idle)}
 
     async def retry(event: gr.RetryData, request: gr.Request, *values: Any) -> AsyncIterator[dict]:
         number = _round_of(handlers, event.index, request)
-        async for update in again(number, None, values, request):
+        async for update in repeat(number, None, values, request):
             yield update
 
     async def edit(event: gr.EditData, request: gr.Request, *values: Any) -> AsyncIterator[dict]:
         number = _round_of(handlers, event.index, request)
-        async for update in again(number, as_said(_text_of(event.value)), values, request):
+        async for update in repeat(number, unescape_text(_text_of(event.value)), values, request):
             yield update
 
     def clear(request: gr.Request) -> dict:
         return {chat: handlers.clear(request), box: gr.MultimodalTextbox(**idle)}
 
-    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"} | _LIMIT
-    box.submit(send, [box, *knobs], [chat, box], **hidden)
-    box.stop(handlers.stop, None, None, queue=False, **hidden)
-    chat.retry(retry, knobs, [chat, box], **hidden)
-    chat.edit(edit, knobs, [chat, box], **hidden)
-    chat.clear(clear, None, [chat, box], queue=False, **hidden)
+    box.submit(send, [box, *sliders], [chat, box], **_PRIVATE)
+    box.stop(handlers.stop, None, None, queue=False, **_PRIVATE)
+    chat.retry(retry, sliders, [chat, box], **_PRIVATE)
+    chat.edit(edit, sliders, [chat, box], **_PRIVATE)
+    chat.clear(clear, None, [chat, box], queue=False, **_PRIVATE)
 
 
 def _box(state: dict[str, Any], text: str) -> gr.MultimodalTextbox:
@@ -182,35 +180,34 @@ def _box(state: dict[str, Any], text: str) -> gr.MultimodalTextbox:
 
 
 def _round_of(handlers: Handlers, index: int | tuple[int, int], request: gr.Request) -> int:
-    """The round of the message with this number, which is -1 for one that is not there."""
+    """Return the round of a message by its index, -1 if there is none."""
     message = index[0] if isinstance(index, list | tuple) else index
     rounds = chat_messages(handlers.session(request))[1]
     return rounds[message] if 0 <= message < len(rounds) else -1
 
 
 def _text_of(value: Any) -> str:
-    """The words of an edited message, in whatever form the browser sends them."""
+    """Return the text of an edited message, in whatever form the browser sends it."""
     if isinstance(value, list):
         return "\n".join(_text_of(one) for one in value)
     return str(value.get("text", "")) if isinstance(value, dict) else str(value)
 
 
 def _fill(handlers: Handlers, example: Example) -> Any:
-    """What a chip does: the example's words and files go into the box."""
+    """Return the handler of an example's button: its text and file go into the message box."""
 
     def fill(request: gr.Request) -> dict:
-        files = [example.lend(handlers.sessions, request.cookies.get(COOKIE, ""))
-                 for example in [example] if example.file]  # fmt: skip
-        return {"text": example.text, "files": files}
+        visitor = request.cookies.get(COOKIE, "")
+        return {"text": example.text, "files": example.copy_for(handlers.sessions, visitor)}
 
     return fill
 
 
-def _attach(said: dict | None, taken: str | None) -> tuple[dict, None]:
-    """What the camera does: its file goes into the box, and it is empty again."""
-    said = said or {}
-    files = [*said.get("files", []), *([taken] if taken else [])]
-    return {"text": said.get("text", ""), "files": files}, None
+def _attach(message: dict | None, taken: str | None) -> tuple[dict, None]:
+    """Move the camera's file into the message box."""
+    message = message or {}
+    files = [*message.get("files", []), *([taken] if taken else [])]
+    return {"text": message.get("text", ""), "files": files}, None
 
 
 def _forget(handlers: Handlers) -> Any:

@@ -1,4 +1,4 @@
-"""The knobs: what people may set for an answer, and how far; page and APIs use one table."""
+"""The settings that people may change for an answer, with their ranges: one table for all APIs."""
 
 import math
 from collections.abc import Mapping
@@ -6,27 +6,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.modality import MODALITIES
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.generation.settings import GenerationSettings
+from nextgpt.model.decoders import DecoderOption
 
 SEED_LIMIT = 2**31 - 1
-_WORDS = ("top_p", "temperature", "max_new_tokens")
-_TITLES = {"image": "Picture", "video": "Video", "audio": "Sound"}
-_FIELDS = {
-    "guidance": "guidance_scale", "steps": "num_inference_steps", "frames": "num_frames",
-    "seconds": "audio_length_in_s",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SettingSpec:
-    """A figure that may be set.
+    """A number that may be set.
 
     Attributes:
-        name: as the APIs know it.
-        group, label: for people.
+        name: in the APIs.
+        group, label: on the page.
         low, high, step: the range, ends included; whole numbers if `step` is one.
-        value: the configuration's own.
+        default: the configuration's.
     """
 
     name: str
@@ -35,78 +30,81 @@ class SettingSpec:
     low: float
     high: float
     step: float
-    value: float
+    default: float
 
 
-def setting_specs(options: GenerationSettings) -> list[SettingSpec]:
-    """All knobs; a range reaches as far as the configuration's own figure, if that is outside."""
-    knobs = [
-        _knob("top_p", "Words", "top-p", 0.01, 1, 0.01, options.top_p),
-        _knob("temperature", "Words", "temperature", 0, 2, 0.05, options.temperature),
-        _knob("max_new_tokens", "Words", "longest answer (tokens)", 16, 512, 1,
-              options.max_new_tokens),
+def setting_specs(defaults: GenerationSettings) -> list[SettingSpec]:
+    """List all settings; a range is extended to the configuration's value, if that is outside."""
+    specs = [
+        _spec("top_p", "Words", "top-p", 0.01, 1, 0.01, defaults.top_p),
+        _spec("temperature", "Words", "temperature", 0, 2, 0.05, defaults.temperature),
+        _spec("max_new_tokens", "Words", "longest answer (tokens)", 16, 512, 1,
+              defaults.max_new_tokens),
     ]  # fmt: skip
-    for modality in MODALITIES:
-        decode, title = options.decode[modality], _TITLES[modality]
-        knobs += [
-            _knob(f"guidance_{modality}", title, "guidance", 1, 15, 0.5, decode.guidance_scale),
-            _knob(
-                f"steps_{modality}", title, "denoising steps", 1, 100, 1, decode.num_inference_steps
-            ),
-        ]
-    frames, seconds = options.decode["video"].num_frames, options.decode["audio"].audio_length_in_s
-    knobs.append(_knob("frames_video", "Video", "frames", 1, 48, 1, frames))
-    if seconds is not None:
-        knobs.append(_knob("seconds_audio", "Sound", "seconds", 0.5, 10, 0.5, seconds))
-    return knobs
+    return specs + [
+        _spec(name, MODALITIES[modality].display_name.capitalize(), option.label, option.low,
+              option.high, option.step, getattr(defaults.decode[modality], option.field))
+        for name, (modality, option) in _decoder_options(defaults).items()
+    ]  # fmt: skip
 
 
-def _knob(
-    name: str, group: str, label: str, low: float, high: float, step: float, value: float
+def _decoder_options(defaults: GenerationSettings) -> dict[str, tuple[Modality, DecoderOption]]:
+    """The decoders' options by the settings' names; those without a value are left out."""
+    return {
+        f"{option.name}_{modality}": (modality, option)
+        for modality, decode in defaults.decode.items()
+        for option in MODALITIES[modality].decoder_class.options
+        if getattr(decode, option.field) is not None
+    }
+
+
+def _spec(
+    name: str, group: str, label: str, low: float, high: float, step: float, default: float
 ) -> SettingSpec:
-    return SettingSpec(name, group, label, min(low, value), max(high, value), step, value)
+    return SettingSpec(name, group, label, min(low, default), max(high, default), step, default)
 
 
-def apply_settings(options: GenerationSettings, values: Mapping[str, Any]) -> GenerationSettings:
-    """`options` with what is set in `values`, by the knobs' names; None leaves a knob alone.
+def apply_settings(defaults: GenerationSettings, values: Mapping[str, Any]) -> GenerationSettings:
+    """Override `defaults` with `values`, by the settings' names; None keeps a default.
 
     Raises:
-        UserError: naming the knob and its range.
+        UserError: names the setting and its range.
     """
-    known = {knob.name: knob for knob in setting_specs(options)}
-    words: dict[str, Any] = {}
-    decode = dict(options.decode)
+    specs = {spec.name: spec for spec in setting_specs(defaults)}
+    of_decoders = _decoder_options(defaults)
+    sampling: dict[str, Any] = {}
+    decode = dict(defaults.decode)
     for name, value in values.items():
-        if name not in known:
-            raise UserError(f"there is no knob {name!r}: the knobs are {', '.join(known)}")
+        if name not in specs:
+            raise UserError(f"unknown setting {name!r}: the settings are {', '.join(specs)}")
         if value is None:
             continue
-        value = _within(known[name], value)
-        if name in _WORDS:
-            words[name] = value
+        value = _validate(specs[name], value)
+        if name in of_decoders:
+            modality, option = of_decoders[name]
+            decode[modality] = replace(decode[modality], **{option.field: value})
         else:
-            field, _, modality = name.rpartition("_")
-            decode[modality] = replace(decode[modality], **{_FIELDS[field]: value})
-    return replace(options, **words, decode=decode)
+            sampling[name] = value
+    return replace(defaults, **sampling, decode=decode)
 
 
 def check_seed(seed: Any) -> int | None:
-    """A seed, or none where it is -1 or left out.
+    """Return a valid seed, or None if it is -1 or missing.
 
     Raises:
         UserError: out of range.
     """
     if seed is None or seed == -1:
         return None
-    return int(_within(SettingSpec("seed", "", "", 0, SEED_LIMIT, 1, 0), seed))
+    return int(_validate(SettingSpec("seed", "", "", 0, SEED_LIMIT, 1, 0), seed))
 
 
-def _within(knob: SettingSpec, value: Any) -> float:
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not fits or not knob.low <= value <= knob.high:
-        raise UserError(f"{knob.name} {value!r}: give {knob.low:g} to {knob.high:g}")
-    if knob.step == 1:
+def _validate(spec: SettingSpec, value: Any) -> float:
+    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not valid or not spec.low <= value <= spec.high:
+        raise UserError(f"{spec.name} {value!r}: give {spec.low:g} to {spec.high:g}")
+    if spec.step == 1:
         if value != int(value):
-            raise UserError(f"{knob.name} {value!r}: give a whole number")
+            raise UserError(f"{spec.name} {value!r}: give a whole number")
         return int(value)
     return float(value)

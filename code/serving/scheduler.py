@@ -1,7 +1,7 @@
-"""The desk: one answer at a time, the others wait in line, whoever leaves frees the place.
+"""The inference queue: one answer at a time, first come, first served; leaving frees the place.
 
-The model works in a thread of its own; what happens there comes out as events in the server's loop.
-Queued costs nothing but a look at the line five times a second.
+The model runs in a worker thread; events come out in the server's event loop. Waiting costs a look
+at the queue five times a second.
 """
 
 import asyncio
@@ -10,65 +10,47 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event as Flag
 
 from nextgpt.common.errors import MediaError, UserError
-from nextgpt.common.modality import Modality
-from nextgpt.conversation.messages import Conversation, Media, Turn
+from nextgpt.common.modality import MODALITIES
+from nextgpt.common.paths import project_path
+from nextgpt.conversation.messages import Conversation, Media
 from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import (
+    Answer,
+    AnswerComplete,
+    Cancelled,
+    DiffusionStep,
+    MediumReady,
+    TextDelta,
+    TurnComplete,
+)
 from nextgpt.generation.settings import GenerationSettings
-from nextgpt.generation.types import Answer
 from nextgpt.media.decode_worker import POLL_SECONDS, TimeLimits
-from nextgpt.media.writing import SUFFIXES, Output, save_medium
-from nextgpt.serving.nearest_captions import CaptionBank, Near
+from nextgpt.media.writing import save_medium
+from nextgpt.serving.nearest_captions import CaptionBank, Neighbours
 
-LONGEST_LINE = 100
-MEDIUM_LIMITS = TimeLimits(cpu_seconds=20, wall_seconds=40)  # of decoding one that is shown
-MAX_DECODING_SECONDS = 60  # of all that one answer is shown, by the clock: the others wait so long
-_LOOK = 0.2  # seconds between two looks at the line
+MAX_PENDING = 100
+MEDIUM_LIMITS = TimeLimits(cpu_seconds=20, wall_seconds=40)  # of decoding one of the human's media
+MAX_DECODING_SECONDS = 60  # wall time for all media of one answer: everybody else waits meanwhile
+_POLL_QUEUE_SECONDS = 0.2
 _log = logging.getLogger("demo")
 
 
 @dataclass(frozen=True)
-class Queued:
-    """So many answers are made before this one."""
+class QueuePosition:
+    """The number of answers that come before this one."""
 
     before: int
 
 
 @dataclass(frozen=True)
-class TextDelta:
-    """The next words."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class TurnComplete:
-    """All is written; the turn's media are made next.
-
-    Attributes:
-        token_names: as written.
-    """
-
-    turn: Turn
-    token_names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class DiffusionStep:
-    """Medium `number` of the answer has had `done` of `steps` denoising steps."""
-
-    number: int
-    done: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class MediumReady:
-    """Medium `number` lies at `path`."""
+class MediumSaved:
+    """Medium `number` of the answer is decoded and saved at `path`."""
 
     number: int
     path: Path
@@ -79,42 +61,39 @@ class Finished:
     """The answer is complete.
 
     Attributes:
-        nearest: of each medium, the captions that its signal run stands closest to.
-        seconds: of each link, with `first_word` and `whole` from the turn at the desk on.
-        prompt_tokens: that the language model read.
+        nearest: for each medium the captions nearest to its prompt embedding; None without a
+            caption bank.
+        seconds: of each step, with `first_word` and `whole` from the start of the answer on.
+        prompt_tokens: length of the prompt.
     """
 
-    nearest: tuple[Near, ...]
+    nearest: tuple[Neighbours, ...] | None
     seconds: dict[str, float]
     prompt_tokens: int = 0
 
 
-Event = Queued | TextDelta | TurnComplete | DiffusionStep | MediumReady | Finished
-
-
-class Cancelled(Exception):
-    """The one who asked wants no more of it."""
+Event = QueuePosition | TextDelta | TurnComplete | DiffusionStep | MediumSaved | Finished
 
 
 class InternalError(UserError):
-    """An answer failed by no fault of the one who asked."""
+    """An answer failed through no fault of the client."""
 
 
 class Overloaded(InternalError):
-    """There is no room now: later there may be."""
+    """No capacity at the moment."""
 
 
 @dataclass
 class Job:
-    """An answer to be given.
+    """An answer to generate.
 
     Attributes:
-        folder: where the media go.
+        folder: for the media.
         stopped: set it to end the answer.
     """
 
     conversation: Conversation
-    options: GenerationSettings
+    settings: GenerationSettings
     seed: int
     folder: Path
     stopped: Flag = field(default_factory=Flag)
@@ -126,94 +105,100 @@ class Job:
 
 
 class InferenceQueue:
-    """Answers conversations with one assistant, first come, first served."""
+    """Answers conversations with one assistant, first come, first served.
+
+    Raises:
+        UserError: the configuration's caption bank cannot be read.
+    """
 
     def __init__(self, assistant: Assistant) -> None:
         self.assistant = assistant
-        self.bank = CaptionBank()
-        self.line: list[Job] = []
+        bank = assistant.config.serving.caption_bank
+        self.bank = CaptionBank.from_file(project_path(bank)) if bank else None
+        self.pending: list[Job] = []  # the first one is being answered
         self._worker = ThreadPoolExecutor(1, "assistant")
         self._closed = False
 
-    def warm(self) -> None:
-        """Load, before anybody needs it, what else would be loaded during the first answers.
+    def warm_up(self) -> None:
+        """Load what the first answers would load otherwise.
 
-        Piece by piece: an answer that comes in between waits for one of them, not for all.
+        In small pieces: an answer that comes meanwhile waits for one of them, not for all.
         """
-        self._worker.submit(self._warm, self._pieces())
+        self._worker.submit(self._warm_up, self._warm_up_pieces())
 
-    def _pieces(self) -> Iterator[None]:
-        self.assistant.load_encoder()
+    def _warm_up_pieces(self) -> Iterator[None]:
+        self.assistant.load_media_encoder()
         yield
         for modality in self.assistant.config.decoders:
             self.assistant.load_decoder(modality)
             yield
         for modality in self.assistant.config.decoders:
-            yield from self.bank.embedding(self.assistant.load_decoder(modality).text_encoder)
+            if self.bank:
+                yield from self.bank.embedding(self.assistant.load_decoder(modality).text_encoder)
 
-    def _warm(self, pieces: Iterator[None]) -> None:
+    def _warm_up(self, pieces: Iterator[None]) -> None:
         try:
             next(pieces)
         except StopIteration:
             return
-        except UserError as error:  # who needs the part will be told
+        except UserError as error:  # reported again to whoever needs the component
             _log.warning("%s", error)
             return
         if not self._closed:
-            self._worker.submit(self._warm, pieces)
+            self._worker.submit(self._warm_up, pieces)
 
     def close(self) -> None:
-        """End all answers and let the thread go."""
+        """End all answers and the worker thread."""
         self._closed = True
-        for job in self.line:
+        for job in self.pending:
             job.stopped.set()
         self._worker.shutdown(cancel_futures=True)
 
     async def answer(self, job: Job) -> AsyncIterator[Event]:
-        """What happens until the answer is complete. Leaving the iterator ends the answer.
+        """Yield the events until the answer is complete. Closing the iterator ends the answer.
 
         Raises:
             MediaError: the input is unusable.
-            Overloaded: too many are waiting.
-            InternalError: a component cannot be loaded, or something else failed. The queue goes on
-                with the next, whatever it was.
+            Overloaded: the queue is full.
+            InternalError: a component cannot be loaded, or an unexpected error. The queue continues
+                with the next answer.
             Cancelled: `job.stopped` was set.
         """
-        if len(self.line) >= LONGEST_LINE:
-            raise Overloaded(f"{LONGEST_LINE} answers are waiting already: try again later")
+        if len(self.pending) >= MAX_PENDING:
+            raise Overloaded(f"{MAX_PENDING} answers are waiting already: try again later")
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event | None] = asyncio.Queue()
 
-        def tell(event: Event) -> None:
-            job.check()
-            loop.call_soon_threadsafe(events.put_nowait, event)
+        def work() -> None:
+            for event in self._generate(job):
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         def leave() -> None:
-            self.line.remove(job)
+            self.pending.remove(job)
             events.put_nowait(None)
 
-        self.line.append(job)
-        work = self._worker.submit(self._work, job, tell)
-        work.add_done_callback(lambda _: loop.call_soon_threadsafe(leave))
+        self.pending.append(job)
+        result = self._worker.submit(work)
+        result.add_done_callback(lambda _: loop.call_soon_threadsafe(leave))
         try:
             async for event in self._follow(job, events):
                 yield event
         finally:
             job.stopped.set()
-            work.cancel()
-        _check(work)
+            result.cancel()
+        _raise_error(result)
 
     async def _follow(
         self, job: Job, events: "asyncio.Queue[Event | None]"
     ) -> AsyncIterator[Event]:
-        place = None
+        position = None
         while True:
-            before = self.line.index(job) if job in self.line else 0
-            if before != place:
-                place = before
-                yield Queued(before)
+            before = self.pending.index(job) if job in self.pending else 0
+            if before != position:
+                position = before
+                yield QueuePosition(before)
             try:
-                event = await asyncio.wait_for(events.get(), _LOOK)
+                event = await asyncio.wait_for(events.get(), _POLL_QUEUE_SECONDS)
             except TimeoutError:
                 job.check()
                 continue
@@ -221,46 +206,55 @@ class InferenceQueue:
                 return
             yield event
 
-    def _work(self, job: Job, tell: Callable[[Event], None]) -> None:
-        """In the worker's thread: the answer from end to end."""
+    def _generate(self, job: Job) -> Iterator[Event]:
+        """Generate the answer, save its media and look up their nearest captions."""
         start = time.perf_counter()
-        first: list[float] = []
-
-        def on_text(text: str) -> None:
-            first.append(time.perf_counter() - start)
-            tell(TextDelta(text))
-
-        teller = _MediaTeller(job, tell)
-        answer = self.assistant.chat(
+        first_word: dict[str, float] = {}
+        stream = self.assistant.stream(
             job.conversation,
             seed=job.seed,
-            options=job.options,
-            on_text=on_text,
-            on_turn=teller.on_turn,
-            on_progress=teller.on_progress,
-            on_medium=teller.on_medium,
+            settings=job.settings,
             check=_limited_check(job),
             limits=MEDIUM_LIMITS,
         )
-        nearest = self._nearest(answer)
-        seconds = dict(answer.seconds) | ({"first_word": first[0]} if first else {})
-        seconds["whole"] = time.perf_counter() - start
-        read = len(self.assistant.encoder.encode(job.conversation).input_ids)
-        tell(Finished(nearest, seconds, read))
+        with closing(stream) as events:
+            for event in events:
+                job.check()
+                match event:
+                    case TextDelta():
+                        first_word.setdefault("first_word", time.perf_counter() - start)
+                        yield event
+                    case TurnComplete(turn):
+                        media = [part.modality for part in turn.parts if isinstance(part, Media)]
+                        yield event
+                    case MediumReady(number, output):
+                        modality = media[number]
+                        path = job.folder / f"{modality}_{number + 1}{MODALITIES[modality].suffix}"
+                        save_medium(output, path)
+                        yield MediumSaved(number, path)
+                    case AnswerComplete(answer):
+                        nearest = self._nearest(answer)
+                        whole = {"whole": time.perf_counter() - start}
+                        seconds = answer.seconds | first_word | whole
+                        yield Finished(nearest, seconds, answer.prompt_tokens)
+                    case _:
+                        yield event
 
-    def _nearest(self, answer: Answer) -> tuple[Near, ...]:
+    def _nearest(self, answer: Answer) -> tuple[Neighbours, ...] | None:
+        if self.bank is None:
+            return None
         modalities = [part.modality for part in answer.turn.parts if isinstance(part, Media)]
         return tuple(
-            self.bank.nearest(self.assistant.load_decoder(modality).text_encoder, caption)
-            for modality, caption in zip(modalities, answer.prompt_embeds, strict=True)
+            self.bank.nearest(self.assistant.load_decoder(modality).text_encoder, embeds)
+            for modality, embeds in zip(modalities, answer.prompt_embeds, strict=True)
         )
 
 
 def _limited_check(job: Job) -> Callable[[], None]:
-    """`job.check`, which also ends the decoding of media that take too long together.
+    """Return `job.check` with a limit on the total decoding time of the human's media.
 
-    It is called every `POLL_SECONDS` while one is decoded, and at no other time: its calls are
-    counted, so that the encoder's time does not count.
+    It is called every `POLL_SECONDS` during decoding alone: counting the calls leaves out the media
+    encoder's time.
     """
     calls = itertools.count(1)
 
@@ -268,53 +262,27 @@ def _limited_check(job: Job) -> Callable[[], None]:
         job.check()
         if next(calls) * POLL_SECONDS > MAX_DECODING_SECONDS:
             raise MediaError(
-                f"the media take more than {MAX_DECODING_SECONDS} s to decode: show fewer, or "
+                f"the media take more than {MAX_DECODING_SECONDS} s to decode: give fewer, or "
                 "shorter ones"
             )
 
     return check
 
 
-class _MediaTeller:
-    """Tells of an answer's media by their number, and saves each when it is made."""
-
-    def __init__(self, job: Job, tell: Callable[[Event], None]) -> None:
-        self.job = job
-        self.tell = tell
-        self.waiting: list[tuple[int, Modality]] = []
-
-    def on_turn(self, turn: Turn, token_names: list[str]) -> None:
-        media = [part for part in turn.parts if isinstance(part, Media)]
-        self.waiting = [(number, medium.modality) for number, medium in enumerate(media)]
-        self.tell(TurnComplete(turn, tuple(token_names)))
-
-    def on_progress(self, modality: Modality, done: int, steps: int) -> None:
-        number = next(number for number, waiting in self.waiting if waiting == modality)
-        self.tell(DiffusionStep(number, done, steps))
-
-    def on_medium(self, number: int, output: Output) -> None:
-        modality = dict(self.waiting)[number]
-        self.waiting.remove((number, modality))
-        self.job.check()  # who has left has no folder any more
-        path = self.job.folder / f"{modality}_{number + 1}{SUFFIXES[modality]}"
-        save_medium(output, path)
-        self.tell(MediumReady(number, path))
-
-
-def _check(work: Future[None]) -> None:
-    """Raise what the worker raised, and what nobody foresaw as a message without its inside."""
+def _raise_error(result: Future[None]) -> None:
+    """Raise the worker's error, an unexpected one without its details."""
     try:
-        error = work.exception()
+        error = result.exception()
     except CancelledError:
         raise Cancelled from None
     if error is None:
         return
     if isinstance(error, MediaError | Cancelled):
         raise error
-    if isinstance(error, UserError):  # tells of a part of the system
+    if isinstance(error, UserError):  # about a component
         raise InternalError(str(error)) from error
     _log.error("an answer failed", exc_info=error)
     raise InternalError(
-        f"this answer failed inside ({type(error).__name__}), the server goes on: try again, or "
-        "with other figures; the server's log says more"
+        f"this answer failed with an internal error ({type(error).__name__}), the server runs on: "
+        "try again, or with other settings; the server's log has the details"
     ) from error

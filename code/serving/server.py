@@ -1,7 +1,7 @@
-"""One server: the page at `/`, its media at `/media`, an OpenAI-style API at `/v1`.
+"""The server: the page at `/`, its media at `/media`, an OpenAI-style API at `/v1`.
 
-It listens on the loopback unless told otherwise. Everything temporary lies in one folder that goes
-away with the server. Told to end, it does within seconds, whatever it is doing.
+By default it listens on the loopback interface. All temporary files lie in one folder, removed with
+the server. SIGTERM ends it within seconds, whatever it is doing.
 """
 
 import asyncio
@@ -24,9 +24,9 @@ from fastapi.responses import FileResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Mount
 
+from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.generation.assistant import Assistant
-from nextgpt.generation.cli import find_delta
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.serving.examples import read_examples
 from nextgpt.serving.handlers import Handlers
@@ -44,44 +44,44 @@ _END_SECONDS = 10.0  # from the signal to the end, of which open requests get 2
 
 
 def serve(config: Config, delta: Path | None, host: str, port: int) -> None:
-    """Load the system and answer until the process is told to end.
+    """Load the system and serve until SIGTERM or SIGINT.
 
     Raises:
-        InputError: a part is missing or wrong.
+        UserError: a component is missing or invalid.
     """
     start = time.perf_counter()
-    # uvicorn ends in order, then hands the signal on: to this, or nothing below would be tidied up.
+    # uvicorn shuts down, then re-raises the signal: without a handler nothing below would clean up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with temporary_folder() as folder:
-        assistant = Assistant.load(config, delta or find_delta(config))
+        assistant = Assistant.from_config(config, delta)
         print("\n".join(assistant.report))
-        desk = InferenceQueue(assistant)
-        app = build_app(desk, folder, host)
-        desk.warm()
+        queue = InferenceQueue(assistant)
+        app = build_app(queue, folder, host)
+        queue.warm_up()
         print(f"ready after {time.perf_counter() - start:.1f} s: http://{host}:{port}", flush=True)
-        run_server(app, desk, folder, host, port)
+        run_server(app, queue, folder, host, port)
 
 
-def run_server(app: FastAPI, desk: InferenceQueue, folder: Path, host: str, port: int) -> None:
-    """Answer until the process is told to end. In the main thread, which gets the signals."""
+def run_server(app: FastAPI, queue: InferenceQueue, folder: Path, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT. In the main thread, which receives signals."""
     settings = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2
     )
     try:
         _Server(settings, folder).run()
     finally:
-        desk.close()
+        queue.close()
 
 
 class _Server(uvicorn.Server):
-    """Lets the open tabs go when it is to end, and ends what does not end by itself."""
+    """Closes the open tabs' streams on exit, and kills the process if it does not end in time."""
 
     def __init__(self, settings: uvicorn.Config, folder: Path) -> None:
         super().__init__(settings)
         self.folder = folder
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The signal to end is there."""
+        """Handle SIGTERM or SIGINT."""
         last = threading.Timer(_END_SECONDS, self._end_now)
         last.daemon = True
         last.start()
@@ -89,32 +89,33 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     def _end_now(self) -> None:
-        """From a thread of its own: the loop, or the desk's thread, is stuck."""
+        """Kill the process, from a timer's thread: the event loop or the worker is stuck."""
         print(f"not ended after {_END_SECONDS:.0f} s: ending at once", file=sys.stderr, flush=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         os._exit(1)
 
 
-def build_app(desk: InferenceQueue, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
-    """The whole application.
+def build_app(queue: InferenceQueue, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
+    """Build the application.
 
     Args:
-        folder: for everything temporary, without symbolic links in its path.
-        host: where it will listen: on the loopback, no other name of this computer is answered to.
+        queue: with the assistant.
+        folder: for temporary files, without symbolic links in its path.
+        host: to listen on; on the loopback interface, requests to other host names are refused.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     sessions = Sessions(folder)
-    options = GenerationSettings.from_config(desk.assistant.config)
-    handlers = Handlers(desk, sessions, options)
+    config = queue.assistant.config
+    handlers = Handlers(queue, sessions, GenerationSettings.from_config(config))
 
     @asynccontextmanager
-    async def life(_: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(_sweep(sessions))
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweep = asyncio.create_task(_sweep(sessions))
         yield
-        sweeping.cancel()
+        sweep.cancel()
         sessions.end_checks()
 
-    app = FastAPI(lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.sessions = sessions
     app.include_router(openai_routes(handlers))
 
@@ -123,7 +124,9 @@ def build_app(desk: InferenceQueue, folder: Path, host: str = LOOPBACK[0]) -> Fa
         path = sessions.media_file(token, name, request.cookies.get(COOKIE, ""))
         return _media_response(path) if path else Response("not found", 404)
 
-    page = build_page(handlers, read_examples(), _about(desk.assistant.config))
+    folder_of_examples = config.serving.examples
+    examples = read_examples(project_path(folder_of_examples)) if folder_of_examples else []
+    page = build_page(handlers, examples, _about(config))
     page.queue(default_concurrency_limit=None, max_size=None)
     app = gr.mount_gradio_app(
         app,
@@ -139,10 +142,12 @@ def build_app(desk: InferenceQueue, folder: Path, host: str = LOOPBACK[0]) -> Fa
         ssr_mode=False,
         pwa=False,
     )
-    page.has_launched = True  # a mounted page never is, and Gradio's check of paths would be off
+    page.has_launched = (
+        True  # else a mounted page counts as not launched, and Gradio's check of paths is off
+    )
     app.state.page = next(route.app for route in app.routes if isinstance(route, Mount))
     app.add_middleware(VisitorMiddleware, sessions=sessions)
-    if host in LOOPBACK:  # pages of other sites cannot make a name of theirs mean this server
+    if host in LOOPBACK:  # against DNS rebinding by other sites
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
     return app
 
@@ -152,15 +157,15 @@ def _about(config: Config) -> str:
 
 
 def _media_response(path: Path) -> Response:
-    kind = mimetypes.guess_type(path.name)[0] or ""
-    shown = kind.split("/")[0] in ("image", "video", "audio") and kind != "image/svg+xml"
+    mime = mimetypes.guess_type(path.name)[0] or ""
+    inline = mime.split("/")[0] in ("image", "video", "audio") and mime != "image/svg+xml"
     headers = {
         "X-Content-Type-Options": "nosniff",
         "Content-Security-Policy": "sandbox",
         "Cache-Control": "private",
     }
     return FileResponse(
-        path, media_type=kind if shown else "application/octet-stream", headers=headers
+        path, media_type=mime if inline else "application/octet-stream", headers=headers
     )
 
 

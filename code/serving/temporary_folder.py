@@ -1,7 +1,7 @@
-"""A temporary folder for visitors' files, which no end of the process leaves behind for good.
+"""A temporary folder for visitors' files that is removed even after a crash.
 
-The process holds a lock on its folder. The system takes that back however the process ends, so the
-next start knows the folders of processes that crashed or were killed, and removes them.
+The process holds a lock on its folder, which the kernel releases however the process ends: the next
+start recognises the folders of processes that crashed or were killed, and removes them.
 """
 
 import fcntl
@@ -17,7 +17,7 @@ PREFIX = "nextgpt_demo_"
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A new folder for this process alone, removed at the end; those that were left are removed."""
+    """Create a folder for this process, removed on exit; remove abandoned ones."""
     remove_abandoned()
     folder, lock = _locked_folder()
     try:
@@ -28,9 +28,9 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def remove_abandoned() -> None:
-    """Remove the folders of this user's processes that are gone."""
+    """Remove the folders of this user's processes that have ended."""
     for folder in Path(gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(OSError):  # another user's, no folder, in use, or gone by now
+        with suppress(OSError):  # another user's, not a folder, in use, or gone
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
                 if os.fstat(lock).st_uid == os.getuid():
@@ -41,14 +41,14 @@ def remove_abandoned() -> None:
 
 
 def _locked_folder() -> tuple[Path, int]:
-    """A new folder, and the descriptor whose lock says that it is in use."""
+    """Create a folder, and return it with the descriptor that holds its lock."""
     while True:
         folder = Path(mkdtemp(prefix=PREFIX)).resolve()
         try:
             lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:  # another start took it for abandoned, before it was opened
+        except FileNotFoundError:  # another process removed it as abandoned before it was opened
             continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else another start did, just before the lock
+        if folder.exists():  # else another process removed it before it was locked
             return folder, lock
         os.close(lock)

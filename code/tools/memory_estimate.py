@@ -23,20 +23,20 @@ from nextgpt.callbacks.hidden_state_cache import (
 )
 from nextgpt.common.device import autocast_to, choose_dtype
 from nextgpt.common.errors import MissingFileError, UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config, Quantization
 from nextgpt.conversation.batch import Batch
 from nextgpt.dataset.catalog import find_entry
 from nextgpt.media.decode_worker import MAX_PEAK_MEMORY
-from nextgpt.model.build import build_on_meta, find_folder
+from nextgpt.model.build import build_on_meta
 from nextgpt.model.imagebind import ImageBind, read_imagebind_config
+from nextgpt.model.loading import find_folder, map_folder
 from nextgpt.model.nextgpt import NextGPT
-from nextgpt.model.quantization import quantizable_matrices, refuse_to_divide, saved_bytes
+from nextgpt.model.quantization import check_zero_stage, memory_saved, quantizable_matrices
 from nextgpt.model.trainable import count_parameters, group_of, is_base_vocabulary
-from nextgpt.model.weight_files import map_folder
 from nextgpt.tools.memory_meter import MemoryMeter
-from nextgpt.tools.weights.checks import NETWORKS, load_language_model_config
+from nextgpt.tools.weights.checks import load_language_model_config
 from nextgpt.tools.weights.registry import source_of
 from nextgpt.training.engine import micro_batch_size, read_deepspeed_config
 from nextgpt.training.trainer import TRAINED_BEFORE, configure_trainable
@@ -92,7 +92,7 @@ def estimate_memory(config: Config, stage: int, processes: int) -> Plan:
     zero = settings.get("zero_optimization", {})
     zero_stage = zero.get("stage", 0)
     quantization = config.language_model.quantization
-    refuse_to_divide(training.deepspeed_config, settings, quantization)
+    check_zero_stage(training.deepspeed_config, settings, quantization)
     dtype = _planned_dtype(config)
     known = _figures(config)
     model = _lay_out(config, stage, known, dtype)
@@ -104,7 +104,7 @@ def estimate_memory(config: Config, stage: int, processes: int) -> Plan:
     meter = _take_through(model, config, dtype, micro, min(passes, 2), gradients_kept)
     weights_kept = 1 / processes if zero_stage >= 3 else 1.0
     whole = sum(p.numel() * p.itemsize for p in frozen)
-    stored = whole - saved_bytes(model.language_model, quantization)
+    stored = whole - memory_saved(model.language_model, quantization)
     weights = {
         "weights that stay frozen": weights_kept * stored,
         "weights that train": weights_kept * trained * _FLOAT,
@@ -336,7 +336,7 @@ def _serving(
     model = build_on_meta(config, *known, lora=True).to(dtype)
     numbers = {part: size for part, (size, _) in count_parameters(model).items()}
     whole = numbers.pop("language_model") * dtype.itemsize
-    saved = saved_bytes(model.language_model, config.language_model.quantization)
+    saved = memory_saved(model.language_model, config.language_model.quantization)
     sizes = {
         "language model": whole - saved,
         "projections, adapters, new rows": float(sum(numbers.values()) * _FLOAT),
@@ -351,7 +351,8 @@ def _serving(
             counted = "as published" if known_numbers else "not counted"
             sizes[f"decoder, {modality}: not here, {counted}"] = 2.0 * known_numbers
             continue
-        parts = [map_folder(folder / name) for name in ("text_encoder", *NETWORKS[modality])]
+        networks = ("text_encoder", *MODALITIES[modality].decoder_class.networks)
+        parts = [map_folder(folder / name) for name in networks]
         numbers = sum(tensor.numel() for part in parts for tensor in part.values())
         sizes[f"decoder, {modality}"] = 2.0 * numbers
     return sizes

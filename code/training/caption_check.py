@@ -23,10 +23,8 @@ from nextgpt.dataset.caption_records import (
     sample_outputs,
 )
 from nextgpt.dataset.conversations import ConversationDataset
-from nextgpt.model.build import find_folder, resolve_model_path
+from nextgpt.model.loading import find_folder, tokenizer_files, weight_files
 from nextgpt.model.text_encoders import TextEncoder
-from nextgpt.model.tokenizer_files import tokenizer_files
-from nextgpt.model.weight_files import weight_files
 from nextgpt.training.data import MAX_SKIPPED_SHARE
 
 _SAMPLED_ROWS = 8  # of a data set, whose embeddings are computed again
@@ -82,8 +80,8 @@ def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[st
     """By data set, what of its captions is not what its embeddings were made from."""
 
     def command(annotation: Path, modality: Modality, folder: Path) -> str:
-        model = resolve_model_path(config.decoders[modality].path)
-        words = [str(annotation), modality, str(folder), model, "--replace"]
+        path = config.decoders[modality].path
+        words = [str(annotation), modality, str(folder), path, "--replace"]
         return shlex.join(["python", "process_embeddings.py", *words])
 
     return compare_captions(dataset, project_path(config.data.cache_dir), command)

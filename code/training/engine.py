@@ -24,6 +24,7 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import TrainingConfig
 from nextgpt.conversation.batch import Batch
+from nextgpt.model.loading import compare_state_dicts, refuse_faults
 from nextgpt.model.nextgpt import Losses, NextGPT
 from nextgpt.model.trainable import group_of, tuned_parameters
 from nextgpt.training.loss_scale import LossScale, non_finite_gradient
@@ -201,9 +202,9 @@ class TrainEngine:
         if self.loss_scale:
             self.loss_scale.load(random)
 
-    def tuned_tensors(self, *, own_vocabulary: bool) -> dict[str, torch.Tensor]:
+    def tuned_tensors(self, *, base_vocabulary: bool) -> dict[str, torch.Tensor]:
         """The tuned parameters by name, on the CPU in float32; all processes take part."""
-        tuned = dict(tuned_parameters(self.model, own_vocabulary=own_vocabulary))
+        tuned = dict(tuned_parameters(self.model, base_vocabulary=base_vocabulary))
         with deepspeed.zero.GatheredParameters(list(tuned.values())):
             return {name: p.detach().float().cpu().clone() for name, p in tuned.items()}
 
@@ -290,10 +291,10 @@ class TrainEngine:
 
 def _load_what_trains(src: dict[str, torch.Tensor], dst: NextGPT) -> None:
     """Load the saved parameters, which must be those that train, and nothing else."""
-    trained = {name for name, parameter in dst.named_parameters() if parameter.requires_grad}
-    missing, unexpected = dst.load_state_dict(src, strict=False)
-    if wrong := (trained & set(missing)) | set(unexpected):
-        raise UserError(f"the checkpoint is another model's: {', '.join(sorted(wrong))}")
+    trained = [name for name, parameter in dst.named_parameters() if parameter.requires_grad]
+    faults = compare_state_dicts(dst.state_dict(), src, required=trained)
+    refuse_faults("the checkpoint", faults, "another model's? remove it")
+    dst.load_state_dict(src, strict=False)
 
 
 def _offloads(settings: dict) -> bool:

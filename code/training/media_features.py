@@ -16,8 +16,9 @@ from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Batch
 from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.transforms import PREPROCESSING_VERSIONS
-from nextgpt.model.build import build_media_encoder, resolve_model_path
+from nextgpt.model.build import build_media_encoder
 from nextgpt.model.imagebind import ImageBind, fingerprint
+from nextgpt.model.loading import resolve_model_path
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.training.data import CollatedBatch
 

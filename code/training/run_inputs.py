@@ -21,10 +21,8 @@ from nextgpt.config.schema import Config
 from nextgpt.dataset.caption_embeddings import read_maker
 from nextgpt.dataset.caption_records import output_modalities, sample_outputs
 from nextgpt.dataset.conversations import ConversationDataset
-from nextgpt.model.build import find_folder
 from nextgpt.model.imagebind import fingerprint
-from nextgpt.model.tokenizer_files import tokenizer_files
-from nextgpt.model.weight_files import weight_files
+from nextgpt.model.loading import find_folder, tokenizer_files, weight_files
 from nextgpt.training.caption_check import text_encoder_fingerprints
 from nextgpt.training.engine import read_deepspeed_config
 

@@ -29,7 +29,7 @@ from nextgpt.dataset.sampler import BatchSchedule
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.delta import Delta, load_delta, read_delta, tensors_of_absent_groups
 from nextgpt.model.nextgpt import NextGPT
-from nextgpt.model.quantization import refuse_to_divide
+from nextgpt.model.quantization import check_zero_stage
 from nextgpt.model.trainable import count_parameters, format_parameter_counts, set_trainable
 from nextgpt.training.caption_check import check_caption_embeddings
 from nextgpt.training.checkpointing import CheckpointManager, read_run_state
@@ -109,10 +109,10 @@ class Trainer:
         torch.manual_seed(training.seed)
         model = self.make_model(delta)
         carried = tensors_of_absent_groups(model, delta) if delta else {}
-        own_vocabulary = config.language_model.trainable_embeddings == "full" or bool(
-            delta and delta.holds_own_vocabulary
+        base_vocabulary = config.language_model.trainable_embeddings == "full" or bool(
+            delta and delta.holds_base_vocabulary
         )
-        vocabulary_size = model.own_vocabulary_size
+        vocabulary_size = model.base_vocabulary_size
         if checkpoint is None and (delta is None or not delta.holds("input_projection")):
             self.fit(model, samples, plan, steps)
         kept = (
@@ -145,7 +145,7 @@ class Trainer:
                 return False
         if kept is not None:
             self.say(kept.report())
-        tensors = agent.tuned_tensors(own_vocabulary=own_vocabulary)
+        tensors = agent.tuned_tensors(base_vocabulary=base_vocabulary)
         if self.rank == 0:
             folder.finish(carried | tensors, vocabulary_size)
         self.say(f"stage {self.options.stage} is finished: {folder.delta}")
@@ -287,7 +287,7 @@ class Trainer:
         if not training.trainable:
             raise UserError("training.trainable is empty: name what is to be trained")
         settings = read_deepspeed_config(training)
-        refuse_to_divide(
+        check_zero_stage(
             training.deepspeed_config, settings, self.config.language_model.quantization
         )
         model = build_model(
@@ -323,4 +323,4 @@ def configure_trainable(model: NextGPT, config: Config) -> None:
     if config.training.activation_checkpointing and set(trains) != {"output_projections"}:
         model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     whole = config.language_model.trainable_embeddings == "full"
-    set_trainable(model, trains, own_vocabulary=whole)
+    set_trainable(model, trains, base_vocabulary=whole)

@@ -27,7 +27,7 @@ from nextgpt.config.schema import Config
 from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.transforms import load_views
-from nextgpt.media.writing import SUFFIXES, Output
+from nextgpt.media.writing import Output
 from nextgpt.mini_world.captions import sample_caption
 from nextgpt.mini_world.media_set import write_medium
 from nextgpt.mini_world.mini_encoder import TEXT_TOWER
@@ -36,8 +36,9 @@ from nextgpt.mini_world.objects import ATTRIBUTES, Split, WorldObject, sample_ob
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plots import draw_grid
 from nextgpt.mini_world.scoreboard.runner import batched
-from nextgpt.model.build import build_media_encoder, resolve_model_path
-from nextgpt.model.decoders import Decoder
+from nextgpt.model.build import build_media_encoder
+from nextgpt.model.decoders import build_decoder
+from nextgpt.model.loading import resolve_model_path
 
 CANDIDATES = 100
 _SHOWN = 16  # media per plot
@@ -77,7 +78,7 @@ def _sample_captioned(
     count: int, modality: Modality, seed: int, split: Split
 ) -> list[tuple[WorldObject, str]]:
     """Sample objects with full captions, every second of a held-out pair."""
-    rng = np.random.default_rng([seed, MODALITIES.index(modality)])
+    rng = np.random.default_rng([seed, list(MODALITIES).index(modality)])
     objects = [sample_object(rng, split if n % 2 else "training") for n in range(count)]
     return [(obj, sample_caption(obj, modality, rng, split=split)) for obj in objects]
 
@@ -86,7 +87,9 @@ def _score_decoder(
     config: Config, modality: Modality, samples: int, seed: int, out: Path, split: Split
 ) -> dict[str, Any]:
     """Return the accuracy of media, in total, by seen and held-out pairs, and by attribute."""
-    decoder = Decoder(modality, resolve_model_path(config.decoders[modality].path), choose_device())
+    decoder = build_decoder(
+        modality, resolve_model_path(config.decoders[modality].path), choose_device()
+    )
     settings = GenerationSettings.from_config(config).decode[modality]
     cases = _sample_captioned(samples, modality, seed, split)
     outputs: list[Output] = []
@@ -129,7 +132,7 @@ def _score_encoder(config: Config, samples: int, seed: int, split: Split) -> dic
             for number, (obj, text) in enumerate(
                 tqdm(_sample_captioned(samples, modality, seed, split), f"encoder, {modality}")
             ):
-                path = Path(folder_name) / f"{split}_{number:06d}{SUFFIXES[modality]}"
+                path = Path(folder_name) / f"{split}_{number:06d}{MODALITIES[modality].suffix}"
                 write_medium(path, modality, obj, seed + 1)
                 feature_D = imagebind.encode(modality, load_views(modality, path)[None])[0]
                 texts = [text, *_other_captions(obj, modality, rng, split)]

@@ -15,7 +15,6 @@ import numpy as np
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import Media, Text, Turn
-from nextgpt.media.writing import SUFFIXES
 from nextgpt.mini_world.dialogues import (
     CASE_INPUT,
     OUTPUTS,
@@ -166,13 +165,14 @@ def _draw(
     obj = sample_object(rng, initial_split)
     if cell == SECOND:
         source = choose(rng, (None, *MODALITIES))
-        goals = [choose(rng, MODALITIES), OUTPUTS[number // 2 % len(OUTPUTS)]]
+        goals = [choose(rng, tuple(MODALITIES)), OUTPUTS[number // 2 % len(OUTPUTS)]]
     elif cell in CASES:
         source, goals = CASE_INPUT[cell], [cell]
     else:
         given, goal = (LETTERS[letter] for letter in cell.split("→"))
         source, goals = next((m for m in MODALITIES if m == given), None), [goal]
-    path = folder / f"score_{cell.replace('→', '_')}_{number:05d}{SUFFIXES.get(source, '')}"
+    suffix = MODALITIES[source].suffix if source else ""
+    path = folder / f"score_{cell.replace('→', '_')}_{number:05d}{suffix}"
     state = DialogueState.after_input(obj, source) if source else None
     sampler = DialogueSampler(rng, split, pairs)
     held_out = source in _VISUAL and obj.split == split

@@ -21,8 +21,7 @@ from nextgpt.generation.sampling import greedy_answers
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.objects import Split
 from nextgpt.mini_world.scoreboard.runner import BATCH_SIZE, OnProgress, Timer, batched
-from nextgpt.model.build import resolve_model_path
-from nextgpt.model.pretrained_folder import load_pretrained
+from nextgpt.model.loading import load_pretrained, resolve_model_path
 
 _ANSWER_TOKENS = 64
 
@@ -52,7 +51,7 @@ def score_plain_talk(
     answers = []
     for batch in batched(conversations):
         answers += assistant.answer(
-            batch, seeds=[0] * len(batch), options=settings, media_at_once=BATCH_SIZE
+            batch, seeds=[0] * len(batch), settings=settings, media_at_once=BATCH_SIZE
         )
         timer.add(answers[-1].seconds)
         on_progress(len(batch))
@@ -64,7 +63,7 @@ def score_plain_talk(
 
 
 def _perplexities(assistant: Assistant, conversations: Sequence[Conversation]) -> dict[str, float]:
-    encoder, tuned = assistant.encoder, assistant.model.language_model
+    encoder, tuned = assistant.prompt_builder, assistant.model.language_model
     path = resolve_model_path(assistant.config.language_model.path)
     untuned = load_pretrained(AutoModelForCausalLM, path, tuned.dtype).to(assistant.device).eval()
     prompts = [encoder.encode(conversation).input_ids for conversation in conversations]

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 from nextgpt.common.modality import Modality
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
-from nextgpt.generation.assistant import Answer, Assistant
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import Answer
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Output
 from nextgpt.mini_world.captions import audible_attributes, parse_caption
@@ -98,7 +99,7 @@ def answer_items(
             batch_answers = assistant.answer(
                 [_conversation(items[index], answers[index]) for index in batch],
                 seeds=[items[index].seed for index in batch],
-                options=settings,
+                settings=settings,
                 media_at_once=BATCH_SIZE,
             )
             timer.add(batch_answers[0].seconds)

@@ -80,7 +80,7 @@ def evaluate(config: Config, delta: Path, settings: EvaluationSettings, out: Pat
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
         raise UserError(f"{out} is not writable: give another folder for --out")
-    assistant = Assistant.load(config, delta)
+    assistant = Assistant.from_config(config, delta)
     print("\n".join(assistant.report))
     with TemporaryDirectory() as folder:
         board = measure(assistant, settings, Path(folder))

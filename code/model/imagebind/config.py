@@ -1,4 +1,4 @@
-"""The figures of ImageBind's vision and audio trunks (paper: arXiv 2305.05665)."""
+"""Sizes of ImageBind's vision and audio trunks (arXiv 2305.05665)."""
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ class TrunkConfig:
 
 @dataclass(frozen=True)
 class ImageBindConfig:
-    """Everything that decides the encoder's shapes. The defaults are the published figures."""
+    """All sizes of the encoder; the defaults are the published ones."""
 
     vision: TrunkConfig = TrunkConfig(width=1280, blocks=32, heads=16)
     audio: TrunkConfig = TrunkConfig(width=768, blocks=12, heads=12)
@@ -22,7 +22,7 @@ class ImageBindConfig:
     mlp_ratio: int = 4
     image_size: int = 224  # pixels, both sides
     patch_size: int = 14  # pixels, both sides
-    frames: int = 2  # of a video clip; a picture is shown this often
+    frames: int = 2  # of a video clip; an image is repeated
     mel_bins: int = 128
     audio_frames: int = 204  # of 10 ms
     audio_kernel: int = 16  # mel bins and frames that one audio patch spans
@@ -30,12 +30,12 @@ class ImageBindConfig:
 
     @property
     def vision_patches(self) -> int:
-        """Positions without the CLS token."""
+        """Number of patches."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def audio_patches(self) -> int:
-        """Positions without the CLS token."""
+        """Number of patches."""
         rows = (self.mel_bins - self.audio_kernel) // self.audio_stride + 1
         columns = (self.audio_frames - self.audio_kernel) // self.audio_stride + 1
         return rows * columns

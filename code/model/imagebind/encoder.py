@@ -1,10 +1,10 @@
-"""ImageBind's vision and audio encoders: one unit-length vector per picture, clip or sound.
+"""ImageBind's vision and audio encoders: one unit-length vector per image or clip.
 
-Two vision transformers over patches (arXiv 2305.05665). A picture becomes a still clip of two
-frames, a sound the spectrogram picture of its mel bins. Parameter names are those of the published
-`imagebind_huge.pth`, so its tensors load by name. Published figures: 633 M parameters see and 86 M
-hear; a view costs about 0.33 TFLOP (picture or clip) or 0.04 TFLOP (sound), a video is 15 views,
-a sound 3.
+Two vision transformers over patches (arXiv 2305.05665). An image becomes a still clip of two
+frames, audio its mel spectrogram. Parameter names are those of the published `imagebind_huge.pth`,
+so its tensors load by name. At the published size, vision has 633 M parameters and audio 86 M; a
+view costs about 0.33 TFLOP (image or video clip) or 0.04 TFLOP (audio). A video has 15 views, audio
+has 3.
 """
 
 import math
@@ -40,7 +40,7 @@ class _Block(nn.Module):
 
 
 class _Trunk(nn.Module):
-    """The blocks; vision has a layer norm before them, audio a learned key and value in each."""
+    """Transformer blocks; vision has a layer norm before them, audio `bias_kv` in each."""
 
     def __init__(self, trunk: TrunkConfig, mlp_ratio: int, *, is_vision: bool) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class _Trunk(nn.Module):
 
 
 class _Preprocessor(nn.Module):
-    """Patches, the CLS token before them, and learned positions: views -> (N, 1 + patches, W)."""
+    """Patch and position embeddings with a CLS token: views -> (N, 1 + patches, W)."""
 
     def __init__(self, stem: nn.Module, patches: int, width: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class _VisionStem(nn.Module):
         self.proj = nn.Sequential(nn.Identity(), convolution)  # the published name is proj.1
 
     def forward(self, views: Tensor) -> Tensor:
-        if views.ndim == 4:  # a picture is a clip that stands still
+        if views.ndim == 4:  # an image is a still clip
             views = views.unsqueeze(2).expand(-1, -1, self.frames, -1, -1)
         return self.proj(views).flatten(2).transpose(1, 2)
 
@@ -103,7 +103,7 @@ class _AudioStem(nn.Module):
 
 
 def _first_alike(views: Tensor) -> Tensor:
-    """Of each view (N, ...), the number of the first one that is the same: (N,) int64."""
+    """For each view (N, ...), the index of the first equal one: (N,) int64."""
     firsts: list[int] = []
     for view in views:
         alike = (n for n in dict.fromkeys(firsts) if torch.equal(views[n], view))
@@ -112,13 +112,13 @@ def _first_alike(views: Tensor) -> Tensor:
 
 
 def _head(width: int, output_dim: int) -> nn.Sequential:
-    """(N, W) -> (N, D); the published names are 0 and 2, between them stood the choice of CLS."""
+    """(N, W) -> (N, D); the published names are 0 and 2, with the selection of CLS between them."""
     norm, linear = nn.LayerNorm(width, eps=_EPS), nn.Linear(width, output_dim, bias=False)
     return nn.Sequential(norm, nn.Identity(), linear)
 
 
 class ImageBind(nn.Module):
-    """Pictures, videos and sounds into one space of `config.output_dim` dimensions (D)."""
+    """Embed images, videos and audio into one space of `config.output_dim` dimensions (D)."""
 
     def __init__(self, config: ImageBindConfig) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class ImageBind(nn.Module):
         self.modality_heads = nn.ModuleDict(
             {n: _head(t.width, config.output_dim) for n, t in trunks.items()}
         )
-        scale = nn.Module()  # only keeps the published file's value: features stay at unit length
+        scale = nn.Module()  # unused value of the published file: features stay at unit length
         scale.register_buffer("log_logit_scale", torch.tensor(math.log(20.0)))
         self.modality_postprocessors = nn.ModuleDict({"audio": nn.Sequential(nn.Identity(), scale)})
 
@@ -145,7 +145,6 @@ class ImageBind(nn.Module):
         """Unit-length features (N, D) of N single views.
 
         Args:
-            modality: what the views are.
             views: normalised; (N, 3, 224, 224) image, (N, 3, 2, 224, 224) video or
                 (N, 1, 128, 204) audio.
         """
@@ -154,17 +153,16 @@ class ImageBind(nn.Module):
         return normalize(self.modality_heads[trunk](x_NTW[:, 0]), dim=-1)  # of the CLS token
 
     def encode(self, modality: Modality, views: Tensor) -> Tensor:
-        """Features (B, D) of B media: the mean over each one's views, not made unit length again.
+        """Features (B, D) of B media: the mean over each one's views, not normalised again.
 
         Args:
-            modality: what the media are.
             views: (B, 3, 224, 224) image, (B, V, 3, 2, 224, 224) video or (B, V, 1, 128, 204)
                 audio.
         """
         if modality == "image":
             return self.forward_views(modality, views)
         flat = views.flatten(0, 1)
-        firsts_N = _first_alike(flat)  # of a short square video all 15 views are the same
+        firsts_N = _first_alike(flat)  # encode equal views once: all 15 of a short square video
         kept, rows_N = firsts_N.unique(return_inverse=True)
         features_ND = self.forward_views(modality, flat[kept])[rows_N]
         return features_ND.unflatten(0, views.shape[:2]).mean(dim=1)

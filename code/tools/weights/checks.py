@@ -8,32 +8,35 @@ model's layer norms.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from pkgutil import resolve_name
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet3DConditionModel
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
-    SpeechT5HifiGan,
 )
 
 from nextgpt.common.errors import MissingFileError, UserError
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
-from nextgpt.generation.cli import find_delta
-from nextgpt.model.build import build_media_encoder, build_on_meta, find_folder
+from nextgpt.generation.assistant import find_delta
+from nextgpt.model.build import build_media_encoder, build_on_meta
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.language_model import load_tokenizer
-from nextgpt.model.pretrained_folder import check_kind, explain_load_errors, load_pretrained
+from nextgpt.model.loading import (
+    explain_load_errors,
+    find_folder,
+    load_pretrained,
+    map_folder,
+    map_tensors,
+)
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.model.trainable import NEEDED_TO_ANSWER
 from nextgpt.model.upstream_checkpoint import NEW_ROWS, is_newer
-from nextgpt.model.weight_files import map_folder, map_tensors
 from nextgpt.tools.weights.detect import (
     LLAMA_ROWS,
     describe_vocabulary,
@@ -45,11 +48,6 @@ from nextgpt.tools.weights.detect import (
 from nextgpt.tools.weights.registry import PartName
 
 PUBLISHED_SYSTEM = "7b_tiva_v0"
-NETWORKS: dict[Modality, dict[str, Any]] = {  # beside the text encoder
-    "image": {"vae": AutoencoderKL, "unet": UNet2DConditionModel},
-    "video": {"vae": AutoencoderKL, "unet": UNet3DConditionModel},
-    "audio": {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "vocoder": SpeechT5HifiGan},
-}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -159,8 +157,9 @@ def _facts_of_decoder(config: Config, modality: Modality) -> Iterator[str]:
     yield f"{folder}"
     if not (folder / "model_index.json").is_file():
         raise MissingFileError(f"{folder}: model_index.json is missing: not a diffusers folder")
-    check_kind(str(folder), modality)
-    for name in ("text_encoder", *NETWORKS[modality]):
+    adapter = MODALITIES[modality].decoder_class
+    adapter.check_pipeline(str(folder), modality)
+    for name in ("text_encoder", *adapter.networks):
         yield f"{name}: {_describe(map_folder(folder / name))}"
     captions = TextEncoder(modality, str(folder), torch.device("meta"))
     if list(captions.shape) != decoder.prompt_embeds_shape:
@@ -169,8 +168,8 @@ def _facts_of_decoder(config: Config, modality: Modality) -> Iterator[str]:
             f"decoders.{modality}.prompt_embeds_shape is {decoder.prompt_embeds_shape}: set it to "
             "match"
         )
-    for name, kind in NETWORKS[modality].items():
-        load_pretrained(kind, str(folder), torch.float16, name, on_meta=True)
+    for name, network in adapter.networks.items():
+        load_pretrained(resolve_name(network), str(folder), torch.float16, name, on_meta=True)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
         raise MissingFileError(f"{scheduler} is missing")

@@ -25,9 +25,8 @@ from tqdm import tqdm
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import rename_durably
-from nextgpt.common.modality import Modality
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
-from nextgpt.model.decoders import PIPELINES
 
 _CHUNK = 1 << 20  # bytes
 _TIMEOUT = 60.0  # seconds
@@ -169,8 +168,8 @@ class HubPipeline:
         """Download missing files and verify all."""
         with _hub_errors(self.repo):
             HfApi().repo_info(self.repo)
-            unused = {"safety_checker": None, "feature_extractor": None}
-            PIPELINES[self.modality].download(self.repo, **unused)
+            adapter = MODALITIES[self.modality].decoder_class
+            adapter.pipeline_class().download(self.repo, **adapter.unused_components)
             _verify_with_hub(self.repo)
 
 

@@ -19,9 +19,15 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.model.language_model import load_tokenizer
-from nextgpt.model.pretrained_folder import explain_load_errors, load_pretrained
+from nextgpt.model.loading import (
+    INDEX_SUFFIX,
+    explain_load_errors,
+    load_pretrained,
+    map_folder,
+    map_tensors,
+    weight_files,
+)
 from nextgpt.model.trainable import is_base_vocabulary
-from nextgpt.model.weight_files import INDEX_SUFFIX, map_folder, map_tensors, weight_files
 from nextgpt.tools.weights.detect import (
     LLAMA_1_POSITIONS,
     is_llama_1,

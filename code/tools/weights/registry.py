@@ -1,12 +1,11 @@
 """Registry of pretrained components: title, licence, and download."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.config.schema import Config
 from nextgpt.model.delta import DELTA_FILE
-from nextgpt.model.pretrained_folder import HUB_NAME, MOVED
+from nextgpt.model.loading import HUB_NAME, MOVED
 from nextgpt.tools.weights.download import (
     Downloader,
     HttpFile,
@@ -15,8 +14,8 @@ from nextgpt.tools.weights.download import (
     LocalCommand,
 )
 
-PartName = Literal["encoder", "language_model", "image", "video", "audio", "tuned"]
-PART_NAMES: tuple[PartName, ...] = get_args(PartName)
+PartName = str
+PART_NAMES: tuple[PartName, ...] = ("encoder", "language_model", *MODALITIES, "tuned")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,286 @@
+"""Find and load frozen models: local folders, hub names, weight files, state-dict comparison.
+
+Tensors of `.safetensors` and `.bin` files are memory-mapped: names, shapes and dtypes cost no
+memory, and of the values only what is used is read. File and index names (`weight_map`: tensor to
+file) are those of transformers and diffusers.
+"""
+
+import json
+import pickle
+import re
+import struct
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from nextgpt.common.device import choose_device
+from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.paths import project_path
+
+disable_progress_bar()  # models load in seconds, and a bar for each hides other output
+
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
+# Names in older texts that the hub no longer has.
+MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+INDEX_SUFFIX = ".index.json"
+_MAX_LISTED = 20  # faults in an error message
+# In the order in which the libraries look for them.
+_SINGLE_FILES = (
+    "model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin",
+    "diffusion_pytorch_model.bin",
+)
+# SentencePiece models have several names; all end alike.
+_TOKENIZER_FILES = (
+    "*.model", "added_tokens.json", "additional_chat_templates/*", "chat_template.*", "merges.txt",
+    "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.*",
+)  # fmt: skip
+
+
+def resolve_model_path(path: str) -> str:
+    """Resolve a configured path to a local folder or a hub name.
+
+    In this order: a folder under the project's root, one under the working directory, a hub name
+    that has moved (printed), a hub name.
+
+    Raises:
+        MissingFileError: it is none of them.
+    """
+    local = project_path(path)
+    if local.exists():
+        return str(local)
+    if Path(path).is_dir():
+        return path
+    if path in MOVED:
+        print(f"{path} is gone from the hub; using {MOVED[path]}")
+        return MOVED[path]
+    if HUB_NAME.fullmatch(path):
+        return path
+    raise MissingFileError(
+        f"{path}: no such folder. Give one, or a hub name (owner/name); "
+        "ckpt/pretrained_ckpt/README.md says where to get it"
+    )
+
+
+def find_folder(path: str, file: str) -> Path:
+    """Resolve a configured path to a local folder: itself, or the hub's snapshot in the cache.
+
+    Args:
+        file: that the hub's repository has.
+
+    Raises:
+        MissingFileError: there is no such folder, and none in the cache.
+    """
+    name = resolve_model_path(path)
+    if Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, file)
+    if not isinstance(cached, str):
+        raise MissingFileError(f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE})")
+    return Path(cached).parent
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Return the files in `folder` that a tokenizer may be loaded from, sorted."""
+    return sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)})
+
+
+def compare_state_dicts(
+    expected: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
+    required: Collection[str] | None = None,
+) -> list[str]:
+    """Return the faults of `found`, one a line: names missing or unexpected, wrong shapes.
+
+    Args:
+        required: names that must be in `found`; None: all those expected.
+    """
+    required = expected if required is None else required
+    faults = [f"missing {name}" for name in required if name not in found]
+    faults += [f"unexpected {name}" for name in found if name not in expected]
+    return faults + [
+        _shape_fault(name, tensor.shape, expected[name].shape)
+        for name, tensor in found.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+
+
+def _shape_fault(name: str, found: Sequence[int], expected: Sequence[int]) -> str:
+    return f"{name}: shape {tuple(found)}, expected {tuple(expected)}"
+
+
+def refuse_faults(source: object, faults: Sequence[str], remedy: str) -> None:
+    """Raise an error if there are `faults`.
+
+    Raises:
+        UserError: with `source`, the faults, a line each up to a limit, and the remedy.
+    """
+    if faults:
+        more = len(faults) - _MAX_LISTED
+        listed = [*faults[:_MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])]
+        fits = f"{source} does not fit this model, {len(faults)} faults ({remedy}):"
+        raise UserError("\n  ".join([fits, *listed]))
+
+
+def load_pretrained(
+    model_class: Any,
+    path: str,
+    dtype: torch.dtype,
+    subfolder: str = "",
+    *,
+    on_meta: bool = False,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """Load the model at `path`; a missing weight is an error instead of being initialised.
+
+    Args:
+        model_class: of transformers or diffusers; has `from_pretrained`.
+        path: a folder, or a hub name.
+        dtype: of the weights in memory.
+        subfolder: of `path`, with the model.
+        on_meta: compare names and shapes only: no weight is read, the model is on the meta device.
+        quantization: of the layers; such a model is loaded onto this process's device.
+
+    Raises:
+        UserError: it cannot be read, or a weight is missing or of another shape.
+    """
+    placed: dict[str, Any] = {"device_map": "meta" if on_meta else None}
+    if quantization:
+        placed = {"quantization_config": quantization, "device_map": {"": choose_device()}}
+    with explain_load_errors(path):
+        model, report = model_class.from_pretrained(
+            path,
+            subfolder=subfolder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
+            **placed,
+        )
+    faults = [f"missing {name}" for name in sorted(report["missing_keys"])]
+    faults += [_shape_fault(*mismatch) for mismatch in sorted(report["mismatched_keys"])]
+    refuse_faults(Path(path, subfolder), faults, "another model's? download or build it again")
+    return model
+
+
+@contextmanager
+def explain_load_errors(path: str, *files: str) -> Iterator[None]:
+    """Turn errors of loading from `path` inside into a UserError that names it.
+
+    Args:
+        files: that a local folder must have, `a|b` for either.
+    """
+    for names in files:
+        if Path(path).is_dir() and not any((Path(path) / n).is_file() for n in names.split("|")):
+            missing = " or ".join(names.split("|"))
+            raise UserError(f"{path}: {missing} is missing. Download or build the folder again")
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        fault = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{path}: cannot be loaded (folder or hub name; ckpt/pretrained_ckpt/README.md says "
+            f"where to get it): {fault}"
+        ) from error
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """Memory-map one weight file: tensors by name, on the CPU.
+
+    A file of torch's format before 1.6, which cannot be mapped, is read whole.
+
+    Raises:
+        UserError: the file cannot be read (describes what it looks like), or holds no tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        mappable = zipfile.is_zipfile(path)
+        if not mappable and (looks_like := _looks_like(path)):
+            raise _unreadable(path, looks_like)
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
+    except (
+        SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError,
+        TypeError, AttributeError, struct.error,
+    ) as error:  # fmt: skip
+        raise _unreadable(path, _looks_like(path) or type(error).__name__) from error
+    if isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values()):
+        return tensors
+    raise UserError(f"{path} holds no tensors by name: give another")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a folder, those that transformers or diffusers would load.
+
+    Raises:
+        MissingFileError: there are none, or one that the index names is missing.
+        UserError: the index cannot be read.
+    """
+    file, shard_of = _weight_map(folder)
+    if shard_of is None:
+        return [file]
+    shards = [folder / name for name in dict.fromkeys(shard_of.values())]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise MissingFileError(f"{file} names files that are not there: {', '.join(missing)}")
+    return shards
+
+
+def map_folder(folder: Path) -> dict[str, Tensor]:
+    """Memory-map all tensors of a folder by name, from one file or from shards with an index.
+
+    Raises:
+        MissingFileError: as in `weight_files`.
+        UserError: a file cannot be read, or the index names tensors that no file holds.
+    """
+    files = weight_files(folder)
+    tensors = {name: tensor for file in files for name, tensor in map_tensors(file).items()}
+    index, shard_of = _weight_map(folder)
+    if absent := [name for name in shard_of or () if name not in tensors]:
+        raise UserError(
+            f"{index} names {len(absent)} tensors that no file holds, first {absent[0]}: files and "
+            "index are not of one download, fetch the folder again"
+        )
+    return tensors
+
+
+def _weight_map(folder: Path) -> tuple[Path, dict[str, str] | None]:
+    """The one weight file of `folder` and None, or the index and its file for each tensor."""
+    for name in _SINGLE_FILES:
+        single, index = folder / name, folder / f"{name}{INDEX_SUFFIX}"
+        if single.is_file():
+            return single, None
+        if index.is_file():
+            try:
+                return index, dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, TypeError, LookupError) as error:
+                raise UserError(f"{index} is no index of weight files, fetch it again") from error
+    raise MissingFileError(f"{folder}: no weights ({' or '.join(_SINGLE_FILES)}, or an index)")
+
+
+def _unreadable(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is no readable checkpoint ({why}): download or build it again")
+
+
+def _looks_like(path: Path) -> str:
+    """What the first bytes of an unreadable file suggest; empty if nothing."""
+    with path.open("rb") as file:
+        head = file.read(256)
+    if not head:
+        return "it is empty"
+    if head.lstrip().startswith(b"<"):
+        return "it is an HTML page, saved in place of the file"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, not the file itself"
+    if head.startswith(b"PK") or head[8:9] == b"{":
+        return "it is cut off or damaged"
+    return ""
