@@ -40,7 +40,7 @@ from nextgpt.generation.settings import GenerationSettings
 from nextgpt.model.build import build_on_meta, signal_counts
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.tools.memory_estimate import full_batch
-from nextgpt.tools.weights.checks import language_model_figures
+from nextgpt.tools.weights.checks import load_language_model_config
 from nextgpt.training.engine import StepCounts, TrainEngine
 from nextgpt.training.trainer import configure_trainable
 from real_decoders import write_random_decoder
@@ -58,7 +58,7 @@ TOKENIZER = Path(__file__).parent.parent / "tests" / "parity" / "llama_tiny"
 
 def random_model(config: Config, device: torch.device, *, lora: bool, outputs: bool) -> NextGPT:
     """The configured shapes with random weights, frozen ones in the run's precision."""
-    known = language_model_figures(config)
+    known = load_language_model_config(config)
     if known is None:
         raise UserError(f"{config.language_model.path}: not there, and its shapes are not known")
     model = build_on_meta(config, *known, lora=lora, output_projections=outputs)
@@ -121,7 +121,7 @@ def random_batch(config: Config, model: NextGPT, micro: int) -> Batch:
 def measure_answer(config: Config, device: torch.device) -> str:
     """A whole answer: words, then a picture, a video and a sound."""
     config = with_decoders(config, Path(tempfile.mkdtemp(prefix="random_decoders_")))
-    known = language_model_figures(config)
+    known = load_language_model_config(config)
     signals = SignalTokens(signal_counts(config), first_id=known[1])
     template = TEMPLATES[config.language_model.prompt_format]
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)

@@ -13,7 +13,7 @@ import argparse
 import sys
 
 from nextgpt.common.cli import run_cli
-from nextgpt.config.loader import STAGES, load_config
+from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
 from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
 from nextgpt.tools.validate_data import check_datasets
 from nextgpt.training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
@@ -23,17 +23,15 @@ def main() -> None:
     """Print the findings of each data set."""
     parser = argparse.ArgumentParser(description="validate data sets")
     parser.add_argument("datasets", nargs="*", help="names; default: all of the stage")
-    parser.add_argument("--config", default="7b", help="mini, 7b, or a YAML file")
+    add_config_arguments(parser, default="7b")
     parser.add_argument("--stage", type=int, choices=STAGES, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument(
         "--decode", type=int, default=20, help="number of media to decode, of each data set"
     )
     arguments = parser.parse_args()
-    overrides = list(arguments.set)
-    if arguments.datasets:
-        overrides.append(f"data.datasets=[{', '.join(arguments.datasets)}]")
-    config = load_config(arguments.config, arguments.stage, overrides)
+    datasets = ", ".join(arguments.datasets)
+    overrides = [f"data.datasets=[{datasets}]"] if datasets else []
+    config = load_config_from(arguments, arguments.stage, overrides)
     aligned = "output_projections" in config.training.trainable
     shapes = prompt_embeds_shapes(config) if aligned else None
     dataset, unusable = open_conversations(config.data), 0

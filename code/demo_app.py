@@ -4,15 +4,14 @@ import argparse
 from pathlib import Path
 
 from nextgpt.common.cli import run_cli
-from nextgpt.config.loader import load_config
+from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.serving.server import serve
 
 
 def main() -> None:
     """Parse the arguments and serve."""
     parser = argparse.ArgumentParser(description="serve page and API", allow_abbrev=False)
-    parser.add_argument("--config", default="mini", help="mini, 7b or a YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_config_arguments(parser)
     parser.add_argument(
         "--nextgpt_ckpt_path", type=Path, help="tuned parameters; by default the last stage's"
     )
@@ -23,7 +22,7 @@ def main() -> None:
     )
     parser.add_argument("--server_port", type=int, default=7860)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, overrides=arguments.set)
+    config = load_config_from(arguments)
     serve(config, arguments.nextgpt_ckpt_path, arguments.server_name, arguments.server_port)
 
 

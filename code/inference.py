@@ -10,7 +10,7 @@ from pathlib import Path
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.modality import MODALITIES
-from nextgpt.config.loader import load_config
+from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.generation.cli import answer_requests
 from nextgpt.generation.history import read_history
 from nextgpt.generation.requests import Request, human_turn, read_cases
@@ -37,9 +37,10 @@ def main() -> None:
     """Parse the arguments and answer."""
     parser = _parser()
     arguments = parser.parse_args()
-    media = {modality: getattr(arguments, modality) for modality in MODALITIES}
     flags = [(key, getattr(arguments, flag)) for flag, key in PUBLISHED_FLAGS.items()]
-    overrides = arguments.set + [f"{key}={value}" for key, value in flags if value is not None]
+    overrides = [f"{key}={value}" for key, value in flags if value is not None]
+    config = load_config_from(arguments, overrides=overrides)
+    media = {modality: getattr(arguments, modality) for modality in MODALITIES}
     if arguments.cases and (arguments.history or any(media.values())):
         parser.error("--cases has its own media: leave out --image, --video, --audio, --history")
     if arguments.cases:
@@ -48,7 +49,6 @@ def main() -> None:
         history = read_history(arguments.history) if arguments.history else ()
         turn = human_turn(arguments.prompt, media)
         requests = [Request(arguments.prompt, history, turn, arguments.out)]
-    config = load_config(arguments.config, overrides=overrides)
     answer_requests(config, arguments.nextgpt_ckpt_path, requests, arguments.seed)
 
 
@@ -68,8 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--history", type=Path, help="history.json of the previous answer")
     parser.add_argument("--out", type=Path, required=True, help="folder for the answer's files")
     parser.add_argument("--seed", type=int, default=0, help="the same one gives the same answer")
-    parser.add_argument("--config", default="mini", help="mini, 7b or a YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_config_arguments(parser)
     parser.add_argument(
         "--nextgpt_ckpt_path", type=Path, help="tuned parameters; by default the last stage's"
     )

@@ -1,19 +1,22 @@
 """The configuration: every shipped YAML is whole, and what is wrong is named with the right key."""
 
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from nextgpt import train
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES
-from nextgpt.common.paths import project_path
+from nextgpt.common.paths import PROJECT_ROOT, project_path
 from nextgpt.config import renamed_keys
-from nextgpt.config.loader import CONFIG_DIR, STAGES, load_config
+from nextgpt.config.loader import CONFIG_DIR, STAGES, format_config, load_config
 from nextgpt.config.schema import Config
 from nextgpt.dataset.catalog import CATALOG
+from nextgpt.tools.config_reference import REFERENCE, format_reference
 
 SHIPPED = sorted(
     path.stem
@@ -185,7 +188,7 @@ def test_a_key_under_its_earlier_and_its_new_name_is_refused(tmp_path: Path) -> 
 
 def test_every_renamed_key_is_covered_here() -> None:
     covered = {old.partition("=")[0].removesuffix("weights.video") for old, _, _ in RENAMED}
-    assert {key.removesuffix("weights") for key in renamed_keys._RENAMED} <= covered
+    assert {key.removesuffix("weights") for key in renamed_keys.RENAMED_KEYS} <= covered
 
 
 def test_the_printed_configuration_loads_as_itself(
@@ -201,3 +204,36 @@ def test_the_printed_configuration_loads_as_itself(
     config = load_config(str(file))
     assert config.training.seed == 7 and config.save_path == str(tmp_path)
     assert config == load_config("mini", 2, ["training.seed=7", f"save_path={tmp_path}"])
+
+
+def test_the_configuration_reference_is_up_to_date() -> None:
+    """Else run `python -m nextgpt.tools.config_reference`."""
+    assert REFERENCE.read_text(encoding="utf-8") == format_reference()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("stage", [None, *STAGES])
+def test_a_formatted_configuration_loads_as_the_same(
+    name: str, stage: int | None, tmp_path: Path
+) -> None:
+    config = load_config(name, stage)
+    (tmp_path / "resolved.yaml").write_text(format_config(config), encoding="utf-8")
+    assert load_config(str(tmp_path / "resolved.yaml")) == config
+
+
+ENTRIES = [
+    "inference", "demo_app", "evaluate", "evaluate_parts", "check_data", "prepare_checkpoints",
+    "convert_delta",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_print_config_prints_the_resolved_configuration_without_required_arguments(
+    entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ["--config", "7b", "--print-config", "--set", "generation.top_k=7"]
+    monkeypatch.setattr(sys, "argv", [f"{entry}.py", *words])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(PROJECT_ROOT / "code" / f"{entry}.py"), run_name="__main__")
+    expected = load_config("7b", overrides=["generation.top_k=7"]).model_dump(mode="json")
+    assert yaml.safe_load(capsys.readouterr().out) == expected

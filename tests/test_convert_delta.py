@@ -83,7 +83,7 @@ def test_other_signal_tokens_than_the_published_are_not_published(
     shipped = Path(__file__).parent.parent / "ckpt/delta_ckpt/nextgpt/mini_tiva_v0"
     with pytest.raises(SystemExit):
         convert("--to", "published", shipped, tmp_path / "out")
-    assert "new tokens, and the published layout 38" in capsys.readouterr().err
+    assert "14 new tokens, the published format 38" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -7,7 +7,7 @@ import torch
 
 from nextgpt.common.device import choose_dtype
 from nextgpt.common.errors import UserError
-from nextgpt.mini_world.component_training.runner import cheap_products
+from nextgpt.mini_world.component_training.runner import bf16_autocast
 from nextgpt.tools.memory_estimate import estimate_memory
 from tiny_system import tiny_config
 
@@ -80,6 +80,6 @@ def test_a_cpu_computes_in_bf16_where_it_is_fast_and_where_it_is_asked_to(
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags)
     assert choose_dtype("auto", CPU) == chosen
     assert choose_dtype("bf16", CPU) == torch.bfloat16
-    with cheap_products(CPU):
+    with bf16_autocast(CPU):
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert product.dtype == chosen

@@ -39,18 +39,18 @@ from nextgpt.mini_world.scoreboard.items import (
     PLAIN,
     QUICK,
     SECOND,
+    Expected,
     Item,
-    Wanted,
     build_items,
     parse_cells,
     write_media,
 )
 from nextgpt.mini_world.scoreboard.judge import judge, judge_file
 from nextgpt.mini_world.scoreboard.plain_talk import perplexity, plain_questions
-from nextgpt.mini_world.scoreboard.report import table
-from nextgpt.mini_world.scoreboard.runner import caption_before, decode_captions
-from nextgpt.mini_world.scoreboard.scoreboard import Questions, average, measure
-from nextgpt.mini_world.scoreboard.scoring import chance, score_answer, summarise
+from nextgpt.mini_world.scoreboard.report import format_table
+from nextgpt.mini_world.scoreboard.runner import decode_captions, written_caption
+from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, mean_accuracy, measure
+from nextgpt.mini_world.scoreboard.scoring import chance_level, score_answer, summarize
 from nextgpt.mini_world.words import TemplateSet
 from tiny_parts import tiny_overrides, write_tiny_parts
 
@@ -84,7 +84,7 @@ def pairs_of(item: Item) -> set[tuple[Value, Value]]:
     pairs = set()
     if item.shown and item.shown[0] != "audio":
         pairs.add((item.shown[1].shape, item.shown[1].colour))
-    for one in item.wanted:
+    for one in item.expected:
         if one.kind in ("image", "video") and {"shape", "colour"} <= one.attributes.keys():
             pairs.add((one.attributes["shape"], one.attributes["colour"]))
     return pairs
@@ -115,7 +115,7 @@ def test_edits_ask_for_something_new_in_both_halves(cell: str) -> None:
     changed = {False: set(), True: set()}
     for item in items_of(cell, samples=60):
         _, before, _ = item.shown
-        for one in item.wanted:
+        for one in item.expected:
             new = {n for n, value in one.attributes.items() if getattr(before, n) != value}
             if one.kind in ("image", "video"):
                 changed[item.held_out] |= new
@@ -130,13 +130,13 @@ def test_edits_ask_for_something_new_in_both_halves(cell: str) -> None:
 def test_what_is_wanted_is_what_the_generators_captions_tell(cell: str) -> None:
     """The true caption names every wanted attribute, and of pictures and videos no other one."""
     for item in items_of(cell):
-        kinds = [one.kind for one in item.wanted]
+        kinds = [one.kind for one in item.expected]
         if cell != SECOND:
             goals = [LETTERS[letter] for letter in cell.split("→")[1].split("+")]
             assert kinds == goals
-        for one in item.wanted:
+        for one in item.expected:
             told = parse_caption(one.caption)
-            if one.heard or one.kind == "audio":
+            if one.describes_audio or one.kind == "audio":
                 told = audible_attributes(told)
             assert one.attributes.items() <= told.items()
             if one.kind in ("image", "video"):
@@ -167,13 +167,13 @@ def test_requests_are_in_wordings_of_their_split(split: Split) -> None:
 def test_a_sounds_count_is_wanted_only_where_it_was_said_or_shown() -> None:
     for item in items_of("I→A", "V→A", "T+I→T+A"):
         counted = any(word in item.request for word in ("once", "twice", "time", "thrice"))
-        assert ("count" in item.wanted[-1].attributes) == counted
+        assert ("count" in item.expected[-1].attributes) == counted
     for item in items_of("T→A", "A→A", "T→T+I+V+A"):
-        assert "count" in item.wanted[-1].attributes
+        assert "count" in item.expected[-1].attributes
 
 
 def test_what_was_only_heard_determines_no_colour() -> None:
-    named = [set(item.wanted[0].attributes) for item in items_of("A→I")]
+    named = [set(item.expected[0].attributes) for item in items_of("A→I")]
     assert {"size", "shape"} in named and {"size", "shape", "colour", "place"} in named
     assert all({"size", "shape"} <= one for one in named)
 
@@ -181,7 +181,7 @@ def test_what_was_only_heard_determines_no_colour() -> None:
 def test_second_rounds_lean_on_the_first() -> None:
     items = items_of(SECOND)
     assert all(len(item.rounds) == 2 for item in items)
-    assert {item.wanted[0].kind for item in items} == {"text", "image", "video", "audio"}
+    assert {item.expected[0].kind for item in items} == {"text", "image", "video", "audio"}
     assert all(not isinstance(item.rounds[1].parts[0], Media) for item in items)
 
 
@@ -196,8 +196,8 @@ def test_media_show_what_the_items_say(tmp_path: Path) -> None:
 
 # How it is scored.
 
-RED = Wanted("image", {"size": "small", "colour": "red", "shape": "circle"}, "a small red circle")
-HIGH = Wanted("audio", {"pitch": "high", "timbre": "bell"}, "a high bell")
+RED = Expected("image", {"size": "small", "colour": "red", "shape": "circle"}, "a small red circle")
+HIGH = Expected("audio", {"pitch": "high", "timbre": "bell"}, "a high bell")
 SEEN_RED = {"size": "small", "colour": "red", "shape": "circle", "place": "top"}
 
 
@@ -217,17 +217,17 @@ def test_media_of_another_kind_or_number_are_wrong(kinds: list) -> None:
 
 
 def test_words_are_read_with_synonyms_and_need_no_media() -> None:
-    wanted = [Wanted("text", {"shape": "circle", "colour": "red"}, "")]
+    wanted = [Expected("text", {"shape": "circle", "colour": "red"}, "")]
     assert score_answer(wanted, "It is a crimson disc, I think.", []).right
     assert not score_answer(wanted, "A red circle that is blue.", []).right
     assert not score_answer(wanted, "A red circle.", [("image", SEEN_RED)]).right
-    heard = Wanted("text", {"pitch": "high", "timbre": "bell"}, "")
+    heard = Expected("text", {"pitch": "high", "timbre": "bell"}, "")
     assert not score_answer([heard], "A small circle.", []).right
-    assert score_answer([replace(heard, heard=True)], "A small circle.", []).right
+    assert score_answer([replace(heard, describes_audio=True)], "A small circle.", []).right
 
 
 def test_several_parts_are_all_needed() -> None:
-    wanted = [Wanted("text", {}, "here"), RED, HIGH]
+    wanted = [Expected("text", {}, "here"), RED, HIGH]
     bell = ("audio", {"pitch": "high", "timbre": "bell", "count": None})
     assert score_answer(wanted, "Here:", [bell, ("image", SEEN_RED)]).right
     assert not score_answer(wanted, "Here:", [("image", SEEN_RED)]).modalities
@@ -238,12 +238,12 @@ def test_perfect_answers_to_every_item_are_right() -> None:
     """Words and rendered media that are as wanted: reader, judge and expectation agree."""
     for item in items_of(*CELLS, samples=4):
         media = []
-        for one in item.wanted:
+        for one in item.expected:
             if one.kind != "text":
                 thing = thing_with(one.attributes)
                 media.append((one.kind, judge(one.kind, render_medium("x", one.kind, thing, 0))))
-        words = " ".join(one.caption for one in item.wanted if one.kind == "text")
-        assert score_answer(item.wanted, words, media).right, item
+        words = " ".join(one.caption for one in item.expected if one.kind == "text")
+        assert score_answer(item.expected, words, media).right, item
 
 
 def thing_with(attributes: dict) -> WorldObject:
@@ -270,16 +270,16 @@ def test_wilson_gives_known_intervals() -> None:
 
 def test_chance_is_one_over_the_values_of_what_is_wanted() -> None:
     item = items_of("T→I", samples=1)[0]
-    assert chance([item]) == pytest.approx(1 / (2 * 8 * 6 * 5))
-    halves = [replace(item, wanted=(replace(RED, attributes=a),)) for a in ({}, {"size": "big"})]
-    assert chance(halves) == pytest.approx(0.75)
+    assert chance_level([item]) == pytest.approx(1 / (2 * 8 * 6 * 5))
+    halves = [replace(item, expected=(replace(RED, attributes=a),)) for a in ({}, {"size": "big"})]
+    assert chance_level(halves) == pytest.approx(0.75)
 
 
 def test_a_summary_counts_pairs_apart() -> None:
     items = items_of("T→I", samples=4)
     right = score_answer([RED], "", [("image", SEEN_RED)])
     wrong = score_answer([RED], "", [("image", SEEN_RED | {"size": "big"})])
-    summary = summarise(items, [right, wrong, right, right])
+    summary = summarize(items, [right, wrong, right, right])
     assert (summary["n"], summary["right"], summary["modalities"]) == (4, 0.75, 1)
     assert summary["seen_pairs"]["right"] == 1 and summary["held_out_pairs"]["right"] == 0.5
     assert summary["attributes"] == {"image size": 0.75, "image colour": 1, "image shape": 1}
@@ -289,7 +289,7 @@ def test_a_table_leaves_columns_of_pairs_empty_where_nothing_is_held_out() -> No
     def row(*cells: str) -> str:
         items = items_of(*cells, samples=4)
         scores = [score_answer([RED], "", [("image", SEEN_RED)])] * 4
-        return table({"X": summarise(items, scores)}, {}, {}).splitlines()[-2]
+        return format_table({"X": summarize(items, scores)}, {}, {}).splitlines()[-2]
 
     assert row("T→A").split()[4:6] == ["100", "2.8"]  # media, then chance
     assert row("T→I").split()[4:7] == ["100", "100", "100"]
@@ -303,10 +303,10 @@ def test_the_caption_before_a_medium_is_what_stands_behind_the_colon() -> None:
         Text("You hear a bell."),
         Media("audio"),
     )
-    assert caption_before(parts, "image") == "a small red circle, on the left"
-    assert caption_before(parts, "video") == ""
-    assert caption_before(parts, "audio") == "You hear a bell"
-    assert caption_before((), "image") == ""
+    assert written_caption(parts, "image") == "a small red circle, on the left"
+    assert written_caption(parts, "video") == ""
+    assert written_caption(parts, "audio") == "You hear a bell"
+    assert written_caption((), "image") == ""
 
 
 # A whole run.
@@ -330,7 +330,7 @@ def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
     config = load_config("7b", overrides=overrides_of(babbler))
     assistant = Assistant.from_config(config, babbler / "tuned" / "stage_3")
     cells = ("T→T", "T→I", "I→A", "A→V", "T→T+I+V+A", SECOND)
-    boards = [measure(assistant, Questions(cells, 2), tmp_path) for _ in "ab"]
+    boards = [measure(assistant, EvaluationSettings(cells, 2), tmp_path) for _ in "ab"]
     assert boards[0].cells == boards[1].cells
     assert set(boards[0].cells) == set(cells)
     for cell, figures in boards[0].cells.items():
@@ -338,8 +338,8 @@ def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
         if cell != SECOND:  # which sometimes generates
             for name in ("written", "ceiling", "passed"):
                 assert (name in figures) == (cell != "T→T")
-    assert 0 <= average(boards[0].cells) <= 1
-    printed = table(boards[0].cells, {}, {"judge": 3.0})
+    assert 0 <= mean_accuracy(boards[0].cells) <= 1
+    printed = format_table(boards[0].cells, {}, {"judge": 3.0})
     assert all(cell in printed for cell in cells)
 
 

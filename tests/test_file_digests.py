@@ -29,7 +29,7 @@ def test_a_digest_is_computed_once_for_each_state_of_a_file(file: Path, tmp_path
     computed = []
 
     def remember() -> str:
-        return DigestCache(tmp_path / "cache").remember(
+        return DigestCache(tmp_path / "cache").get_or_compute(
             "test", [file], lambda: computed.append(1) or file.read_text()
         )
 
@@ -66,7 +66,7 @@ def test_a_cache_folder_that_cannot_be_written_is_named(file: Path, tmp_path: Pa
 def test_a_digest_of_a_file_that_changes_meanwhile_is_an_error(file: Path, tmp_path: Path) -> None:
     digests = DigestCache(tmp_path / "cache")
     with pytest.raises(UserError, match=r"weights\.bin changed while it was read"):
-        digests.remember("test", [file], lambda: str(file.write_bytes(b"changed")))
+        digests.get_or_compute("test", [file], lambda: str(file.write_bytes(b"changed")))
     assert not list((tmp_path / "cache" / "digests").glob("*.json"))
 
 
@@ -76,7 +76,7 @@ def test_processes_that_start_together_compute_a_digest_once(file: Path, tmp_pat
         "file_digests._SETTLED_NS = 0\n"
         "cache, file = map(Path, sys.argv[1:])\n"
         "def compute(): print('computed'); time.sleep(0.5); return 'value'\n"
-        "assert file_digests.DigestCache(cache).remember('t', [file], compute) == 'value'"
+        "assert file_digests.DigestCache(cache).get_or_compute('t', [file], compute) == 'value'"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "cache"), str(file)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -161,7 +161,7 @@ def test_a_name_that_could_not_be_flushed_is_not_said_to_be_unwritten(
 ) -> None:
     fail_to_flush(monkeypatch, tmp_path, errno.EIO)
     with (
-        pytest.raises(UserError, match=r"made is written, but its folder could not be flushed"),
+        pytest.raises(UserError, match=r"made is written, but its folder could not be synced"),
         atomic_write(tmp_path / "made") as aside,
     ):
         aside.write_text("x")

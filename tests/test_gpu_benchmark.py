@@ -42,4 +42,4 @@ def test_random_decoders_have_the_published_sizes(
     assert round(sizes["unet"] / 1e6) == unet
     assert round(sum(sizes.values()) / 1e6) == whole
     path = load_config("7b").decoders[modality].path
-    assert sum(sizes.values()) == source_of(modality, path).numbers
+    assert sum(sizes.values()) == source_of(modality, path).num_parameters

@@ -14,7 +14,7 @@ from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject, sample_object
 from nextgpt.mini_world.render_audio import SAMPLE_RATE, render_audio
 from nextgpt.mini_world.render_image import RADIUS, RGB, draw_frame, render_image
 from nextgpt.mini_world.render_video import FRAMES_PER_SECOND, render_video
-from nextgpt.mini_world.scoreboard.judge import Seen, judge, judge_file
+from nextgpt.mini_world.scoreboard.judge import Judgement, judge, judge_file
 
 DISTURBED = [
     *(("image", name) for name in PICTURES),
@@ -50,7 +50,7 @@ def check(
     things: int,
     least: float,
     disturb: Disturbance = untouched,
-    read: Callable[[Modality, Output], Seen] = judge,
+    read: Callable[[Modality, Output], Judgement] = judge,
 ) -> None:
     """Judge fresh things of both splits: every attribute is right in this share or more."""
     rng = np.random.default_rng(20)
@@ -66,8 +66,8 @@ def check(
     assert min(shares.values()) >= least, shares
 
 
-def through_file(folder: Path) -> Callable[[Modality, Output], Seen]:
-    def read(modality: Modality, medium: Output) -> Seen:
+def through_file(folder: Path) -> Callable[[Modality, Output], Judgement]:
+    def read(modality: Modality, medium: Output) -> Judgement:
         path = folder / f"medium{MODALITIES[modality].suffix}"
         save_medium(medium, path)
         return judge_file(modality, path)

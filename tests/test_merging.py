@@ -102,7 +102,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda b, d: spoil(d, HEAD, lambda t: torch.full_like(t, torch.inf)), "not finite"),
     "no tokenizer": (
         lambda b, d: [f.unlink() for f in b.glob("tokenizer*")], "tokenizer.json or"),
-    "no folder": (lambda b, d: shutil.rmtree(d), "is no folder"),
+    "no folder": (lambda b, d: shutil.rmtree(d), "is not a folder"),
 }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def test_a_folder_is_neither_merged_with_itself_nor_overwritten(pair: tuple[Path
     base, delta = pair
     with pytest.raises(UserError, match="both as LLaMA-1 and as the delta"):
         merge_vicuna(base, base, base.with_name("out"))
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         merge_vicuna(base, delta, delta)
 
 

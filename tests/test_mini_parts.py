@@ -18,7 +18,7 @@ from nextgpt.mini_world.build_components import (
 )
 from nextgpt.mini_world.captions import CAPTION_TEMPLATES
 from nextgpt.mini_world.component_training import diffusion, encoder, text_encoders, vae, vocoder
-from nextgpt.mini_world.component_training.runner import Plan
+from nextgpt.mini_world.component_training.runner import TrainingPlan
 from nextgpt.mini_world.mini_decoders import DECODER_FOLDERS, MINI_DECODERS, build_mini_decoder
 from nextgpt.mini_world.mini_tokenizers import (
     build_clip_tokenizer,
@@ -47,21 +47,21 @@ def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Limit all training runs to one step on a few media."""
-    short = Plan(steps=1, learning_rate=1e-4, warmup=1)
+    short = TrainingPlan(steps=1, learning_rate=1e-4, warmup_steps=1)
     for owner, name in [
         (text_encoders, "CLIP_PLAN"),
         (text_encoders, "CLAP_PLAN"),
         (encoder, "PLAN"),
-        (encoder, "SIGHT_PLAN"),
+        (encoder, "VISION_PLAN"),
     ]:
         monkeypatch.setattr(owner, name, short)
     monkeypatch.setattr(vocoder, "PLAN", short)
     monkeypatch.setattr(vae, "PLANS", dict.fromkeys(vae.PLANS, short))
-    monkeypatch.setattr(vae, "_MEASURED", 1)
+    monkeypatch.setattr(vae, "_STATISTICS_BATCHES", 1)
     monkeypatch.setattr(diffusion, "PLANS", dict.fromkeys(diffusion.PLANS, short))
-    monkeypatch.setattr(diffusion, "POOL", dict.fromkeys(diffusion.POOL, 8))
-    monkeypatch.setattr(diffusion, "BATCH", dict.fromkeys(diffusion.BATCH, 8))
-    monkeypatch.setattr(encoder, "_SOUNDS", 40)
+    monkeypatch.setattr(diffusion, "CACHE_SIZES", dict.fromkeys(diffusion.CACHE_SIZES, 8))
+    monkeypatch.setattr(diffusion, "BATCH_SIZES", dict.fromkeys(diffusion.BATCH_SIZES, 8))
+    monkeypatch.setattr(encoder, "_AUDIO_CLIPS", 40)
 
 
 @pytest.mark.usefixtures("one_step")

@@ -13,30 +13,30 @@ from nextgpt.media.transforms import load_views, video_frame_indices
 from nextgpt.mini_world import build_components
 from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.component_training import latent_cache, runner
-from nextgpt.mini_world.component_training.contrast import joint_negatives, mask_joint_labels
 from nextgpt.mini_world.component_training.init_video_unet import (
-    MOVING,
-    SPREADING,
-    STILL,
-    begin_with,
-    moments,
-    teach_places,
+    LAST_FRAME_STEPS,
+    SINGLE_FRAMES_FROM,
+    SPREADING_STEPS,
+    frames_at_step,
+    inflate_image_unet,
+    pretrain_frame_positions,
 )
-from nextgpt.mini_world.component_training.latent_cache import _rendered
+from nextgpt.mini_world.component_training.latent_cache import _render_chunks
+from nextgpt.mini_world.component_training.losses import joint_difference_mask, mask_joint_labels
 from nextgpt.mini_world.component_training.mel import log_mel
-from nextgpt.mini_world.component_training.runner import Losses, Plan, train
+from nextgpt.mini_world.component_training.runner import Losses, TrainingPlan, train
 from nextgpt.mini_world.component_training.samples import (
     ALL_ATTRIBUTES,
-    NOT_TOLD,
-    clip_view,
-    clip_views,
-    labels,
-    neighbours,
-    some_caption,
-    sounds,
-    things,
+    UNMENTIONED,
+    attribute_labels,
+    render_audio_clips,
+    render_video_views,
+    sample_hard_negatives,
+    sample_objects,
+    sample_partial_caption,
+    video_view,
 )
-from nextgpt.mini_world.component_training.vae import standardise
+from nextgpt.mini_world.component_training.vae import standardize
 from nextgpt.mini_world.media_set import seeded_rng, write_medium
 from nextgpt.mini_world.mini_decoders import build_unet, build_vae
 from nextgpt.mini_world.objects import ATTRIBUTES, HELD_OUT_PAIRS, VALUES, WorldObject
@@ -44,10 +44,12 @@ from nextgpt.mini_world.render_video import render_frames
 from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
 from tiny_decoders import TINY
 
-PLAN = Plan(steps=6, learning_rate=0.1, warmup=2, save_after=0, log_every=3, average=0.5)
+PLAN = TrainingPlan(
+    steps=6, learning_rate=0.1, warmup_steps=2, save_interval_s=0, log_steps=3, ema_decay=0.5
+)
 
 
-def losses_of(model: nn.Linear) -> runner.LossOf:
+def losses_of(model: nn.Linear) -> runner.LossFunction:
     """Regression to random numbers that come from both generators."""
 
     def loss_of(rng: np.random.Generator, _: int) -> Losses:
@@ -84,8 +86,8 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> 
 
 
 def test_neighbours_come_in_fours_that_differ_in_at_most_one_attribute() -> None:
-    drawn = neighbours(np.random.default_rng(0), "video", 40)
-    rows = labels(drawn, [ATTRIBUTES["video"]] * 40).view(10, 4, -1)
+    drawn = sample_hard_negatives(np.random.default_rng(0), "video", 40)
+    rows = attribute_labels(drawn, [ATTRIBUTES["video"]] * 40).view(10, 4, -1)
     differing = (rows[:, 1:] != rows[:, :1]).sum(dim=-1)
     assert differing.max() == 1
     assert differing.float().mean() > 0.9
@@ -95,13 +97,13 @@ def test_neighbours_come_in_fours_that_differ_in_at_most_one_attribute() -> None
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])
 def test_labels_say_what_the_caption_tells_and_nothing_else(modality: str) -> None:
     rng = np.random.default_rng(3)
-    for thing in things(rng, 40):
-        text, told = some_caption(thing, modality, rng)
-        label = labels([thing], [told])[0]
+    for thing in sample_objects(rng, 40):
+        text, told = sample_partial_caption(thing, modality, rng)
+        label = attribute_labels([thing], [told])[0]
         read = parse_caption(text)
         read = audible_attributes(read) if modality == "audio" else read
         for name, index in zip(ALL_ATTRIBUTES, label.tolist(), strict=True):
-            assert (index == NOT_TOLD) == (name not in read), text
+            assert (index == UNMENTIONED) == (name not in read), text
             if name in read:
                 assert VALUES[name][index] == read[name], text
 
@@ -112,21 +114,23 @@ def test_things_that_differ_in_shape_and_colour_are_no_negatives_whatever_the_pa
         WorldObject(shape, colour, "big", "left", None, 1)
         for shape, colour in (("star", "red"), ("star", "blue"), ("ring", "blue"))
     )
-    label = labels([red_star, blue_star, blue_ring], [told] * 3)
-    assert joint_negatives(label).tolist() == [
+    label = attribute_labels([red_star, blue_star, blue_ring], [told] * 3)
+    assert joint_difference_mask(label).tolist() == [
         [False, False, True],
         [False, False, False],
         [True, False, False],
     ]
-    unnamed = labels([red_star, blue_ring], [set(told) - {"colour"}] * 2)
-    assert not joint_negatives(unnamed).any()
+    unnamed = attribute_labels([red_star, blue_ring], [set(told) - {"colour"}] * 2)
+    assert not joint_difference_mask(unnamed).any()
 
 
 def test_shapes_are_read_without_colours_and_colours_without_shapes() -> None:
     told = set(ATTRIBUTES["image"])
     thing = WorldObject("star", "red", "big", "left", None, 1)
-    label = mask_joint_labels(labels([thing] * 3, [told, told - {"colour"}, told - {"shape"}]))
-    kept = {name: label[:, ALL_ATTRIBUTES.index(name)] != NOT_TOLD for name in told}
+    label = mask_joint_labels(
+        attribute_labels([thing] * 3, [told, told - {"colour"}, told - {"shape"}])
+    )
+    kept = {name: label[:, ALL_ATTRIBUTES.index(name)] != UNMENTIONED for name in told}
     assert kept["shape"].tolist() == [False, True, False]
     assert kept["colour"].tolist() == [False, False, True]
     assert kept["size"].all() and kept["place"].all()
@@ -149,28 +153,28 @@ def test_no_medium_that_decoders_learn_from_is_judged_to_show_a_held_out_pair(
     modality: Modality,
 ) -> None:
     held_out_pairs = HELD_OUT_PAIRS["validation"] | HELD_OUT_PAIRS["test"]
-    drawn = things(np.random.default_rng(0), 128 if modality == "image" else 32)
-    for chunk in _rendered(modality, drawn, 0):
+    drawn = sample_objects(np.random.default_rng(0), 128 if modality == "image" else 32)
+    for chunk in _render_chunks(modality, drawn, 0):
         for frames in chunk.media:
             seen = judge_frames(frames[None] if modality == "image" else frames)
             assert (seen["shape"], seen["colour"]) not in held_out_pairs
 
 
 def test_all_views_of_a_video_are_its_ends_as_training_renders_them(tmp_path: Path) -> None:
-    thing = things(np.random.default_rng(0), 1)[0]
+    thing = sample_objects(np.random.default_rng(0), 1)[0]
     path = tmp_path / "thing.mp4"
     write_medium(path, "video", thing, 5)
     ends = np.stack(read_video_frames(path, video_frame_indices)[:2])
     for view in load_views("video", path):
-        assert torch.allclose(view, clip_view(ends), atol=1e-5)
+        assert torch.allclose(view, video_view(ends), atol=1e-5)
     rendered = render_frames(thing, (-1.0, 1.0), seeded_rng(5, path.name))
     assert np.abs(ends.astype(int) - rendered).mean() < 4  # noise and codec
 
 
 def test_fresh_videos_for_the_encoder_are_marred_but_recognisable() -> None:
-    shown = things(np.random.default_rng(0), 8)
-    views = clip_views(shown, np.random.default_rng(1))
-    clean = [clip_view(render_frames(t, (-1.0, 1.0), np.random.default_rng(1))) for t in shown]
+    shown = sample_objects(np.random.default_rng(0), 8)
+    views = render_video_views(shown, np.random.default_rng(1))
+    clean = [video_view(render_frames(t, (-1.0, 1.0), np.random.default_rng(1))) for t in shown]
     assert views.shape == (8, 3, 2, 224, 224)
     assert torch.corrcoef(torch.stack([views[0].flatten(), clean[0].flatten()]))[0, 1] > 0.9
 
@@ -178,11 +182,11 @@ def test_fresh_videos_for_the_encoder_are_marred_but_recognisable() -> None:
 def test_a_pool_is_the_same_however_many_processes_render_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    drawn = things(np.random.default_rng(0), 130)
+    drawn = sample_objects(np.random.default_rng(0), 130)
     made = []
     for cores in (1, 2):
         monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        made.append(list(latent_cache._rendered("image", drawn, seed=0)))
+        made.append(list(latent_cache._render_chunks("image", drawn, seed=0)))
     for one, two in zip(*made, strict=True):
         assert np.array_equal(one.media, two.media)
         assert one.captions == two.captions
@@ -193,12 +197,12 @@ def test_a_pool_is_the_same_however_many_processes_render_it(
 def test_captions_of_a_pool_never_tell_what_is_shown_without_a_name(
     place: float, hidden: str
 ) -> None:
-    drawn = things(np.random.default_rng(0), 16)
-    chunk = latent_cache._render("video", 0, (0, drawn, place))
+    drawn = sample_objects(np.random.default_rng(0), 16)
+    chunk = latent_cache._render_chunk("video", 0, (0, drawn, place))
     read = [parse_caption(text) for text in chunk.captions]
     assert not any(hidden in one for one in read)
     assert {"colour": "shape", "shape": "colour"}[hidden] in set().union(*read)
-    named = latent_cache._render("video", 0, (0, drawn, 0.9))
+    named = latent_cache._render_chunk("video", 0, (0, drawn, 0.9))
     assert any(hidden in parse_caption(text) for text in named.captions)
 
 
@@ -210,7 +214,7 @@ def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:
         before = model.encode(batch).latent_dist
         made = model.decode(before.mean).sample
         deviation = before.std / before.mean.std(dim=(0, 2, 3), keepdim=True)
-        standardise(model, before.mean)
+        standardize(model, before.mean)
         after = model.encode(batch).latent_dist
         assert torch.allclose(model.decode(after.mean).sample, made, atol=1e-4)
     assert torch.allclose(
@@ -225,7 +229,7 @@ def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:
 def test_a_video_network_begins_as_its_picture_network_frame_by_frame() -> None:
     torch.manual_seed(0)
     picture, video = build_unet("image", TINY).eval(), build_unet("video", TINY).eval()
-    begin_with(video, picture)
+    inflate_image_unet(video, picture)
     noisy = torch.randn(2, TINY.latent_channels, 3, 8, 8)
     steps, captions = torch.tensor([10, 900]), torch.randn(2, 12, TINY.text_width)
     with torch.no_grad():
@@ -236,7 +240,9 @@ def test_a_video_network_begins_as_its_picture_network_frame_by_frame() -> None:
 
 
 def test_a_mel_frame_is_one_hop_and_quiet_lies_at_the_floor() -> None:
-    spectrograms = log_mel(sounds(things(np.random.default_rng(0), 2), np.random.default_rng(1)))
+    spectrograms = log_mel(
+        render_audio_clips(sample_objects(np.random.default_rng(0), 2), np.random.default_rng(1))
+    )
     assert spectrograms.shape == (2, 64, 64)
     silence = log_mel(torch.zeros(1, 32000))
     assert silence.max() == silence.min() < spectrograms.min() + 0.5
@@ -246,7 +252,7 @@ def test_the_first_layer_over_time_is_taught_to_tell_all_frames_apart() -> None:
     torch.manual_seed(0)
     model = build_unet("video", TINY)
     latents = torch.randn(8, TINY.latent_channels, 8, 4, 4)
-    teach_places(model, latents, torch.zeros(1, TINY.text_tokens, TINY.text_width))
+    pretrain_frame_positions(model, latents, torch.zeros(1, TINY.text_tokens, TINY.text_width))
     layer = model.down_blocks[0].temp_convs[0]
     hidden = torch.randn(8, layer.conv1[2].in_channels, 4, 4)
     with torch.no_grad():
@@ -261,12 +267,20 @@ def test_a_video_network_sees_last_frames_first_then_whole_videos_then_frames_be
     rng = np.random.default_rng(0)
 
     def frames(step: int) -> list[int]:
-        return moments(step, rng)[1].tolist()
+        return frames_at_step(step, rng)[1].tolist()
 
-    assert frames(0) == frames(STILL - 1) == [7]
-    assert frames(STILL) == [7] * 8
-    half = frames(STILL + SPREADING // 2)
+    assert frames(0) == frames(LAST_FRAME_STEPS - 1) == [7]
+    assert frames(LAST_FRAME_STEPS) == [7] * 8
+    half = frames(LAST_FRAME_STEPS + SPREADING_STEPS // 2)
     assert half == sorted(half) and half[-1] == 7 and 3 <= half[0] <= 4
-    assert frames(STILL + SPREADING) == frames(MOVING) == list(range(8))
-    assert len({frames(step)[0] for step in range(MOVING + 1, MOVING + 99, 3)}) == 8
-    assert all(count * len(shown) == 256 for count, shown in (moments(s, rng) for s in (0, MOVING)))
+    assert (
+        frames(LAST_FRAME_STEPS + SPREADING_STEPS) == frames(SINGLE_FRAMES_FROM) == list(range(8))
+    )
+    assert (
+        len({frames(step)[0] for step in range(SINGLE_FRAMES_FROM + 1, SINGLE_FRAMES_FROM + 99, 3)})
+        == 8
+    )
+    assert all(
+        count * len(shown) == 256
+        for count, shown in (frames_at_step(s, rng) for s in (0, SINGLE_FRAMES_FROM))
+    )

@@ -24,7 +24,7 @@ from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
 from nextgpt.model.build import build_on_meta
 from nextgpt.model.upstream_checkpoint import model_to_published
-from nextgpt.tools.weights.download import WebFile
+from nextgpt.tools.weights.download import HttpFile
 from nextgpt.tools.weights.merge import merge_vicuna
 from nextgpt.tools.weights.registry import SOURCES
 from parity_tools import PARITY
@@ -83,8 +83,8 @@ def published_delta(overrides: list[str] | None = None) -> dict[str, torch.Tenso
 
 def test_the_shipped_parts_of_the_mini_system_are_right(report: Report) -> None:
     status, said = report("--only", "encoder", "image", "video", "audio")
-    assert status == 0 and "4 of 4 parts are right" in said
-    assert "captions have shape [24, 192]" in said and "BSD 3-Clause" in said
+    assert status == 0 and "4 of 4 components are right" in said
+    assert "prompt embeddings: [24, 192]" in said and "BSD 3-Clause" in said
 
 
 def test_the_whole_7b_system_is_found_right_without_loading_a_gigabyte(
@@ -105,9 +105,9 @@ def test_the_whole_7b_system_is_found_right_without_loading_a_gigabyte(
     only = ["--only", "encoder", "language_model", "tuned"]
     status, said = report("--config", "7b", *sets, *only)
     assert status == 0, said
-    assert "291 tensors, 6,738,423,808 numbers, float16" in said  # 7B and two rows of 4096
-    assert "32001 rows: LLaMA's own and a row for padding" in said
-    assert "32038 rows: LLaMA's own and the new tokens" in said
+    assert "291 tensors, 6,738,423,808 parameters, float16" in said  # 7B and two rows of 4096
+    assert "32001 rows: LLaMA's and a padding row" in said
+    assert "32038 rows: LLaMA's and the new tokens" in said
     assert "lora: 256 tensors loaded" in said
     assert memory("VmRSS") - before < 2**30 and time.process_time() - start < 20
 
@@ -118,7 +118,7 @@ def test_what_is_missing_is_told_with_licence_origin_and_the_command_that_fetche
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     moved = "decoders.image.path=runwayml/stable-diffusion-v1-5"
     status, said = report("--config", "7b", "--set", moved, "--only", "image", "video")
-    assert status == 1 and "0 of 2 parts are right; not so: image, video" in said
+    assert status == 1 and "0 of 2 components are right; missing or wrong: image, video" in said
     assert "using stable-diffusion-v1-5/stable-diffusion-v1-5" in said
     assert "CreativeML OpenRAIL-M" in said and "CC BY-NC 4.0" in said
     assert "https://huggingface.co/cerspense/zeroscope_v2_576w" in said
@@ -128,16 +128,17 @@ def test_what_is_missing_is_told_with_licence_origin_and_the_command_that_fetche
 
 def test_of_vicuna_the_delta_is_fetched_and_the_merging_is_named(report: Report) -> None:
     source = SOURCES[load_config("7b").language_model.path]
-    assert source.way.origin == "https://huggingface.co/lmsys/vicuna-7b-delta-v0"
-    assert "python merge_vicuna.py --base LLAMA_FOLDER --delta ckpt/" in source.then
+    assert source.downloader.origin == "https://huggingface.co/lmsys/vicuna-7b-delta-v0"
+    assert "python merge_vicuna.py --base LLAMA_FOLDER --delta ckpt/" in source.next_step
 
 
 def test_every_source_stands_in_the_table_of_weights() -> None:
     text = (ROOT / "docs/weights.md").read_text(encoding="utf-8")
     for path, source in SOURCES.items():
-        if source.way.origin.startswith("https://"):
-            (row,) = (line for line in text.splitlines() if f"]({source.way.origin})" in line)
-            hub_cached = path in source.way.origin
+        origin = source.downloader.origin
+        if origin.startswith("https://"):
+            (row,) = (line for line in text.splitlines() if f"]({origin})" in line)
+            hub_cached = path in origin
             assert hub_cached or path in row
             assert f"| {source.licence} |" in row
 
@@ -220,9 +221,9 @@ def test_an_encoder_that_cannot_be_read_is_named(
 @pytest.mark.parametrize(
     ("change", "status", "words"),
     [
-        ({"max_position_embeddings": 4096}, 1, "Vicuna v1.5 or later: good as a language model"),
-        ({"rows": ROWS}, 0, "whether LLaMA itself or Vicuna v0, v1.1 or v1.3"),
-        ({"rows": ROWS + 38}, 0, "32038 rows: LLaMA's own and the new tokens"),
+        ({"max_position_embeddings": 4096}, 1, "Vicuna v1.5 or later have 4096"),
+        ({"rows": ROWS}, 0, "do not tell LLaMA from Vicuna v0, v1.1 or v1.3"),
+        ({"rows": ROWS + 38}, 0, "32038 rows: LLaMA's and the new tokens"),
         ({"rows": ROWS + 38, "tokens": ROWS + 38}, 1, "save LLaMA's tokenizer into the folder"),
         ({"rows": ROWS + 42, "tokens": ROWS + 42}, 1, "32042 rows: four more than"),
         ({"value": 0.002}, 1, "a delta that is not merged"),
@@ -305,9 +306,9 @@ def test_a_broken_off_download_goes_on_where_the_server_can(
     ranges: bool, content: bytes, tmp_path: Path
 ) -> None:
     with serve(tmp_path / "served") as served:
-        file = WebFile(f"{served.url}/weights", hashlib.sha256(content).hexdigest())
+        file = HttpFile(f"{served.url}/weights", hashlib.sha256(content).hexdigest())
         served.breaks_after = 1_000_000
-        with pytest.raises(UserError, match="broke off after 1,000,000 of 3,145,728 bytes"):
+        with pytest.raises(UserError, match="interrupted after 1,000,000 of 3,145,728 bytes"):
             file.fetch(tmp_path / "got")
         assert not (tmp_path / "got").exists()
         served.breaks_after, served.ranges = None, ranges
@@ -322,7 +323,7 @@ def test_a_download_that_was_whole_but_not_renamed_is_not_loaded_again(
 ) -> None:
     (tmp_path / "got.part").write_bytes(content)
     with serve(tmp_path / "served") as served:
-        WebFile(f"{served.url}/weights").fetch(tmp_path / "got")
+        HttpFile(f"{served.url}/weights").fetch(tmp_path / "got")
         assert served.sent[-1][1] == 0
     assert (tmp_path / "got").read_bytes() == content
     assert "no checksum is published" in capsys.readouterr().out
@@ -331,7 +332,7 @@ def test_a_download_that_was_whole_but_not_renamed_is_not_loaded_again(
 def test_what_is_not_the_published_file_is_not_kept(content: bytes, tmp_path: Path) -> None:
     def refused(url: str, sha256: str | None = None) -> str:
         with pytest.raises(UserError) as error:
-            WebFile(url, sha256).fetch(tmp_path / "got")
+            HttpFile(url, sha256).fetch(tmp_path / "got")
         assert not list(tmp_path.glob("got*"))
         return str(error.value)
 
@@ -339,8 +340,8 @@ def test_what_is_not_the_published_file_is_not_kept(content: bytes, tmp_path: Pa
         assert "SHA-256 is" in refused(f"{served.url}/weights", "0" * 64)
         assert "404" in refused(f"{served.url}/gone")
         served.content_type = "text/html; charset=utf-8"
-        assert "answers with a web page" in refused(f"{served.url}/weights")
-    assert "Look at the network" in refused(f"{served.url}/weights")
+        assert "returned a web page" in refused(f"{served.url}/weights")
+    assert "Check the network" in refused(f"{served.url}/weights")
 
 
 def write_repositories(hub: Path, overrides: list[str]) -> None:
@@ -370,11 +371,11 @@ def test_the_hubs_parts_are_fetched_to_their_places_and_found_right(tmp_path: Pa
     assert "image: Stable Diffusion v1-5: right" in said
     assert "tuned: NExT-GPT 7b_tiva_v0, tuned: right" in said
     assert "are as published (SHA-256 or git hash)" in said
-    assert "video: ZeroScope v2 576w: missing" in said and "has none of this name" in said
+    assert "video: ZeroScope v2 576w: missing" in said and "no such repository" in said
     vicuna = project / "ckpt/pretrained_ckpt/vicuna_ckpt"
     assert "then       python merge_vicuna.py --base LLAMA_FOLDER" in said
     assert (vicuna / "7b_v0_delta" / "pytorch_model-00002-of-00002.bin").is_file()
-    assert "2 of 4 parts are right; not so: language_model, video" in said
+    assert "2 of 4 components are right; missing or wrong: language_model, video" in said
     assert "model.safetensors" in loaded and "diffusion_pytorch_model.safetensors" in loaded
     assert not loaded & {"v1-5-pruned.ckpt", "README.md", "diffusion_pytorch_model.bin"}
 

@@ -10,7 +10,7 @@ from nextgpt.generation.assistant import Assistant
 from nextgpt.mini_world.build_components import COMPONENTS, TRAINING_RECORD
 from nextgpt.mini_world.mini_decoders import DECODER_FOLDERS
 from nextgpt.mini_world.scoreboard.items import QUICK
-from nextgpt.mini_world.scoreboard.scoreboard import Questions, average, measure
+from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, mean_accuracy, measure
 from nextgpt.model.delta import DELTA_FILE, read_delta
 from test_mini_parts import megabytes_to_ship
 
@@ -36,12 +36,12 @@ def test_every_frozen_part_but_the_language_model_is_there_and_small() -> None:
 def test_shipped_parameters_answer_in_words_pictures_and_sounds(
     shipped: Assistant, tmp_path: Path
 ) -> None:
-    board = measure(shipped, Questions(("T→I", "T→A", "I→T"), 4), tmp_path)
+    board = measure(shipped, EvaluationSettings(("T→I", "T→A", "I→T"), 4), tmp_path)
     assert all(figures["modalities"] == 1 for figures in board.cells.values())
-    assert average(board.cells, QUICK) >= 0.75
+    assert mean_accuracy(board.cells, QUICK) >= 0.75
 
 
 @pytest.mark.slow
 def test_shipped_parameters_are_any_to_any(shipped: Assistant, tmp_path: Path) -> None:
-    board = measure(shipped, Questions(QUICK, 40, seed=1), tmp_path)
-    assert average(board.cells, QUICK) >= 0.9
+    board = measure(shipped, EvaluationSettings(QUICK, 40, seed=1), tmp_path)
+    assert mean_accuracy(board.cells, QUICK) >= 0.9

@@ -1,1 +1,1 @@
-"""What every room uses and what uses none: errors, files, command lines, processes, devices."""
+"""Shared utilities without dependencies on other packages: errors, files, CLI, processes."""

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive their parent."""
+"""Bind the lifetime of a child process to its parent's."""
 
 import ctypes
 import os
@@ -9,14 +9,13 @@ _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def die_with_parent(parent: int) -> None:
-    """Have Linux kill this process as soon as its parent is gone, however that ended.
+    """Have Linux kill this process as soon as its parent exits (PR_SET_PDEATHSIG).
 
-    To be called in the child. It is bound to the parent's thread that started the child, so that
-    thread must live as long as the child may. Other systems have nothing like it: there this does
-    nothing.
+    Call it in the child. The signal is tied to the parent's thread that started the child: that
+    thread must outlive the child. A no-op on other systems.
 
     Args:
-        parent: the parent's process id; it may be gone already.
+        parent: the parent's process id; it may have exited already.
     """
     if sys.platform != "linux":
         return

@@ -1,4 +1,4 @@
-"""What every command does around its one call: input errors become a line and exit code 2."""
+"""Exit codes and error messages of the command-line entry points."""
 
 import sys
 from collections.abc import Callable
@@ -9,28 +9,28 @@ INTERRUPTED = 130
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a command that `error` ends, under `run_cli`; never 0."""
+    """Return the exit code that `run_cli` gives for `error`; never 0."""
     if isinstance(error, UserError | OSError):
         return 2
     return INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
 
 
 def run_cli(main: Callable[[], None]) -> None:
-    """Run `main`; what the user can mend ends with a message on stderr and exit code 2.
+    """Run `main`; a UserError or OSError ends with a message on stderr and exit code 2.
 
-    That is an UserError, and a file or folder that the system refuses. Ctrl-C ends with code 130.
+    Ctrl-C exits with 130; any other exception keeps its traceback and exits with 1.
     """
     try:
         main()
     except UserError as error:
-        fault = str(error)
+        message = str(error)
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        fault = f"{place}{error.strerror or error}: look at the path, its permissions and the disk"
+        path = f"{error.filename}: " if error.filename else ""
+        message = f"{path}{error.strerror or error}: check the path, its permissions and the disk"
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(INTERRUPTED)
     else:
         return
-    print(f"error: {fault}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)

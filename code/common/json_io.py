@@ -1,4 +1,4 @@
-"""JSON files and text: serialization that every parser takes, input checked against a type."""
+"""Strict JSON serialization, and reading of JSON files validated against a type."""
 
 import json
 import math
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True) -> str:
-    """Serialize `value` to JSON (RFC 8259); floats that are not finite become `null`.
+    """Serialize `value` to JSON (RFC 8259); non-finite floats become `null`.
 
     Raises:
-        TypeError: it holds what JSON has not, e.g. a path.
+        TypeError: a value is not JSON-serializable, e.g. a path.
     """
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
 
@@ -25,20 +25,20 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return value
 
 
 def read_typed_json(path: Path, kind: TypeAdapter[T], levels: tuple[str, ...]) -> T:
-    """What the file at `path` holds, of the type `kind`.
+    """Read the JSON file at `path` and validate it as the type `kind`.
 
     Args:
-        levels: what the members of its lists are called, from the outside in.
+        levels: nouns for the items of nested lists, outermost first, for error messages.
 
     Raises:
-        UserError: it cannot be read, or does not fit; names the file and the first faulty place.
+        UserError: unreadable or invalid; names the file and the location of the first error.
     """
     try:
         return kind.validate_json(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Locks between processes, each a file beside what it guards."""
+"""Inter-process file locks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +11,20 @@ from nextgpt.common.errors import UserError
 
 @contextmanager
 def hold_lock(path: Path, *, blocking: bool = True) -> Iterator[None]:
-    """Hold the lock file `path` during the block; its folder is made if it is missing.
+    """Hold the lock file `path` during the block; create its folder if it is missing.
 
     Args:
-        blocking: wait while another process holds it.
+        blocking: wait while another process holds the lock.
 
     Raises:
         UserError: the folder cannot be written.
-        Timeout: another process holds it, and `blocking` is off.
+        Timeout: another process holds the lock, and `blocking` is false.
     """
     lock = FileLock(path, blocking=blocking)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except Timeout:  # an OSError, too
+    except Timeout:  # a subclass of OSError
         raise
     except OSError as error:
         raise UserError(

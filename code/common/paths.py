@@ -1,11 +1,11 @@
-"""The project's root, from which relative paths in the configuration count."""
+"""The project root, the base of relative paths in the configuration."""
 
 import os
 from pathlib import Path
 
 
 def _find_root() -> Path:
-    """`NEXTGPT_HOME` if it is set; else the checkout; else, of an installed package, here."""
+    """`NEXTGPT_HOME` if set; else the checkout; else (installed package) the current folder."""
     if home := os.environ.get("NEXTGPT_HOME"):
         return Path(home).resolve()
     checkout = Path(__file__).resolve().parents[2]
@@ -16,5 +16,5 @@ PROJECT_ROOT = _find_root()
 
 
 def project_path(path: str) -> Path:
-    """`path` from the configuration, absolute or relative to the project's root."""
+    """Resolve a configured path against the project root."""
     return PROJECT_ROOT / path

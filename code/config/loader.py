@@ -1,6 +1,7 @@
-"""Reads the configuration: base.yaml, the stage's YAML, the named YAML, then `--set key=value`.
+"""Load the configuration: base.yaml, the stage's YAML, the named YAML, then `--set key=value`.
 
-A named YAML may hold sections `stage_1` to `stage_4`, which count for that stage alone.
+Later layers override earlier ones. A named YAML may have sections `stage_1` to `stage_4`, which
+apply to that stage only.
 """
 
 import argparse
@@ -22,16 +23,18 @@ CONFIG_DIR = Path(__file__).parent
 STAGES = (1, 2, 3, 4)
 
 
-def load_config(name: str, stage: int | None = None, overrides: list[str] | None = None) -> Config:
-    """The checked configuration called `name` (a YAML beside this file, or a path to one).
+def load_config(
+    name: str, stage: int | None = None, overrides: Sequence[str] | None = None
+) -> Config:
+    """Load and validate the configuration `name`.
 
     Args:
-        name: `mini`, `7b`, or the path of a YAML file of your own.
-        stage: 1 to 4 for training; none for inference.
+        name: `mini`, `7b` or another YAML file of this folder, or the path of one.
+        stage: 1 to 4 for training; None for inference.
         overrides: `section.key=value`, the value in YAML.
 
     Raises:
-        UserError: an unknown or ill-typed key; names the file, the key and the nearest right one.
+        UserError: an unknown or ill-typed key; names the file, the key and the closest valid key.
     """
     layers = [_read_yaml(CONFIG_DIR / "base.yaml")]
     if stage is not None:
@@ -44,7 +47,7 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
     layers.append((source, named))
     if stage is not None:
         layers.append((f"{source}, section stage_{stage}", by_stage[stage]))
-    layers += [_parse_override(override) for override in overrides or []]
+    layers += [_parse_override(override) for override in overrides or ()]
 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -58,38 +61,48 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
         raise UserError("\n".join(_explain(item, origins) for item in error.errors())) from None
 
 
+def format_config(config: Config) -> str:
+    """Format a resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
 def add_config_arguments(parser: argparse.ArgumentParser, default: str = "mini") -> None:
-    """Add `--config`, `--set` and `--print-config` to an entry's command line."""
-    parser.add_argument("--config", default=default, help="mini, 7b, or a YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    """Add `--config`, `--set` and `--print-config`; `load_config_from` evaluates them."""
+    parser.add_argument("--config", default=default, help="mini, 7b or a YAML file")
     parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved configuration and exit"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key"
     )
+    parser.add_argument(
+        "--print-config",
+        action=_PrintConfig,
+        nargs=0,
+        default=False,
+        help="print the resolved configuration as YAML and exit",
+    )
+
+
+class _PrintConfig(argparse.Action):
+    """A flag that makes the parser's required arguments optional."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, *_: Any) -> None:
+        namespace.print_config = True
+        requirements: list[Any] = [*parser._actions, *parser._mutually_exclusive_groups]
+        for requirement in requirements:
+            requirement.required = False
 
 
 def load_config_from(
     arguments: argparse.Namespace, stage: int | None = None, overrides: Sequence[str] = ()
 ) -> Config:
-    """The configuration that the command line names; `--print-config` prints it and exits.
+    """Load the configuration that the command line names; `overrides` follow those of `--set`.
 
-    Args:
-        arguments: parsed, with those of `add_config_arguments`.
-        stage: as for `load_config`.
-        overrides: further ones, which count after `--set`.
-
-    Raises:
-        UserError: as for `load_config`.
+    With `--print-config`, print it and exit with code 0.
     """
     config = load_config(arguments.config, stage, [*arguments.set, *overrides])
     if arguments.print_config:
         print(format_config(config), end="")
-        sys.exit()
+        sys.exit(0)
     return config
-
-
-def format_config(config: Config) -> str:
-    """The configuration as YAML that `load_config` reads."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def _find(name: str) -> Path:
@@ -125,7 +138,7 @@ def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
 
 
 def _merge(into: dict, layer: dict, source: str, origins: dict[str, str], prefix: str = "") -> None:
-    """Lay `layer` over `into`, section by section, remembering in `origins` who set each key."""
+    """Merge `layer` into `into` recursively; record the source of each key in `origins`."""
     for key, value in layer.items():
         path = f"{prefix}{key}"
         origins[path] = source
@@ -156,7 +169,7 @@ def _explain(error: ErrorDetails, origins: dict[str, str]) -> str:
 
 
 def _known_keys(location: list[str]) -> list[str]:
-    """The keys of the section at `location`; a mapping of modalities counts as its sections."""
+    """Return the keys of the section at `location`; a modality's name is skipped."""
     section: type[BaseModel] = Config
     for name in location:
         field = section.model_fields.get(name)

@@ -1,10 +1,10 @@
-"""Keys of earlier versions, which are still read, and what they are called now."""
+"""Deprecated configuration keys and values, still read, and their current names."""
 
 from typing import Any
 
 from nextgpt.common.errors import UserError
 
-_RENAMED = {
+RENAMED_KEYS = {
     "language_model.template": "language_model.prompt_format",
     "language_model.attention": "language_model.attn_implementation",
     "language_model.lora_targets": "language_model.lora_target_modules",
@@ -42,8 +42,8 @@ _RENAMED = {
         )
     },
 }
-# Of these the values are called otherwise, too; by the earlier key.
-_RENAMED_VALUES: dict[str, dict[Any, Any]] = {
+# Renamed values, by the deprecated key.
+RENAMED_VALUES: dict[str, dict[Any, Any]] = {
     "language_model.template": {"published": "vicuna_v0", "own": "tokenizer"},
     "language_model.train_vocabulary": {"new": "new_tokens", "all": "full"},
     "training.fit_input_projection": {True: "least_squares", False: "random"},
@@ -53,24 +53,25 @@ _RENAMED_VALUES: dict[str, dict[Any, Any]] = {
 
 
 def update_keys(values: dict[str, Any], source: str) -> list[str]:
-    """Rename the keys and values of earlier versions in place.
+    """Replace deprecated keys and values in place.
 
     Args:
         values: nested sections, as in a YAML file.
-        source: the file or argument that they stand in, for messages.
+        source: the file or argument they come from, for messages.
 
     Returns:
-        A line for each: what it is called now.
+        One message per replacement, with the current name.
 
     Raises:
-        UserError: an earlier key and its new name are both set.
+        UserError: a deprecated key and its current name are both set.
     """
     notes = []
-    for old, new in (_RENAMED | {key: key for key in _RENAMED_VALUES.keys() - _RENAMED}).items():
+    for old in dict.fromkeys([*RENAMED_KEYS, *RENAMED_VALUES]):
+        new = RENAMED_KEYS.get(old, old)
         section, key = _find(values, old)
         if key not in section:
             continue
-        value, renamed = section[key], _RENAMED_VALUES.get(old, {})
+        value, renamed = section[key], RENAMED_VALUES.get(old, {})
         has_new_value = isinstance(value, bool | str) and value in renamed
         if old == new and not has_new_value:
             continue
@@ -79,13 +80,13 @@ def update_keys(values: dict[str, Any], source: str) -> list[str]:
             raise UserError(f"{source}: {old} is the earlier name of {new}: set the latter alone")
         del section[key]
         target[new_key] = renamed[value] if has_new_value else value
-        told = f"{old} {value} is now called {new} {target[new_key]}"
-        notes.append(f"{source}: {told if has_new_value else f'{old} is now called {new}'}")
+        value_note = f"{old} {value} is now called {new} {target[new_key]}"
+        notes.append(f"{source}: {value_note if has_new_value else f'{old} is now called {new}'}")
     return notes
 
 
 def _find(values: dict, path: str, *, create: bool = False) -> tuple[dict, str]:
-    """The section that the key at `path` belongs in, and the key; an empty one if there is none."""
+    """Return the section of the key at `path` (empty if absent) and the key's last name."""
     *sections, key = path.split(".")
     for name in sections:
         inner = values.setdefault(name, {}) if create else values.get(name)

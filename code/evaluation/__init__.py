@@ -1,1 +1,1 @@
-"""Metrics that any evaluation uses."""
+"""Metrics shared by all evaluations."""

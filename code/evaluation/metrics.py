@@ -9,17 +9,17 @@ _Z = 1.959964  # two-sided 95 %
 
 
 def wilson_interval(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share by Wilson's score (J. Am. Stat. Assoc. 22, 1927, p. 209)."""
+    """Return the 95 % Wilson score interval (J. Am. Stat. Assoc. 22, 1927, p. 209)."""
     if count == 0:
         return 0.0, 1.0
-    share, z2 = right / count, _Z**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    mean, z2 = right / count, _Z**2
+    centre = (mean + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z / (1 + z2 / count) * math.sqrt(mean * (1 - mean) / count + z2 / (4 * count**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def proportion(rights: Sequence[bool]) -> dict[str, Any]:
-    """`n`, `right` (a share) and its `interval`."""
+    """Return `n`, the proportion `right`, and its 95 % confidence `interval`."""
     low, high = wilson_interval(sum(rights), len(rights))
     mean = fmean(rights) if rights else 0.0
     return {"n": len(rights), "right": mean, "interval": [low, high]}

@@ -36,7 +36,7 @@ from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.mini_world.component_training.diffusion import train_unet
 from nextgpt.mini_world.component_training.encoder import train_encoder
-from nextgpt.mini_world.component_training.runner import last_line
+from nextgpt.mini_world.component_training.runner import last_log_entry
 from nextgpt.mini_world.component_training.text_encoders import (
     ClapTower,
     ClipTower,
@@ -236,7 +236,7 @@ class ComponentBuilder:
             return {}
         before = _read_record(self.out / _PATHS[component])
         return {
-            run: before[run] if self._is_trained(module) else last_line(self.work, run)
+            run: before[run] if self._is_trained(module) else last_log_entry(self.work, run)
             for module in _modules_of(component)
             for run in _RUNS.get(module, (module,))
         }

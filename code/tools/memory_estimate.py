@@ -34,7 +34,7 @@ from nextgpt.model.nextgpt import LanguageModelOutput, NextGPT
 from nextgpt.model.quantization import check_zero_stage, memory_saved, quantizable_matrices
 from nextgpt.model.trainable import count_parameters, group_of, is_base_vocabulary
 from nextgpt.tools.memory_meter import MemoryMeter
-from nextgpt.tools.weights.checks import language_model_figures
+from nextgpt.tools.weights.checks import load_language_model_config
 from nextgpt.tools.weights.registry import source_of
 from nextgpt.training.engine import micro_batch_size, read_deepspeed_config
 from nextgpt.training.trainer import TRAINED_BEFORE, configure_trainable
@@ -147,7 +147,7 @@ def _offloads(zero: dict[str, Any], what: str) -> bool:
 
 def _language_model_config(config: Config) -> tuple[PreTrainedConfig, int]:
     """The language model's configuration, and the number of tokens of its tokenizer."""
-    found = language_model_figures(config)
+    found = load_language_model_config(config)
     if found is None:
         raise MissingFileError(
             f"language_model.path {config.language_model.path}: not there, and its config.json is "
@@ -345,7 +345,7 @@ def _serving(
             folder = find_folder(decoder.path, "model_index.json")
         except MissingFileError:
             source = source_of(modality, decoder.path)
-            published = source.numbers if source else 0
+            published = source.num_parameters if source else 0
             counted = "as published" if published else "not counted"
             sizes[f"decoder, {modality}: not here, {counted}"] = 2.0 * published
             continue

@@ -181,5 +181,5 @@ def text_encoder_fingerprints(config: Config, modality: Modality) -> tuple[str, 
         return " ".join(encoder.fingerprints())
 
     digests = DigestCache(project_path(config.data.cache_dir))
-    weights, tokenizer = digests.remember("text encoder", files, compute).split()
+    weights, tokenizer = digests.get_or_compute("text encoder", files, compute).split()
     return weights, tokenizer

@@ -162,7 +162,7 @@ def _identify_frozen(
     files = [*weight_files(folder), folder / "config.json", *tokenizer_files(folder)]
     named = {str(file.relative_to(folder)): file for file in files}
     identities: dict[str, _Identity] = {
-        "language model": {"file": str(folder), "digest": digests.digest_named(named)}
+        "language model": {"file": str(folder), "digest": digests.digest_files(named)}
     }
     if any(source.kind != "caption_out" for source in dataset.sources.values()):
         path = project_path(config.encoder.path)

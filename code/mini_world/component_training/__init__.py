@@ -1,1 +1,1 @@
-"""Trains the mini world's frozen parts from nothing: encoder, caption towers, decoders."""
+"""Train the mini world's frozen components from scratch: encoder, text encoders, decoders."""

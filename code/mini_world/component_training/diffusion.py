@@ -1,12 +1,12 @@
-"""The denoising networks of the three pipelines, in the latent space of their trained VAEs.
+"""Train the U-Nets of the three pipelines in the latent space of their trained VAEs.
 
-They learn to predict v (arXiv 2202.00512) from captions that their frozen text encoders embed.
-What a projection gives later is never quite a caption's embedding, so in training some are mixed
-with that of another caption of the same thing, and a little noise is added. A tenth go without
-caption, for guidance (arXiv 2207.12598).
+Objective: v-prediction (arXiv 2202.00512), conditioned on the frozen text encoders' embeddings of
+captions. The output projections' prompt embeddings will be inexact, so some embeddings are
+interpolated with another caption's of the same object, and noise is added. Condition dropout of
+10 % enables classifier-free guidance (arXiv 2207.12598).
 
-The video network begins with the picture network's weights; see `video_start`. On a GPU, if there
-is one, where all but the sound network take minutes and not hours.
+The video U-Net starts from the image U-Net; see `init_video_unet`. Uses a GPU if there is one: all
+but the audio U-Net then take minutes instead of hours.
 """
 
 from copy import deepcopy
@@ -22,16 +22,16 @@ from torch.nn.functional import mse_loss, normalize
 
 from nextgpt.common.device import choose_device
 from nextgpt.common.modality import Modality
-from nextgpt.mini_world.component_training.graphs import ReplayedByShape
+from nextgpt.mini_world.component_training.cuda_graphs import GraphedModule
 from nextgpt.mini_world.component_training.init_video_unet import (
-    begin_with,
-    moments,
-    share_at_start,
-    teach_places,
-    video_groups,
+    frames_at_step,
+    high_noise_proportion,
+    inflate_image_unet,
+    parameter_groups,
+    pretrain_frame_positions,
 )
-from nextgpt.mini_world.component_training.latent_cache import LatentPool
-from nextgpt.mini_world.component_training.runner import Losses, Plan, cheap_products, train
+from nextgpt.mini_world.component_training.latent_cache import LatentCache
+from nextgpt.mini_world.component_training.runner import Losses, TrainingPlan, bf16_autocast, train
 from nextgpt.mini_world.component_training.text_encoders import Tower
 from nextgpt.mini_world.mini_decoders import (
     MINI_DECODERS,
@@ -41,20 +41,19 @@ from nextgpt.mini_world.mini_decoders import (
 )
 from nextgpt.model.decoders import initial_noise
 
-PLANS: dict[Modality, Plan] = {
-    "image": Plan(steps=6000, learning_rate=8e-4),
-    "video": Plan(steps=8000, learning_rate=8e-4),
-    "audio": Plan(steps=3000, learning_rate=5e-4),
+PLANS: dict[Modality, TrainingPlan] = {
+    "image": TrainingPlan(steps=6000, learning_rate=8e-4),
+    "video": TrainingPlan(steps=8000, learning_rate=8e-4),
+    "audio": TrainingPlan(steps=3000, learning_rate=5e-4),
 }
-BATCH: dict[Modality, int] = {"image": 256, "audio": 32}  # of videos see `video_start`
-POOL: dict[Modality, int] = {"image": 32000, "video": 24000, "audio": 3000}
-_WITHOUT_CAPTION = 0.1
-# Times are drawn as u to this power: what a caption tells is decided while there is much noise.
-_NOISY: dict[Modality, float] = {"image": 0.5, "video": 0.5, "audio": 1.0}
-# The share of time that counts as nearly pure noise.
-_START = 0.03
-_MIXED = 0.5
-_NOISE = 0.15  # largest deviation, as a share of the embeddings' own
+BATCH_SIZES: dict[Modality, int] = {"image": 256, "audio": 32}  # video: `frames_at_step`
+CACHE_SIZES: dict[Modality, int] = {"image": 32000, "video": 24000, "audio": 3000}
+_CONDITION_DROPOUT = 0.1
+# Timesteps are sampled as u ** exponent: the caption matters at high noise levels.
+_TIMESTEP_EXPONENTS: dict[Modality, float] = {"image": 0.5, "video": 0.5, "audio": 1.0}
+_HIGH_NOISE = 0.03  # share of the timesteps that counts as nearly pure noise
+_INTERPOLATED = 0.5  # share of the captions
+_EMBEDDING_NOISE = 0.15  # maximum deviation, relative to the embeddings' own
 
 
 def train_unet(
@@ -63,105 +62,112 @@ def train_unet(
     tower: Tower,
     work: Path,
     seed: int,
-    pictures_unet: UNet2DConditionModel | None = None,
-    plan: Plan | None = None,
+    image_unet: UNet2DConditionModel | None = None,
+    plan: TrainingPlan | None = None,
 ) -> UNet2DConditionModel | UNet3DConditionModel:
-    """Train one network, or go on, or load what is trained.
+    """Train one U-Net; resume from `work`.
 
     Args:
-        tower: the pipeline's text encoder, frozen.
-        pictures_unet: the trained network that a video network begins with.
+        tower: the pipeline's frozen text encoder.
+        image_unet: the trained U-Net to initialize a video U-Net from.
     """
     device = choose_device()
     torch.manual_seed(seed)
     model = build_unet(modality, MINI_DECODERS)
-    if pictures_unet is not None:
-        begin_with(model, pictures_unet)
+    if image_unet is not None:
+        inflate_image_unet(model, image_unet)
     model.to(device)
     tower = replace(tower, model=deepcopy(tower.model).to(device))
-    pool = LatentPool(modality, POOL[modality], deepcopy(vae).to(device), tower, work, seed)
-    examples = _Examples(modality, pool, tower)
+    latents = LatentCache(
+        modality, CACHE_SIZES[modality], deepcopy(vae).to(device), tower, work, seed
+    )
+    objective = _Objective(modality, latents, tower)
     if modality == "video" and not (work / "video_unet.pt").is_file():
-        teach_places(model, pool.draw(np.random.default_rng([seed, 5]), 64)[0], examples.empty)
-    network = ReplayedByShape(_Network(model, modality))
+        samples, _ = latents.sample(np.random.default_rng([seed, 5]), 64)
+        pretrain_frame_positions(model, samples, objective.empty)
+    denoiser = GraphedModule(_Denoiser(model, modality))
 
     def loss_of(rng: np.random.Generator, step: int) -> Losses:
-        return examples.losses(network, rng, step)
+        return objective.losses(denoiser, rng, step)
 
     plan = plan or PLANS[modality]
-    groups = video_groups(model, plan.learning_rate) if modality == "video" else None
+    groups = parameter_groups(model, plan.learning_rate) if modality == "video" else None
     return train(f"{modality}_unet", model, loss_of, plan, work, seed, groups).cpu()
 
 
-class _Network(nn.Module):
-    """A denoising network with the same arguments for all modalities."""
+class _Denoiser(nn.Module):
+    """A U-Net with the same arguments for all modalities."""
 
     def __init__(self, model: nn.Module, modality: Modality) -> None:
         super().__init__()
         self.model = model
         self.modality = modality
 
-    def forward(self, noisy: Tensor, steps_N: Tensor, captions: Tensor) -> Tensor:
-        """v, float32, of the latents' shape; AudioLDM's caption comes in as a class embedding."""
-        # There are few tokens, of a single frame one over time: plain products are as fast.
-        with cheap_products(noisy.device), sdpa_kernel(SDPBackend.MATH):
+    def forward(self, noisy: Tensor, timesteps_N: Tensor, prompt_embeds: Tensor) -> Tensor:
+        """Return v, float32; AudioLDM takes the prompt embedding as a class embedding."""
+        # Few tokens, and one frame may be alone: the math kernel is as fast as the others.
+        with bf16_autocast(noisy.device), sdpa_kernel(SDPBackend.MATH):
             if self.modality == "audio":
-                made = self.model(noisy, steps_N, None, class_labels=captions)
+                output = self.model(noisy, timesteps_N, None, class_labels=prompt_embeds)
             else:
-                made = self.model(noisy, steps_N, captions)
-        return made.sample.float()
+                output = self.model(noisy, timesteps_N, prompt_embeds)
+        return output.sample.float()
 
 
-class _Examples:
-    """What a network learns from, step by step."""
+class _Objective:
+    """The v-prediction loss on sampled latents, captions and noise levels."""
 
-    def __init__(self, modality: Modality, pool: LatentPool, tower: Tower) -> None:
+    def __init__(self, modality: Modality, latents: LatentCache, tower: Tower) -> None:
         self.modality = modality
-        self.pool = pool
+        self.latents = latents
         self.tower = tower
-        self.schedule = build_scheduler()
+        self.scheduler = build_scheduler()
         with torch.no_grad():
-            self.empty = tower.embed(tower.tokens([""]))
+            self.empty = tower.embed(tower.tokenize([""]))
 
-    def losses(self, network: nn.Module, rng: np.random.Generator, step: int) -> Losses:
-        """The squared error of v at drawn times of noise."""
-        latents, ids_N2T, starts = self._draw(rng, step)
-        last = self.schedule.config.num_train_timesteps
-        steps_N = _draw_times(len(latents), last, _NOISY[self.modality], starts).to(latents.device)
+    def losses(self, denoiser: nn.Module, rng: np.random.Generator, step: int) -> Losses:
+        """Return the mean squared error of v on one batch."""
+        latents, ids_N2T, high_noise = self._sample(rng, step)
+        timesteps_N = _sample_timesteps(
+            len(latents),
+            self.scheduler.config.num_train_timesteps,
+            _TIMESTEP_EXPONENTS[self.modality],
+            high_noise,
+        ).to(latents.device)
         shared = SHARED_NOISE if self.modality == "video" else 0.0
         noise = initial_noise(latents.shape, shared, device=latents.device)
-        noisy = self.schedule.add_noise(latents, noise, steps_N)
-        target = self.schedule.get_velocity(latents, noise, steps_N)
-        return {"v": mse_loss(network(noisy, steps_N, self._conditions(ids_N2T)), target)}
+        noisy = self.scheduler.add_noise(latents, noise, timesteps_N)
+        target = self.scheduler.get_velocity(latents, noise, timesteps_N)
+        return {"v": mse_loss(denoiser(noisy, timesteps_N, self._prompt_embeds(ids_N2T)), target)}
 
-    def _draw(self, rng: np.random.Generator, step: int) -> tuple[Tensor, Tensor, float]:
-        """Latents, two wordings of their captions, and the share at nearly pure noise."""
+    def _sample(self, rng: np.random.Generator, step: int) -> tuple[Tensor, Tensor, float]:
+        """Sample latents, two paraphrases per caption, and the proportion at high noise."""
         if self.modality != "video":
-            return *self.pool.draw(rng, BATCH[self.modality]), 0.0
-        count, frames = moments(step, rng)
-        latents, ids_N2T = self.pool.draw(rng, count)
-        return latents[:, :, frames.to(latents.device)], ids_N2T, share_at_start(step)
+            return *self.latents.sample(rng, BATCH_SIZES[self.modality]), 0.0
+        count, frames = frames_at_step(step, rng)
+        latents, ids_N2T = self.latents.sample(rng, count)
+        return latents[:, :, frames.to(latents.device)], ids_N2T, high_noise_proportion(step)
 
-    def _conditions(self, ids_N2T: Tensor) -> Tensor:
-        """What the network is told of each: nothing, its caption, or something close to it."""
+    def _prompt_embeds(self, ids_N2T: Tensor) -> Tensor:
+        """Embed the captions, with interpolation, noise and condition dropout."""
         with torch.no_grad():
             both = self.tower.embed(ids_N2T.flatten(0, 1)).unflatten(0, ids_N2T.shape[:2])
-        given, also = both.unbind(1)
-        shape = (len(given),) + (1,) * (given.ndim - 1)
+        one, other = both.unbind(1)
+        shape = (len(one),) + (1,) * (one.ndim - 1)
 
-        def drawn() -> Tensor:
-            return torch.rand(shape, device=given.device)
+        def uniform() -> Tensor:
+            return torch.rand(shape, device=one.device)
 
-        embeddings = torch.lerp(given, also, drawn() * (drawn() < _MIXED))
-        embeddings = embeddings + drawn() * _NOISE * given.std() * torch.randn_like(given)
+        embeddings = torch.lerp(one, other, uniform() * (uniform() < _INTERPOLATED))
+        embeddings = embeddings + uniform() * _EMBEDDING_NOISE * one.std() * torch.randn_like(one)
         if self.modality == "audio":
             embeddings = normalize(embeddings, dim=-1)
-        return torch.where(drawn() < _WITHOUT_CAPTION, self.empty, embeddings)
+        return torch.where(uniform() < _CONDITION_DROPOUT, self.empty, embeddings)
 
 
-def _draw_times(count: int, last: int, noisy: float, starts: float) -> Tensor:
-    """Times (count,) int64 in 0..last - 1: u to the power `noisy`, some of them the noisiest."""
-    times_N = torch.rand(count) ** noisy
-    starts_N = torch.rand(count) < starts
-    times_N = torch.where(starts_N, 1 - _START * torch.rand(count), times_N)
-    return (times_N * last).long().clamp(max=last - 1)
+def _sample_timesteps(count: int, total: int, exponent: float, high_noise: float) -> Tensor:
+    """Sample timesteps (count,) int64 below `total`, a proportion `high_noise` at the noisy end."""
+    times_N = torch.rand(count) ** exponent
+    is_high_N = torch.rand(count) < high_noise
+    times_N = torch.where(is_high_N, 1 - _HIGH_NOISE * torch.rand(count), times_N)
+    return (times_N * total).long().clamp(max=total - 1)

@@ -1,11 +1,11 @@
-"""How a video network begins: as the picture network, as ZeroScope's began with Stable Diffusion's.
+"""Initialize the video U-Net from the image U-Net, as ZeroScope from Stable Diffusion.
 
-Its layers over time at first do nothing but say which frame is which. Motion is a product: what the
-caption says, times the place of a frame in the video. While neither matters, neither has a slope,
-and after thousands of steps nothing moves. So in the first steps the network sees last frames
-alone, where the caption's motion decides by itself how far from its place a thing is; then whole
-videos of last frames, which spread step by step back to the first. Once things move, two of three
-steps show single frames, of eight times as many captions: few videos at a time blur the shapes.
+Temporal layers start as identity plus a frame-position code. Motion is a product of the caption's
+direction and the frame's position: while both are unused, both gradients vanish, and nothing moves
+after thousands of steps. Hence a curriculum: last frames alone, where the direction by itself
+determines the displacement; then videos whose frames spread from the last to all. Once motion is
+learned, two of three steps show single frames, of eight times as many captions: small batches of
+videos blur the shapes.
 """
 
 from typing import Any
@@ -21,105 +21,105 @@ from nextgpt.mini_world.component_training.samples import DECODED_FRAMES
 from nextgpt.mini_world.mini_decoders import SHARED_NOISE, build_scheduler
 from nextgpt.model.decoders import initial_noise
 
-# Steps of last frames alone, steps in which frames spread to the whole, when motion is learned.
-STILL, SPREADING, MOVING = 500, 500, 2400
-_VIDEOS, _STILLS = 32, 256  # at once: the same work
-# The layers over time begin as nothing beside layers that already draw.
-_FASTER_OVER_TIME = 2.0
-# The layer that is taught to add a code of each frame's place, and what it adds.
-_PLACES = "down_blocks.0.temp_convs.0"
-_PLACE_WAVES, _PLACE_SCALE, _PLACE_STEPS = 4, 0.5, 400
+LAST_FRAME_STEPS = 500
+SPREADING_STEPS = 500
+SINGLE_FRAMES_FROM = 2400  # step
+_VIDEOS, _SINGLE_FRAMES = 32, 256  # batch sizes of equal cost
+_TEMPORAL_RATE = 2.0  # learning rate of temporal layers, which start from nothing, over the others
+_POSITION_LAYER = "down_blocks.0.temp_convs.0"  # adds the frame-position code
+_POSITION_WAVES, _POSITION_SCALE, _POSITION_STEPS = 4, 0.5, 400
 
 
-def moments(step: int, rng: np.random.Generator) -> tuple[int, Tensor]:
-    """How many videos a step shows at once, and which of their frames: (1,) or (8,) int64."""
+def frames_at_step(step: int, rng: np.random.Generator) -> tuple[int, Tensor]:
+    """Return the batch size of a training step and the frame indices, (1,) or (8,) int64."""
     frames = DECODED_FRAMES
-    if step < STILL:
-        return _STILLS, torch.tensor([frames - 1])
-    if step >= MOVING and step % 3:
-        return _STILLS, torch.from_numpy(rng.integers(frames, size=1))
-    spread = min((step - STILL) / SPREADING, 1.0)
+    if step < LAST_FRAME_STEPS:
+        return _SINGLE_FRAMES, torch.tensor([frames - 1])
+    if step >= SINGLE_FRAMES_FROM and step % 3:
+        return _SINGLE_FRAMES, torch.from_numpy(rng.integers(frames, size=1))
+    spread = min((step - LAST_FRAME_STEPS) / SPREADING_STEPS, 1.0)
     return _VIDEOS, (frames - 1 - spread * torch.arange(frames - 1, -1, -1)).round().long()
 
 
-def share_at_start(step: int) -> float:
-    """Of a step's videos, those at nearly pure noise.
+def high_noise_proportion(step: int) -> float:
+    """Return the proportion of a step's videos at nearly pure noise.
 
-    Only there must the caption tell what moves where: later the differences between frames do,
-    which share most of their noise.
+    Only there does the caption alone determine the motion; later the frames, which share most of
+    their noise, show it.
     """
-    return 0.5 if step < MOVING else 0.15
+    return 0.5 if step < SINGLE_FRAMES_FROM else 0.15
 
 
-def video_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
-    """The optimizer's parameter groups of a video network; the codes of places stay as taught."""
-    over_time, others = [], []
+def parameter_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Return the optimizer's parameter groups; freeze the layer of frame positions."""
+    temporal, spatial = [], []
     for name, parameter in model.named_parameters():
-        if name.startswith(_PLACES):
+        if name.startswith(_POSITION_LAYER):
             parameter.requires_grad_(False)
         else:
-            (over_time if _is_over_time(name) else others).append(parameter)
-    return [{"params": others, "lr": rate}, {"params": over_time, "lr": _FASTER_OVER_TIME * rate}]
+            (temporal if _is_temporal(name) else spatial).append(parameter)
+    return [{"params": spatial, "lr": rate}, {"params": temporal, "lr": _TEMPORAL_RATE * rate}]
 
 
-def _is_over_time(name: str) -> bool:
-    """Whether a weight or layer of a video network is of those that look along the frames."""
+def _is_temporal(name: str) -> bool:
+    """Whether a weight or layer of the video U-Net mixes frames."""
     return "temp_" in name or "transformer_in" in name
 
 
-def teach_places(video: UNet3DConditionModel, latents: Tensor, states: Tensor) -> None:
-    """Let the first layer over time add to every frame a code of its place.
+def pretrain_frame_positions(video: UNet3DConditionModel, latents: Tensor, states: Tensor) -> None:
+    """Train the first temporal layer to add a frame-position code.
 
-    Attention over time has no positions and convolutions have them by their padding alone. A
-    network that is left to find them tells the ends from the middle for thousands of steps, but
-    not the beginning from the end, and nothing can move.
+    Temporal attention has no position embedding, and convolutions see positions by their padding
+    only: untrained, the network tells the ends from the middle for thousands of steps, but not the
+    first frame from the last, and nothing can move.
 
     Args:
-        latents: (N, C, T, H, W) of videos, to see what that layer is given.
-        states: (1, tokens, width) of any caption.
+        latents: (N, C, T, H, W) of videos, for typical inputs of the layer.
+        states: (1, tokens, width), prompt embeddings of any caption.
     """
-    layer = video.get_submodule(_PLACES)
-    given: list[Tensor] = []  # (N * T, width, H, W) each
-    hook = layer.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    layer = video.get_submodule(_POSITION_LAYER)
+    inputs: list[Tensor] = []  # (N * T, width, H, W) each
+    hook = layer.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
     noise_schedule = build_scheduler()
     with torch.no_grad():
-        for some in latents.split(4):
-            steps_N = torch.randint(noise_schedule.config.num_train_timesteps, (len(some),))
-            steps_N = steps_N.to(some.device)
-            noise = initial_noise(some.shape, SHARED_NOISE, device=some.device)
-            noisy = noise_schedule.add_noise(some, noise, steps_N)
-            video(noisy, steps_N, states.expand(len(some), -1, -1))
+        for batch in latents.split(4):
+            timesteps_N = torch.randint(noise_schedule.config.num_train_timesteps, (len(batch),))
+            timesteps_N = timesteps_N.to(batch.device)
+            noise = initial_noise(batch.shape, SHARED_NOISE, device=batch.device)
+            noisy = noise_schedule.add_noise(batch, noise, timesteps_N)
+            video(noisy, timesteps_N, states.expand(len(batch), -1, -1))
     hook.remove()
-    frames, width = latents.shape[2], given[0].shape[1]
-    waves = torch.arange(1, _PLACE_WAVES + 1)
+    frames, width = latents.shape[2], inputs[0].shape[1]
+    waves = torch.arange(1, _POSITION_WAVES + 1)
     angles = torch.pi * (torch.arange(frames)[:, None] + 0.5) * waves / frames
-    scale = _PLACE_SCALE * torch.cat(given).std()
-    places_TC = scale * ((angles.cos() / waves) @ torch.randn(_PLACE_WAVES, width)).to(scale.device)
+    scale = _POSITION_SCALE * torch.cat(inputs).std()
+    code = (angles.cos() / waves) @ torch.randn(_POSITION_WAVES, width)
+    positions_TC = scale * code.to(scale.device)
     optimizer = torch.optim.Adam(layer.parameters(), lr=2e-3)
-    for step in range(_PLACE_STEPS):
-        hidden = given[step % len(given)]
-        added = places_TC.repeat(len(hidden) // frames, 1)[..., None, None]
+    for step in range(_POSITION_STEPS):
+        hidden = inputs[step % len(inputs)]
+        added = positions_TC.repeat(len(hidden) // frames, 1)[..., None, None]
         mse_loss(layer(hidden, num_frames=frames), hidden + added).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def begin_with(video: UNet3DConditionModel, picture: UNet2DConditionModel) -> None:
-    """Copy the picture network's weights, and let the layers over time add nothing.
+def inflate_image_unet(video: UNet3DConditionModel, image: UNet2DConditionModel) -> None:
+    """Copy the image U-Net's weights; make temporal layers the identity.
 
     Raises:
-        UserError: a weight of the picture network has no place.
+        UserError: the video U-Net lacks a weight of the image U-Net.
     """
-    own, given = video.state_dict(), picture.state_dict()
-    lost = [name for name in given if name not in own]
-    if lost:
-        raise UserError(f"the video network has no {', '.join(lost[:5])}: give both one layout")
-    # 1 x 1 convolutions of the one are linear layers of the other.
-    own |= {name: tensor.reshape(own[name].shape) for name, tensor in given.items()}
-    video.load_state_dict(own)
+    weights, image_weights = video.state_dict(), image.state_dict()
+    missing = [name for name in image_weights if name not in weights]
+    if missing:
+        raise UserError(f"the video U-Net has no {', '.join(missing[:5])}: use one architecture")
+    # 1 x 1 convolutions in one are linear layers in the other.
+    weights |= {name: tensor.reshape(weights[name].shape) for name, tensor in image_weights.items()}
+    video.load_state_dict(weights)
     for name, module in video.named_modules():
-        if name.endswith("proj_out") and _is_over_time(name):
+        if name.endswith("proj_out") and _is_temporal(name):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Dropout) and _is_over_time(name):
-            module.p = 0.0  # what is held out is kept apart by other means, and it costs time
+        if isinstance(module, nn.Dropout) and _is_temporal(name):
+            module.p = 0.0  # costs time; generalization does not need it here

@@ -1,7 +1,7 @@
-"""What the denoising networks learn from: latents and captions of things, made once and kept.
+"""Latent cache: the U-Nets' training latents and captions, computed once per work folder.
 
-Rendered on all cores, encoded on the GPU if there is one. On one core without, 32,000 pictures are
-encoded in a minute and a half, 10,000 videos in three and a half.
+Rendered on all cores, encoded on the GPU if there is one. On one CPU core, encoding 32,000 images
+takes a minute and a half, 10,000 videos three and a half.
 """
 
 import os
@@ -22,50 +22,49 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.modality import Modality
 from nextgpt.mini_world.appearance import sample_unnamed_colour, sample_unnamed_outline
 from nextgpt.mini_world.component_training.mel import log_mel
-from nextgpt.mini_world.component_training.runner import cheap_products
+from nextgpt.mini_world.component_training.runner import bf16_autocast
 from nextgpt.mini_world.component_training.samples import (
-    filmed,
-    painted,
-    some_caption,
-    sounds,
-    things,
-    to_unit,
+    normalize_pixels,
+    render_audio_clips,
+    render_images,
+    render_videos,
+    sample_objects,
+    sample_partial_caption,
 )
 from nextgpt.mini_world.component_training.text_encoders import Tower
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject
 from nextgpt.mini_world.render_image import Appearance
 
-# Of pictures and videos, in colours and shapes that no caption tells: else "red is never a square"
+# Shares of images and videos in unnamed colours and shapes: otherwise "red is never a square"
 # is learned from a world in which red squares are held out.
 _UNNAMED_COLOURS = 0.3
 _UNNAMED_SHAPES: dict[Modality, float] = {"image": 0.1, "video": 0.2}
-# Of pictures' and videos' captions, those without colour and place: "draw what you hear".
-_AS_HEARD = 0.15
-_TELLINGS = 8  # a medium
-_CHUNK = 64  # media that are rendered at once, from one generator
-_AT_ONCE = 64  # pictures or frames to encode: more are slower on a CPU
-_AHEAD = 8  # chunks for each process to render before the next are given out
+_AUDIO_ATTRIBUTES = 0.15  # share of visual captions without colour and place: "draw what you hear"
+_CAPTIONS = 8  # per medium
+_CHUNK = 64  # media rendered from one generator
+_BATCH_SIZE = 64  # images or frames per VAE forward pass: larger ones are slower on CPU
+_PREFETCH = 8  # chunks per process
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some media and what is told of them.
+    """Rendered media and their captions.
 
     Attributes:
-        media: as `painted`, `filmed` or `sounds` gives them.
-        captions: for each medium its tellings, each in two wordings: N * tellings * 2.
+        media: from `render_images`, `render_videos` or `render_audio_clips`.
+        captions: per medium `_CAPTIONS`, each in two paraphrases: N * captions * 2.
     """
 
     media: np.ndarray
     captions: list[str]
 
 
-class LatentPool:
-    """Latents of freshly rendered media and their tokenized captions, kept in the work folder.
+class LatentCache:
+    """Latents of rendered media and their tokenized captions, on disk and on the VAE's device.
 
     Attributes:
-        latents: (N, 12, 8, 8), of videos (N, 12, 8 frames, 8, 8), float16 on the device.
-        tokens: (N, tellings, 2 wordings, T) int16 on the device.
+        latents: (N, 12, 8, 8), of videos (N, 12, 8 frames, 8, 8), float16.
+        tokens: (N, captions, 2 paraphrases, T) int16.
     """
 
     def __init__(
@@ -77,96 +76,95 @@ class LatentPool:
         work: Path,
         seed: int,
     ) -> None:
-        """Make the pool, or load it; it lies where `vae` lies."""
         path = work / f"pool_{modality}_{count}.pt"
         if not path.is_file():
-            made = _make(modality, count, vae, tower, seed)
-            with atomic_write(path) as aside:
-                torch.save(made, aside)
+            tensors = _compute(modality, count, vae, tower, seed)
+            with atomic_write(path) as partial_path:
+                torch.save(tensors, partial_path)
         self.latents, self.tokens = (
             tensor.to(vae.device) for tensor in torch.load(path, weights_only=True, mmap=True)
         )
 
-    def draw(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
-        """Latents, float32, and two wordings of one telling of each: (N, 2, T) int64."""
+    def sample(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor]:
+        """Sample float32 latents and two paraphrases of one caption each, (N, 2, T) int64."""
         rows = torch.from_numpy(rng.integers(len(self.latents), size=count))
-        tellings = torch.from_numpy(rng.integers(self.tokens.shape[1], size=count))
-        rows, tellings = rows.to(self.latents.device), tellings.to(self.latents.device)
-        return self.latents[rows].float(), self.tokens[rows, tellings].long()
+        captions = torch.from_numpy(rng.integers(self.tokens.shape[1], size=count))
+        rows, captions = rows.to(self.latents.device), captions.to(self.latents.device)
+        return self.latents[rows].float(), self.tokens[rows, captions].long()
 
 
-def _make(
+def _compute(
     modality: Modality, count: int, vae: AutoencoderKL, tower: Tower, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """Latents and tokens on the CPU."""
-    drawn = things(np.random.default_rng([seed, 4]), count)
+    """Compute latents and tokens, on the CPU."""
+    objects = sample_objects(np.random.default_rng([seed, 4]), count)
     latents, tokens = [], []
-    chunks = _rendered(modality, drawn, seed)
+    chunks = _render_chunks(modality, objects, seed)
     with torch.no_grad():
-        for chunk in tqdm(chunks, f"{modality} pool", -(-count // _CHUNK), mininterval=5):
+        for chunk in tqdm(chunks, f"{modality} latents", -(-count // _CHUNK), mininterval=5):
             latents.append(_encode(modality, vae, chunk.media).half().cpu())
-            ids = tower.tokens(chunk.captions).short().cpu()
-            tokens.append(ids.unflatten(0, (-1, _TELLINGS, 2)))
+            ids = tower.tokenize(chunk.captions).short().cpu()
+            tokens.append(ids.unflatten(0, (-1, _CAPTIONS, 2)))
     return torch.cat(latents), torch.cat(tokens)
 
 
-def _rendered(modality: Modality, drawn: list[WorldObject], seed: int) -> Iterator[_Chunk]:
-    """Chunks in order, rendered by all cores where there is more than one."""
-    starts = range(0, len(drawn), _CHUNK)
+def _render_chunks(modality: Modality, objects: list[WorldObject], seed: int) -> Iterator[_Chunk]:
+    """Yield chunks in order, rendered by one process per core."""
+    starts = range(0, len(objects), _CHUNK)
     numbered = [
-        (n, drawn[start : start + _CHUNK], start / len(drawn)) for n, start in enumerate(starts)
+        (n, objects[start : start + _CHUNK], start / len(objects)) for n, start in enumerate(starts)
     ]
-    render = partial(_render, modality, seed)
+    render = partial(_render_chunk, modality, seed)
     workers = min(os.cpu_count() or 1, len(numbered))
     if workers == 1:
         yield from map(render, numbered)
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
-        for first in range(0, len(numbered), _AHEAD * workers):  # not all of them in memory
-            yield from processes.map(render, numbered[first : first + _AHEAD * workers])
+        for first in range(0, len(numbered), _PREFETCH * workers):  # bounds the memory
+            yield from processes.map(render, numbered[first : first + _PREFETCH * workers])
 
 
-def _render(
+def _render_chunk(
     modality: Modality, seed: int, numbered: tuple[int, Sequence[WorldObject], float]
 ) -> _Chunk:
-    """The chunk of this number and these things, the first at this place of the pool, 0..1."""
-    number, shown, place = numbered
+    """Render a chunk, given its number, objects and relative position in the cache, 0..1."""
+    number, objects, position = numbered
     rng = np.random.default_rng([seed, 4, number])
-    hidden = _hidden(modality, place)
+    hidden = _hidden_attributes(modality, position)
     captions = [
         text
-        for thing in shown
-        for _ in range(_TELLINGS)
-        for text in _two_wordings(thing, modality, hidden, rng)
+        for obj in objects
+        for _ in range(_CAPTIONS)
+        for text in _paraphrases(obj, modality, hidden, rng)
     ]
     if modality == "audio":
-        return _Chunk(sounds(shown, rng).numpy(), captions)
-    looks = [_look(hidden, rng) for _ in shown]
-    show = painted if modality == "image" else filmed
-    return _Chunk(show(shown, rng, looks), captions)
+        return _Chunk(render_audio_clips(objects, rng).numpy(), captions)
+    looks = [_look(hidden, rng) for _ in objects]
+    render = render_images if modality == "image" else render_videos
+    return _Chunk(render(objects, rng, looks), captions)
 
 
 def _encode(modality: Modality, vae: AutoencoderKL, media: np.ndarray) -> Tensor:
-    """Latents of the shapes that `LatentPool` names, on the VAE's device."""
+    """Encode media to latents of the shapes of `LatentCache`, on the VAE's device."""
     if modality == "audio":
         return _means(vae, log_mel(torch.from_numpy(media)).unsqueeze(1))
-    pixels = to_unit(media)
+    pixels = normalize_pixels(media)
     if modality == "image":
         return _means(vae, pixels)
     return _means(vae, pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]).transpose(1, 2)
 
 
 def _means(vae: AutoencoderKL, media: Tensor) -> Tensor:
-    with cheap_products(vae.device):
-        parts = [vae.encode(some).latent_dist.mean for some in media.to(vae.device).split(_AT_ONCE)]
-    return torch.cat(parts)
+    batches = media.to(vae.device).split(_BATCH_SIZE)
+    with bf16_autocast(vae.device):
+        return torch.cat([vae.encode(batch).latent_dist.mean for batch in batches])
 
 
-def _hidden(modality: Modality, place: float) -> tuple[str, ...]:
-    """What of the things at this place of the pool, 0..1, nobody names."""
-    if modality == "audio" or place >= _UNNAMED_COLOURS + _UNNAMED_SHAPES[modality]:
+def _hidden_attributes(modality: Modality, position: float) -> tuple[str, ...]:
+    """Return the unnamed attribute of the objects at a relative position in the cache, 0..1."""
+    if modality == "audio" or position >= _UNNAMED_COLOURS + _UNNAMED_SHAPES[modality]:
         return ()
-    return ("colour",) if place < _UNNAMED_COLOURS else ("shape",)
+    return ("colour",) if position < _UNNAMED_COLOURS else ("shape",)
 
 
 def _look(hidden: tuple[str, ...], rng: np.random.Generator) -> Appearance:
@@ -176,15 +174,12 @@ def _look(hidden: tuple[str, ...], rng: np.random.Generator) -> Appearance:
     )
 
 
-def _two_wordings(
-    thing: WorldObject, modality: Modality, hidden: tuple[str, ...], rng: np.random.Generator
+def _paraphrases(
+    obj: WorldObject, modality: Modality, hidden: tuple[str, ...], rng: np.random.Generator
 ) -> tuple[str, str]:
-    """Two captions that tell the same: all, a part, or now and then what a sound tells, and motion.
-
-    What is hidden is not told.
-    """
-    told = None
-    if modality != "audio" and rng.random() < _AS_HEARD:
-        told = frozenset(ATTRIBUTES[modality]) - {"colour", "place", *hidden}
-    one, told = some_caption(thing, modality, rng, told, hidden)
-    return one, some_caption(thing, modality, rng, told)[0]
+    """Return two captions that mention the same attributes, none of them `hidden`."""
+    mentioned = None
+    if modality != "audio" and rng.random() < _AUDIO_ATTRIBUTES:
+        mentioned = frozenset(ATTRIBUTES[modality]) - {"colour", "place", *hidden}
+    one, mentioned = sample_partial_caption(obj, modality, rng, mentioned, hidden)
+    return one, sample_partial_caption(obj, modality, rng, mentioned)[0]

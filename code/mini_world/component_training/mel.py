@@ -1,4 +1,4 @@
-"""The mel spectrogram that the mini AudioLDM's VAE makes and its vocoder reads; 1 ms a sound."""
+"""Log-mel spectrograms for the mini AudioLDM's VAE and vocoder; 1 ms per clip."""
 
 from functools import cache
 
@@ -10,11 +10,11 @@ from nextgpt.mini_world.mini_decoders import MINI_DECODERS
 
 _FFT = 1024  # samples: 64 ms
 _FLOOR = 1e-5
-_MIDDLE, _SPREAD = -5.0, 5.0  # of log energies, so that most lie in -1..1
+_MEAN, _SCALE = -5.0, 5.0  # normalize log amplitudes, most to -1..1
 
 
 def log_mel(samples_NS: Tensor) -> Tensor:
-    """Samples (N, S) at 16 kHz to normalised log mel amplitudes (N, S // 250, 64), float32."""
+    """Convert samples (N, S) at 16 kHz to normalized log-mel amplitudes (N, S // 250, 64)."""
     spectra_NFT = torch.stft(
         samples_NS,
         _FFT,
@@ -26,12 +26,12 @@ def log_mel(samples_NS: Tensor) -> Tensor:
         :, : samples_NS.shape[1] // MINI_DECODERS.hop_length
     ]
     mel_NTM = amplitudes_NTF @ _filters()
-    return (mel_NTM.clamp(min=_FLOOR).log() - _MIDDLE) / _SPREAD
+    return (mel_NTM.clamp(min=_FLOOR).log() - _MEAN) / _SCALE
 
 
 @cache
 def _filters() -> Tensor:
-    """(frequencies, mel bins)."""
+    """Return the mel filter bank (frequencies, mel bins)."""
     filters = mel_filter_bank(
         num_frequency_bins=_FFT // 2 + 1,
         num_mel_filters=MINI_DECODERS.mel_bins,

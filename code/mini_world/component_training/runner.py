@@ -1,8 +1,8 @@
-"""The one loop that trains every part: seeded, logged, and to be stopped at any time.
+"""The training loop of every component: seeded, logged, resumable at any step.
 
-Step n draws from a generator seeded by (seed, n), so that a run that goes on from its checkpoint
-sees what it would have seen. AdamW with a warmup and a cosine decay to 0; what is kept is the
-exponential moving average of the weights.
+Step n draws from a generator seeded by (seed, n), so a resumed run sees the same data. AdamW with
+linear warm-up and cosine decay to 0; the result is the exponential moving average (EMA) of the
+weights.
 """
 
 import json
@@ -25,26 +25,26 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 
 CPU = torch.device("cpu")
-Losses = dict[str, Tensor]  # scalars with their weights; the sum is minimised
-LossOf = Callable[[np.random.Generator, int], Losses]  # of a step's random numbers and number
+Losses = dict[str, Tensor]  # weighted scalars; their sum is minimized
+LossFunction = Callable[[np.random.Generator, int], Losses]  # of a step's generator and number
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How long and how fast one part trains."""
+class TrainingPlan:
+    """Hyperparameters of one component's training."""
 
     steps: int
     learning_rate: float  # peak
-    warmup: int = 100  # steps
+    warmup_steps: int = 100
     weight_decay: float = 0.01
-    average: float = 0.998  # decay of the moving average of the weights, per step
-    save_after: float = 120  # seconds between checkpoints
-    log_every: int = 20  # steps
+    ema_decay: float = 0.998  # per step
+    save_interval_s: float = 120
+    log_steps: int = 20
 
 
-def cheap_products(device: torch.device = CPU) -> torch.autocast:
-    """Products in bfloat16 where that is faster."""
-    # A CUDA graph, which products may be part of, allows no cache of weights in bfloat16.
+def bf16_autocast(device: torch.device = CPU) -> torch.autocast:
+    """Autocast to bfloat16 where the device is fast at it."""
+    # The weight cache of autocast is incompatible with CUDA graphs.
     cached = device.type != "cuda"
     return torch.autocast(
         device.type, torch.bfloat16, enabled=has_fast_bf16(device), cache_enabled=cached
@@ -54,34 +54,34 @@ def cheap_products(device: torch.device = CPU) -> torch.autocast:
 def train(
     name: str,
     module: nn.Module,
-    loss_of: LossOf,
-    plan: Plan,
+    loss_of: LossFunction,
+    plan: TrainingPlan,
     work: Path,
     seed: int,
     groups: list[dict[str, Any]] | None = None,
 ) -> nn.Module:
-    """Train `module` where it lies, going on from `work/NAME.pt` if it is there.
+    """Train `module` on its device, resuming from `work/NAME.pt` if that exists.
 
     Args:
-        loss_of: the losses of one batch, which it draws from the generator given; torch's own
-            random numbers are seeded before it.
-        groups: the optimizer's parameter groups, where not all parameters learn at one rate.
-        work: gets the checkpoint and `NAME.jsonl`, a line every few steps with means of the losses.
+        loss_of: computes the losses of one batch, drawn from the given generator; torch's global
+            generator is seeded before each call.
+        groups: the optimizer's parameter groups; None: all parameters in one group.
+        work: folder of the checkpoint and of `NAME.jsonl`, a line of mean losses every few steps.
 
     Returns:
-        The averaged weights, in evaluation mode.
+        The EMA weights, frozen, in evaluation mode.
     """
     optimizer = torch.optim.AdamW(
         groups or module.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay
     )
-    schedule = LambdaLR(optimizer, lambda step: _share_of_peak(step, plan))
-    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(plan.average))
+    schedule = LambdaLR(optimizer, lambda step: _learning_rate_factor(step, plan))
+    averaged = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(plan.ema_decay))
     state = {"module": module, "optimizer": optimizer, "schedule": schedule, "averaged": averaged}
     checkpoint = work / f"{name}.pt"
     first, seconds = _load(checkpoint, state)
     bar = tqdm(range(first, plan.steps), name, plan.steps, initial=first, mininterval=5)
     module.train()
-    seen: list[Losses] = []
+    recent: list[Losses] = []
     saved = seconds
     for step in bar:
         start = time.monotonic()
@@ -94,13 +94,13 @@ def train(
         optimizer.zero_grad()
         averaged.update_parameters(module)
         seconds += time.monotonic() - start
-        seen.append({key: loss.detach() for key, loss in losses.items()})
-        if (step + 1) % plan.log_every == 0 or step + 1 == plan.steps:
-            means = {key: round(_mean([one[key] for one in seen]), 5) for key in seen[0]}
+        recent.append({key: loss.detach() for key, loss in losses.items()})
+        if (step + 1) % plan.log_steps == 0 or step + 1 == plan.steps:
+            means = {key: round(_mean([losses[key] for losses in recent]), 5) for key in recent[0]}
             _log(work / f"{name}.jsonl", {"step": step + 1, "seconds": round(seconds), **means})
             bar.set_postfix(means)
-            seen = []
-        if seconds - saved >= plan.save_after or step + 1 == plan.steps:
+            recent = []
+        if seconds - saved >= plan.save_interval_s or step + 1 == plan.steps:
             _save(checkpoint, state, step + 1, seconds)
             saved = seconds
     return averaged.module.eval().requires_grad_(False)
@@ -110,31 +110,32 @@ def _mean(losses: list[Tensor]) -> float:
     return float(torch.stack(losses).mean())
 
 
-def last_line(work: Path, name: str) -> dict[str, float]:
-    """What a training logged last: steps, seconds, losses."""
+def last_log_entry(work: Path, name: str) -> dict[str, float]:
+    """Return the last line of a training's log: steps, seconds, losses."""
     return json.loads((work / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
-def _share_of_peak(step: int, plan: Plan) -> float:
-    if step < plan.warmup:
-        return (step + 1) / plan.warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - plan.warmup) / max(plan.steps - plan.warmup, 1)))
+def _learning_rate_factor(step: int, plan: TrainingPlan) -> float:
+    if step < plan.warmup_steps:
+        return (step + 1) / plan.warmup_steps
+    decay_steps = max(plan.steps - plan.warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - plan.warmup_steps) / decay_steps))
 
 
 def _load(checkpoint: Path, state: dict) -> tuple[int, float]:
-    """Steps done and seconds spent on them."""
+    """Load `state` in place; return the steps done and the seconds they took."""
     if not checkpoint.is_file():
         return 0, 0.0
     saved = torch.load(checkpoint, weights_only=True, map_location=CPU)
-    for key, part in state.items():
-        part.load_state_dict(saved[key])
+    for key, value in state.items():
+        value.load_state_dict(saved[key])
     return saved["step"], saved["seconds"]
 
 
 def _save(checkpoint: Path, state: dict, step: int, seconds: float) -> None:
-    with atomic_write(checkpoint) as aside:
-        parts = {key: part.state_dict() for key, part in state.items()}
-        torch.save({**parts, "step": step, "seconds": seconds}, aside)
+    with atomic_write(checkpoint) as partial:
+        states = {key: value.state_dict() for key, value in state.items()}
+        torch.save({**states, "step": step, "seconds": seconds}, partial)
 
 
 def _log(path: Path, line: dict[str, float]) -> None:

@@ -1,9 +1,9 @@
-"""The caption towers: two wordings of one thing lie close (contrast, arXiv 2103.00020).
+"""Train the text towers: contrastive loss between two paraphrases of a caption (arXiv 2103.00020).
 
-CLIP's is the text encoder of the picture and video pipelines and the encoder's; CLAP's that of the
-sound pipeline. Linear probes, thrown away afterwards, read every attribute, so that a linear
-projection can hand it on, and also what is not told. Batches hold things in fours that differ in
-one attribute; whatever tells the same is right.
+The CLIP tower is the text encoder of the image and video pipelines and the target of the media
+encoder; the CLAP tower is the text encoder of the audio pipeline. Auxiliary linear probes,
+discarded afterwards, keep every attribute, and its absence, linearly decodable. Batches hold hard
+negatives; captions with equal attributes are positives.
 """
 
 from abc import ABC, abstractmethod
@@ -23,13 +23,18 @@ from transformers import (
 )
 
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.mini_world.component_training.contrast import SCALE, Probes, contrast, same_things
-from nextgpt.mini_world.component_training.runner import Losses, Plan, cheap_products, train
+from nextgpt.mini_world.captions import sample_caption
+from nextgpt.mini_world.component_training.losses import (
+    LOGIT_SCALE,
+    Probes,
+    contrastive_loss,
+    same_label_targets,
+)
+from nextgpt.mini_world.component_training.runner import Losses, TrainingPlan, bf16_autocast, train
 from nextgpt.mini_world.component_training.samples import (
-    full_caption,
-    labels,
-    neighbours,
-    some_caption,
+    attribute_labels,
+    sample_hard_negatives,
+    sample_partial_caption,
 )
 from nextgpt.mini_world.mini_decoders import MINI_DECODERS, build_clap_text_model, clip_text_config
 from nextgpt.mini_world.mini_tokenizers import (
@@ -40,12 +45,12 @@ from nextgpt.mini_world.mini_tokenizers import (
 )
 from nextgpt.mini_world.objects import ATTRIBUTES
 
-CLIP_PLAN = Plan(steps=800, learning_rate=1e-3, weight_decay=0.05, average=0.99)
-# RoBERTa has its norms behind the layers: at 1e-3 it may end giving everything one place.
-CLAP_PLAN = Plan(steps=900, learning_rate=4e-4, weight_decay=0.05, average=0.99)
-_BATCH = 32  # things of each modality
-# Captions to unit-length features (N, D), and to states (N, P, W) of some places if there are any.
-_Read = Callable[[list[str]], tuple[Tensor, Tensor | None]]
+CLIP_PLAN = TrainingPlan(steps=800, learning_rate=1e-3, weight_decay=0.05, ema_decay=0.99)
+# RoBERTa is a post-norm transformer: at 1e-3 its features may collapse.
+CLAP_PLAN = TrainingPlan(steps=900, learning_rate=4e-4, weight_decay=0.05, ema_decay=0.99)
+_BATCH_SIZE = 32  # objects per modality
+# Captions to unit-length features (N, D), and to hidden states (N, P, W) of P positions or None.
+_Forward = Callable[[list[str]], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -55,38 +60,38 @@ class Tower(ABC):
     model: Any
     tokenizer: PreTrainedTokenizerBase
 
-    def tokens(self, captions: list[str]) -> Tensor:
-        """Captions padded and cut: (N, T) int64 on the tower's device."""
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Return padded, truncated token ids (N, T) on the tower's device."""
         return tokenize_captions(self.tokenizer, captions).input_ids.to(self.model.device)
 
     @abstractmethod
     def embed(self, ids_NT: Tensor) -> Tensor:
-        """What the pipeline's denoising network is told: states (N, T, W) or features (N, D)."""
+        """Return the U-Net's prompt embeddings: hidden states (N, T, W) or features (N, D)."""
 
 
 class ClipTower(Tower):
-    """CLIP's: of the encoder and of the picture and video pipelines."""
+    """The CLIP text tower, of the image and video pipelines and of the media encoder."""
 
     model: CLIPTextModelWithProjection
 
     def embed(self, ids_NT: Tensor) -> Tensor:
-        """States (N, T, W)."""
+        """Return last hidden states (N, T, W)."""
         return self.model.text_model(ids_NT).last_hidden_state
 
 
 class ClapTower(Tower):
-    """CLAP's: of the sound pipeline."""
+    """The CLAP text tower, of the audio pipeline."""
 
     model: ClapTextModelWithProjection
 
     def embed(self, ids_NT: Tensor) -> Tensor:
-        """Unit-length features (N, D)."""
+        """Return unit-length features (N, D)."""
         mask_NT = (ids_NT != self.tokenizer.pad_token_id).long()
         return normalize(self.model(ids_NT, mask_NT).text_embeds, dim=-1)
 
 
-def train_clip(work: Path, seed: int, plan: Plan | None = None) -> ClipTower:
-    """Train it on captions of all modalities, or go on, or load what is trained."""
+def train_clip(work: Path, seed: int, plan: TrainingPlan | None = None) -> ClipTower:
+    """Train the CLIP tower on captions of all modalities; resume from `work`."""
     tokenizer = build_clip_tokenizer(tokenizer_captions(), MINI_DECODERS.text_tokens)
     torch.manual_seed(seed)
     tower = ClipTower(
@@ -95,7 +100,7 @@ def train_clip(work: Path, seed: int, plan: Plan | None = None) -> ClipTower:
     model = _train(
         "clip",
         tower.model,
-        lambda captions: clip_states(tower, captions),
+        lambda captions: clip_forward(tower, captions),
         MODALITIES,
         work,
         seed,
@@ -104,15 +109,15 @@ def train_clip(work: Path, seed: int, plan: Plan | None = None) -> ClipTower:
     return ClipTower(model, tokenizer)
 
 
-def train_clap(work: Path, seed: int, plan: Plan | None = None) -> ClapTower:
-    """Train it on captions of sounds, or go on, or load what is trained."""
+def train_clap(work: Path, seed: int, plan: TrainingPlan | None = None) -> ClapTower:
+    """Train the CLAP tower on audio captions; resume from `work`."""
     tokenizer = build_roberta_tokenizer(tokenizer_captions(), MINI_DECODERS.text_tokens)
     torch.manual_seed(seed)
     tower = ClapTower(build_clap_text_model(tokenizer, MINI_DECODERS), tokenizer)
     model = _train(
         "clap",
         tower.model,
-        lambda captions: (tower.embed(tower.tokens(captions)), None),
+        lambda captions: (tower.embed(tower.tokenize(captions)), None),
         ["audio"],
         work,
         seed,
@@ -124,60 +129,61 @@ def train_clap(work: Path, seed: int, plan: Plan | None = None) -> ClapTower:
 def _train(
     name: str,
     model: nn.Module,
-    read: _Read,
+    forward: _Forward,
     modalities: Sequence[Modality],
     work: Path,
     seed: int,
-    plan: Plan,
+    plan: TrainingPlan,
 ) -> nn.Module:
     learner = nn.ModuleDict(
         {
             "tower": model,
-            "state_probes": Probes(MINI_DECODERS.text_width, may_be_open=True),
-            "feature_probes": Probes(MINI_DECODERS.audio_embed_dim, may_be_open=True),
+            "state_probes": Probes(MINI_DECODERS.text_width, unmentioned_class=True),
+            "feature_probes": Probes(MINI_DECODERS.audio_embed_dim, unmentioned_class=True),
         }
     )
 
     def loss_of(rng: np.random.Generator, _: int) -> Losses:
         losses: Losses = {}
         for modality in modalities:
-            with cheap_products():
-                losses |= _losses(learner, read, modality, rng)
+            with bf16_autocast():
+                losses |= _losses(learner, forward, modality, rng)
         return losses
 
     return train(name, learner, loss_of, plan, work, seed)["tower"]
 
 
 def _losses(
-    learner: nn.ModuleDict, read: _Read, modality: Modality, rng: np.random.Generator
+    learner: nn.ModuleDict, forward: _Forward, modality: Modality, rng: np.random.Generator
 ) -> Losses:
-    """Two full wordings of each thing attract each other; those and a third tell what they tell."""
-    things = neighbours(rng, modality, _BATCH)
-    captions = [full_caption(thing, modality, rng) for _ in range(2) for thing in things]
-    third = [some_caption(thing, modality, rng) for thing in things]
-    full_NA = labels(things, [ATTRIBUTES[modality]] * _BATCH)
-    told_NA = torch.cat([full_NA, full_NA, labels(things, [told for _, told in third])])
-    features_ND, states = read(captions + [text for text, _ in third])
-    probed = [learner["feature_probes"].loss(SCALE * features_ND, told_NA)]
+    """Contrast two full captions per object; probe those and a partial one."""
+    objects = sample_hard_negatives(rng, modality, _BATCH_SIZE)
+    captions = [sample_caption(obj, modality, rng) for _ in range(2) for obj in objects]
+    partial = [sample_partial_caption(obj, modality, rng) for obj in objects]
+    full_NA = attribute_labels(objects, [ATTRIBUTES[modality]] * _BATCH_SIZE)
+    partial_NA = attribute_labels(objects, [mentioned for _, mentioned in partial])
+    labels_NA = torch.cat([full_NA, full_NA, partial_NA])
+    features_ND, states = forward(captions + [text for text, _ in partial])
+    probes = [learner["feature_probes"].loss(LOGIT_SCALE * features_ND, labels_NA)]
     if states is not None:
-        probed.append(learner["state_probes"].loss(states, told_NA))
+        probes.append(learner["state_probes"].loss(states, labels_NA))
     one_ND, other_ND, _ = features_ND.chunk(3)
     return {
-        f"{modality}_contrast": contrast(one_ND, other_ND, same_things(full_NA)),
-        f"{modality}_read": torch.stack(probed).mean(),
+        f"{modality}_contrast": contrastive_loss(one_ND, other_ND, same_label_targets(full_NA)),
+        f"{modality}_read": torch.stack(probes).mean(),
     }
 
 
-def clip_states(tower: ClipTower, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """Unit-length features (N, D), and states (N, 4, W): at the end and at three later places.
+def clip_forward(tower: ClipTower, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Return unit-length features (N, D) and hidden states (N, 4, W): at EOS and at 3 paddings.
 
-    The padding behind the end is seen by the pipelines' networks too, and knows the whole caption.
+    The pipelines' U-Nets attend to padding too; it has attended to the whole caption.
     """
-    ids_NT = tower.tokens(captions)
+    ids_NT = tower.tokenize(captions)
     out = tower.model(ids_NT)
     ends_N = (ids_NT == tower.tokenizer.eos_token_id).int().argmax(dim=1)
     last = ids_NT.shape[1] - 1
-    places_NP = torch.stack([ends_N, ends_N + 1, (ends_N + last) // 2, ends_N * 0 + last], dim=1)
-    places_NP = places_NP.clamp(max=last)
+    positions_NP = torch.stack([ends_N, ends_N + 1, (ends_N + last) // 2, ends_N * 0 + last], dim=1)
+    positions_NP = positions_NP.clamp(max=last)
     rows_N1 = torch.arange(len(captions))[:, None]
-    return normalize(out.text_embeds, dim=-1), out.last_hidden_state[rows_N1, places_NP]
+    return normalize(out.text_embeds, dim=-1), out.last_hidden_state[rows_N1, positions_NP]

@@ -1,8 +1,8 @@
-"""Scores of the frozen parts alone, on what they never saw: what the whole system cannot exceed.
+"""Held-out scores of the frozen components alone: upper bounds for the whole system.
 
-Decoders: own text encoder, true caption, and the judge looks at what comes out. Encoder: which of
-100 captions is nearest to a medium? Half of the things are of the split's pairs, the others of
-training pairs, all in the split's wordings.
+Decoders: the judge scores media decoded from true captions. Encoder: retrieval of a medium's
+caption among 100. Half of the objects are held-out pairs of the split, half training pairs, all in
+the split's wordings.
 """
 
 from collections.abc import Sequence
@@ -35,69 +35,75 @@ from nextgpt.mini_world.mini_tokenizers import tokenize_captions
 from nextgpt.mini_world.objects import ATTRIBUTES, Split, WorldObject, sample_object
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plots import draw_grid
-from nextgpt.mini_world.scoreboard.runner import in_batches
+from nextgpt.mini_world.scoreboard.runner import batched
 from nextgpt.model.build import build_media_encoder
 from nextgpt.model.decoders import build_decoder
 from nextgpt.model.loading import resolve_model_path
 
 CANDIDATES = 100
-_SHOWN = 16  # media a kind in the picture
+_SHOWN = 16  # media per plot
 
 
-def score_parts(
-    config: Config, parts: Sequence[str], samples: int, seed: int, out: Path, split: Split
+def score_components(
+    config: Config,
+    components: Sequence[str],
+    *,
+    samples: int,
+    seed: int,
+    split: Split,
+    out: Path,
 ) -> None:
-    """Score `parts` (modalities, and "encoder"), print, and write `parts.json` and a picture each.
+    """Score `components` (modalities and "encoder"); print, write `parts.json` and a plot each.
 
     Args:
-        samples: things a modality.
-        out: gets the files.
+        samples: objects per modality.
+        out: output folder.
     """
     out.mkdir(parents=True, exist_ok=True)
-    figures: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
     for modality in MODALITIES:
-        if modality in parts:
-            figures[modality] = _score_decoder(config, modality, samples, seed, out, split)
-            print(f"{modality} decoder: {_line(figures[modality])}", flush=True)
-    if "encoder" in parts:
-        figures["encoder"] = _score_encoder(config, samples, seed, split)
-        for modality, found in figures["encoder"].items():
+        if modality in components:
+            metrics[modality] = _score_decoder(config, modality, samples, seed, out, split)
+            print(f"{modality} decoder: {_line(metrics[modality])}", flush=True)
+    if "encoder" in components:
+        metrics["encoder"] = _score_encoder(config, samples, seed, split)
+        for modality, found in metrics["encoder"].items():
             print(f"encoder, {modality} among {CANDIDATES} captions: {found['right']:.1%}")
-    with atomic_write(out / "parts.json") as aside:
-        record = {"split": split, "samples": samples, "seed": seed, **figures}
-        aside.write_text(to_json(record, indent=1) + "\n")
+    with atomic_write(out / "parts.json") as partial:
+        record = {"split": split, "samples": samples, "seed": seed, **metrics}
+        partial.write_text(to_json(record, indent=1) + "\n")
 
 
-def captioned_things(
+def _sample_captioned(
     count: int, modality: Modality, seed: int, split: Split
 ) -> list[tuple[WorldObject, str]]:
-    """Draw things with full captions in the split's wordings, every second of a pair of `split`."""
+    """Sample objects with full captions, every second of a held-out pair."""
     rng = np.random.default_rng([seed, list(MODALITIES).index(modality)])
-    things = [sample_object(rng, split if n % 2 else "training") for n in range(count)]
-    return [(thing, sample_caption(thing, modality, rng, split=split)) for thing in things]
+    objects = [sample_object(rng, split if n % 2 else "training") for n in range(count)]
+    return [(obj, sample_caption(obj, modality, rng, split=split)) for obj in objects]
 
 
 def _score_decoder(
     config: Config, modality: Modality, samples: int, seed: int, out: Path, split: Split
 ) -> dict[str, Any]:
-    """Shares of media with every attribute right, and with each, seen and held-out pairs apart."""
+    """Return the accuracy of media, in total, by seen and held-out pairs, and by attribute."""
     decoder = build_decoder(
         modality, resolve_model_path(config.decoders[modality].path), choose_device()
     )
-    options = GenerationSettings.from_config(config).decode[modality]
-    cases = captioned_things(samples, modality, seed, split)
-    made: list[Output] = []
+    settings = GenerationSettings.from_config(config).decode[modality]
+    cases = _sample_captioned(samples, modality, seed, split)
+    outputs: list[Output] = []
     with tqdm(total=samples, desc=f"{modality} decoder") as bar:
-        for batch in in_batches(cases):
+        for batch in batched(cases):
             embeddings = decoder.text_encoder.encode([text for _, text in batch])
-            seeds = tuple(range(seed + len(made), seed + len(made) + len(batch)))
-            made += decoder.decode(embeddings, replace(options, seed=seeds))
+            seeds = tuple(range(seed + len(outputs), seed + len(outputs) + len(batch)))
+            outputs += decoder.decode(embeddings, replace(settings, seed=seeds))
             bar.update(len(batch))
     rights = []
-    for (thing, _), medium in zip(cases, made, strict=True):
-        seen = judge(modality, medium)
-        rights.append({n: seen[n] == getattr(thing, n) for n in ATTRIBUTES[modality]})
-    draw_grid(made[:_SHOWN], [text for _, text in cases[:_SHOWN]], out / f"{modality}.png")
+    for (obj, _), medium in zip(cases, outputs, strict=True):
+        judged = judge(modality, medium)
+        rights.append({n: judged[n] == getattr(obj, n) for n in ATTRIBUTES[modality]})
+    draw_grid(outputs[:_SHOWN], [text for _, text in cases[:_SHOWN]], out / f"{modality}.png")
     whole = [all(right.values()) for right in rights]
     return {
         "all": proportion(whole),
@@ -107,13 +113,13 @@ def _score_decoder(
     }
 
 
-def _line(figures: dict[str, Any]) -> str:
-    each = ", ".join(f"{n} {found['right']:.1%}" for n, found in figures["attributes"].items())
-    return f"every attribute right {figures['all']['right']:.1%} ({each})"
+def _line(metrics: dict[str, Any]) -> str:
+    each = ", ".join(f"{n} {found['right']:.1%}" for n, found in metrics["attributes"].items())
+    return f"every attribute right {metrics['all']['right']:.1%} ({each})"
 
 
 def _score_encoder(config: Config, samples: int, seed: int, split: Split) -> dict[str, Any]:
-    """How often a medium's own caption is the nearest of 100 that differ from it."""
+    """Return the retrieval accuracy: a medium's caption among 99 captions of other objects."""
     imagebind = build_media_encoder(config)
     folder = project_path(config.encoder.path) / TEXT_TOWER
     tower = CLIPTextModelWithProjection.from_pretrained(folder, dtype=torch.float32).eval()
@@ -122,28 +128,28 @@ def _score_encoder(config: Config, samples: int, seed: int, split: Split) -> dic
     for modality in MODALITIES:
         rng = np.random.default_rng([seed, 9])
         rights = []
-        with TemporaryDirectory() as place, torch.no_grad():
-            for number, (thing, text) in enumerate(
-                tqdm(captioned_things(samples, modality, seed, split), f"encoder, {modality}")
+        with TemporaryDirectory() as folder_name, torch.no_grad():
+            for number, (obj, text) in enumerate(
+                tqdm(_sample_captioned(samples, modality, seed, split), f"encoder, {modality}")
             ):
-                path = Path(place) / f"{split}_{number:06d}{MODALITIES[modality].suffix}"
-                write_medium(path, modality, thing, seed + 1)
+                path = Path(folder_name) / f"{split}_{number:06d}{MODALITIES[modality].suffix}"
+                write_medium(path, modality, obj, seed + 1)
                 feature_D = imagebind.encode(modality, load_views(modality, path)[None])[0]
-                texts = [text, *_other_captions(thing, modality, rng, split)]
+                texts = [text, *_other_captions(obj, modality, rng, split)]
                 rights.append(_nearest(tower, tokenizer, texts, feature_D) == 0)
         found[modality] = proportion(rights)
     return found
 
 
 def _other_captions(
-    thing: WorldObject, modality: Modality, rng: np.random.Generator, split: Split
+    obj: WorldObject, modality: Modality, rng: np.random.Generator, split: Split
 ) -> list[str]:
-    """99 captions of things that differ from `thing` in what this medium shows."""
+    """Sample 99 captions of objects that differ from `obj` in this modality's attributes."""
     texts: list[str] = []
-    own = thing.attributes(modality)
+    attributes = obj.attributes(modality)
     while len(texts) < CANDIDATES - 1:
         other = sample_object(rng, split if rng.random() < 0.5 else "training")
-        if other.attributes(modality) != own:
+        if other.attributes(modality) != attributes:
             texts.append(sample_caption(other, modality, rng, split=split))
     return texts
 

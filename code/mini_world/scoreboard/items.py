@@ -1,9 +1,9 @@
-"""What the scoreboard asks: fresh conversations for every cell, and what their answers are to show.
+"""Scoreboard items: held-out conversations for every cell, with the expected answers.
 
-The requests come from the generators of the training data, but in the wordings of the validation or
-test split and with media rendered anew. Every second item shows or asks for a (shape, colour) pair
-of that split, where colours are seen or asked for at all. Costs a few milliseconds an item, most of
-it the rendering.
+Requests come from the generators of the training data, in the wordings of the validation or test
+split and with newly rendered media. Every second item shows or requests a held-out (shape, colour)
+pair of that split, if its cell involves colours. Costs a few milliseconds per item, mostly
+rendering.
 """
 
 from collections.abc import Collection, Sequence
@@ -36,85 +36,84 @@ from nextgpt.mini_world.words import choose
 LETTERS: dict[str, str] = dict(zip(("T", "I", "V", "A"), OUTPUTS, strict=True))
 MATRIX = tuple(f"{given}→{wanted}" for given in LETTERS for wanted in LETTERS)
 CASES = tuple(CASE_INPUT)
-SECOND = "second"  # rounds that lean on an answer
-PLAIN = "plain"  # plain talk
+SECOND = "second"  # second rounds, which refer to an answer
+PLAIN = "plain"  # plain talk, text only
 CELLS = (*MATRIX, *CASES, SECOND, PLAIN)
 QUICK = ("T→I", "T→V", "T→A", "I→T", "V→T", "A→T")
 
-_MADE_OF = {"pitch": "size", "timbre": "shape"}  # what a sound shows of what is known of a thing
-_SIGHT: tuple[Modality, ...] = ("image", "video")  # sounds have no colour
-_EDITED = ("I→I", "V→V", "T+I→T+I+V")  # cells whose requests change what is shown
-_DRAWS = 50  # in some cells (A→I) every second item or so names no colour
-_DESCRIBED = 0.4  # share of the questions that ask for everything
+_AUDIO_SOURCE = {"pitch": "size", "timbre": "shape"}  # visual attributes behind those of audio
+_VISUAL: tuple[Modality, ...] = ("image", "video")  # audio has no colour
+_EDITED = ("I→I", "V→V", "T+I→T+I+V")  # cells whose requests edit what is shown
+_ATTEMPTS = 50  # in some cells (A→I) about every second item mentions no colour
+_DESCRIPTIONS = 0.4  # share of the questions that ask for a full description
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One part of an answer.
+class Expected:
+    """The expected text or medium of an answer.
 
     Attributes:
         kind: `text` or a modality.
-        attributes: those that request and media determine, with their values; others may be
-            anything.
-        caption: a true one, as the training data would have it.
-        heard: whether a text tells a sound, so that naming a thing tells its timbre and pitch.
+        attributes: values determined by request and media; other attributes are free.
+        caption: a true caption, as in the training data.
+        describes_audio: whether a text describes audio: an object's name implies timbre and pitch.
     """
 
     kind: str
     attributes: dict[str, Value]
     caption: str
-    heard: bool = False
+    describes_audio: bool = False
 
 
 @dataclass(frozen=True)
 class Item:
-    """One conversation and what its last answer is to be.
+    """One conversation and the expected last answer.
 
     Attributes:
         cell: one of `CELLS`.
-        held_out: whether a held-out pair is shown or asked for.
-        rounds: what the human says, a turn a round.
-        wanted: the parts of the last answer that are judged; no other media may come.
-        seed: of its answers.
-        shown: the medium of the first round, if any: what is on it, and its file.
+        held_out: whether a held-out pair is shown or requested.
+        rounds: the human turns.
+        expected: texts and media of the last answer; other media count as errors.
+        seed: of the answers.
+        shown: modality, object and file of the medium in the first round, if any.
     """
 
     cell: str
     held_out: bool
     rounds: tuple[Turn, ...]
-    wanted: tuple[Wanted, ...]
+    expected: tuple[Expected, ...]
     seed: int
     shown: tuple[Modality, WorldObject, Path] | None
 
     @property
     def request(self) -> str:
-        """The words that the last answer answers."""
+        """The text of the last human turn."""
         return next(part.text for part in self.rounds[-1].parts if isinstance(part, Text))
 
 
 def parse_cells(names: str) -> tuple[str, ...]:
-    """Cells from a list with commas, in any order; `T-I` and `T->I` are `T→I`.
+    """Parse a comma-separated list of cells; `T-I` and `T->I` mean `T→I`.
 
     `quick` stands for `QUICK`, `cases` for `CASES`.
 
     Raises:
-        UserError: one is not known.
+        UserError: unknown cells.
     """
     names = names.replace("->", "→").replace("-", "→")
     names = names.replace("quick", ",".join(QUICK)).replace("cases", ",".join(CASES))
     given = [name.strip() for name in names.split(",")]
     unknown = [name for name in given if name not in CELLS]
     if unknown:
-        raise UserError(f"--cells {', '.join(unknown)}: give some of {', '.join(CELLS)}")
+        raise UserError(f"--cells {', '.join(unknown)}: unknown; choose from {', '.join(CELLS)}")
     return tuple(cell for cell in CELLS if cell in given)
 
 
 def build_items(
     cells: Sequence[str], samples: int, seed: int, folder: Path, split: Split = "validation"
 ) -> list[Item]:
-    """Draw `samples` items for each of `cells`; media in `folder`.
+    """Generate `samples` items per cell, with media paths in `folder`; `write_media` renders them.
 
-    An item depends on seed, split, cell and its number alone. `write_media` renders what they show.
+    An item depends only on seed, split, cell and its number.
     """
     return [
         _item(cell, number, seed, folder, split)
@@ -125,20 +124,20 @@ def build_items(
 
 
 def write_media(items: Sequence[Item], seed: int) -> None:
-    """Render what the items show; their file names are never those of a training medium."""
+    """Render the items' media; their names, part of the seed, differ from all training media."""
     for item in items:
         if item.shown:
-            modality, thing, path = item.shown
-            write_medium(path, modality, thing, seed)
+            modality, obj, path = item.shown
+            write_medium(path, modality, obj, seed)
 
 
 def _item(cell: str, number: int, seed: int, folder: Path, split: Split) -> Item:
-    """Every second item is drawn again until it holds a held-out pair, where there can be one."""
+    """Generate one item; resample every second one until it contains a held-out pair, if it can."""
     rng = seeded_rng(seed, f"{split} {cell} {number}")
     if number % 2 == 0:
         return _draw(cell, number, rng, folder, split, "training", ("training",))
-    for _ in range(_DRAWS):
-        # As many edits lead to a held-out pair as start from one.
+    for _ in range(_ATTEMPTS):
+        # Half of the edits lead to a held-out pair, half start from one.
         if number // 2 % 2 and cell in _EDITED:
             item = _draw(cell, number, rng, folder, split, "training", (split,))
         else:
@@ -154,16 +153,16 @@ def _draw(
     rng: np.random.Generator,
     folder: Path,
     split: Split,
-    begins: Split,
+    initial_split: Split,
     pairs: Collection[Split],
 ) -> Item:
-    """One item in the wording of `split`.
+    """Generate one item in the wording of `split`.
 
     Args:
-        begins: split of the first thing's pair.
-        pairs: splits of the pairs that edits lead to.
+        initial_split: split of the first object's pair.
+        pairs: splits of the pairs that edits may lead to.
     """
-    thing = sample_object(rng, begins)
+    obj = sample_object(rng, initial_split)
     if cell == SECOND:
         source = choose(rng, (None, *MODALITIES))
         goals = [choose(rng, tuple(MODALITIES)), OUTPUTS[number // 2 % len(OUTPUTS)]]
@@ -174,86 +173,84 @@ def _draw(
         source, goals = next((m for m in MODALITIES if m == given), None), [goal]
     suffix = MODALITIES[source].suffix if source else ""
     path = folder / f"score_{cell.replace('→', '_')}_{number:05d}{suffix}"
-    scene = DialogueState.after_input(thing, source) if source else None
+    state = DialogueState.after_input(obj, source) if source else None
     sampler = DialogueSampler(rng, split, pairs)
-    held_out = source in _SIGHT and thing.split == split
+    held_out = source in _VISUAL and obj.split == split
     rounds = []
     for goal in goals:
-        taken, wanted = _take(scene, goal, thing, sampler)
+        exchange, expected = _next_exchange(sampler, state, goal, obj)
         media = [Media(source, path=str(path))] if source and not rounds else []
-        rounds.append(Turn("human", (*media, Text(taken.request))))
-        scene = taken.state
-        held_out |= scene.obj.split == split and any(_names_pair(one) for one in wanted)
-    on_it = (source, thing, path) if source else None
-    return Item(cell, held_out, tuple(rounds), wanted, int(rng.integers(2**31)), on_it)
+        rounds.append(Turn("human", (*media, Text(exchange.request))))
+        state = exchange.state
+        held_out |= state.obj.split == split and any(map(_determines_pair, expected))
+    medium = (source, obj, path) if source else None
+    return Item(cell, held_out, tuple(rounds), expected, int(rng.integers(2**31)), medium)
 
 
-def _names_pair(wanted: Wanted) -> bool:
-    """Whether both shape and colour of what is made are determined."""
-    return wanted.kind in _SIGHT and {"shape", "colour"} <= wanted.attributes.keys()
+def _determines_pair(expected: Expected) -> bool:
+    """Whether shape and colour of an expected medium are both determined."""
+    return expected.kind in _VISUAL and {"shape", "colour"} <= expected.attributes.keys()
 
 
-def _take(
-    scene: DialogueState | None,
-    goal: str,
-    thing: WorldObject,
-    sampler: DialogueSampler,
-) -> tuple[Exchange, tuple[Wanted, ...]]:
-    """One round in the wording of the sampler's split, and what its answer is to be."""
+def _next_exchange(
+    sampler: DialogueSampler, state: DialogueState | None, goal: str, obj: WorldObject
+) -> tuple[Exchange, tuple[Expected, ...]]:
+    """Sample one round and its expected answer."""
     if goal == "text":
-        return _ask(scene or DialogueState.initial(thing), sampler.rng, sampler.split)
+        return _ask(state or DialogueState.initial(obj), sampler.rng, sampler.split)
     if goal in CASES:
-        taken = sampler.course_case(goal, thing)
-        # What is shown is to be described, or else the words lead in and may say anything.
+        exchange = sampler.course_case(goal, obj)
+        # The text either describes what is shown, or introduces the media and is free.
         described = CASE_INPUT[goal] if goal.endswith("→T+A") else None
-        attributes = _determined(taken.state, described) if described else {}
-        wanted = [Wanted("text", attributes, str(taken.answer[0]))]
-    elif scene is None:
-        taken, wanted = sampler.opening(goal, thing), []
+        attributes = _determined_attributes(exchange.state, described) if described else {}
+        expected = [Expected("text", attributes, str(exchange.answer[0]))]
+    elif state is None:
+        exchange, expected = sampler.opening(goal, obj), []
     else:
-        taken, wanted = sampler.follow_up(scene, goal), []
-    made = [part for part in taken.answer if not isinstance(part, str)]
-    wanted += [Wanted(m, _determined(taken.state, m), caption) for m, caption in made]
-    return taken, tuple(wanted)
+        exchange, expected = sampler.follow_up(state, goal), []
+    media = [part for part in exchange.answer if not isinstance(part, str)]
+    expected += [
+        Expected(m, _determined_attributes(exchange.state, m), caption) for m, caption in media
+    ]
+    return exchange, tuple(expected)
 
 
 def _ask(
-    scene: DialogueState, rng: np.random.Generator, split: Split
-) -> tuple[Exchange, tuple[Wanted, ...]]:
-    """A question about what was last shown, or about the world where nothing was."""
-    thing, last = scene.obj, scene.last
-    topic = choose(rng, _topics(scene))
+    state: DialogueState, rng: np.random.Generator, split: Split
+) -> tuple[Exchange, tuple[Expected, ...]]:
+    """Generate a question about the last medium or, without one, about the mini world."""
+    obj, last = state.obj, state.last
+    topic = choose(rng, _topics(state))
     if last is None:
-        question, answer = sample_world_question(thing, rng, split, topic)
+        question, answer = sample_world_question(obj, rng, split, topic)
     else:
-        if rng.random() < _DESCRIBED:
+        if rng.random() < _DESCRIPTIONS:
             topic = "describe"
-        question, answer = sample_question(thing, last, rng, scene.known, split, topic)
+        question, answer = sample_question(obj, last, rng, state.known, split, topic)
     if last is not None and topic == "describe":
-        attributes = _determined(scene, last)
+        attributes = _determined_attributes(state, last)
     else:
-        attributes = {
-            name: getattr(thing, name) for name in ANSWERED_ATTRIBUTES.get(topic, (topic,))
-        }
-    heard = topic == "describe" and last == "audio"
-    return Exchange(question, (answer,), scene), (Wanted("text", attributes, answer, heard),)
+        attributes = {name: getattr(obj, name) for name in ANSWERED_ATTRIBUTES.get(topic, (topic,))}
+    describes_audio = topic == "describe" and last == "audio"
+    expected = Expected("text", attributes, answer, describes_audio)
+    return Exchange(question, (answer,), state), (expected,)
 
 
-def _topics(scene: DialogueState) -> list[str]:
-    """What can be asked: a sound's count only where it was said or shown."""
-    if scene.last is None:
+def _topics(state: DialogueState) -> list[str]:
+    """Return the possible topics; an audio clip's count only if it is known."""
+    if state.last is None:
         return list(WORLD_TOPICS)
     return [
         name
-        for name, topic in TOPICS[scene.last].items()
-        if set(topic.required) <= scene.known and (name != "count" or name in scene.known)
+        for name, topic in TOPICS[state.last].items()
+        if set(topic.required) <= state.known and (name != "count" or name in state.known)
     ]
 
 
-def _determined(scene: DialogueState, modality: Modality) -> dict[str, Value]:
-    """The attributes that a medium of the scene's thing must have, since they are known."""
+def _determined_attributes(state: DialogueState, modality: Modality) -> dict[str, Value]:
+    """Return the attributes of the state's object that are known, hence determined."""
     return {
         name: value
-        for name, value in scene.obj.attributes(modality).items()
-        if _MADE_OF.get(name, name) in scene.known
+        for name, value in state.obj.attributes(modality).items()
+        if _AUDIO_SOURCE.get(name, name) in state.known
     }

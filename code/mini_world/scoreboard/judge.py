@@ -1,8 +1,8 @@
-"""The judge: which thing of the mini world does a picture, a video or a sound show?
+"""The judge: recognize the object of the mini world that an image, video or audio clip shows.
 
-By rules alone, nothing is learned: what is seen and heard is compared with what the renderer draws
-and plays. What is not there, or is none of the values, is None. On one core a picture costs 4 ms,
-a video 20 ms, a sound 5 ms; the first of a kind half a second more, for the templates.
+Rule-based, without learned parameters: media are matched with the renderer's templates. An
+attribute that is absent or matches no value is None. On one core an image costs 4 ms, a video
+20 ms, an audio clip 5 ms; the first of a modality 0.5 s more, for the templates.
 """
 
 from pathlib import Path
@@ -19,33 +19,32 @@ from nextgpt.mini_world.render_audio import SAMPLE_RATE
 from nextgpt.mini_world.scoreboard.judge_audio import judge_samples
 from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
 
-Seen = dict[str, Value | None]  # attribute -> one of `things.VALUES`, None: nothing or undecidable
+Judgement = dict[str, Value | None]  # attribute -> value; None: absent or undecidable
 
 
-def judge(modality: Modality, medium: Output) -> Seen:
-    """What a medium shows: for each of the modality's attributes its value, or None.
+def judge(modality: Modality, medium: Output) -> Judgement:
+    """Judge a medium: return the value, or None, of each attribute of its modality.
 
     Args:
-        modality: of the attributes asked for, and of the medium.
-        medium: a picture or frames of any size, the thing on a plain ground; frames are taken as
-            evenly spaced over the whole video; or a mono sound.
+        medium: an image or frames of any size, one object on a plain background, frames evenly
+            spaced over the video; or mono audio.
 
     Raises:
-        TypeError: the medium is of another modality.
+        TypeError: the medium is not of `modality`.
     """
     if modality == "image" and isinstance(medium, Image.Image):
-        seen = judge_frames(np.asarray(medium.convert("RGB"))[None])
+        judged = judge_frames(np.asarray(medium.convert("RGB"))[None])
     elif modality == "video" and isinstance(medium, Frames):
-        seen = judge_frames(medium.frames)
+        judged = judge_frames(medium.frames)
     elif modality == "audio" and isinstance(medium, Sound):
-        seen = judge_samples(medium.samples, medium.rate)
+        judged = judge_samples(medium.samples, medium.rate)
     else:
         raise TypeError(f"a medium of {modality} cannot be {type(medium).__name__}")
-    return {name: seen[name] for name in ATTRIBUTES[modality]}
+    return {name: judged[name] for name in ATTRIBUTES[modality]}
 
 
-def judge_file(modality: Modality, path: Path) -> Seen:
-    """What a file shows: as `judge`, of a picture, a video or a sound track in any known format.
+def judge_file(modality: Modality, path: Path) -> Judgement:
+    """Judge an image, video or audio file of any supported format.
 
     Raises:
         MediaError: the file is missing, broken or not of this modality.

@@ -1,4 +1,4 @@
-"""The scoreboard as pictures: the matrix, and a sheet of examples. Some seconds each."""
+"""Plots of the scoreboard: accuracy matrix and contact sheet; some seconds each."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -16,19 +16,19 @@ from nextgpt.common.io import atomic_write
 from nextgpt.media.writing import Frames, Output, Sound
 from nextgpt.mini_world.media_set import render_medium
 from nextgpt.mini_world.scoreboard.items import CASES, LETTERS, MATRIX, SECOND
-from nextgpt.mini_world.scoreboard.report import interval, percent
+from nextgpt.mini_world.scoreboard.report import format_interval, percent
 from nextgpt.mini_world.scoreboard.runner import Result
 
 KINDS = {"text": "words", "image": "a picture", "video": "a video", "audio": "a sound"}
 _GOOD, _BAD = "#1a7f37", "#c62828"
 _ASKED, _PANEL = "#1f3a8a", "#f3f4f1"
 _SHOWN_FRAMES = 4  # of a video
-# Inches: an example, the space around it, its media, the widest of them, a heading.
-_WIDTH, _HEIGHT, _GAP, _MEDIA, _WIDEST, _HEADING = 4.6, 1.75, 0.08, 0.85, 1.95, 0.32
+# Inches: an example, its margin, its media's height and maximum width, a heading.
+_WIDTH, _HEIGHT, _GAP, _MEDIA, _MAX_WIDTH, _HEADING = 4.6, 1.75, 0.08, 0.85, 1.95, 0.32
 
 
 def draw_matrix(cells: Mapping[str, dict[str, Any]], path: Path) -> None:
-    """Shares of right answers, inputs down and outputs across; below, cases and second rounds."""
+    """Plot the proportion of right answers, inputs by outputs; below, cases and second rounds."""
     others = [cell for cell in (*CASES, SECOND) if cell in cells]
     figure = Figure(figsize=(7.2, 8.6 if others else 6.9), layout="constrained")
     heights = [4.0, 1.0] if others else [1.0]
@@ -52,9 +52,9 @@ def draw_matrix(cells: Mapping[str, dict[str, Any]], path: Path) -> None:
 
 
 def _draw_cells(axes: Axes, cells: Mapping[str, dict[str, Any]], grid: list[list[str]]) -> None:
-    shares = [[cells[c]["right"] if c in cells else np.nan for c in row] for row in grid]
+    values = [[cells[c]["right"] if c in cells else np.nan for c in row] for row in grid]
     colours = mpl.colormaps["YlGn"].with_extremes(bad="#eeeeee")
-    axes.imshow(np.ma.masked_invalid(shares), cmap=colours, vmin=0, vmax=1, aspect="auto")
+    axes.imshow(np.ma.masked_invalid(values), cmap=colours, vmin=0, vmax=1, aspect="auto")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xticks(np.arange(1, len(grid[0])) - 0.5, minor=True)
@@ -68,15 +68,15 @@ def _draw_cells(axes: Axes, cells: Mapping[str, dict[str, Any]], grid: list[list
             ink = "white" if cells[cell]["right"] > 0.6 else "black"
             style = {"ha": "center", "va": "center", "color": ink}
             axes.text(x, y - 0.12, percent(cells[cell]["right"]), fontsize=17, **style)
-            media = f"{interval(cells[cell])}\nmedia {percent(cells[cell]['modalities'])}"
+            media = f"{format_interval(cells[cell])}\nmedia {percent(cells[cell]['modalities'])}"
             axes.text(x, y + 0.24, media, fontsize=8, **style)
 
 
 def draw_contact_sheet(results: Sequence[Result], seed: int, path: Path) -> None:
-    """Two examples a cell, the first ones: what was shown and said, and what came.
+    """Draw the first two examples of each cell: input media and text, output media and text.
 
     Args:
-        seed: with which the media were rendered.
+        seed: of the rendered media.
     """
     first: dict[str, list[Result]] = {}
     for result in results:
@@ -107,7 +107,7 @@ def draw_contact_sheet(results: Sequence[Result], seed: int, path: Path) -> None
 
 
 class _Example:
-    """One example's place on the sheet: left and below in inches from the corner, and its width."""
+    """One example's panel on the sheet: left and bottom edge and width in inches."""
 
     def __init__(self, figure: Figure, left: float, below: float, width: float) -> None:
         self.figure = figure
@@ -116,16 +116,16 @@ class _Example:
         figure.add_artist(Rectangle(*panel, facecolor=_PANEL, zorder=-1))  # behind the media
 
     def draw(self, result: Result, seed: int) -> None:
-        """The request, the media given and made, the answer's words."""
+        """Draw the request, input and output media, and the answer's text."""
         item, last = result.item, result.answers[-1]
         given: list[Output] = []
         if item.cell == SECOND:
             given = list(result.answers[0].outputs)
         elif item.shown:
-            modality, thing, path = item.shown
-            given = [render_medium(path.name, modality, thing, seed)]
-        said = f"“{item.request}”" + ("  (held-out pair)" if item.held_out else "")
-        self._text(0, _HEIGHT - 0.27, said, size=9.5, colour=_ASKED)
+            modality, obj, path = item.shown
+            given = [render_medium(path.name, modality, obj, seed)]
+        request = f"“{item.request}”" + ("  (held-out pair)" if item.held_out else "")
+        self._text(0, _HEIGHT - 0.27, request, size=9.5, colour=_ASKED)
         edge = self._media(given, 0, "#9ca3af")
         mark, colour = ("✓", _GOOD) if result.score.right else ("✗", _BAD)
         if last.outputs:
@@ -135,15 +135,15 @@ class _Example:
         self._text(0, 0.22 if last.outputs or given else 0.9, words, size=9.5, colour=colour)
 
     def _media(self, media: Sequence[Output], left: float, colour: str) -> float:
-        """Draw `media` side by side from `left` on; return where they end."""
+        """Draw `media` side by side from `left`; return the right edge."""
         for medium in media:
-            picture, ratio = _as_picture(medium)
-            wide = min(_MEDIA * ratio, _WIDEST)
+            image, ratio = _as_image(medium)
+            wide = min(_MEDIA * ratio, _MAX_WIDTH)
             high = _MEDIA if isinstance(medium, Sound) else wide / ratio
             corner, across, up = self._place(left, 0.42 + (_MEDIA - high) / 2, wide, high)
             axes = self.figure.add_axes((*corner, across, up))
-            cmap = "magma" if picture.ndim == 2 else None
-            axes.imshow(picture, aspect="auto", cmap=cmap, interpolation="nearest")
+            cmap = "magma" if image.ndim == 2 else None
+            axes.imshow(image, aspect="auto", cmap=cmap, interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set(color=colour, linewidth=1.6)
             left += wide + 0.08
@@ -158,30 +158,28 @@ class _Example:
     def _place(
         self, x: float, y: float, width: float, height: float
     ) -> tuple[tuple[float, float], float, float]:
-        """Corner, width and height as shares of the sheet, of inches within the example."""
+        """Convert inches within the example to figure coordinates: corner, width, height."""
         wide, high = self.figure.get_size_inches()
         corner = ((self.left + x) / wide, (self.below + y) / high)
         return corner, width / wide, height / high
 
 
 def draw_grid(media: Sequence[Output], titles: Sequence[str], path: Path) -> None:
-    """Media in rows of four, each under its title."""
+    """Draw media in rows of four, each under its title."""
     rows = -(-len(media) // 4)
     figure = Figure(figsize=(16, 2.4 * rows), layout="constrained")
     for axes, medium, title in zip(
         figure.subplots(rows, 4, squeeze=False).flat, media, titles, strict=False
     ):
-        picture, ratio = _as_picture(medium)
-        axes.imshow(
-            picture, aspect=picture.shape[1] / picture.shape[0] / ratio, interpolation="nearest"
-        )
+        image, ratio = _as_image(medium)
+        axes.imshow(image, aspect=image.shape[1] / image.shape[0] / ratio, interpolation="nearest")
         axes.set(xticks=[], yticks=[])
         axes.set_title("\n".join(textwrap.wrap(title, 40)), fontsize=9)
     _save(figure, path, dpi=90)
 
 
-def _as_picture(medium: Output) -> tuple[np.ndarray, float]:
-    """A picture, a strip of frames or a spectrogram, and how many times wider than high it is."""
+def _as_image(medium: Output) -> tuple[np.ndarray, float]:
+    """Return an image, a strip of frames or a spectrogram, and its aspect ratio."""
     if isinstance(medium, Image.Image):
         return np.asarray(medium.convert("RGB")), medium.width / medium.height
     if isinstance(medium, Frames):
@@ -192,15 +190,15 @@ def _as_picture(medium: Output) -> tuple[np.ndarray, float]:
 
 
 def _spectrogram(samples: np.ndarray, rate: int, window: int = 512, hop: int = 128) -> np.ndarray:
-    """Decibels over the loudest -60, up to 5 kHz; low tones at the bottom."""
+    """Return a spectrogram in decibels, 60 dB range, up to 5 kHz, low frequencies last."""
     padded = np.pad(samples, (0, max(0, window - len(samples))))
-    pieces = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop] * np.hanning(window)
-    power = np.abs(np.fft.rfft(pieces, axis=1)) ** 2
+    windows = np.lib.stride_tricks.sliding_window_view(padded, window)[::hop] * np.hanning(window)
+    power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
     decibels = 10 * np.log10(power + 1e-10).T
     decibels = np.maximum(decibels, decibels.max() - 60)
     return decibels[: 5000 * window // rate][::-1]
 
 
 def _save(figure: Figure, path: Path, dpi: int) -> None:
-    with atomic_write(path) as aside:
-        figure.savefig(aside, dpi=dpi, facecolor="white")
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=dpi, facecolor="white")

@@ -1,4 +1,4 @@
-"""Scores of answers, and what many of them say: shares with intervals, chance. Costs nothing."""
+"""Scoring of answers, and per-cell summaries with confidence intervals and chance level."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,19 +10,18 @@ from nextgpt.common.modality import Modality
 from nextgpt.evaluation.metrics import proportion
 from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.objects import VALUES, Value
-from nextgpt.mini_world.scoreboard.items import Item, Wanted
+from nextgpt.mini_world.scoreboard.items import Expected, Item
 
-Told = Mapping[str, Value | None]  # attribute to what is seen, heard or read of it
+Attributes = Mapping[str, Value | None]  # as judged in a medium or parsed from text
 
 
 @dataclass(frozen=True)
 class Score:
-    """What is right of one answer.
+    """Score of one answer.
 
     Attributes:
-        modalities: whether the media that came are those that were wanted, in number too, and
-            words where words were wanted.
-        attributes: `image colour` and the like to whether it is right.
+        modalities: whether the answer has exactly the expected media, and text if expected.
+        attributes: whether `image colour` etc. are right.
     """
 
     modalities: bool
@@ -30,42 +29,47 @@ class Score:
 
     @property
     def right(self) -> bool:
-        """Right media and every named attribute right."""
+        """Whether media and all attributes are right."""
         return self.modalities and all(self.attributes.values())
 
 
 def score_answer(
-    wanted: Sequence[Wanted], text: str, media: Sequence[tuple[Modality, Told]]
+    expected: Sequence[Expected], text: str, media: Sequence[tuple[Modality, Attributes]]
 ) -> Score:
-    """Score an answer's words and its media as judged; of two media of a kind the first counts."""
-    kinds = sorted(one.kind for one in wanted if one.kind != "text")
-    worded = any(one.kind == "text" for one in wanted)
-    fits = sorted(kind for kind, _ in media) == kinds and (bool(text.strip()) or not worded)
+    """Score an answer's text and its judged media; the first medium of a modality counts."""
+    kinds = sorted(part.kind for part in expected if part.kind != "text")
+    needs_text = any(part.kind == "text" for part in expected)
+    modalities = sorted(kind for kind, _ in media) == kinds
+    modalities &= bool(text.strip()) or not needs_text
     attributes = {}
-    for one in wanted:
-        if one.kind == "text":
-            told = audible_attributes(parse_caption(text)) if one.heard else parse_caption(text)
+    for part in expected:
+        if part.kind == "text":
+            found = parse_caption(text)
+            found = audible_attributes(found) if part.describes_audio else found
         else:
-            told = next((seen for kind, seen in media if kind == one.kind), {})
-        attributes |= compare(one, told)
-    return Score(fits, attributes)
+            found = next((judged for kind, judged in media if kind == part.kind), {})
+        attributes |= compare_attributes(part, found)
+    return Score(modalities, attributes)
 
 
-def compare(wanted: Wanted, told: Told) -> dict[str, bool]:
-    """`image colour` and the like to whether it is as wanted."""
-    return {f"{wanted.kind} {n}": told.get(n) == value for n, value in wanted.attributes.items()}
+def compare_attributes(expected: Expected, found: Attributes) -> dict[str, bool]:
+    """Return whether each expected attribute, as `image colour`, is found."""
+    return {
+        f"{expected.kind} {name}": found.get(name) == value
+        for name, value in expected.attributes.items()
+    }
 
 
-def chance(items: Sequence[Item]) -> float:
-    """The share that guesses would get right, had they the right media: 1 / values, multiplied."""
+def chance_level(items: Sequence[Item]) -> float:
+    """Return the accuracy of uniform guesses with the right media."""
     return fmean(
-        math.prod(1 / len(VALUES[name]) for one in item.wanted for name in one.attributes)
+        math.prod(1 / len(VALUES[name]) for part in item.expected for name in part.attributes)
         for item in items
     )
 
 
-def summarise(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, Any]:
-    """The figures of one cell; shares are between 0 and 1."""
+def summarize(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, Any]:
+    """Return the metrics of one cell; proportions are in 0..1."""
     names = sorted({name for score in scores for name in score.attributes})
     by_pair = {
         pairs: proportion(
@@ -81,5 +85,5 @@ def summarise(items: Sequence[Item], scores: Sequence[Score]) -> dict[str, Any]:
             for name in names
         },
         **by_pair,
-        "chance": chance(items),
+        "chance": chance_level(items),
     }

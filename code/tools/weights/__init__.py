@@ -1,1 +1,1 @@
-"""Pretrained weights of others: where they are, whether they are right, download and merging."""
+"""Pretrained weights: registry of sources, checks, download, merging."""

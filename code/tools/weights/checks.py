@@ -1,8 +1,8 @@
-"""Whether a part of the configuration is there and right, told without loading its weights.
+"""Check the weights of a configuration's components without loading them.
 
-Files are mapped, models laid out on the meta device, and the libraries' own loaders asked what
-would be missing: seconds and no gigabytes for the 7B system. Of the weights' values only those of a
-language model's layer norms are looked at.
+Files are memory-mapped, models built on the meta device, and the libraries' loaders report missing
+keys: seconds and no gigabytes for the 7B system. The only values read are those of a language
+model's layer norms.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,11 +39,11 @@ from nextgpt.model.trainable import NEEDED_TO_ANSWER
 from nextgpt.model.upstream_checkpoint import NEW_ROWS, is_newer
 from nextgpt.tools.weights.detect import (
     LLAMA_ROWS,
-    is_difference,
+    describe_vocabulary,
     is_llama_1,
+    is_unmerged_delta,
     is_weight,
-    norm_scale,
-    say_vocabulary,
+    max_norm_weight,
 )
 from nextgpt.tools.weights.registry import PartName
 
@@ -53,12 +53,12 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a part.
+    """Result of checking a component.
 
     Attributes:
-        facts: in words, a line each.
-        fault: what is wrong, or not there; empty if nothing.
-        missing: whether the fault is that something is not there.
+        facts: lines of text.
+        fault: what is wrong or missing; empty if nothing.
+        missing: whether the fault is a missing file.
     """
 
     facts: tuple[str, ...]
@@ -67,7 +67,7 @@ class Finding:
 
 
 def check_part(config: Config, part: PartName) -> Finding:
-    """Look at `part` of the configuration; faults are told, not raised."""
+    """Check one component; faults are returned, not raised."""
     facts: list[str] = []
     try:
         for fact in _facts_of(config, part):
@@ -80,9 +80,10 @@ def check_part(config: Config, part: PartName) -> Finding:
 
 
 def _facts_of(config: Config, part: PartName) -> Iterator[str]:
-    """What can be said of `part`, one after the other; ends with an UserError where it is wrong.
+    """Yield facts about `part`.
 
-    That is a MissingFileError if something is not there.
+    Raises:
+        UserError: it is wrong; a MissingFileError if a file is missing.
     """
     if part == "encoder":
         return _facts_of_encoder(config)
@@ -95,8 +96,8 @@ def _facts_of(config: Config, part: PartName) -> Iterator[str]:
 
 def _facts_of_encoder(config: Config) -> Iterator[str]:
     encoder = build_media_encoder(config, dtype=None)
-    yield f"what sees and hears: {_describe(encoder.state_dict())}"
-    yield f"names, shapes and a feature's width of {config.encoder.width} are right"
+    yield f"media encoder: {_describe(encoder.state_dict())}"
+    yield f"names, shapes and the feature dimension of {config.encoder.width} are right"
 
 
 def _facts_of_language_model(config: Config) -> Iterator[str]:
@@ -105,48 +106,48 @@ def _facts_of_language_model(config: Config) -> Iterator[str]:
     yield f"{folder}: {_describe(tensors)}"
     if is_newer(tensors):
         raise UserError(
-            f"{folder} holds a whole system of the newer generation of the published code "
+            f"{folder} holds a complete system of the newer generation of the published code "
             "(parameters mm_*): give the language model alone"
         )
-    if is_difference(tensors):
+    if is_unmerged_delta(tensors):
         raise UserError(
-            f"{folder} holds a delta that is not merged: its layer norms are at most "
-            f"{norm_scale(tensors):.3f} on average, a model's reach 1 and more. It would load and "
-            f"talk nonsense. Merge it: python merge_vicuna.py --base LLAMA_FOLDER --delta {folder}"
+            f"{folder} holds a delta that is not merged: its layer norms average at most "
+            f"{max_norm_weight(tensors):.3f}, a model's 1 or more. It would load and generate "
+            f"nonsense. Merge it: python merge_vicuna.py --base LLAMA_FOLDER --delta {folder}"
         )
     model = load_pretrained(AutoModelForCausalLM, str(folder), torch.float16, on_meta=True)
     rows, tokens = model.config.vocab_size, len(load_tokenizer(str(folder)))
-    yield f"names and shapes are right; vocabulary of {say_vocabulary(rows)}; {tokens} tokens"
+    yield f"names and shapes are right; vocabulary of {describe_vocabulary(rows)}; {tokens} tokens"
     if rows < tokens:
         raise UserError(f"{folder}: the tokenizer has {tokens} tokens, the model {rows} rows")
     if config.name == PUBLISHED_SYSTEM:
-        yield _as_vicuna_v0(folder, model.config, tokens)
+        yield _check_vicuna_v0(folder, model.config, tokens)
 
 
-def _as_vicuna_v0(folder: Path, figures: PreTrainedConfig, tokens: int) -> str:
-    """How far the folder can be told to be Vicuna v0, for which the published file was tuned.
+def _check_vicuna_v0(folder: Path, config: PreTrainedConfig, tokens: int) -> str:
+    """Check that the folder can be Vicuna v0, for which the published file was tuned.
 
     Raises:
-        UserError: it is not.
+        UserError: it is another model.
     """
-    if not is_llama_1(figures):
-        positions = getattr(figures, "max_position_embeddings", "unknown")
+    if not is_llama_1(config):
+        positions = getattr(config, "max_position_embeddings", "unknown")
         raise UserError(
-            f"{folder}/config.json describes a {figures.model_type} of {positions} positions, and "
-            "Vicuna v0 is a llama of 2048. 4096 are LLaMA-2's, so those of Vicuna v1.5 or later: "
-            "good as a language model of your own, but not with the published tuned parameters. "
-            "(Names and shapes are the same; config.json is all that says so.)"
+            f"{folder}/config.json describes a {config.model_type} of {positions} positions; "
+            "Vicuna v0 is a llama of 2048. LLaMA-2 and so Vicuna v1.5 or later have 4096: "
+            "usable as a language model, but not with the published tuned parameters. "
+            "(Names and shapes are equal; only config.json differs.)"
         )
     if tokens != LLAMA_ROWS:
         raise UserError(
-            f"{folder}: the tokenizer has {say_vocabulary(tokens)}. Published ids of the new "
-            f"tokens begin at {LLAMA_ROWS}: save LLaMA's tokenizer into the folder"
+            f"{folder}: the tokenizer has {describe_vocabulary(tokens)}. The published ids of new "
+            f"tokens start at {LLAMA_ROWS}: save LLaMA's tokenizer into the folder"
         )
-    if figures.vocab_size == LLAMA_ROWS + 1:
-        return "LLaMA-1's figures and the row for padding: as Vicuna v0 is when merged"
+    if config.vocab_size == LLAMA_ROWS + 1:
+        return "LLaMA-1's dimensions and a padding row, as merged Vicuna v0 has"
     return (
-        "LLaMA-1's figures: whether LLaMA itself or Vicuna v0, v1.1 or v1.3, names and shapes do "
-        "not say; v0 as it is published has 32001 rows"
+        "LLaMA-1's dimensions: names and shapes do not tell LLaMA from Vicuna v0, v1.1 or v1.3; "
+        "v0 as published has 32001 rows"
     )
 
 
@@ -163,7 +164,7 @@ def _facts_of_decoder(config: Config, modality: Modality) -> Iterator[str]:
     captions = TextEncoder(modality, str(folder), torch.device("meta"))
     if list(captions.shape) != decoder.prompt_embeds_shape:
         raise UserError(
-            f"{folder}: its caption embeddings have shape {list(captions.shape)}, but "
+            f"{folder}: its prompt embeddings have shape {list(captions.shape)}, but "
             f"decoders.{modality}.prompt_embeds_shape is {decoder.prompt_embeds_shape}: set it to "
             "match"
         )
@@ -172,7 +173,7 @@ def _facts_of_decoder(config: Config, modality: Modality) -> Iterator[str]:
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if not scheduler.is_file():
         raise MissingFileError(f"{scheduler} is missing")
-    yield f"kind, names and shapes are right; captions have shape {decoder.prompt_embeds_shape}"
+    yield f"class, names and shapes are right; prompt embeddings: {decoder.prompt_embeds_shape}"
 
 
 def _facts_of_tuned(config: Config) -> Iterator[str]:
@@ -183,60 +184,60 @@ def _facts_of_tuned(config: Config) -> Iterator[str]:
         raise
     yield f"{tuned.source}: {_describe(tuned.tensors)}"
     if tuned.source.suffix == ".pt":
-        yield f"vocabulary of {say_vocabulary(tuned.vocabulary_size + NEW_ROWS)}"
-    known = language_model_figures(config)
+        yield f"vocabulary of {describe_vocabulary(tuned.vocabulary_size + NEW_ROWS)}"
+    known = load_language_model_config(config)
     if known is None:
-        yield "not compared with the language model, which is not there"
+        yield "not compared with the language model, which is missing"
         return
     model = build_on_meta(config, *known, lora=tuned.holds("lora"))
     yield from load_delta(model, tuned, NEEDED_TO_ANSWER)
 
 
 def _refuse_newer(folder: Path) -> None:
-    """See that the files in `folder`, which has none that can be used, are not a newer system's.
+    """Reject files of the newer generation of the published code in `folder`.
 
     Raises:
-        UserError: they are, or a file cannot be read.
+        UserError: there are such files, or a file is unreadable.
     """
     for suffix in ("*.safetensors", "*.bin", "*.pt"):
         for file in folder.glob(suffix):
             if is_newer(map_tensors(file)):
                 raise UserError(
                     f"{file} is of the newer generation of the published code (parameters mm_*), "
-                    "another system than this: fetch those of 7b_tiva_v0"
+                    "a different system: download 7b_tiva_v0"
                 )
 
 
-def language_model_figures(config: Config) -> tuple[PreTrainedConfig, int] | None:
-    """The language model's figures, and how many tokens its tokenizer has; none if it is not there.
+def load_language_model_config(config: Config) -> tuple[PreTrainedConfig, int] | None:
+    """Load the language model's config and its tokenizer's size; None if it is missing.
 
-    For the published system they are known before it is there: transformers' defaults of LLaMA are
-    the figures of LLaMA-1 7B.
+    The published system's are known without its files: transformers' defaults of LLaMA are those
+    of LLaMA-1 7B.
 
     Raises:
-        UserError: they cannot be read.
+        UserError: a file is unreadable.
     """
     try:
         folder = str(find_folder(config.language_model.path, "config.json"))
     except MissingFileError:
         return (LlamaConfig(), LLAMA_ROWS) if config.name == PUBLISHED_SYSTEM else None
     with explain_load_errors(folder, "config.json"):
-        figures = AutoConfig.from_pretrained(folder)
-    return figures, len(load_tokenizer(folder))
+        model_config = AutoConfig.from_pretrained(folder)
+    return model_config, len(load_tokenizer(folder))
 
 
 def _describe(tensors: Mapping[str, Tensor]) -> str:
-    """How many tensors and numbers, and of which dtype.
+    """Format the number of tensors and parameters and their dtypes.
 
     Raises:
-        UserError: weights that are not plain floating-point numbers.
+        UserError: weights that are not floating-point.
     """
     dtypes = {tensor.dtype for name, tensor in tensors.items() if name.endswith("weight")}
-    if strange := dtypes.difference(_FLOATS):
+    if unsupported := dtypes.difference(_FLOATS):
         raise UserError(
-            f"weights of dtype {', '.join(map(str, strange))}: quantised, or not weights. Take the "
-            "published ones in float16, bfloat16 or float32"
+            f"weights of dtype {', '.join(map(str, unsupported))}: quantized, or not weights. Use "
+            "the published ones in float16, bfloat16 or float32"
         )
     count = sum(tensor.numel() for tensor in tensors.values())
     names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-    return f"{len(tensors)} tensors, {count:,} numbers, {names}"
+    return f"{len(tensors)} tensors, {count:,} parameters, {names}"

@@ -1,8 +1,7 @@
-"""Vicuna v0 from LLaMA-1 and the published delta: their weights added, a few at a time.
+"""Merge LLaMA-1 and the published delta into Vicuna v0, shard by shard.
 
-Both are mapped from disk and let go after each file that is written, so that besides that file's
-weights, 2 GB, as much of LLaMA and of the delta is in memory: below 10 GB for 7B, whatever the
-files they come in. Sums are made in float16, as the delta's makers subtracted.
+Both are memory-mapped and released after each output shard of 2 GB: below 10 GB of memory for 7B,
+however the inputs are sharded. Sums are in float16, as was the delta's subtraction.
 """
 
 import shutil
@@ -31,10 +30,10 @@ from nextgpt.model.loading import (
 from nextgpt.model.trainable import is_base_vocabulary
 from nextgpt.tools.weights.detect import (
     LLAMA_1_POSITIONS,
-    is_difference,
     is_llama_1,
+    is_unmerged_delta,
     is_weight,
-    norm_scale,
+    max_norm_weight,
 )
 
 DTYPE = torch.float16
@@ -42,111 +41,111 @@ SHARD_BYTES = 2 * 1024**3
 
 
 def merge_vicuna(base: Path, delta: Path, out: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Add `delta` to `base` and write `out`, whole or not at all; the result is read again first.
+    """Add `delta` to `base`, verify the result, and write `out` atomically.
 
     Args:
-        base: LLaMA-1 in Hugging Face format, `.safetensors` or `.bin`, in one file or several.
-        delta: the Vicuna v0 delta, in the same formats. Its vocabulary has one row more: its makers
-            appended a zero row to LLaMA's, for padding, before they subtracted.
-        out: gets `model-*.safetensors` (float16), their index, `config.json` and LLaMA's tokenizer.
-        shard_bytes: most bytes of a file that is written; a single larger tensor stays whole.
+        base: LLaMA-1 in Hugging Face format, `.safetensors` or `.bin`, sharded or not.
+        delta: the Vicuna v0 delta in the same formats. Its vocabulary has one row more: a zero row
+            for padding was appended to LLaMA's before subtracting.
+        out: folder for `model-*.safetensors` (float16), index, `config.json` and the tokenizer.
+        shard_bytes: maximum size of an output file; a larger tensor gets a file by itself.
 
     Raises:
-        UserError: a folder is missing, incomplete or not what it should be, the two do not belong
-            together, `out` is there already, or the disk is too small.
+        UserError: a folder is missing, incomplete or of another model, base and delta do not match,
+            `out` exists, or the disk is too small.
     """
-    _check_places(base, delta, out)
+    _check_folders(base, delta, out)
     tokenizer = load_tokenizer(str(base))
     with explain_load_errors(str(base), "config.json"):
-        figures = AutoConfig.from_pretrained(base)
-    if not is_llama_1(figures):
+        config = AutoConfig.from_pretrained(base)
+    if not is_llama_1(config):
         raise UserError(
-            f"{base}/config.json is not of LLaMA-1 (a llama of {LLAMA_1_POSITIONS} positions), to "
-            "which the Vicuna v0 delta belongs: give that one"
+            f"{base}/config.json is not of LLaMA-1 (a llama of {LLAMA_1_POSITIONS} positions), the "
+            "base of the Vicuna v0 delta: give LLaMA-1"
         )
     sizes = _check_pair(base, delta, len(tokenizer))
     _check_disk(out, sum(sizes.values()))
     shards = _split(sizes, shard_bytes)
-    with atomic_write(out) as aside:
-        aside.mkdir()
+    with atomic_write(out) as partial:
+        partial.mkdir()
         weight_map = {}
         for number, names in enumerate(tqdm(shards, desc="files", unit="file"), start=1):
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            _save(dict(_sums(base, delta, names)), aside / file)
+            _save(dict(_sums(base, delta, names)), partial / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (aside / f"model.safetensors{INDEX_SUFFIX}").write_text(to_json(index, indent=1) + "\n")
-        figures.vocab_size = len(tokenizer) + 1
-        figures.dtype = DTYPE
-        figures.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        _check_result(aside)
+        (partial / f"model.safetensors{INDEX_SUFFIX}").write_text(to_json(index, indent=1) + "\n")
+        config.vocab_size = len(tokenizer) + 1
+        config.dtype = DTYPE
+        config.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        _check_result(partial)
 
 
-def _check_places(base: Path, delta: Path, out: Path) -> None:
+def _check_folders(base: Path, delta: Path, out: Path) -> None:
     for folder, what in ((base, "LLaMA-1"), (delta, "the Vicuna v0 delta")):
         if not folder.is_dir():
-            raise UserError(f"{folder} is no folder: give that of {what} in Hugging Face format")
+            raise UserError(f"{folder} is not a folder: give that of {what} in Hugging Face format")
     if base.samefile(delta):
         raise UserError(f"{base} is given both as LLaMA-1 and as the delta: give two folders")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is there already: remove it, or give another folder")
+        raise UserError(f"{out} exists already: remove it, or give another folder")
 
 
 def _check_pair(base: Path, delta: Path, tokens: int) -> dict[str, int]:
-    """By name, the bytes that each weight of the sum will have, in the delta's order.
+    """Return the size in bytes of each merged weight, by name, in the delta's order.
 
     Raises:
-        UserError: either is not what it should be, or they do not fit each other.
+        UserError: base or delta is not what it should be, or they do not match.
     """
-    own, added = _weights(base), _weights(delta)
-    if is_difference(own):
+    weights, added = _weights(base), _weights(delta)
+    if is_unmerged_delta(weights):
         raise UserError(
-            f"{base} holds differences and no weights (its layer norms are at most "
-            f"{norm_scale(own):.3f} on average): give LLaMA-1 itself as the base"
+            f"{base} is a delta, not weights (its layer norms average at most "
+            f"{max_norm_weight(weights):.3f}): give LLaMA-1 itself as the base"
         )
-    if not is_difference(added):
+    if not is_unmerged_delta(added):
         raise UserError(
-            f"{delta} holds weights and no differences (its layer norms reach "
-            f"{norm_scale(added):.3f} on average): it is merged already, or not a delta"
+            f"{delta} holds weights, not a delta (its layer norms average up to "
+            f"{max_norm_weight(added):.3f}): it is merged already, or not a delta"
         )
-    faults = [f"missing in the delta: {name}" for name in own if name not in added]
-    faults += [f"missing in LLaMA: {name}" for name in added if name not in own]
-    for name in (name for name in added if name in own):
-        wanted = own[name].shape
+    faults = [f"missing in the delta: {name}" for name in weights if name not in added]
+    faults += [f"missing in LLaMA: {name}" for name in added if name not in weights]
+    for name in (name for name in added if name in weights):
+        expected = weights[name].shape
         if is_base_vocabulary(name):
-            if len(own[name]) != tokens:
-                faults.append(f"{name}: {len(own[name])} rows, but LLaMA's tokenizer has {tokens}")
-            wanted = (tokens + 1, *wanted[1:])
-        if added[name].shape != wanted:
+            if (rows := len(weights[name])) != tokens:
+                faults.append(f"{name}: {rows} rows, but LLaMA's tokenizer has {tokens}")
+            expected = (tokens + 1, *expected[1:])
+        if added[name].shape != expected:
             found = tuple(added[name].shape)
-            faults.append(f"{name}: shape {found} in the delta, expected {tuple(wanted)}")
+            faults.append(f"{name}: shape {found} in the delta, expected {tuple(expected)}")
     if faults:
         listed = "\n  ".join(faults[:10])
         raise UserError(
-            f"{base} and {delta} are not LLaMA-1 and a Vicuna v0 delta of it, {len(faults)} "
+            f"{base} and {delta} are not LLaMA-1 and its Vicuna v0 delta, {len(faults)} "
             f"faults:\n  {listed}"
         )
     return {name: tensor.numel() * DTYPE.itemsize for name, tensor in added.items()}
 
 
 def _check_disk(out: Path, size: int) -> None:
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(place).free
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
     if free < size:
-        raise UserError(f"{place}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} are free")
+        raise UserError(f"{folder}: {size / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free")
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in map_folder(folder).items() if is_weight(name)}
 
 
-def _split(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """The names in groups, in their order, of at most `most` bytes or a single tensor."""
+def _split(sizes: Mapping[str, int], max_bytes: int) -> list[list[str]]:
+    """Split the names, in order, into groups of at most `max_bytes` or a single tensor."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
-        if groups[-1] and filled + size > most:
+        if groups[-1] and filled + size > max_bytes:
             groups.append([])
             filled = 0
         groups[-1].append(name)
@@ -155,14 +154,14 @@ def _split(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 
 def _sums(base: Path, delta: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-    """Each name and its weight in Vicuna, float16; LLaMA lacks the vocabulary's last row.
+    """Yield names and merged float16 weights; LLaMA lacks the vocabulary's last row.
 
-    The files are mapped anew in each call: what was read before is let go with the old mapping.
+    Files are mapped per call, which releases what earlier calls read.
     """
-    own, added = map_folder(base), map_folder(delta)
+    weights, added = map_folder(base), map_folder(delta)
     for name in names:
         total = added[name].to(DTYPE, copy=True)
-        total[: len(own[name])] += own[name].to(DTYPE)
+        total[: len(weights[name])] += weights[name].to(DTYPE)
         yield name, total
 
 
@@ -174,21 +173,22 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _check_result(folder: Path) -> None:
-    """Read what was written: finite, weights rather than differences, and a whole model.
+    """Check that the written weights are finite, not a delta, and complete.
 
     Raises:
-        UserError: it is not so.
+        UserError: they are not.
     """
     for file in weight_files(folder):
         for name, tensor in map_tensors(file).items():
             if not tensor.isfinite().all():
                 raise UserError(
-                    f"the sum of {name} is not finite: LLaMA or the delta is damaged, fetch it anew"
+                    f"the sum of {name} is not finite: LLaMA or the delta is damaged, "
+                    "download it again"
                 )
     tensors = map_folder(folder)
-    if is_difference(tensors):
+    if is_unmerged_delta(tensors):
         raise UserError(
-            f"the sum has layer norms of at most {norm_scale(tensors):.3f} on average, as no model "
-            "has: are these LLaMA-1 and the Vicuna v0 delta?"
+            f"the sum's layer norms average at most {max_norm_weight(tensors):.3f}, as in no "
+            "model: are these LLaMA-1 and the Vicuna v0 delta?"
         )
     load_pretrained(AutoModelForCausalLM, str(folder), DTYPE, on_meta=True)

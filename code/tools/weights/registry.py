@@ -1,4 +1,4 @@
-"""The table of what others made: what it is called, on what terms, and how it is got."""
+"""Registry of pretrained components: title, licence, and download."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,13 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.config.schema import Config
 from nextgpt.model.delta import DELTA_FILE
 from nextgpt.model.loading import HUB_NAME, MOVED
-from nextgpt.tools.weights.download import HubFolder, HubPipeline, OwnCommand, Way, WebFile
+from nextgpt.tools.weights.download import (
+    Downloader,
+    HttpFile,
+    HubFolder,
+    HubPipeline,
+    LocalCommand,
+)
 
 PartName = str
 PART_NAMES: tuple[PartName, ...] = ("encoder", "language_model", *MODALITIES, "tuned")
@@ -14,25 +20,23 @@ PART_NAMES: tuple[PartName, ...] = ("encoder", "language_model", *MODALITIES, "t
 
 @dataclass(frozen=True)
 class Source:
-    """Where a part comes from.
+    """Source of a component.
 
     Attributes:
-        title: what it is called.
-        licence: as its makers state it.
-        way: how it is got.
-        then: what is still to be done by hand, a command.
-        numbers: how many weights of a decoder are loaded; 0: not known.
+        licence: as its authors state it.
+        next_step: a command to run after the download.
+        num_parameters: of a decoder; 0 if unknown.
     """
 
     title: str
     licence: str
-    way: Way
-    then: str = ""
-    numbers: int = 0
+    downloader: Downloader
+    next_step: str = ""
+    num_parameters: int = 0
 
 
 def configured_path(config: Config, part: PartName) -> str:
-    """Where the configuration says that `part` lies: a path, or a hub name."""
+    """Return the configured path or hub name of `part`."""
     if part == "tuned":
         return config.save_path
     if part in MODALITIES:
@@ -41,25 +45,26 @@ def configured_path(config: Config, part: PartName) -> str:
 
 
 def source_of(part: PartName, path: str) -> Source | None:
-    """Where the part that is configured as `path` comes from; none if nobody but the user knows."""
+    """Return the source of the component configured as `path`; None if unknown."""
     path = MOVED.get(path, path)
     if path in SOURCES:
         return SOURCES[path]
     if part in MODALITIES and HUB_NAME.fullmatch(path):
         return Source(path, "see its card", HubPipeline(path, part))
     if part == "language_model" and HUB_NAME.fullmatch(path):
-        return Source(path, "see its card", OwnCommand(("hf", "download", path)))
+        return Source(path, "see its card", LocalCommand(("hf", "download", path)))
     return None
 
 
 def _hub_decoder(
-    repo: str, modality: Modality, title: str, licence: str, numbers: int
+    repo: str, modality: Modality, title: str, licence: str, num_parameters: int
 ) -> dict[str, Source]:
-    return {repo: Source(title, licence, HubPipeline(repo, modality), numbers=numbers)}
+    source = Source(title, licence, HubPipeline(repo, modality), num_parameters=num_parameters)
+    return {repo: source}
 
 
 def _shipped(path: str, title: str) -> dict[str, Source]:
-    restore = OwnCommand(("git", "checkout", "--", path))
+    restore = LocalCommand(("git", "checkout", "--", path))
     return {path: Source(title, "the project's own (BSD 3-Clause)", restore)}
 
 
@@ -70,13 +75,13 @@ SOURCES: dict[str, Source] = {
     "ckpt/pretrained_ckpt/imagebind_ckpt/huge/imagebind_huge.pth": Source(
         "ImageBind huge",
         "CC BY-NC 4.0 (its model card: BY-NC-SA 4.0)",
-        WebFile("https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth"),
+        HttpFile("https://dl.fbaipublicfiles.com/imagebind/imagebind_huge.pth"),
     ),
     _VICUNA: Source(
         "LLaMA-1 7B and Vicuna-7B v0 delta, merged",
         "LLaMA: non-commercial research; the delta's card: Apache-2.0",
-        HubFolder("lmsys/vicuna-7b-delta-v0", beside="_delta"),
-        then=f"python merge_vicuna.py --base LLAMA_FOLDER --delta {_VICUNA}_delta "
+        HubFolder("lmsys/vicuna-7b-delta-v0", folder_suffix="_delta"),
+        next_step=f"python merge_vicuna.py --base LLAMA_FOLDER --delta {_VICUNA}_delta "
         "(LLaMA-1 itself: see ckpt/pretrained_ckpt/prepare_vicuna.md)",
     ),
     **_hub_decoder(
@@ -98,7 +103,7 @@ SOURCES: dict[str, Source] = {
         HubFolder("ChocoWu/nextgpt_7b_tiva_v0", ("pytorch_model.pt",)),
     ),
     "ckpt/pretrained_ckpt/smollm2_ckpt/135m_instruct": Source(
-        "SmolLM2-135M-Instruct", "Apache-2.0", OwnCommand(_BUILD, "code")
+        "SmolLM2-135M-Instruct", "Apache-2.0", LocalCommand(_BUILD, "code")
     ),
     **_shipped("ckpt/pretrained_ckpt/imagebind_ckpt/mini", "mini ImageBind"),
     **_shipped("ckpt/pretrained_ckpt/mini_stable_diffusion", "mini Stable Diffusion"),
@@ -107,6 +112,8 @@ SOURCES: dict[str, Source] = {
     "ckpt/delta_ckpt/nextgpt/mini_tiva_v0": Source(
         "tuned parameters of the mini system",
         "the project's own (BSD 3-Clause)",
-        OwnCommand(("git", "checkout", "--", f"ckpt/delta_ckpt/nextgpt/mini_tiva_v0/{DELTA_FILE}")),
+        LocalCommand(
+            ("git", "checkout", "--", f"ckpt/delta_ckpt/nextgpt/mini_tiva_v0/{DELTA_FILE}")
+        ),
     ),
 }

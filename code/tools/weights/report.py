@@ -1,4 +1,4 @@
-"""The report on a configuration's parts: where they are, what is found, how to get them."""
+"""Report on a configuration's components: path, check results, download command."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from nextgpt.tools.weights.checks import Finding, check_part
 from nextgpt.tools.weights.registry import PartName, Source, configured_path, source_of
 
 
-class _Part(NamedTuple):
-    """One part and what is known of it."""
+class _Checked(NamedTuple):
+    """A checked component."""
 
     name: PartName
     path: str
@@ -20,61 +20,61 @@ class _Part(NamedTuple):
 
 
 def prepare_checkpoints(
-    config: Config, parts: Sequence[PartName], *, fetch: bool, command: str
+    config: Config, components: Sequence[PartName], *, fetch: bool, command: str
 ) -> bool:
-    """Look at `parts`, fetch those that are missing if asked to, and print what was found.
+    """Check `components`, download missing ones if `fetch`, and print a report.
 
     Args:
-        config: the whole configuration, of which a part's path counts.
-        parts: which.
-        fetch: whether to get what is missing. What is there and wrong is left alone.
-        command: that fetches, to which a part's name is appended.
+        fetch: download what is missing; what is wrong is left unchanged.
+        command: the download command, for the report; a component's name is appended.
 
     Returns:
-        Whether all of them are right.
+        Whether all are right.
     """
-    looked_at = []
-    for name in parts:
-        part = _look_at(config, name)
-        if fetch and part.finding.missing and part.source:
-            part = _fetch(config, part, part.source)
-        print(_report(part, command), end="\n\n")
-        looked_at.append(part)
-    wrong = [part.name for part in looked_at if part.finding.fault]
-    print(f"{len(parts) - len(wrong)} of {len(parts)} parts are right", end="")
-    print(f"; not so: {', '.join(wrong)}" if wrong else "")
+    checked = []
+    for name in components:
+        component = _check(config, name)
+        if fetch and component.finding.missing and component.source:
+            component = _fetch(config, component, component.source)
+        print(_report(component, command), end="\n\n")
+        checked.append(component)
+    wrong = [component.name for component in checked if component.finding.fault]
+    print(f"{len(components) - len(wrong)} of {len(components)} components are right", end="")
+    print(f"; missing or wrong: {', '.join(wrong)}" if wrong else "")
     return not wrong
 
 
-def _look_at(config: Config, name: PartName) -> _Part:
+def _check(config: Config, name: PartName) -> _Checked:
     path = configured_path(config, name)
-    return _Part(name, path, source_of(name, path), check_part(config, name))
+    return _Checked(name, path, source_of(name, path), check_part(config, name))
 
 
-def _fetch(config: Config, part: _Part, source: Source) -> _Part:
-    """Get a part and look at it again; if it cannot be got, that is what is found."""
-    print(f"fetching {source.title}: {source.way.origin}", flush=True)
+def _fetch(config: Config, component: _Checked, source: Source) -> _Checked:
+    """Download a component and check it again; a failed download becomes its fault."""
+    print(f"downloading {source.title}: {source.downloader.origin}", flush=True)
     try:
-        source.way.fetch(project_path(part.path))
+        source.downloader.fetch(project_path(component.path))
     except UserError as error:
-        return part._replace(finding=Finding(part.finding.facts, str(error), missing=True))
-    return _look_at(config, part.name)
+        return component._replace(
+            finding=Finding(component.finding.facts, str(error), missing=True)
+        )
+    return _check(config, component.name)
 
 
-def _report(part: _Part, command: str) -> str:
-    """A heading, and a line for each thing known."""
-    finding, source = part.finding, part.source
+def _report(component: _Checked, command: str) -> str:
+    """Format a heading and the known facts."""
+    finding, source = component.finding, component.source
     verdict = ("missing" if finding.missing else "WRONG") if finding.fault else "right"
-    lines = [f"{part.name}: {source.title if source else part.path}: {verdict}"]
-    lines.append(f"  looked in  {part.path}")
+    lines = [f"{component.name}: {source.title if source else component.path}: {verdict}"]
+    lines.append(f"  path       {component.path}")
     lines += [f"  found      {fact}" for fact in finding.facts]
-    lines.append(f"  licence    {source.licence if source else 'not known here'}")
+    lines.append(f"  licence    {source.licence if source else 'unknown'}")
     if finding.fault:
         lines.append(f"  fault      {finding.fault}")
     if finding.missing and source:
-        lines.append(f"  from       {source.way.origin}")
-        lines.append(f"  fetch      {command} {part.name}")
-        lines += [f"  then       {source.then}"] if source.then else []
+        lines.append(f"  from       {source.downloader.origin}")
+        lines.append(f"  fetch      {command} {component.name}")
+        lines += [f"  then       {source.next_step}"] if source.next_step else []
     elif finding.missing:
-        lines.append("  fetch      put it there, or set its path: no source is known for this one")
+        lines.append("  fetch      no known source: put it there, or set its path")
     return "\n".join(lines)
