@@ -1,6 +1,6 @@
 """The delta, a file of the tuned parameters: `delta.safetensors`, by the model's parameter names.
 
-Names and shapes are compared: a trainable group is loaded whole or is not in the file at all.
+A trainable group is loaded whole, with names and shapes compared, or is not in the file at all.
 """
 
 from collections.abc import Set
@@ -25,17 +25,11 @@ PUBLISHED_FILE = "pytorch_model.pt"
 
 @dataclass(frozen=True)
 class Delta:
-    """Tuned parameters.
-
-    Attributes:
-        tensors: by the names of the model's parameters.
-        vocabulary_size: rows of the language model that they were tuned with, without new ones.
-        source: the file.
-    """
+    """Tuned parameters, by the names of the model's parameters."""
 
     tensors: Tensors
-    vocabulary_size: int
-    source: Path
+    vocabulary_size: int  # rows of the language model that was tuned, without new ones
+    source: Path  # the file
 
     def holds(self, group: TrainableGroup) -> bool:
         """Whether any tensor is of `group`."""
@@ -82,16 +76,12 @@ def read_delta(path: Path) -> Delta:
 
 
 def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
-    """Write a delta atomically.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
+    """Write a delta atomically; UserError if the disk is full or not writable."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_write(path) as temporary:
             temporary.touch()
-            mode = temporary.stat().st_mode  # safetensors would let nobody else read it
+            mode = temporary.stat().st_mode  # that of safetensors lets nobody else read the file
             save_file(contiguous, temporary, {"vocabulary_size": str(vocabulary_size)})
             temporary.chmod(mode)
     except SafetensorError as error:
@@ -99,13 +89,13 @@ def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
 
 
 def load_delta(model: NextGPT, delta: Delta, required: Set[TrainableGroup]) -> list[str]:
-    """Load `delta` into `model`; return a line for each group, loaded or newly initialised.
+    """Load `delta` into `model`; return a line for each group.
 
-    A group that the file lacks stays as initialised, unless it is in `required`. A group that the
-    model lacks is not loaded: `tensors_of_absent_groups` keeps it.
+    Groups that the file lacks stay as initialised; those that the model lacks are not loaded, see
+    `tensors_of_absent_groups`.
 
     Raises:
-        UserError: another vocabulary, missing or unexpected names, wrong shapes.
+        UserError: another vocabulary, names, shapes, or nothing of a `required` group.
     """
     rows = model.base_vocabulary_size
     if delta.vocabulary_size != rows:

@@ -1,10 +1,8 @@
 """The published layout of tuned parameters (`pytorch_model.pt` of 7b_tiva_v0), read and written.
 
-It holds the language model's vocabulary matrices whole, new rows last; here the new rows are
-parameters of their own (`model/vocabulary.py`), so the matrices are split and concatenated.
+Its vocabulary matrices end with the new rows, which are separate parameters here.
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 
 from nextgpt.common.errors import UserError
 from nextgpt.model.nextgpt import NextGPT
-from nextgpt.model.trainable import tuned_parameters
+from nextgpt.model.trainable import is_base_vocabulary, tuned_parameters
 
 Tensors = dict[str, torch.Tensor]
 _PREFIXES = {  # published name to name here
@@ -22,7 +20,6 @@ _PREFIXES = {  # published name to name here
     "gen_text_hidden_fcs_video.0.": "output_projections.video.",
     "gen_text_hidden_fcs_audio.0.": "output_projections.audio.",
 }
-_MATRIX = re.compile(r"(model\.embed_tokens|lm_head)\.weight$")
 NEW_ROWS = 38  # `<Img>`, `</Img>`, 4 + 24 + 8 signal tokens: the published vocabulary
 
 
@@ -32,7 +29,7 @@ def is_published(tensors: Tensors) -> bool:
 
 
 def is_newer(names: Iterable[str]) -> bool:
-    """Whether parameters called `names` are of the code's later generation: modules are `mm_*`."""
+    """Whether parameters called `names` are of the later published code: modules are `mm_*`."""
     return any(module.startswith("mm_") for name in names for module in name.split("."))
 
 
@@ -42,14 +39,13 @@ def published_to_delta(tensors: Tensors, source: Path) -> Tensors:
     Raises:
         UserError: names that the published layout does not have.
     """
-    unknown = [name for name in tensors if not name.startswith(tuple(_PREFIXES))]
-    if unknown:
+    if unknown := [name for name in tensors if not name.startswith(tuple(_PREFIXES))]:
         raise UserError(f"{source}: names that are not the published ones: {', '.join(unknown)}")
     delta: Tensors = {}
     for published, tensor in tensors.items():
         prefix = next(prefix for prefix in _PREFIXES if published.startswith(prefix))
         name = _PREFIXES[prefix] + published.removeprefix(prefix)
-        if _MATRIX.search(published):
+        if is_base_vocabulary(name):
             delta[name] = tensor[:-NEW_ROWS]
             delta[name.removesuffix("weight") + "new_rows"] = tensor[-NEW_ROWS:]
         else:

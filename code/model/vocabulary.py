@@ -1,8 +1,7 @@
 """The language model's vocabulary, extended by the rows of the new tokens.
 
-The new rows are parameters next to the frozen matrices instead of inside them, so that they alone
-train: no gradient of a whole matrix is computed (with 49152 x 576 rows that would cost as much as
-the logits), and the optimizer holds 38 rows instead of two matrices.
+New rows are parameters next to the frozen matrices, so that they alone train: a gradient of a whole
+matrix (49152 x 576) costs as much as the logits, and the optimizer would hold two of them.
 """
 
 import torch
@@ -11,12 +10,7 @@ from torch import nn
 
 
 class _ExtendedMatrix(nn.Module):
-    """A vocabulary matrix in two parameters.
-
-    Args:
-        weight: (V, H), the base model's rows.
-        new_rows: (N, H) float32, of the new tokens; shared by embedding and head if those are tied.
-    """
+    """Base rows (V, H) and float32 new rows (N, H), which tied matrices share."""
 
     def __init__(self, weight: nn.Parameter, new_rows: nn.Parameter) -> None:
         super().__init__()
@@ -47,10 +41,10 @@ class ExtendedLMHead(_ExtendedMatrix):
 
 
 def extend_vocabulary(language_model: nn.Module, base_tokens: int, new_tokens: int) -> None:
-    """Replace the embedding and the LM head of a Hugging Face causal model, in place.
+    """Replace the embedding and the LM head of a causal model, in place; tied ones stay tied.
 
     New rows are initialised with the mean of the base rows and noise of their standard deviation,
-    so that no new token is likelier than the words are. Tied matrices stay tied.
+    so that no new token is likelier than the words are.
 
     Args:
         base_tokens: of the tokenizer; rows behind them (padding, as Vicuna v0 has) are dropped.
@@ -59,14 +53,10 @@ def extend_vocabulary(language_model: nn.Module, base_tokens: int, new_tokens: i
     embedding = language_model.get_input_embeddings().weight
     head = language_model.get_output_embeddings().weight
     tied = head is embedding
-    base_embedding = nn.Parameter(embedding.detach()[:base_tokens], requires_grad=False)
-    base_head = base_embedding
-    if not tied:
-        base_head = nn.Parameter(head.detach()[:base_tokens], requires_grad=False)
-    new_embedding = nn.Parameter(_new_rows(base_embedding, new_tokens))
-    new_head = new_embedding if tied else nn.Parameter(_new_rows(base_head, new_tokens))
-    language_model.set_input_embeddings(ExtendedEmbedding(base_embedding, new_embedding))
-    language_model.set_output_embeddings(ExtendedLMHead(base_head, new_head))
+    split = _split(embedding, base_tokens, new_tokens)
+    language_model.set_input_embeddings(ExtendedEmbedding(*split))
+    split = split if tied else _split(head, base_tokens, new_tokens)
+    language_model.set_output_embeddings(ExtendedLMHead(*split))
     language_model.config.vocab_size = base_tokens + new_tokens
     if tied:
         language_model.register_state_dict_post_hook(_exclude_tied_head)
@@ -78,7 +68,11 @@ def _exclude_tied_head(_: nn.Module, state: dict, prefix: str, __: dict) -> None
         del state[name]
 
 
-def _new_rows(weight: torch.Tensor, count: int) -> torch.Tensor:
-    rows = weight.detach().float()
-    noise = torch.randn(count, rows.shape[1]) * rows.std()
-    return rows.mean(dim=0) + noise.to(rows.device)
+def _split(
+    weight: torch.Tensor, base_tokens: int, new_tokens: int
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Base rows, frozen, and initial new rows."""
+    base = nn.Parameter(weight.detach()[:base_tokens], requires_grad=False)
+    rows = base.detach().float()
+    noise = torch.randn(new_tokens, rows.shape[1]) * rows.std()
+    return base, nn.Parameter(rows.mean(dim=0) + noise.to(rows.device))

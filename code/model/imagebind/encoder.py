@@ -1,10 +1,8 @@
-"""ImageBind's vision and audio encoders: one unit-length vector per image or clip.
+"""ImageBind's vision and audio encoders (arXiv 2305.05665): vision transformers over patches.
 
-Two vision transformers over patches (arXiv 2305.05665). An image becomes a still clip of two
-frames, audio its mel spectrogram. Parameter names are those of the published `imagebind_huge.pth`,
-so its tensors load by name. At the published size, vision has 633 M parameters and audio 86 M; a
-view costs about 0.33 TFLOP (image or video clip) or 0.04 TFLOP (audio). A video has 15 views, audio
-has 3.
+An image becomes a still clip of two frames, audio its mel spectrogram. Parameter names are those of
+`imagebind_huge.pth`. At its size, vision has 633 M parameters and audio 86 M; a view costs about
+0.33 TFLOP (image or video clip) or 0.04 TFLOP (audio). A video has 15 views, audio 3.
 """
 
 import math
@@ -112,7 +110,7 @@ def _first_alike(views: Tensor) -> Tensor:
 
 
 def _head(width: int, output_dim: int) -> nn.Sequential:
-    """(N, W) -> (N, D); the published names are 0 and 2, with the selection of CLS between them."""
+    """(N, W) -> (N, D); the published names are 0 and 2."""
     norm, linear = nn.LayerNorm(width, eps=_EPS), nn.Linear(width, output_dim, bias=False)
     return nn.Sequential(norm, nn.Identity(), linear)
 
@@ -123,14 +121,12 @@ class ImageBind(nn.Module):
     def __init__(self, config: ImageBindConfig) -> None:
         super().__init__()
         self.config = config
-        vision, audio = config.vision, config.audio
+        trunks = {"vision": config.vision, "audio": config.audio}
+        stems = {"vision": _VisionStem(config), "audio": _AudioStem(config)}
+        patches = {"vision": config.vision_patches, "audio": config.audio_patches}
         self.modality_preprocessors = nn.ModuleDict(
-            {
-                "vision": _Preprocessor(_VisionStem(config), config.vision_patches, vision.width),
-                "audio": _Preprocessor(_AudioStem(config), config.audio_patches, audio.width),
-            }
+            {n: _Preprocessor(stems[n], patches[n], t.width) for n, t in trunks.items()}
         )
-        trunks = {"vision": vision, "audio": audio}
         self.modality_trunks = nn.ModuleDict(
             {n: _Trunk(t, config.mlp_ratio, is_vision=n == "vision") for n, t in trunks.items()}
         )
@@ -142,11 +138,9 @@ class ImageBind(nn.Module):
         self.modality_postprocessors = nn.ModuleDict({"audio": nn.Sequential(nn.Identity(), scale)})
 
     def forward_views(self, modality: Modality, views: Tensor) -> Tensor:
-        """Unit-length features (N, D) of N single views.
+        """Unit-length features (N, D) of N single views, normalised.
 
-        Args:
-            views: normalised; (N, 3, 224, 224) image, (N, 3, 2, 224, 224) video or
-                (N, 1, 128, 204) audio.
+        Views are (N, 3, 224, 224) image, (N, 3, 2, 224, 224) video or (N, 1, 128, 204) audio.
         """
         trunk = "audio" if modality == "audio" else "vision"
         x_NTW = self.modality_trunks[trunk](self.modality_preprocessors[trunk](views))
@@ -155,9 +149,7 @@ class ImageBind(nn.Module):
     def encode(self, modality: Modality, views: Tensor) -> Tensor:
         """Features (B, D) of B media: the mean over each one's views, not normalised again.
 
-        Args:
-            views: (B, 3, 224, 224) image, (B, V, 3, 2, 224, 224) video or (B, V, 1, 128, 204)
-                audio.
+        Video and audio have V views each: (B, V, 3, 2, 224, 224) or (B, V, 1, 128, 204).
         """
         if modality == "image":
             return self.forward_views(modality, views)
