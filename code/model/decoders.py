@@ -6,14 +6,13 @@ No safety checker is loaded, as in the published system: put one behind anything
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from math import sqrt
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,6 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.writing import Frames, Output, Sound
 from nextgpt.model.loading import explain_load_errors, resolve_model_path
 from nextgpt.model.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
-
-if TYPE_CHECKING:  # diffusers is imported when a pipeline is: training does without
-    from diffusers import DiffusionPipeline
 
 _VAE, _UNET_2D = "diffusers:AutoencoderKL", "diffusers:UNet2DConditionModel"
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -47,7 +43,8 @@ class DiffusionSettings:
     fps: int = 8  # video, frames per second
     shared_noise: float = 0.0  # video, as in the decoder's training; see `initial_noise`
     audio_length_in_s: float | None = 5.0  # audio
-    seed: int | tuple[int, ...] | None = None  # the first sample's (next: + 1), or one each
+    # One for each sample, or the first's (then seed + 1 ...); None: random.
+    seed: int | tuple[int, ...] | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
@@ -93,10 +90,14 @@ def initial_noise(
     return sqrt(1 - shared) * noise + sqrt(shared) * common
 
 
+@dataclass(eq=False)
 class Decoder:
     """One frozen pipeline, loaded on first use; subclasses are the adapters.
 
     Attributes:
+        path: a diffusers folder or hub name.
+        device: of the computation; half precision on CUDA.
+        offloaded: keep all but the text encoder in CPU memory between uses.
         pipeline_path: import string; model_index.json has the class name.
         networks: by folder, import strings of the networks besides the text encoder.
         unused_components: never loaded.
@@ -117,17 +118,14 @@ class Decoder:
     size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
     legacy_callback: ClassVar[bool] = False
 
-    def __init__(
-        self, modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
-    ) -> None:
-        """Resolve the diffusers folder or hub name `path`; half precision on CUDA.
+    modality: Modality
+    path: str
+    device: torch.device
+    _: KW_ONLY
+    offloaded: bool = False
 
-        `offloaded`: keep all but the text encoder in CPU memory between uses.
-        """
-        self.modality = modality
-        self.path = resolve_model_path(path)
-        self.device = device
-        self.offloaded = offloaded
+    def __post_init__(self) -> None:
+        self.path = resolve_model_path(self.path)
 
     def prepare_latents(
         self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
@@ -165,9 +163,9 @@ class Decoder:
         return TextEncoder(self.modality, self.path, self.device)
 
     @cached_property
-    def pipeline(self) -> "DiffusionPipeline":
+    def pipeline(self) -> Any:
         """The diffusers pipeline, on the device unless offloaded; UserError if it cannot load."""
-        from diffusers.utils.logging import disable_progress_bar
+        from diffusers.utils.logging import disable_progress_bar  # slow; training does without
 
         disable_progress_bar()  # of loading components
         with explain_load_errors(self.path, "model_index.json"):
@@ -182,20 +180,6 @@ class Decoder:
             pipeline.vae.enable_slicing()  # 24 large frames at once would be the peak of memory
         pipeline.set_progress_bar_config(disable=True)
         return pipeline if self.offloaded else pipeline.to(self.device)
-
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Move an offloaded pipeline's networks to the device inside, and back at the end."""
-        modules = self.pipeline.components.values() if self.offloaded else ()
-        encoder = self.text_encoder.encoder
-        networks = [m for m in modules if isinstance(m, nn.Module) and m is not encoder]
-        try:
-            for network in networks:
-                network.to(self.device)
-            yield
-        finally:
-            for network in networks:
-                network.to(torch.device("cpu"))
 
     def decode(
         self,
@@ -222,12 +206,18 @@ class Decoder:
                 f"{self.path} takes {self.modality} embeddings of shape {self.text_encoder.shape}, "
                 f"not {tuple(prompt_embeds.shape[1:])}: set prompt_embeds_shape to match"
             )
-        with self._on_device():
-            arguments = self._arguments(prompt_embeds, settings, progress)
-            try:
-                result = self.pipeline(**arguments)
-            except (ValueError, torch.OutOfMemoryError) as error:
-                raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
+        components = self.pipeline.components.values() if self.offloaded else ()
+        encoder = self.text_encoder.encoder
+        networks = [c for c in components if isinstance(c, nn.Module) and c is not encoder]
+        try:
+            for network in networks:
+                network.to(self.device)
+            result = self.pipeline(**self._arguments(prompt_embeds, settings, progress))
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
+        finally:
+            for network in networks:
+                network.to(torch.device("cpu"))
         return self.wrap_outputs(result, settings)
 
     def _arguments(
@@ -324,5 +314,5 @@ class AudioLDMDecoder(Decoder):
 def build_decoder(
     modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
 ) -> Decoder:
-    """Return the decoder of `modality`; arguments as in `Decoder.__init__`."""
+    """Return the decoder of `modality`; arguments as in `Decoder`."""
     return MODALITIES[modality].decoder_class(modality, path, device, offloaded=offloaded)

@@ -17,7 +17,7 @@ from nextgpt.config.schema import TrainableGroup
 from nextgpt.model.loading import compare_state_dicts, map_tensors, refuse_faults
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import TRAINABLE_GROUPS, group_of, is_base_vocabulary, tuned_parameters
-from nextgpt.model.upstream_checkpoint import Tensors, is_newer, is_published, published_to_delta
+from nextgpt.model.upstream_checkpoint import Tensors, is_newer, published_to_delta
 
 DELTA_FILE = "delta.safetensors"
 PUBLISHED_FILE = "pytorch_model.pt"
@@ -66,8 +66,6 @@ def read_delta(path: Path) -> Delta:
             f"{path} is of the newer generation of the published code (parameters mm_*), another "
             "system than this: fetch those of 7b_tiva_v0, see ckpt/delta_ckpt/README.md"
         )
-    if not is_published(tensors):
-        raise UserError(f"{path} does not carry the names of the published tuned parameters")
     tensors = published_to_delta(tensors, path)
     matrices = [tensor for name, tensor in tensors.items() if is_base_vocabulary(name)]
     if not matrices:

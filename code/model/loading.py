@@ -135,17 +135,13 @@ def load_pretrained(
     Raises:
         UserError: it cannot be read, or a weight is missing or of another shape.
     """
-    placed: dict[str, Any] = {"device_map": "meta" if on_meta else None}
+    options: dict[str, Any] = {"device_map": "meta" if on_meta else None}
     if quantization:
-        placed = {"quantization_config": quantization, "device_map": {"": choose_device()}}
+        options = {"quantization_config": quantization, "device_map": {"": choose_device()}}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below
     with explain_load_errors(path):
         model, report = model_class.from_pretrained(
-            path,
-            subfolder=subfolder,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below
-            **placed,
+            path, subfolder=subfolder, dtype=dtype, **options
         )
     faults = [f"missing {name}" for name in sorted(report["missing_keys"])]
     faults += [_shape_fault(*mismatch) for mismatch in sorted(report["mismatched_keys"])]
@@ -193,59 +189,50 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         TypeError, AttributeError, struct.error,
     ) as error:  # fmt: skip
         why = _looks_like(path) or type(error).__name__
-        raise UserError(
-            f"{path} is no readable checkpoint ({why}): download or build it again"
-        ) from error
+        why = f"is no readable checkpoint ({why}): download or build it again"
+        raise UserError(f"{path} {why}") from error
     if isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values()):
         return tensors
     raise UserError(f"{path} holds no tensors by name: give another")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a folder that transformers or diffusers would load.
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Return the weight files that transformers or diffusers would load from `folder`.
+
+    Each with the names of its tensors by the index of shards; none without an index.
 
     Raises:
         MissingFileError: there are none, or one that the index names is missing.
         UserError: the index cannot be read.
     """
-    return _weight_files(folder)[0]
-
-
-def map_folder(folder: Path) -> dict[str, Tensor]:
-    """Memory-map all tensors of a folder by name, from one file or from shards with an index.
-
-    Raises:
-        MissingFileError: as in `weight_files`.
-        UserError: a file cannot be read, or the index names tensors that no file holds.
-    """
-    files, indexed = _weight_files(folder)
-    tensors = {name: tensor for file in files for name, tensor in map_tensors(file).items()}
-    if absent := [name for name in indexed if name not in tensors]:
-        raise UserError(
-            f"{folder}: the index names {len(absent)} tensors that no file holds, first "
-            f"{absent[0]}: files and index are not of one download, fetch the folder again"
-        )
-    return tensors
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The weight files of `folder`, and the tensor names in the index of shards if it has one."""
     for name in _WEIGHT_FILES:
         single, index = folder / name, folder / f"{name}.index.json"
         if single.is_file():
-            return [single], []
+            return {single: []}
         if index.is_file():
             try:
                 shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, TypeError, LookupError) as error:
                 raise UserError(f"{index} is no index of weight files, fetch it again") from error
-            shards = [folder / shard for shard in dict.fromkeys(shard_of.values())]
-            if missing := [shard.name for shard in shards if not shard.is_file()]:
-                raise MissingFileError(
-                    f"{index} names files that are not there: {', '.join(missing)}"
-                )
-            return shards, list(shard_of)
+            files: dict[Path, list[str]] = {}
+            for tensor, shard in shard_of.items():
+                files.setdefault(folder / shard, []).append(tensor)
+            if missing := ", ".join(file.name for file in files if not file.is_file()):
+                raise MissingFileError(f"{index} names files that are not there: {missing}")
+            return files
     raise MissingFileError(f"{folder}: no weights ({' or '.join(_WEIGHT_FILES)}, or an index)")
+
+
+def map_folder(folder: Path) -> dict[str, Tensor]:
+    """Memory-map all tensors of a folder by name; errors as in `weight_files` and `map_tensors`."""
+    files = weight_files(folder)
+    tensors = {name: tensor for file in files for name, tensor in map_tensors(file).items()}
+    if absent := [name for names in files.values() for name in names if name not in tensors]:
+        raise UserError(
+            f"{folder}: the index names {len(absent)} tensors that no file holds, first "
+            f"{absent[0]}: files and index are not of one download, fetch the folder again"
+        )
+    return tensors
 
 
 def _looks_like(path: Path) -> str:

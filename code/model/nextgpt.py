@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nextgpt.common.modality import Modality
@@ -27,21 +27,19 @@ class Losses:
     then has the same graph and reduces a gradient for every parameter, in the same order.
     """
 
-    text: torch.Tensor  # cross entropy summed over labelled tokens
+    text: Tensor  # cross entropy summed over labelled tokens
     tokens: int  # labelled
-    alignment: dict[Modality, torch.Tensor] = field(
-        default_factory=dict
-    )  # summed over signal spans
+    alignment: dict[Modality, Tensor] = field(default_factory=dict)  # summed over signal spans
     signal_spans: dict[Modality, int] = field(default_factory=dict)  # their number
-    unused: torch.Tensor | float = 0.0
+    unused: Tensor | float = 0.0
 
 
 class LanguageModelOutput(NamedTuple):
     """What the losses need of the language model; modalities without spans are left out."""
 
-    text_loss: torch.Tensor  # scalar, cross entropy summed over labelled tokens
+    text_loss: Tensor  # scalar, cross entropy summed over labelled tokens
     tokens: int  # labelled
-    signal_states: dict[Modality, torch.Tensor]  # (2, R, T, H) of `gather_signal_states`
+    signal_states: dict[Modality, Tensor]  # (2, R, T, H) of `gather_signal_states`
 
 
 class NextGPT(nn.Module):
@@ -84,9 +82,7 @@ class NextGPT(nn.Module):
         """Number of the base model's tokens, and id of the first new one."""
         return len(self.language_model.get_input_embeddings().weight)
 
-    def embed(
-        self, input_ids: torch.Tensor, slots: torch.Tensor, features: torch.Tensor
-    ) -> torch.Tensor:
+    def embed(self, input_ids: Tensor, slots: Tensor, features: Tensor) -> Tensor:
         """Input embeddings (B, L, H) of tokens, and at media positions of projected features.
 
         Args:
@@ -104,10 +100,10 @@ class NextGPT(nn.Module):
 
     def last_hidden_states(
         self,
-        embeddings: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Last hidden states (B, L, H), after the final norm, of input embeddings (B, L, H).
 
         With `position_ids` (B, L) rows are packed: no token attends to their padding, which comes
@@ -121,18 +117,14 @@ class NextGPT(nn.Module):
         ).last_hidden_state
 
     def gather_signal_states(
-        self,
-        modality: Modality,
-        spans: torch.Tensor,
-        hidden: torch.Tensor,
-        embeddings: torch.Tensor,
-    ) -> torch.Tensor:
+        self, modality: Modality, spans: Tensor, hidden: Tensor, embeddings: Tensor
+    ) -> Tensor:
         """Last hidden states and input embeddings (B, L, H) at the spans (R, 2): (2, R, T, H)."""
         rows = spans[:, :1]  # (R, 1)
         columns = spans[:, 1:] + torch.arange(self.signal_counts[modality], device=spans.device)
         return torch.stack([hidden[rows, columns], embeddings[rows, columns]])
 
-    def project_signals(self, modality: Modality, *states: torch.Tensor) -> torch.Tensor:
+    def project_signals(self, modality: Modality, *states: Tensor) -> Tensor:
         """Prompt embeddings (R, *prompt_embeds_shape); arguments as in `gather_signal_states`."""
         return self.output_projections[modality](*self.gather_signal_states(modality, *states))
 

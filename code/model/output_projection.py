@@ -1,7 +1,7 @@
 """Output projections (projectors): from hidden states of signal tokens to prompt embeddings."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class OutputProjection(nn.Module):
@@ -48,7 +48,7 @@ class OutputProjection(nn.Module):
         )
         self.model = nn.Linear(d_model, prompt_embeds_shape[-1])
 
-    def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """Prompt embeddings (R, *prompt_embeds_shape) of R signal spans of T tokens.
 
         Args:
@@ -60,7 +60,7 @@ class OutputProjection(nn.Module):
         return self.model(self.tfm(x, queries)).view(len(x), *self.prompt_embeds_shape)
 
 
-def alignment_loss(prompt_embeds: torch.Tensor, caption_embeds: torch.Tensor) -> torch.Tensor:
+def alignment_loss(prompt_embeds: Tensor, caption_embeds: Tensor) -> Tensor:
     """Alignment loss, summed over samples: mean over queries of the Euclidean distance.
 
     Args:

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from nextgpt.common.errors import UserError
-from nextgpt.model.nextgpt import NextGPT
-from nextgpt.model.trainable import is_base_vocabulary, tuned_parameters
+from nextgpt.model.loading import refuse_faults
+from nextgpt.model.trainable import is_base_vocabulary
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Tensor]
 _PREFIXES = {  # published name to name here
     "llama_model.base_model.model.": "language_model.",
     "llama_proj.": "input_projection.",
@@ -21,11 +21,6 @@ _PREFIXES = {  # published name to name here
     "gen_text_hidden_fcs_audio.0.": "output_projections.audio.",
 }
 NEW_ROWS = 38  # `<Img>`, `</Img>`, 4 + 24 + 8 signal tokens: the published vocabulary
-
-
-def is_published(tensors: Tensors) -> bool:
-    """Whether `tensors` have the published names."""
-    return any(name.startswith(tuple(_PREFIXES)) and "llama" in name for name in tensors)
 
 
 def is_newer(names: Iterable[str]) -> bool:
@@ -39,8 +34,8 @@ def published_to_delta(tensors: Tensors, source: Path) -> Tensors:
     Raises:
         UserError: names that the published layout does not have.
     """
-    if unknown := [name for name in tensors if not name.startswith(tuple(_PREFIXES))]:
-        raise UserError(f"{source}: names that are not the published ones: {', '.join(unknown)}")
+    unknown = [f"unknown name {n}" for n in tensors if not n.startswith(tuple(_PREFIXES))]
+    refuse_faults(source, unknown, "not the published tuned parameters? give another")
     delta: Tensors = {}
     for published, tensor in tensors.items():
         prefix = next(prefix for prefix in _PREFIXES if published.startswith(prefix))
@@ -57,12 +52,6 @@ def published_name(name: str) -> str:
     """Return the published name of the tuned parameter `name`."""
     published, prefix = next(pair for pair in _PREFIXES.items() if name.startswith(pair[1]))
     return published + name.removeprefix(prefix)
-
-
-def model_to_published(model: NextGPT) -> Tensors:
-    """Return the tuned tensors of `model` in the published layout."""
-    tuned = tuned_parameters(model, base_vocabulary=True)
-    return delta_to_published({name: p.detach() for name, p in tuned})
 
 
 def delta_to_published(tuned: Tensors) -> Tensors:

@@ -6,7 +6,7 @@ matrix (49152 x 576) costs as much as the logits, and the optimizer would hold t
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class _ExtendedMatrix(nn.Module):
@@ -21,7 +21,7 @@ class _ExtendedMatrix(nn.Module):
 class ExtendedEmbedding(_ExtendedMatrix):
     """Token embedding whose ids from V on are looked up in `new_rows`."""
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: Tensor) -> Tensor:
         """Embeddings (B, L, H) of ids (B, L), in the dtype of the base model's rows."""
         first_new = self.weight.shape[0]
         is_new = ids >= first_new
@@ -33,7 +33,7 @@ class ExtendedEmbedding(_ExtendedMatrix):
 class ExtendedLMHead(_ExtendedMatrix):
     """Logits of the base model's tokens, followed by those of the new ones."""
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """Logits (..., V + N) of hidden states (..., H)."""
         base = F.linear(hidden, self.weight)
         new = F.linear(hidden, self.new_rows.to(hidden.dtype))
@@ -68,9 +68,7 @@ def _exclude_tied_head(_: nn.Module, state: dict, prefix: str, __: dict) -> None
         del state[name]
 
 
-def _split(
-    weight: torch.Tensor, base_tokens: int, new_tokens: int
-) -> tuple[nn.Parameter, nn.Parameter]:
+def _split(weight: Tensor, base_tokens: int, new_tokens: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Base rows, frozen, and initial new rows."""
     base = nn.Parameter(weight.detach()[:base_tokens], requires_grad=False)
     rows = base.detach().float()

@@ -28,17 +28,5 @@ class ImageBindConfig:
     audio_kernel: int = 16  # mel bins and frames that one audio patch spans
     audio_stride: int = 10  # so neighbouring audio patches overlap
 
-    @property
-    def vision_patches(self) -> int:
-        """Number of patches."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def audio_patches(self) -> int:
-        """Number of patches."""
-        rows = (self.mel_bins - self.audio_kernel) // self.audio_stride + 1
-        columns = (self.audio_frames - self.audio_kernel) // self.audio_stride + 1
-        return rows * columns
-
 
 IMAGEBIND_HUGE = ImageBindConfig()

@@ -37,20 +37,12 @@ class _Block(nn.Module):
         return x_NTW + self.mlp(self.norm_2(x_NTW))
 
 
-class _Trunk(nn.Module):
+def _trunk(trunk: TrunkConfig, mlp_ratio: int, *, is_vision: bool) -> nn.Sequential:
     """Transformer blocks; vision has a layer norm before them, audio `bias_kv` in each."""
-
-    def __init__(self, trunk: TrunkConfig, mlp_ratio: int, *, is_vision: bool) -> None:
-        super().__init__()
-        self.pre_transformer_layer = nn.Sequential()
-        if is_vision:
-            self.pre_transformer_layer.append(nn.LayerNorm(trunk.width, eps=_EPS))
-        self.blocks = nn.Sequential(
-            *(_Block(trunk, mlp_ratio, bias_kv=not is_vision) for _ in range(trunk.blocks))
-        )
-
-    def forward(self, x_NTW: Tensor) -> Tensor:
-        return self.blocks(self.pre_transformer_layer(x_NTW))
+    norm = [nn.LayerNorm(trunk.width, eps=_EPS)] if is_vision else []
+    blocks = (_Block(trunk, mlp_ratio, bias_kv=not is_vision) for _ in range(trunk.blocks))
+    first, rest = nn.Sequential(*norm), nn.Sequential(*blocks)
+    return nn.Sequential(OrderedDict(pre_transformer_layer=first, blocks=rest))
 
 
 class _Preprocessor(nn.Module):
@@ -121,14 +113,17 @@ class ImageBind(nn.Module):
     def __init__(self, config: ImageBindConfig) -> None:
         super().__init__()
         self.config = config
-        trunks = {"vision": config.vision, "audio": config.audio}
-        stems = {"vision": _VisionStem(config), "audio": _AudioStem(config)}
-        patches = {"vision": config.vision_patches, "audio": config.audio_patches}
-        self.modality_preprocessors = nn.ModuleDict(
-            {n: _Preprocessor(stems[n], patches[n], t.width) for n, t in trunks.items()}
+        patches = (config.image_size // config.patch_size) ** 2
+        vision = _Preprocessor(_VisionStem(config), patches, config.vision.width)
+        kernel, stride = config.audio_kernel, config.audio_stride
+        rows, columns = (
+            (size - kernel) // stride + 1 for size in (config.mel_bins, config.audio_frames)
         )
+        audio = _Preprocessor(_AudioStem(config), rows * columns, config.audio.width)
+        self.modality_preprocessors = nn.ModuleDict({"vision": vision, "audio": audio})
+        trunks = {"vision": config.vision, "audio": config.audio}
         self.modality_trunks = nn.ModuleDict(
-            {n: _Trunk(t, config.mlp_ratio, is_vision=n == "vision") for n, t in trunks.items()}
+            {n: _trunk(t, config.mlp_ratio, is_vision=n == "vision") for n, t in trunks.items()}
         )
         self.modality_heads = nn.ModuleDict(
             {n: _head(t.width, config.output_dim) for n, t in trunks.items()}

@@ -5,6 +5,7 @@ once, and the published file's unused trunks are never read.
 """
 
 import json
+import re
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -21,16 +22,12 @@ from nextgpt.model.imagebind.encoder import ImageBind
 from nextgpt.model.loading import compare_state_dicts, map_tensors, refuse_faults
 
 PUBLISHED_NAME = "imagebind_huge.pth"
-_LEFT_OUT = tuple(
-    f"modality_{part}.{modality}."
-    for part in ("preprocessors", "trunks", "heads", "postprocessors")
-    for modality in ("text", "depth", "thermal", "imu")
-)
+_LEFT_OUT = re.compile(r"modality_(\w*processors|trunks|heads)\.(text|depth|thermal|imu)\.")
 
 
 def is_left_out(name: str) -> bool:
     """Whether a published tensor belongs to the text, depth, thermal or IMU encoder."""
-    return name.startswith(_LEFT_OUT)
+    return bool(_LEFT_OUT.match(name))
 
 
 def load_imagebind(path: Path | str, dtype: torch.dtype | None = torch.float32) -> ImageBind:
@@ -68,9 +65,9 @@ def read_imagebind_config(path: Path | str) -> ImageBindConfig:
         trunks = {name: TrunkConfig(**values.pop(name)) for name in ("vision", "audio")}
         return ImageBindConfig(**trunks, **values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        fault = f"{type(error).__name__} {error}"
+        remedy = f"build it again: {type(error).__name__} {error}"
         raise UserError(
-            f"{file}: not the configuration of an ImageBind encoder, build it again: {fault}"
+            f"{file}: not the configuration of an ImageBind encoder, {remedy}"
         ) from error
 
 
