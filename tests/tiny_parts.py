@@ -12,8 +12,7 @@ from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.delta import DELTA_FILE, write_delta
-from nextgpt.model.imagebind.config import ImageBindConfig, TrunkConfig
-from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.encoder import ImageBind, ImageBindConfig, TrunkConfig
 from nextgpt.model.imagebind.loading import save_imagebind
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.output_projection import OutputProjection

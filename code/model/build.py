@@ -67,9 +67,7 @@ def build_on_meta(
 ) -> NextGPT:
     """Build the model on the meta device: names and shapes without memory for weights.
 
-    Args:
-        language_model_config: of transformers; the configured folder is not read.
-        base_tokens: of the language model's tokenizer.
+    `base_tokens` is the tokenizer's number; the configured folder is not read.
     """
     signals = SignalTokens(signal_counts(config), first_id=base_tokens)
     with torch.device("meta"):

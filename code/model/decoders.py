@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from inspect import signature
 from math import sqrt
 from pathlib import Path
 from pkgutil import resolve_name
@@ -29,10 +30,9 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """How to decode; the defaults are the published ones, None is the pipeline's own value.
+    """How to decode; published defaults, None is the pipeline's own value.
 
-    Raises:
-        UserError: names the option that is out of range.
+    Fields that the pipeline's call has too are passed to it. UserError names one out of range.
     """
 
     num_inference_steps: int = 40
@@ -77,8 +77,7 @@ def initial_noise(
     """Draw unit Gaussian noise; frames of a video, (B, C, T, H, W), may share a component.
 
     Args:
-        shared: proportion of variance common to the T frames, 0 to 1 (mixed noise, arXiv
-            2305.10474).
+        shared: proportion of variance common to the T frames (mixed noise, arXiv 2305.10474).
         generator: one for each sample; None: torch's own.
     """
     from diffusers.utils.torch_utils import randn_tensor
@@ -103,8 +102,6 @@ class Decoder:
         unused_components: never loaded.
         text_encoder_spec: kind of text encoder, and so of prompt embeddings.
         options: that users may set.
-        size_arguments: of the pipeline's call, fields of `DiffusionSettings`.
-        legacy_callback: the pipeline has `callback` instead of `callback_on_step_end`.
     """
 
     pipeline_path: ClassVar[str]
@@ -115,8 +112,6 @@ class Decoder:
         DecoderOption("guidance", "guidance_scale", "guidance", 1, 15, 0.5),
         DecoderOption("steps", "num_inference_steps", "denoising steps", 1, 100, 1),
     )
-    size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
-    legacy_callback: ClassVar[bool] = False
 
     modality: Modality
     path: str
@@ -187,15 +182,12 @@ class Decoder:
         settings: DiffusionSettings | None = None,
         progress: Progress | None = None,
     ) -> list[Output]:
-        """Decode a batch of prompt embeddings into media, one each; the same seed gives the same.
+        """Decode a batch of prompt embeddings into PIL images, `Frames` or `Sound`, one each.
 
         Args:
             prompt_embeds: (B, T, D) or (B, D), as the text encoder gives them.
-            settings: None: the published ones.
+            settings: None: the published ones. The same seed gives the same media.
             progress: called after every step; an exception in it ends the decoding.
-
-        Returns:
-            PIL images, `Frames` or `Sound`.
 
         Raises:
             UserError: embeddings of another shape, or settings that the pipeline refuses.
@@ -224,19 +216,17 @@ class Decoder:
         self, prompt_embeds: Tensor, settings: DiffusionSettings, progress: Progress | None
     ) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call."""
-        count, steps = len(prompt_embeds), settings.num_inference_steps
-        seed, generator = settings.seed, None
+        accepted = signature(self.pipeline.__call__).parameters.keys() - {"negative_prompt"}
+        arguments = {name: value for name, value in vars(settings).items() if name in accepted}
+        count, seed, generator = len(prompt_embeds), settings.seed, None
         if seed is not None:  # on the CPU: the same noise for every device
             seeds = range(seed, seed + count) if isinstance(seed, int) else seed
             generator = [torch.Generator().manual_seed(one) for one in seeds]
         prompt_embeds = self.text_encoder.normalize(prompt_embeds)
-        arguments = {
-            "num_inference_steps": steps,
-            "guidance_scale": settings.guidance_scale,
+        arguments |= {
             "prompt_embeds": prompt_embeds.to(self.device, self.pipeline.dtype),
             "generator": generator,
             "latents": self.prepare_latents(count, settings, generator),
-            **{name: getattr(settings, name) for name in self.size_arguments},
         }
         if settings.guidance_scale > 1:
             negative = self.text_encoder.encode([settings.negative_prompt])
@@ -244,13 +234,14 @@ class Decoder:
 
         def on_step(step: int, *_: Any) -> None:
             if progress:  # some schedulers take one step more than asked for
+                steps = settings.num_inference_steps
                 progress(min(step + 1, steps), steps)
 
         def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step)
             return tensors
 
-        if self.legacy_callback:
+        if "callback" in accepted:  # of older pipelines
             return arguments | {"callback": on_step}
         return arguments | {"callback_on_step_end": on_step_end}
 
@@ -275,8 +266,6 @@ class ZeroScopeDecoder(Decoder):
     )
     networks: ClassVar = {"vae": _VAE, "unet": "diffusers:UNet3DConditionModel"}
     options = (*Decoder.options, DecoderOption("frames", "num_frames", "frames", 1, 48, 1))
-    size_arguments = ("height", "width", "num_frames")
-    legacy_callback = True
 
     def prepare_latents(
         self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
@@ -303,8 +292,6 @@ class AudioLDMDecoder(Decoder):
     text_encoder_spec = CLAP
     _seconds = DecoderOption("seconds", "audio_length_in_s", "seconds", 0.5, 10, 0.5)
     options = (*Decoder.options, _seconds)
-    size_arguments = ("audio_length_in_s",)
-    legacy_callback = True
 
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
         rate = self.pipeline.vocoder.config.sampling_rate

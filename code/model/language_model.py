@@ -16,7 +16,7 @@ from nextgpt.common.errors import UserError
 from nextgpt.config.schema import LanguageModelConfig
 from nextgpt.conversation.signal_tokens import SignalTokens
 from nextgpt.model.loading import explain_load_errors, load_pretrained
-from nextgpt.model.quantization import exclude_scales_from_state_dict, quantization_config
+from nextgpt.model.quantization import quantization_config
 from nextgpt.model.vocabulary import extend_vocabulary
 
 
@@ -36,20 +36,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_language_model(
     config: LanguageModelConfig, path: str, signals: SignalTokens, dtype: torch.dtype, *, lora: bool
 ) -> PreTrainedModel:
-    """Load the frozen language model in `dtype` and prepare it.
-
-    Args:
-        path: the resolved folder or hub name.
-        signals, lora: as in `prepare_language_model`.
+    """Load the frozen language model in `dtype` and prepare it (`prepare_language_model`).
 
     Raises:
-        UserError: it cannot be read, has fewer rows than its tokenizer tokens, or lacks a target
-            module of the adapters.
+        UserError: it cannot be read, or has fewer rows than its tokenizer tokens.
     """
     quantization = quantization_config(config.quantization, dtype)
     model = load_pretrained(AutoModelForCausalLM, path, dtype, quantization=quantization)
-    if config.quantization != "none":
-        exclude_scales_from_state_dict(model)
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
         raise UserError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
@@ -61,17 +54,14 @@ def load_language_model(
 def prepare_language_model(
     model: PreTrainedModel, config: LanguageModelConfig, signals: SignalTokens, *, lora: bool
 ) -> None:
-    """Freeze `model`, extend its vocabulary and inject LoRA adapters (both float32), in place.
-
-    Args:
-        signals: the new tokens; their ids follow the tokenizer's.
-        lora: whether to inject adapters.
+    """Freeze `model`, add rows of the `signals` and LoRA adapters (both float32), in place.
 
     Raises:
         UserError: the model lacks a target module of the adapters.
     """
     model.requires_grad_(False)
     extend_vocabulary(model, signals.first_id, len(signals))
+    model.register_state_dict_post_hook(_keep_unique_parameters)
     if not lora:
         return
     adapters = LoraConfig(
@@ -88,6 +78,13 @@ def prepare_language_model(
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def _keep_unique_parameters(model: nn.Module, state: dict, prefix: str, _: dict) -> None:
+    """Leave a tied head and bitsandbytes' scales of frozen matrices out of checkpoints."""
+    kept = {f"{prefix}{name}" for name, _ in model.named_parameters()}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]
 
 
 def merge_lora(model: nn.Module) -> None:

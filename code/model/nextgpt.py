@@ -83,10 +83,9 @@ class NextGPT(nn.Module):
         return len(self.language_model.get_input_embeddings().weight)
 
     def embed(self, input_ids: Tensor, slots: Tensor, features: Tensor) -> Tensor:
-        """Input embeddings (B, L, H) of tokens, and at media positions of projected features.
+        """Input embeddings (B, L, H) of `input_ids` (B, L), and of media where those stand.
 
         Args:
-            input_ids: (B, L).
             slots: (S, 2) row and first position of each medium.
             features: (S, E) of the media encoder.
         """

@@ -49,10 +49,9 @@ class OutputProjection(nn.Module):
         self.model = nn.Linear(d_model, prompt_embeds_shape[-1])
 
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
-        """Prompt embeddings (R, *prompt_embeds_shape) of R signal spans of T tokens.
+        """Prompt embeddings (R, *prompt_embeds_shape) of R signal spans.
 
-        Args:
-            hidden, embeddings: (R, T, H) last hidden states and input embeddings of the tokens.
+        Both arguments are (R, T, H): last hidden states and input embeddings of the T tokens.
         """
         x = hidden + embeddings if self.centre is None else hidden + embeddings - self.centre
         x = self.fc(x)  # (R, T, d_model)
@@ -61,10 +60,9 @@ class OutputProjection(nn.Module):
 
 
 def alignment_loss(prompt_embeds: Tensor, caption_embeds: Tensor) -> Tensor:
-    """Alignment loss, summed over samples: mean over queries of the Euclidean distance.
+    """Mean over queries of the Euclidean distance, summed over samples.
 
-    Args:
-        prompt_embeds, caption_embeds: (R, *prompt_embeds_shape), predictions and targets.
+    Both are (R, *prompt_embeds_shape): predictions, and the text encoder's targets.
     """
     difference = prompt_embeds.float() - caption_embeds.float()
     difference = difference.view(len(prompt_embeds), -1, prompt_embeds.shape[-1])  # (R, Q, D)

@@ -23,23 +23,11 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesC
     if kind == "none":
         return None
     return BitsAndBytesConfig(
-        load_in_8bit=kind == "8bit",
-        load_in_4bit=kind == "4bit",
+        **{f"load_in_{kind}": True},
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def exclude_scales_from_state_dict(model: nn.Module) -> None:
-    """Keep bitsandbytes' scales of frozen matrices out of checkpoints, in place."""
-
-    def exclude(model: nn.Module, state: dict, prefix: str, _: dict) -> None:
-        kept = {f"{prefix}{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
-        for name in [name for name in state if name.startswith(prefix) and name not in kept]:
-            del state[name]
-
-    model.register_state_dict_post_hook(exclude)
 
 
 def quantizable_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -18,23 +18,20 @@ from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.model.loading import explain_load_errors, load_pretrained, resolve_model_path
 
-# Without these transformers would use an empty vocabulary or default sizes.
-_FILES = (
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/tokenizer.json|tokenizer/merges.txt",
+_FILES = (  # without these transformers would use an empty vocabulary or default sizes
+    "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json|tokenizer/merges.txt",
     "text_encoder/config.json",
-)
+)  # fmt: skip
 # Tokenizers of one vocabulary may differ in words, case, accents and punctuation.
 _PROBE = "A Red-ish café's two  drums (3.5 s); 日本 — THE END!"
 
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
-    """A kind of text encoder: classes of transformers, and what a caption becomes.
+    """A kind of text encoder: classes of transformers, and the embedding of a caption.
 
-    Attributes:
-        pooled: one projected vector of unit length (D,), as in AudioLDM (arXiv 2301.12503); else
-            the last hidden states (T, D).
+    Pooled: one projected vector of unit length (D,), as in AudioLDM (arXiv 2301.12503); else the
+    last hidden states (T, D).
     """
 
     tokenizer: Any
@@ -80,10 +77,7 @@ class TextEncoder:
         return (self.tokenizer.model_max_length, self.encoder.config.hidden_size)
 
     def fingerprints(self) -> tuple[str, str]:
-        """Return hex digests of the weights in half precision and of the tokenizer.
-
-        They depend neither on the path nor on the format of the files.
-        """
+        """Return hex digests of weights (half precision) and tokenizer, whatever their files."""
         weights = sha256()
         for name, tensor in sorted(self.encoder.state_dict().items()):
             weights.update(name.encode())

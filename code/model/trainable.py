@@ -33,7 +33,7 @@ def is_base_vocabulary(name: str) -> bool:
 def tuned_parameters(
     model: nn.Module, *, base_vocabulary: bool
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over names and parameters of a NextGPT's trainable groups, frozen or not.
+    """Iterate over parameters of the trainable groups, frozen or not, by name.
 
     `base_vocabulary`: include the language model's own vocabulary matrices.
     """
@@ -81,10 +81,7 @@ def dropout_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Count parameters by group, all and trained; the frozen language model last.
-
-    Groups that `model` lacks are left out.
-    """
+    """Count parameters by group that `model` has, all and trained; the language model last."""
     counts = dict.fromkeys((*TRAINABLE_GROUPS, "language_model"), (0, 0))
     for name, parameter in model.named_parameters():
         size, trains = parameter.numel(), parameter.requires_grad

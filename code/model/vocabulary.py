@@ -43,29 +43,16 @@ class ExtendedLMHead(_ExtendedMatrix):
 def extend_vocabulary(language_model: nn.Module, base_tokens: int, new_tokens: int) -> None:
     """Replace the embedding and the LM head of a causal model, in place; tied ones stay tied.
 
-    New rows are initialised with the mean of the base rows and noise of their standard deviation,
-    so that no new token is likelier than the words are.
-
-    Args:
-        base_tokens: of the tokenizer; rows behind them (padding, as Vicuna v0 has) are dropped.
-        new_tokens: number of new rows.
+    New rows are the mean of the base rows and noise of their standard deviation: no new token is
+    likelier than words are. Rows behind `base_tokens` (padding, as Vicuna v0 has) are dropped.
     """
     embedding = language_model.get_input_embeddings().weight
     head = language_model.get_output_embeddings().weight
-    tied = head is embedding
     split = _split(embedding, base_tokens, new_tokens)
     language_model.set_input_embeddings(ExtendedEmbedding(*split))
-    split = split if tied else _split(head, base_tokens, new_tokens)
+    split = split if head is embedding else _split(head, base_tokens, new_tokens)
     language_model.set_output_embeddings(ExtendedLMHead(*split))
     language_model.config.vocab_size = base_tokens + new_tokens
-    if tied:
-        language_model.register_state_dict_post_hook(_exclude_tied_head)
-
-
-def _exclude_tied_head(_: nn.Module, state: dict, prefix: str, __: dict) -> None:
-    """Save a tied head once, under the embedding's names."""
-    for name in [name for name in state if name.startswith(f"{prefix}lm_head.")]:
-        del state[name]
 
 
 def _split(weight: Tensor, base_tokens: int, new_tokens: int) -> tuple[nn.Parameter, nn.Parameter]:

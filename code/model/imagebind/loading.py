@@ -17,8 +17,7 @@ from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
-from nextgpt.model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
-from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.encoder import IMAGEBIND_HUGE, ImageBind, ImageBindConfig, TrunkConfig
 from nextgpt.model.loading import compare_state_dicts, map_tensors, refuse_faults
 
 PUBLISHED_NAME = "imagebind_huge.pth"
