@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from nextgpt.common.modality import MODALITIES
-from nextgpt.model.imagebind.config import IMAGEBIND_HUGE
-from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.encoder import IMAGEBIND_HUGE, ImageBind
 from parity_tools import cases, fill_by_recipe
 
 RECORD = Path(__file__).with_name("full_size.safetensors")

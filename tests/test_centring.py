@@ -12,7 +12,8 @@ from nextgpt.config.loader import load_config
 from nextgpt.model.build import build_model
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.output_projection import OutputProjection
-from nextgpt.model.upstream_checkpoint import model_to_published, published_to_delta
+from nextgpt.model.upstream_checkpoint import published_to_delta
+from tiny_parts import model_to_published
 from tiny_run import TinyRun, same, trained
 
 CENTRED = "output_projection.whiten_inputs=true"

@@ -10,8 +10,8 @@ from nextgpt import convert_delta
 from nextgpt.common.cli import run_cli
 from nextgpt.model.delta import load_delta, read_delta, write_delta
 from nextgpt.model.trainable import NEEDED_TO_ANSWER, tuned_parameters
-from nextgpt.model.upstream_checkpoint import model_to_published
 from parity_tools import PARITY
+from tiny_parts import model_to_published
 from tiny_system import tiny_model
 
 

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.file_digests import DigestCache
-from nextgpt.model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
-from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.encoder import IMAGEBIND_HUGE, ImageBind, ImageBindConfig, TrunkConfig
 from nextgpt.model.imagebind.loading import fingerprint as encoder_fingerprint
 from nextgpt.model.imagebind.loading import is_left_out, load_imagebind, save_imagebind
 from parity_tools import PARITY, cases, fill_by_recipe, relative_error

@@ -15,10 +15,10 @@ from nextgpt.model.build import build_model, build_on_meta, build_prompt_builder
 from nextgpt.model.delta import load_delta, read_delta, write_delta
 from nextgpt.model.nextgpt import Losses, NextGPT
 from nextgpt.model.trainable import TRAINABLE_GROUPS, count_parameters, set_trainable
-from nextgpt.model.upstream_checkpoint import model_to_published
 from parity.recipe import recipe_tensor
 from parity_tools import PARITY, cases, relative_error
 from test_conversation import CASE_NAMES
+from tiny_parts import model_to_published
 from tiny_system import recorded_batch, tiny_config, tiny_model
 
 

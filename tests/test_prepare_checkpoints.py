@@ -23,13 +23,13 @@ from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
 from nextgpt.model.build import build_on_meta
-from nextgpt.model.upstream_checkpoint import model_to_published
 from nextgpt.tools.weights.download import HttpFile
 from nextgpt.tools.weights.merge import merge_vicuna
 from nextgpt.tools.weights.registry import SOURCES
 from parity_tools import PARITY
 from test_merging import memory, set_figure
 from tiny_decoders import TINY, tiny_decoder
+from tiny_parts import model_to_published
 from tiny_vicuna import write_delta, write_llama, write_weights
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,12 +12,12 @@ from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.delta import DELTA_FILE, write_delta
-from nextgpt.model.imagebind.config import ImageBindConfig, TrunkConfig
-from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.encoder import ImageBind, ImageBindConfig, TrunkConfig
 from nextgpt.model.imagebind.loading import save_imagebind
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.output_projection import OutputProjection
 from nextgpt.model.trainable import tuned_parameters
+from nextgpt.model.upstream_checkpoint import Tensors, delta_to_published
 from parity_tools import PARITY, fill_by_recipe
 from tiny_decoders import TINY, tiny_decoder
 from tiny_system import TINY_OVERRIDES, tiny_model
@@ -131,3 +131,9 @@ def script_language_model(folder: Path, answer: Sequence[int]) -> list[str]:
     tensors = {n: p.detach() for n, p in tuned_parameters(model, base_vocabulary=False)}
     write_delta(tensors, rows, folder / "tuned" / "stage_3" / DELTA_FILE)
     return overrides
+
+
+def model_to_published(model: NextGPT) -> Tensors:
+    """The tuned tensors of `model` in the published layout."""
+    tuned = tuned_parameters(model, base_vocabulary=True)
+    return delta_to_published({name: p.detach() for name, p in tuned})

@@ -7,8 +7,7 @@ import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from nextgpt.common.io import atomic_write
-from nextgpt.model.imagebind.config import ImageBindConfig, TrunkConfig
-from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.encoder import ImageBind, ImageBindConfig, TrunkConfig
 from nextgpt.model.imagebind.loading import save_imagebind
 
 # Inputs have the huge model's format, with larger patches.

@@ -27,25 +27,22 @@ def build_prompt_builder(config: Config) -> PromptBuilder:
 
 
 def signal_counts(config: Config) -> dict[Modality, int]:
-    """Number of signal tokens by modality."""
+    """Return the number of signal tokens by modality."""
     return {modality: decoder.signal_tokens for modality, decoder in config.decoders.items()}
 
 
 def build_media_encoder(config: Config, dtype: torch.dtype | None = torch.float32) -> ImageBind:
-    """Load ImageBind, in float32 in training and inference.
-
-    Args:
-        dtype: of the weights; None: the file's own, memory-mapped until they are used.
+    """Load ImageBind; `dtype` None: the file's own, memory-mapped until they are used.
 
     Raises:
         UserError: it is missing, broken, or gives features of another width.
     """
     path, width = project_path(config.encoder.path), config.encoder.width
     imagebind = load_imagebind(path, dtype)
-    if imagebind.config.output_dim != width:
+    found = imagebind.config.output_dim
+    if found != width:
         raise UserError(
-            f"{path} gives features of {imagebind.config.output_dim} numbers, but encoder.width is "
-            f"{width}: set it to match"
+            f"{path} gives {found} features, but encoder.width is {width}: set it to match"
         )
     return imagebind
 
@@ -53,12 +50,7 @@ def build_media_encoder(config: Config, dtype: torch.dtype | None = torch.float3
 def build_model(
     config: Config, dtype: torch.dtype, *, lora: bool, output_projections: bool
 ) -> NextGPT:
-    """Load the language model and initialise the trainable groups; load a delta over it.
-
-    Args:
-        dtype: of the frozen weights.
-        lora, output_projections: whether the run uses them.
-    """
+    """Load the language model in `dtype` and initialise the trainable groups that the run uses."""
     path = resolve_model_path(config.language_model.path)
     signals = build_prompt_builder(config).signals
     language_model = load_language_model(config.language_model, path, signals, dtype, lora=lora)
@@ -75,17 +67,12 @@ def build_on_meta(
 ) -> NextGPT:
     """Build the model on the meta device: names and shapes without memory for weights.
 
-    Args:
-        language_model_config: of transformers; the configured folder is not read.
-        base_tokens: of the language model's tokenizer.
-        lora, output_projections: whether it has them.
+    `base_tokens` is the tokenizer's number; the configured folder is not read.
     """
-    new_tokens = len(SignalTokens(signal_counts(config), first_id=base_tokens))
+    signals = SignalTokens(signal_counts(config), first_id=base_tokens)
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(language_model_config)
-        prepare_language_model(
-            language_model, config.language_model, base_tokens, new_tokens, lora=lora
-        )
+        prepare_language_model(language_model, config.language_model, signals, lora=lora)
         return _add_projections(config, language_model, output_projections=output_projections)
 
 
@@ -102,10 +89,5 @@ def _add_projections(
         for modality, decoder in config.decoders.items()
         if output_projections
     }
-    return NextGPT(
-        language_model,
-        config.encoder.width,
-        projections,
-        signal_counts(config),
-        config.input_projection.tokens_per_medium,
-    )
+    media_tokens, width = config.input_projection.tokens_per_medium, config.encoder.width
+    return NextGPT(language_model, width, projections, signal_counts(config), media_tokens)

@@ -1,20 +1,19 @@
-"""Adapters of frozen diffusion pipelines: a subclass of `Decoder` for each kind of pipeline.
+"""Adapters of frozen diffusers pipelines: a subclass of `Decoder` for each kind.
 
-The output projection's prompt embeddings take the place of the pipeline's own. The pipelines are
-diffusers'; those of video and audio are deprecated there, which is why diffusers is pinned and why
-no other file names them. A diffusion step costs one forward pass of the UNet, two with guidance.
+The output projection's prompt embeddings replace the pipeline's own. A step costs one forward pass
+of the UNet, two with guidance. diffusers deprecates the video and audio pipelines, so it is pinned.
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from inspect import signature
 from math import sqrt
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +24,16 @@ from nextgpt.media.writing import Frames, Output, Sound
 from nextgpt.model.loading import explain_load_errors, resolve_model_path
 from nextgpt.model.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 
-if TYPE_CHECKING:  # diffusers is imported when a pipeline is: training does without
-    from diffusers import DiffusionPipeline
-
 _VAE, _UNET_2D = "diffusers:AutoencoderKL", "diffusers:UNet2DConditionModel"
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 @dataclass(frozen=True)
 class DiffusionSettings:
-    """How to decode. The defaults are the published system's; None: the pipeline's own value."""
+    """How to decode; published defaults, None is the pipeline's own value.
+
+    Fields that the pipeline's call has too are passed to it. UserError names one out of range.
+    """
 
     num_inference_steps: int = 40
     guidance_scale: float = 7.5  # 1 or less: no guidance, half the cost
@@ -42,18 +41,13 @@ class DiffusionSettings:
     width: int | None = None
     num_frames: int = 24  # video
     fps: int = 8  # video, frames per second
-    shared_noise: float = 0.0  # video, see `initial_noise`: as in the decoder's training
+    shared_noise: float = 0.0  # video, as in the decoder's training; see `initial_noise`
     audio_length_in_s: float | None = 5.0  # audio
-    # Of a batch's first sample, the next has seed + 1 ...; or one each; None: random.
+    # One for each sample, or the first's (then seed + 1 ...); None: random.
     seed: int | tuple[int, ...] | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
-        """Check what a user can set.
-
-        Raises:
-            UserError: naming the option.
-        """
         for name in ("height", "width"):
             if (getattr(self, name) or 0) % 8:
                 raise UserError(f"{name} {getattr(self, name)}: give a multiple of 8")
@@ -64,17 +58,11 @@ class DiffusionSettings:
 
 @dataclass(frozen=True)
 class DecoderOption:
-    """A field of `DiffusionSettings` that users may set, and its range, ends included.
+    """A field of `DiffusionSettings` that users may set, and its range, ends included."""
 
-    Attributes:
-        name: short, as the APIs know it.
-        field: of `DiffusionSettings`.
-        label: for laymen.
-    """
-
-    name: str
+    name: str  # in the APIs
     field: str
-    label: str
+    label: str  # for laymen
     low: float
     high: float
     step: float
@@ -89,10 +77,8 @@ def initial_noise(
     """Draw unit Gaussian noise; frames of a video, (B, C, T, H, W), may share a component.
 
     Args:
-        shared: proportion of the variance that all T frames have in common, 0 to 1 (the mixed noise
-            of arXiv 2305.10474).
+        shared: proportion of variance common to the T frames (mixed noise, arXiv 2305.10474).
         generator: one for each sample; None: torch's own.
-        device: of the noise; None: the CPU.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
@@ -103,17 +89,19 @@ def initial_noise(
     return sqrt(1 - shared) * noise + sqrt(shared) * common
 
 
+@dataclass(eq=False)
 class Decoder:
     """One frozen pipeline, loaded on first use; subclasses are the adapters.
 
     Attributes:
-        pipeline_path: import string of the pipeline; model_index.json has its class name.
+        path: a diffusers folder or hub name.
+        device: of the computation; half precision on CUDA.
+        offloaded: keep all but the text encoder in CPU memory between uses.
+        pipeline_path: import string; model_index.json has the class name.
         networks: by folder, import strings of the networks besides the text encoder.
-        unused_components: of the pipeline, never loaded.
+        unused_components: never loaded.
         text_encoder_spec: kind of text encoder, and so of prompt embeddings.
-        options: fields of `DiffusionSettings` that users may set.
-        size_arguments: of the pipeline's call, by the same names in `DiffusionSettings`.
-        legacy_callback: whether the pipeline has `callback` instead of `callback_on_step_end`.
+        options: that users may set.
     """
 
     pipeline_path: ClassVar[str]
@@ -124,31 +112,24 @@ class Decoder:
         DecoderOption("guidance", "guidance_scale", "guidance", 1, 15, 0.5),
         DecoderOption("steps", "num_inference_steps", "denoising steps", 1, 100, 1),
     )
-    size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
-    legacy_callback: ClassVar[bool] = False
 
-    def __init__(
-        self, modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
-    ) -> None:
-        """Resolve the pipeline's diffusers folder or hub name; half precision on CUDA.
+    modality: Modality
+    path: str
+    device: torch.device
+    _: KW_ONLY
+    offloaded: bool = False
 
-        Args:
-            device: where it computes.
-            offloaded: keep all but the text encoder in CPU memory between uses.
-        """
-        self.modality = modality
-        self.path = resolve_model_path(path)
-        self.device = device
-        self.offloaded = offloaded
+    def __post_init__(self) -> None:
+        self.path = resolve_model_path(self.path)
 
     def prepare_latents(
         self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
     ) -> Tensor | None:
-        """Return the noise that a batch begins with; None: the pipeline draws its own."""
+        """Return a batch's initial noise; None: the pipeline draws its own."""
         return None
 
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
-        """Return the media in the pipeline's result."""
+        """Return the media of the pipeline's result."""
         raise NotImplementedError
 
     @classmethod
@@ -158,17 +139,16 @@ class Decoder:
 
     @classmethod
     def check_pipeline(cls, path: str, modality: Modality) -> None:
-        """Check that model_index.json of the folder `path`, if there is one, is of this pipeline.
+        """Compare the class in the folder's model_index.json, if there is one.
 
         Raises:
-            UserError: it is of another.
+            UserError: it is of another pipeline, or unreadable.
         """
-        index = Path(path) / "model_index.json"
+        index, expected = Path(path) / "model_index.json", cls.pipeline_path.partition(":")[2]
         if not index.is_file():
             return
         with explain_load_errors(path):
             found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-        expected = cls.pipeline_path.partition(":")[2]
         if found != expected:
             raise UserError(f"{path} is a {found}, but {modality} takes a {expected}: give another")
 
@@ -178,15 +158,11 @@ class Decoder:
         return TextEncoder(self.modality, self.path, self.device)
 
     @cached_property
-    def pipeline(self) -> "DiffusionPipeline":
-        """The diffusers pipeline, on the device unless it is offloaded.
+    def pipeline(self) -> Any:
+        """The diffusers pipeline, on the device unless offloaded; UserError if it cannot load."""
+        from diffusers.utils.logging import disable_progress_bar  # slow; training does without
 
-        Raises:
-            UserError: it cannot be loaded.
-        """
-        from diffusers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # of loading a pipeline's components
+        disable_progress_bar()  # of loading components
         with explain_load_errors(self.path, "model_index.json"):
             pipeline = self.pipeline_class().from_pretrained(
                 self.path,
@@ -200,39 +176,21 @@ class Decoder:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline if self.offloaded else pipeline.to(self.device)
 
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Move an offloaded pipeline's networks to the device inside, and back at the end."""
-        try:
-            self._move_networks(self.device)
-            yield
-        finally:
-            self._move_networks(torch.device("cpu"))
-
-    def _move_networks(self, device: torch.device) -> None:
-        for component in self.pipeline.components.values() if self.offloaded else ():
-            if isinstance(component, nn.Module) and component is not self.text_encoder.encoder:
-                component.to(device)
-
     def decode(
         self,
         prompt_embeds: Tensor,
         settings: DiffusionSettings | None = None,
         progress: Progress | None = None,
     ) -> list[Output]:
-        """Decode a batch of prompt embeddings into media, one each.
+        """Decode a batch of prompt embeddings into PIL images, `Frames` or `Sound`, one each.
 
         Args:
             prompt_embeds: (B, T, D) or (B, D), as the text encoder gives them.
-            settings: None: the published ones.
+            settings: None: the published ones. The same seed gives the same media.
             progress: called after every step; an exception in it ends the decoding.
 
-        Returns:
-            PIL images, `Frames` or `Sound`. The same seed gives the same media.
-
         Raises:
-            UserError: the embeddings have another shape than this pipeline's, or it refuses the
-                settings.
+            UserError: embeddings of another shape, or settings that the pipeline refuses.
         """
         settings = settings or DiffusionSettings()
         if tuple(prompt_embeds.shape[1:]) != self.text_encoder.shape:
@@ -240,49 +198,52 @@ class Decoder:
                 f"{self.path} takes {self.modality} embeddings of shape {self.text_encoder.shape}, "
                 f"not {tuple(prompt_embeds.shape[1:])}: set prompt_embeds_shape to match"
             )
-        with self._on_device():
-            arguments = self._arguments(prompt_embeds, settings) | self._callback(
-                settings, progress
-            )
-            try:
-                result = self.pipeline(**arguments)
-            except (ValueError, torch.OutOfMemoryError) as error:
-                raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
+        components = self.pipeline.components.values() if self.offloaded else ()
+        encoder = self.text_encoder.encoder
+        networks = [c for c in components if isinstance(c, nn.Module) and c is not encoder]
+        try:
+            for network in networks:
+                network.to(self.device)
+            result = self.pipeline(**self._arguments(prompt_embeds, settings, progress))
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
+        finally:
+            for network in networks:
+                network.to(torch.device("cpu"))
         return self.wrap_outputs(result, settings)
 
-    def _arguments(self, prompt_embeds: Tensor, settings: DiffusionSettings) -> dict[str, Any]:
+    def _arguments(
+        self, prompt_embeds: Tensor, settings: DiffusionSettings, progress: Progress | None
+    ) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call."""
+        accepted = signature(self.pipeline.__call__).parameters.keys() - {"negative_prompt"}
+        arguments = {name: value for name, value in vars(settings).items() if name in accepted}
         count, seed, generator = len(prompt_embeds), settings.seed, None
         if seed is not None:  # on the CPU: the same noise for every device
             seeds = range(seed, seed + count) if isinstance(seed, int) else seed
             generator = [torch.Generator().manual_seed(one) for one in seeds]
         prompt_embeds = self.text_encoder.normalize(prompt_embeds)
-        arguments = {
-            "num_inference_steps": settings.num_inference_steps,
-            "guidance_scale": settings.guidance_scale,
+        arguments |= {
             "prompt_embeds": prompt_embeds.to(self.device, self.pipeline.dtype),
             "generator": generator,
             "latents": self.prepare_latents(count, settings, generator),
-            **{name: getattr(settings, name) for name in self.size_arguments},
         }
         if settings.guidance_scale > 1:
             negative = self.text_encoder.encode([settings.negative_prompt])
             arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
-        return arguments
-
-    def _callback(self, settings: DiffusionSettings, progress: Progress | None) -> dict[str, Any]:
-        steps = settings.num_inference_steps
 
         def on_step(step: int, *_: Any) -> None:
             if progress:  # some schedulers take one step more than asked for
+                steps = settings.num_inference_steps
                 progress(min(step + 1, steps), steps)
 
         def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step)
             return tensors
 
-        if self.legacy_callback:
-            return {"callback": on_step}
-        return {"callback_on_step_end": on_step_end}
+        if "callback" in accepted:  # of older pipelines
+            return arguments | {"callback": on_step}
+        return arguments | {"callback_on_step_end": on_step_end}
 
 
 class StableDiffusionDecoder(Decoder):
@@ -305,13 +266,11 @@ class ZeroScopeDecoder(Decoder):
     )
     networks: ClassVar = {"vae": _VAE, "unet": "diffusers:UNet3DConditionModel"}
     options = (*Decoder.options, DecoderOption("frames", "num_frames", "frames", 1, 48, 1))
-    size_arguments = ("height", "width", "num_frames")
-    legacy_callback = True
 
     def prepare_latents(
         self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
     ) -> Tensor | None:
-        """Noise that the frames share in part (B, C, frames, H / 8, W / 8), if they are to."""
+        """Partly shared noise (B, C, frames, H / 8, W / 8), if it is set."""
         if not settings.shared_noise:
             return None
         unet, scale = self.pipeline.unet.config, self.pipeline.vae_scale_factor
@@ -328,16 +287,11 @@ class AudioLDMDecoder(Decoder):
     """AudioLDM (arXiv 2301.12503): `Sound`."""
 
     pipeline_path = "diffusers.pipelines.deprecated.audioldm.pipeline_audioldm:AudioLDMPipeline"
-    networks: ClassVar = {
-        "vae": _VAE, "unet": _UNET_2D, "vocoder": "transformers:SpeechT5HifiGan"
-    }  # fmt: skip
+    _vocoder = "transformers:SpeechT5HifiGan"
+    networks: ClassVar = {"vae": _VAE, "unet": _UNET_2D, "vocoder": _vocoder}
     text_encoder_spec = CLAP
-    options = (
-        *Decoder.options,
-        DecoderOption("seconds", "audio_length_in_s", "seconds", 0.5, 10, 0.5),
-    )
-    size_arguments = ("audio_length_in_s",)
-    legacy_callback = True
+    _seconds = DecoderOption("seconds", "audio_length_in_s", "seconds", 0.5, 10, 0.5)
+    options = (*Decoder.options, _seconds)
 
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
         rate = self.pipeline.vocoder.config.sampling_rate
@@ -347,5 +301,5 @@ class AudioLDMDecoder(Decoder):
 def build_decoder(
     modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
 ) -> Decoder:
-    """Return the decoder of `modality` by its adapter; arguments as in `Decoder.__init__`."""
+    """Return the decoder of `modality`; arguments as in `Decoder`."""
     return MODALITIES[modality].decoder_class(modality, path, device, offloaded=offloaded)

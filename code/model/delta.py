@@ -1,6 +1,6 @@
 """The delta, a file of the tuned parameters: `delta.safetensors`, by the model's parameter names.
 
-Names and shapes are compared: a trainable group is loaded whole or is not in the file at all.
+A trainable group is loaded whole, with names and shapes compared, or is not in the file at all.
 """
 
 from collections.abc import Set
@@ -17,7 +17,7 @@ from nextgpt.config.schema import TrainableGroup
 from nextgpt.model.loading import compare_state_dicts, map_tensors, refuse_faults
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import TRAINABLE_GROUPS, group_of, is_base_vocabulary, tuned_parameters
-from nextgpt.model.upstream_checkpoint import Tensors, is_newer, is_published, published_to_delta
+from nextgpt.model.upstream_checkpoint import Tensors, is_newer, published_to_delta
 
 DELTA_FILE = "delta.safetensors"
 PUBLISHED_FILE = "pytorch_model.pt"
@@ -25,17 +25,11 @@ PUBLISHED_FILE = "pytorch_model.pt"
 
 @dataclass(frozen=True)
 class Delta:
-    """Tuned parameters.
-
-    Attributes:
-        tensors: by the names of the model's parameters.
-        vocabulary_size: rows of the language model that they were tuned with, without new ones.
-        source: the file.
-    """
+    """Tuned parameters, by the names of the model's parameters."""
 
     tensors: Tensors
-    vocabulary_size: int
-    source: Path
+    vocabulary_size: int  # rows of the language model that was tuned, without new ones
+    source: Path  # the file
 
     def holds(self, group: TrainableGroup) -> bool:
         """Whether any tensor is of `group`."""
@@ -72,8 +66,6 @@ def read_delta(path: Path) -> Delta:
             f"{path} is of the newer generation of the published code (parameters mm_*), another "
             "system than this: fetch those of 7b_tiva_v0, see ckpt/delta_ckpt/README.md"
         )
-    if not is_published(tensors):
-        raise UserError(f"{path} does not carry the names of the published tuned parameters")
     tensors = published_to_delta(tensors, path)
     matrices = [tensor for name, tensor in tensors.items() if is_base_vocabulary(name)]
     if not matrices:
@@ -82,16 +74,12 @@ def read_delta(path: Path) -> Delta:
 
 
 def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
-    """Write a delta atomically.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
+    """Write a delta atomically; UserError if the disk is full or not writable."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
         with atomic_write(path) as temporary:
             temporary.touch()
-            mode = temporary.stat().st_mode  # safetensors would let nobody else read it
+            mode = temporary.stat().st_mode  # that of safetensors lets nobody else read the file
             save_file(contiguous, temporary, {"vocabulary_size": str(vocabulary_size)})
             temporary.chmod(mode)
     except SafetensorError as error:
@@ -99,13 +87,13 @@ def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
 
 
 def load_delta(model: NextGPT, delta: Delta, required: Set[TrainableGroup]) -> list[str]:
-    """Load `delta` into `model`; return a line for each group, loaded or newly initialised.
+    """Load `delta` into `model`; return a line for each group.
 
-    A group that the file lacks stays as initialised, unless it is in `required`. A group that the
-    model lacks is not loaded: `tensors_of_absent_groups` keeps it.
+    Groups that the file lacks stay as initialised; those that the model lacks are not loaded, see
+    `tensors_of_absent_groups`.
 
     Raises:
-        UserError: another vocabulary, missing or unexpected names, wrong shapes.
+        UserError: another vocabulary, names, shapes, or nothing of a `required` group.
     """
     rows = model.base_vocabulary_size
     if delta.vocabulary_size != rows:

@@ -1,5 +1,5 @@
-"""The language model: a frozen Hugging Face causal model of the LLaMA family, its vocabulary
-extended by the new tokens and, where it is tuned, with LoRA adapters."""
+"""The language model: a frozen causal model of transformers, its vocabulary extended by the signal
+tokens and, where it is tuned, with LoRA adapters."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -16,7 +16,7 @@ from nextgpt.common.errors import UserError
 from nextgpt.config.schema import LanguageModelConfig
 from nextgpt.conversation.signal_tokens import SignalTokens
 from nextgpt.model.loading import explain_load_errors, load_pretrained
-from nextgpt.model.quantization import exclude_scales_from_state_dict, quantization_config
+from nextgpt.model.quantization import quantization_config
 from nextgpt.model.vocabulary import extend_vocabulary
 
 
@@ -36,48 +36,32 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def load_language_model(
     config: LanguageModelConfig, path: str, signals: SignalTokens, dtype: torch.dtype, *, lora: bool
 ) -> PreTrainedModel:
-    """Load the frozen language model in `dtype`, with a new row (float32) for each new token.
-
-    Args:
-        path: the resolved folder or hub name.
-        signals: the new tokens; their ids follow the tokenizer's.
-        lora: whether to inject the adapters (float32).
+    """Load the frozen language model in `dtype` and prepare it (`prepare_language_model`).
 
     Raises:
-        UserError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks a
-            target module of the adapters.
+        UserError: it cannot be read, or has fewer rows than its tokenizer tokens.
     """
-    model = load_pretrained(
-        AutoModelForCausalLM,
-        path,
-        dtype,
-        quantization=quantization_config(config.quantization, dtype),
-    )
-    if config.quantization != "none":
-        exclude_scales_from_state_dict(model)
+    quantization = quantization_config(config.quantization, dtype)
+    model = load_pretrained(AutoModelForCausalLM, path, dtype, quantization=quantization)
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
         raise UserError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
     model.set_attn_implementation(config.attn_implementation)
-    prepare_language_model(model, config, signals.first_id, len(signals), lora=lora)
+    prepare_language_model(model, config, signals, lora=lora)
     return model
 
 
 def prepare_language_model(
-    model: PreTrainedModel,
-    config: LanguageModelConfig,
-    base_tokens: int,
-    new_tokens: int,
-    *,
-    lora: bool,
+    model: PreTrainedModel, config: LanguageModelConfig, signals: SignalTokens, *, lora: bool
 ) -> None:
-    """Freeze `model`, extend its vocabulary and inject LoRA adapters, in place.
+    """Freeze `model`, add rows of the `signals` and LoRA adapters (both float32), in place.
 
     Raises:
         UserError: the model lacks a target module of the adapters.
     """
     model.requires_grad_(False)
-    extend_vocabulary(model, base_tokens, new_tokens)
+    extend_vocabulary(model, signals.first_id, len(signals))
+    model.register_state_dict_post_hook(_keep_unique_parameters)
     if not lora:
         return
     adapters = LoraConfig(
@@ -89,20 +73,25 @@ def prepare_language_model(
     try:
         inject_adapter_in_model(adapters, model)
     except ValueError as error:
-        raise UserError(
-            f"language_model.lora_target_modules {config.lora_target_modules}: {error}"
-        ) from error
+        key = "language_model.lora_target_modules"
+        raise UserError(f"{key} {config.lora_target_modules}: {error}") from error
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
 
 
+def _keep_unique_parameters(model: nn.Module, state: dict, prefix: str, _: dict) -> None:
+    """Leave a tied head and bitsandbytes' scales of frozen matrices out of checkpoints."""
+    kept = {f"{prefix}{name}" for name, _ in model.named_parameters()}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]
+
+
 def merge_lora(model: nn.Module) -> None:
     """Merge the adapters into the base weights for inference, in place, where those are float32.
 
-    The adapters stay in the model, to be saved, but cost nothing: with adapters on all layers
-    SmolLM2's forward pass takes half the time. In half precision or less nothing is merged: most of
-    the small difference would be rounded away.
+    They stay in the model, to be saved; SmolLM2's forward pass then takes half the time. In half
+    precision nothing is merged: most of the small difference would be rounded away.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and module.get_base_layer().weight.dtype == torch.float32:

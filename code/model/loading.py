@@ -1,8 +1,7 @@
 """Find and load frozen models: local folders, hub names, weight files, state-dict comparison.
 
-Tensors of `.safetensors` and `.bin` files are memory-mapped: names, shapes and dtypes cost no
-memory, and of the values only what is used is read. File and index names (`weight_map`: tensor to
-file) are those of transformers and diffusers.
+Weight files are memory-mapped: names, shapes and dtypes cost no memory, and only values that are
+used are read. File names and the index (`weight_map`) are those of transformers and diffusers.
 """
 
 import json
@@ -32,27 +31,21 @@ disable_progress_bar()  # models load in seconds, and a bar for each hides other
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+")
 # Names in older texts that the hub no longer has.
 MOVED = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-INDEX_SUFFIX = ".index.json"
 _MAX_LISTED = 20  # faults in an error message
-# In the order in which the libraries look for them.
-_SINGLE_FILES = (
-    "model.safetensors",
-    "diffusion_pytorch_model.safetensors",
-    "pytorch_model.bin",
-    "diffusion_pytorch_model.bin",
-)
-# SentencePiece models have several names; all end alike.
-_TOKENIZER_FILES = (
+_WEIGHT_FILES = (  # in the order in which the libraries look for them
+    "model.safetensors", "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin", "diffusion_pytorch_model.bin",
+)  # fmt: skip
+_TOKENIZER_FILES = (  # *.model: SentencePiece
     "*.model", "added_tokens.json", "additional_chat_templates/*", "chat_template.*", "merges.txt",
     "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.*",
 )  # fmt: skip
 
 
 def resolve_model_path(path: str) -> str:
-    """Resolve a configured path to a local folder or a hub name.
+    """Resolve a configured path: under the project's root, the working directory, or a hub name.
 
-    In this order: a folder under the project's root, one under the working directory, a hub name
-    that has moved (printed), a hub name.
+    A hub name that has moved is replaced, which is printed.
 
     Raises:
         MissingFileError: it is none of them.
@@ -74,13 +67,10 @@ def resolve_model_path(path: str) -> str:
 
 
 def find_folder(path: str, file: str) -> Path:
-    """Resolve a configured path to a local folder: itself, or the hub's snapshot in the cache.
-
-    Args:
-        file: that the hub's repository has.
+    """Resolve a configured path to a folder: itself, or the cached hub snapshot that has `file`.
 
     Raises:
-        MissingFileError: there is no such folder, and none in the cache.
+        MissingFileError: there is neither.
     """
     name = resolve_model_path(path)
     if Path(name).is_dir():
@@ -101,11 +91,7 @@ def compare_state_dicts(
     found: Mapping[str, Tensor],
     required: Collection[str] | None = None,
 ) -> list[str]:
-    """Return the faults of `found`, one a line: names missing or unexpected, wrong shapes.
-
-    Args:
-        required: names that must be in `found`; None: all those expected.
-    """
+    """Return the faults of `found`: names missing (of `required` only) or unexpected, shapes."""
     required = expected if required is None else required
     faults = [f"missing {name}" for name in required if name not in found]
     faults += [f"unexpected {name}" for name in found if name not in expected]
@@ -121,11 +107,7 @@ def _shape_fault(name: str, found: Sequence[int], expected: Sequence[int]) -> st
 
 
 def refuse_faults(source: object, faults: Sequence[str], remedy: str) -> None:
-    """Raise an error if there are `faults`.
-
-    Raises:
-        UserError: with `source`, the faults, a line each up to a limit, and the remedy.
-    """
+    """Raise a UserError with `source`, the first faults and the remedy, if there are `faults`."""
     if faults:
         more = len(faults) - _MAX_LISTED
         listed = [*faults[:_MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])]
@@ -142,30 +124,24 @@ def load_pretrained(
     on_meta: bool = False,
     quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
-    """Load the model at `path`; a missing weight is an error instead of being initialised.
+    """Load a model of transformers or diffusers; a missing weight is an error, not initialised.
 
     Args:
-        model_class: of transformers or diffusers; has `from_pretrained`.
         path: a folder, or a hub name.
         dtype: of the weights in memory.
-        subfolder: of `path`, with the model.
         on_meta: compare names and shapes only: no weight is read, the model is on the meta device.
-        quantization: of the layers; such a model is loaded onto this process's device.
+        quantization: such a model is loaded onto this process's device.
 
     Raises:
         UserError: it cannot be read, or a weight is missing or of another shape.
     """
-    placed: dict[str, Any] = {"device_map": "meta" if on_meta else None}
+    options: dict[str, Any] = {"device_map": "meta" if on_meta else None}
     if quantization:
-        placed = {"quantization_config": quantization, "device_map": {"": choose_device()}}
+        options = {"quantization_config": quantization, "device_map": {"": choose_device()}}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # reported below
     with explain_load_errors(path):
         model, report = model_class.from_pretrained(
-            path,
-            subfolder=subfolder,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below
-            **placed,
+            path, subfolder=subfolder, dtype=dtype, **options
         )
     faults = [f"missing {name}" for name in sorted(report["missing_keys"])]
     faults += [_shape_fault(*mismatch) for mismatch in sorted(report["mismatched_keys"])]
@@ -177,12 +153,11 @@ def load_pretrained(
 def explain_load_errors(path: str, *files: str) -> Iterator[None]:
     """Turn errors of loading from `path` inside into a UserError that names it.
 
-    Args:
-        files: that a local folder must have, `a|b` for either.
+    A local folder must have all `files`; `a|b` is either.
     """
-    for names in files:
-        if Path(path).is_dir() and not any((Path(path) / n).is_file() for n in names.split("|")):
-            missing = " or ".join(names.split("|"))
+    for names in files if Path(path).is_dir() else ():
+        if not any(Path(path, name).is_file() for name in names.split("|")):
+            missing = names.replace("|", " or ")
             raise UserError(f"{path}: {missing} is missing. Download or build the folder again")
     try:
         yield
@@ -206,69 +181,58 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         mappable = zipfile.is_zipfile(path)
-        if not mappable and (looks_like := _looks_like(path)):
-            raise _unreadable(path, looks_like)
+        if not mappable and _looks_like(path):
+            raise ValueError
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except (
         SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError,
         TypeError, AttributeError, struct.error,
     ) as error:  # fmt: skip
-        raise _unreadable(path, _looks_like(path) or type(error).__name__) from error
+        why = _looks_like(path) or type(error).__name__
+        why = f"is no readable checkpoint ({why}): download or build it again"
+        raise UserError(f"{path} {why}") from error
     if isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values()):
         return tensors
     raise UserError(f"{path} holds no tensors by name: give another")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a folder, those that transformers or diffusers would load.
+def weight_files(folder: Path) -> dict[Path, list[str]]:
+    """Return the weight files that transformers or diffusers would load from `folder`.
+
+    Each with the names of its tensors by the index of shards; none without an index.
 
     Raises:
         MissingFileError: there are none, or one that the index names is missing.
         UserError: the index cannot be read.
     """
-    file, shard_of = _weight_map(folder)
-    if shard_of is None:
-        return [file]
-    shards = [folder / name for name in dict.fromkeys(shard_of.values())]
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
-        raise MissingFileError(f"{file} names files that are not there: {', '.join(missing)}")
-    return shards
+    for name in _WEIGHT_FILES:
+        single, index = folder / name, folder / f"{name}.index.json"
+        if single.is_file():
+            return {single: []}
+        if index.is_file():
+            try:
+                shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, TypeError, LookupError) as error:
+                raise UserError(f"{index} is no index of weight files, fetch it again") from error
+            files: dict[Path, list[str]] = {}
+            for tensor, shard in shard_of.items():
+                files.setdefault(folder / shard, []).append(tensor)
+            if missing := ", ".join(file.name for file in files if not file.is_file()):
+                raise MissingFileError(f"{index} names files that are not there: {missing}")
+            return files
+    raise MissingFileError(f"{folder}: no weights ({' or '.join(_WEIGHT_FILES)}, or an index)")
 
 
 def map_folder(folder: Path) -> dict[str, Tensor]:
-    """Memory-map all tensors of a folder by name, from one file or from shards with an index.
-
-    Raises:
-        MissingFileError: as in `weight_files`.
-        UserError: a file cannot be read, or the index names tensors that no file holds.
-    """
+    """Memory-map all tensors of a folder by name; errors as in `weight_files` and `map_tensors`."""
     files = weight_files(folder)
     tensors = {name: tensor for file in files for name, tensor in map_tensors(file).items()}
-    index, shard_of = _weight_map(folder)
-    if absent := [name for name in shard_of or () if name not in tensors]:
+    if absent := [name for names in files.values() for name in names if name not in tensors]:
         raise UserError(
-            f"{index} names {len(absent)} tensors that no file holds, first {absent[0]}: files and "
-            "index are not of one download, fetch the folder again"
+            f"{folder}: the index names {len(absent)} tensors that no file holds, first "
+            f"{absent[0]}: files and index are not of one download, fetch the folder again"
         )
     return tensors
-
-
-def _weight_map(folder: Path) -> tuple[Path, dict[str, str] | None]:
-    """The one weight file of `folder` and None, or the index and its file for each tensor."""
-    for name in _SINGLE_FILES:
-        single, index = folder / name, folder / f"{name}{INDEX_SUFFIX}"
-        if single.is_file():
-            return single, None
-        if index.is_file():
-            try:
-                return index, dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, TypeError, LookupError) as error:
-                raise UserError(f"{index} is no index of weight files, fetch it again") from error
-    raise MissingFileError(f"{folder}: no weights ({' or '.join(_SINGLE_FILES)}, or an index)")
-
-
-def _unreadable(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is no readable checkpoint ({why}): download or build it again")
 
 
 def _looks_like(path: Path) -> str:
@@ -281,6 +245,4 @@ def _looks_like(path: Path) -> str:
         return "it is an HTML page, saved in place of the file"
     if head.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS, not the file itself"
-    if head.startswith(b"PK") or head[8:9] == b"{":
-        return "it is cut off or damaged"
-    return ""
+    return "it is cut off or damaged" if head.startswith(b"PK") or head[8:9] == b"{" else ""

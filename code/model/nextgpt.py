@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nextgpt.common.modality import Modality
@@ -21,44 +21,29 @@ from nextgpt.model.trainable import set_modes, trained_groups
 
 @dataclass
 class Losses:
-    """Sums over a batch and their counts, to be averaged over ranks and micro batches.
+    """Sums over a batch (scalars) and their counts, to be averaged over ranks and micro batches.
 
-    Attributes:
-        text: scalar, cross entropy summed over labelled tokens.
-        tokens: number of labelled tokens.
-        alignment: by modality a scalar, the alignment loss summed over signal spans.
-        signal_spans: by modality the number of spans.
-        unused: scalar 0 attached to the output projections that this batch does not need. Every
-            rank then has the same graph and a gradient for every parameter, in the same order: the
-            order in which gradients are reduced over ranks.
+    `unused` is 0 and attached to the output projections that this batch does not need: every rank
+    then has the same graph and reduces a gradient for every parameter, in the same order.
     """
 
-    text: torch.Tensor
-    tokens: int
-    alignment: dict[Modality, torch.Tensor] = field(default_factory=dict)
-    signal_spans: dict[Modality, int] = field(default_factory=dict)
-    unused: torch.Tensor | float = 0.0
+    text: Tensor  # cross entropy summed over labelled tokens
+    tokens: int  # labelled
+    alignment: dict[Modality, Tensor] = field(default_factory=dict)  # summed over signal spans
+    signal_spans: dict[Modality, int] = field(default_factory=dict)  # their number
+    unused: Tensor | float = 0.0
 
 
 class LanguageModelOutput(NamedTuple):
-    """What the losses need of the language model.
+    """What the losses need of the language model; modalities without spans are left out."""
 
-    Attributes:
-        text_loss: scalar, cross entropy summed over labelled tokens.
-        tokens: number of labelled tokens.
-        signal_states: by modality (2, R, T, H), the last hidden states and the input embeddings of
-            the T signal tokens of R spans; modalities without spans are left out.
-    """
-
-    text_loss: torch.Tensor
-    tokens: int
-    signal_states: dict[Modality, torch.Tensor]
+    text_loss: Tensor  # scalar, cross entropy summed over labelled tokens
+    tokens: int  # labelled
+    signal_states: dict[Modality, Tensor]  # (2, R, T, H) of `gather_signal_states`
 
 
 class NextGPT(nn.Module):
-    """The language model and the projections.
-
-    The frozen media encoder and decoders stay outside: they are never wrapped or saved with it.
+    """The language model and the projections; the media encoder and the decoders stay outside.
 
     Args:
         language_model: with extended vocabulary, hidden size H.
@@ -94,16 +79,13 @@ class NextGPT(nn.Module):
 
     @property
     def base_vocabulary_size(self) -> int:
-        """Number of the base model's tokens, which is the id of the first new one."""
+        """Number of the base model's tokens, and id of the first new one."""
         return len(self.language_model.get_input_embeddings().weight)
 
-    def embed(
-        self, input_ids: torch.Tensor, slots: torch.Tensor, features: torch.Tensor
-    ) -> torch.Tensor:
-        """Input embeddings (B, L, H) of tokens, and at media positions of projected features.
+    def embed(self, input_ids: Tensor, slots: Tensor, features: Tensor) -> Tensor:
+        """Input embeddings (B, L, H) of `input_ids` (B, L), and of media where those stand.
 
         Args:
-            input_ids: (B, L).
             slots: (S, 2) row and first position of each medium.
             features: (S, E) of the media encoder.
         """
@@ -117,14 +99,14 @@ class NextGPT(nn.Module):
 
     def last_hidden_states(
         self,
-        embeddings: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Last hidden states (B, L, H), after the final norm, of input embeddings (B, L, H).
 
-        With `position_ids` (B, L), as in `Batch`, rows are packed. Their padding comes last and no
-        token attends to it, so the mask is not passed on: transformers takes one or the other.
+        With `position_ids` (B, L) rows are packed: no token attends to their padding, which comes
+        last, and the mask is not passed on (transformers takes one or the other).
         """
         return self.language_model.model(
             inputs_embeds=embeddings,
@@ -134,33 +116,19 @@ class NextGPT(nn.Module):
         ).last_hidden_state
 
     def gather_signal_states(
-        self,
-        modality: Modality,
-        spans: torch.Tensor,
-        hidden: torch.Tensor,
-        embeddings: torch.Tensor,
-    ) -> torch.Tensor:
-        """Both states (B, L, H) at the signal spans (R, 2), stacked: (2, R, T, H)."""
+        self, modality: Modality, spans: Tensor, hidden: Tensor, embeddings: Tensor
+    ) -> Tensor:
+        """Last hidden states and input embeddings (B, L, H) at the spans (R, 2): (2, R, T, H)."""
         rows = spans[:, :1]  # (R, 1)
         columns = spans[:, 1:] + torch.arange(self.signal_counts[modality], device=spans.device)
         return torch.stack([hidden[rows, columns], embeddings[rows, columns]])
 
-    def project_signals(
-        self,
-        modality: Modality,
-        spans: torch.Tensor,
-        hidden: torch.Tensor,
-        embeddings: torch.Tensor,
-    ) -> torch.Tensor:
-        """Predicted caption embeddings (R, *prompt_embeds_shape) of the signal spans (R, 2)."""
-        states_2RTH = self.gather_signal_states(modality, spans, hidden, embeddings)
-        return self.output_projections[modality](*states_2RTH)
+    def project_signals(self, modality: Modality, *states: Tensor) -> Tensor:
+        """Prompt embeddings (R, *prompt_embeds_shape); arguments as in `gather_signal_states`."""
+        return self.output_projections[modality](*self.gather_signal_states(modality, *states))
 
     def forward_language_model(self, batch: Batch) -> LanguageModelOutput:
-        """Run the language model over `batch`; text loss and signal states.
-
-        May be replaced on an instance whose language model is frozen: the hidden-state cache does.
-        """
+        """Run the language model over `batch`; the hidden-state cache replaces this method."""
         embeddings = self.embed(batch.input_ids, batch.media_positions, batch.features)
         hidden = self.last_hidden_states(embeddings, batch.attention_mask, batch.position_ids)
 
@@ -187,8 +155,8 @@ class NextGPT(nn.Module):
                 losses.signal_spans[modality] = len(predicted)
             else:  # no access to a weight: under ZeRO 3 it would be gathered by this rank alone
                 zeros = losses.text.new_zeros(1, 1, projection.fc.in_features)
-                # Like hidden states: ZeRO 3 releases a layer's weights after its backward pass only
-                # if the layer's input requires a gradient, and all ranks must release the same.
+                # ZeRO 3 releases a layer's weights after its backward pass only if the layer's
+                # input requires a gradient, and all ranks must release the same.
                 zeros.requires_grad_(losses.text.requires_grad)
                 losses.unused = losses.unused + 0 * projection(zeros, zeros).sum()
         return losses

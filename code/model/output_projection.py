@@ -1,23 +1,20 @@
 """Output projections (projectors): from hidden states of signal tokens to prompt embeddings."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class OutputProjection(nn.Module):
     """Linear layer, transformer with learned queries, linear layer (arXiv 2309.05519, section 3).
 
-    The names of its parameters are those of the published files.
+    The names of its parameters are the published ones.
 
     Args:
         hidden_size: H of the language model.
-        d_model: of the transformer.
         prompt_embeds_shape: (Q, D) of one caption, or (D,) where the decoder takes one vector.
-        encoder_layers, decoder_layers, heads, dim_feedforward: of the transformer.
-        whiten_inputs: subtract a constant from the inputs (`centre`, (H,), frozen; 0 until it is
-            set). The mean of last hidden states is many times as large as their variation over
-            captions, and nothing is learned until the first layer has unlearned it. Not in the
-            published system.
+        whiten_inputs: subtract a constant from the inputs (`centre`, (H,), frozen; 0 until set).
+            The mean of hidden states is many times as large as their variation over captions and
+            has to be unlearned first. Not in the published system.
     """
 
     def __init__(
@@ -38,29 +35,23 @@ class OutputProjection(nn.Module):
         centre = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
         self.register_parameter("centre", centre if whiten_inputs else None)
         self.fc = nn.Linear(hidden_size, d_model)
-        layer = {"dropout": 0.0, "norm_first": True, "batch_first": True}
+        layer = {"dim_feedforward": dim_feedforward, "dropout": 0.0}
+        layer |= {"norm_first": True, "batch_first": True}
         encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(d_model, heads, dim_feedforward, **layer),
+            nn.TransformerEncoderLayer(d_model, heads, **layer),
             encoder_layers,
             nn.LayerNorm(d_model),
             enable_nested_tensor=False,  # unavailable with norm_first; without this, it warns
         )
         self.tfm = nn.Transformer(
-            d_model,
-            heads,
-            num_decoder_layers=decoder_layers,
-            dim_feedforward=dim_feedforward,
-            custom_encoder=encoder,
-            **layer,
+            d_model, heads, num_decoder_layers=decoder_layers, custom_encoder=encoder, **layer
         )
         self.model = nn.Linear(d_model, prompt_embeds_shape[-1])
 
-    def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """Prompt embeddings (R, *prompt_embeds_shape) of R signal spans.
 
-        Args:
-            hidden: (R, T, H) last hidden states of the spans' T tokens.
-            embeddings: (R, T, H) input embeddings of the same tokens.
+        Both arguments are (R, T, H): last hidden states and input embeddings of the T tokens.
         """
         x = hidden + embeddings if self.centre is None else hidden + embeddings - self.centre
         x = self.fc(x)  # (R, T, d_model)
@@ -68,12 +59,10 @@ class OutputProjection(nn.Module):
         return self.model(self.tfm(x, queries)).view(len(x), *self.prompt_embeds_shape)
 
 
-def alignment_loss(prompt_embeds: torch.Tensor, caption_embeds: torch.Tensor) -> torch.Tensor:
-    """Alignment loss, summed over samples: mean over queries of the Euclidean distance.
+def alignment_loss(prompt_embeds: Tensor, caption_embeds: Tensor) -> Tensor:
+    """Mean over queries of the Euclidean distance, summed over samples.
 
-    Args:
-        prompt_embeds: (R, *prompt_embeds_shape) predicted by an output projection.
-        caption_embeds: (R, *prompt_embeds_shape) of the decoder's own text encoder.
+    Both are (R, *prompt_embeds_shape): predictions, and the text encoder's targets.
     """
     difference = prompt_embeds.float() - caption_embeds.float()
     difference = difference.view(len(prompt_embeds), -1, prompt_embeds.shape[-1])  # (R, Q, D)

@@ -2,8 +2,7 @@
 
 bitsandbytes rounds the frozen matrices when they are loaded: to int8, outliers apart
 (arXiv 2208.07339), or to 4-bit NormalFloat (arXiv 2305.14314). Vocabulary, norms and adapters keep
-their dtype. Each matrix is dequantized at every use, which costs time on a GPU and much of it on a
-CPU; the scoreboard measures how much the answers lose.
+their dtype. Each matrix is dequantized at every use, which is slow, above all on a CPU.
 """
 
 from typing import Any
@@ -24,26 +23,11 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesC
     if kind == "none":
         return None
     return BitsAndBytesConfig(
-        load_in_8bit=kind == "8bit",
-        load_in_4bit=kind == "4bit",
+        **{f"load_in_{kind}": True},
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def exclude_scales_from_state_dict(model: nn.Module) -> None:
-    """Limit a quantized model's state dict to its parameters, in place.
-
-    bitsandbytes would add the scales of frozen matrices to every checkpoint.
-    """
-    model.register_state_dict_post_hook(_exclude_scales)
-
-
-def _exclude_scales(model: nn.Module, state: dict, prefix: str, _: dict) -> None:
-    kept = {f"{prefix}{name}" for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
-        del state[name]
 
 
 def quantizable_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -63,14 +47,7 @@ def memory_saved(model: nn.Module, kind: Quantization) -> float:
 
 
 def check_zero_stage(source: str, settings: dict[str, Any], kind: Quantization) -> None:
-    """Refuse ZeRO 3 for a quantized model, which DeepSpeed cannot partition.
-
-    Args:
-        source: DeepSpeed's JSON file, with these `settings`.
-
-    Raises:
-        UserError: ZeRO 3 with quantization.
-    """
+    """Raise a UserError for quantization with ZeRO 3 in `settings`, DeepSpeed's file `source`."""
     if settings.get("zero_optimization", {}).get("stage") == 3 and kind != "none":
         raise UserError(
             f"{source}: ZeRO 3 cannot divide weights in {kind}: take stage 2 or less, or "

@@ -1,7 +1,7 @@
-"""The decoders' own text encoders: a caption's embedding is the target of an output projection.
+"""The decoders' text encoders: a caption's embedding is the target of an output projection.
 
-Only the tokenizer and the text encoder of a pipeline are loaded: 0.25 GB of Stable Diffusion's
-2.1 GB in half precision. The result equals the pipeline's own `encode_prompt`.
+Of a pipeline only these are loaded: 0.25 GB of Stable Diffusion's 2.1 GB in half precision. The
+result equals the pipeline's own `encode_prompt`.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,20 @@ from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.model.loading import explain_load_errors, load_pretrained, resolve_model_path
 
-# Without these transformers would use an empty vocabulary or default sizes.
-_FILES = (
-    "tokenizer/tokenizer_config.json",
-    "tokenizer/tokenizer.json|tokenizer/merges.txt",
+_FILES = (  # without these transformers would use an empty vocabulary or default sizes
+    "tokenizer/tokenizer_config.json", "tokenizer/tokenizer.json|tokenizer/merges.txt",
     "text_encoder/config.json",
-)
-# Tells apart how tokenizers of one vocabulary split words and treat case, accents and punctuation.
+)  # fmt: skip
+# Tokenizers of one vocabulary may differ in words, case, accents and punctuation.
 _PROBE = "A Red-ish café's two  drums (3.5 s); 日本 — THE END!"
 
 
 @dataclass(frozen=True)
 class TextEncoderSpec:
-    """A kind of text encoder.
+    """A kind of text encoder: classes of transformers, and the embedding of a caption.
 
-    Attributes:
-        tokenizer, model: classes of transformers.
-        pooled: whether a caption becomes one vector of unit length (D,) by the model's projection,
-            as in AudioLDM (arXiv 2301.12503); else the last hidden states (T, D).
+    Pooled: one projected vector of unit length (D,), as in AudioLDM (arXiv 2301.12503); else the
+    last hidden states (T, D).
     """
 
     tokenizer: Any
@@ -55,10 +51,10 @@ class TextEncoder:
     ) -> None:
         """Load both from a diffusers folder or hub name; `dtype` None: half precision on CUDA.
 
-        On the meta device no weight is read; names, shapes and the kind of pipeline are checked.
+        On the meta device no weight is read, but names, shapes and the pipeline are checked.
 
         Raises:
-            UserError: naming the file that is missing or does not fit.
+            UserError: names the file that is missing or does not fit.
         """
         self.modality = modality
         self.path = resolve_model_path(path)
@@ -81,10 +77,7 @@ class TextEncoder:
         return (self.tokenizer.model_max_length, self.encoder.config.hidden_size)
 
     def fingerprints(self) -> tuple[str, str]:
-        """Return hex digests of the weights in half precision, and of the tokenizer.
-
-        Neither depends on the path, nor on the format of the files.
-        """
+        """Return hex digests of weights (half precision) and tokenizer, whatever their files."""
         weights = sha256()
         for name, tensor in sorted(self.encoder.state_dict().items()):
             weights.update(name.encode())
@@ -96,18 +89,9 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Embed B captions, padded and truncated to the tokenizer's length as in the pipelines.
-
-        Returns:
-            (B, T, D), or (B, D) if pooled, in the encoder's dtype.
-        """
-        tokens = self.tokenizer(
-            list(captions),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.encoder.device)
+        """Embed B captions, padded and truncated as in the pipelines: (B, T, D), pooled (B, D)."""
+        options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizer(list(captions), **options).to(self.encoder.device)
         if self.pooled:
             projected_BD = self.encoder(tokens.input_ids, tokens.attention_mask).text_embeds
             return normalize(projected_BD, dim=-1)

@@ -9,9 +9,7 @@ from torch import nn
 from nextgpt.config.schema import TrainableGroup
 
 TRAINABLE_GROUPS: tuple[TrainableGroup, ...] = get_args(TrainableGroup)
-NEEDED_TO_ANSWER: frozenset[TrainableGroup] = frozenset(
-    ("input_projection", "output_projections", "vocabulary")
-)
+NEEDED_TO_ANSWER: Set[TrainableGroup] = {"input_projection", "output_projections", "vocabulary"}
 
 
 def group_of(name: str) -> TrainableGroup | None:
@@ -32,19 +30,12 @@ def is_base_vocabulary(name: str) -> bool:
     return name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
-def is_measured(name: str) -> bool:
-    """Whether `name` is a constant that is measured before training, saved and never trained."""
-    return name.endswith(".centre")
-
-
 def tuned_parameters(
     model: nn.Module, *, base_vocabulary: bool
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over names and parameters of all trainable groups, frozen or not, in model order.
+    """Iterate over parameters of the trainable groups, frozen or not, by name.
 
-    Args:
-        model: a NextGPT.
-        base_vocabulary: whether to include the language model's own vocabulary matrices.
+    `base_vocabulary`: include the language model's own vocabulary matrices.
     """
     for name, parameter in model.named_parameters():
         if group_of(name) and (base_vocabulary or not is_base_vocabulary(name)):
@@ -52,13 +43,10 @@ def tuned_parameters(
 
 
 def set_trainable(model: nn.Module, groups: list[TrainableGroup], *, base_vocabulary: bool) -> None:
-    """Freeze all but `groups`, unfreeze those in float32, and switch to training mode.
-
-    The modes are those of `set_modes`.
-    """
+    """Freeze all but `groups`, unfreeze those in float32, and switch to training mode."""
     model.requires_grad_(False)
     for name, parameter in tuned_parameters(model, base_vocabulary=base_vocabulary):
-        if group_of(name) in groups and not is_measured(name):
+        if group_of(name) in groups and not name.endswith(".centre"):  # measured before training
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     model.train()
@@ -72,10 +60,8 @@ def trained_groups(model: nn.Module) -> set[TrainableGroup | None]:
 def set_modes(model: nn.Module, trained: Set[TrainableGroup | None]) -> None:
     """Put modules of the groups `trained` into training mode, all others into evaluation mode.
 
-    Dropout is thus active in what trains only, never in frozen adapters or in the language model.
-    Exempt are modules without dropout whose `training` decides whether a backward pass is possible:
-    layers with activation checkpointing, and quantized matrices, which evaluation mode packs in a
-    way that gradients do not pass through.
+    Dropout is thus active in what trains only. Exempt are modules without dropout that need
+    training mode for a backward pass: layers with activation checkpointing, and quantized matrices.
     """
     for name, module in model.named_modules():
         quantized = type(module).__module__.startswith("bitsandbytes.")
@@ -85,7 +71,7 @@ def set_modes(model: nn.Module, trained: Set[TrainableGroup | None]) -> None:
 
 @contextmanager
 def dropout_disabled(model: nn.Module) -> Iterator[None]:
-    """Switch to evaluation mode (see `set_modes`) inside, and restore the mode at the end."""
+    """Switch to evaluation mode inside, with the exceptions of `set_modes`."""
     before = model.training
     set_modes(model, set())
     try:
@@ -95,23 +81,18 @@ def dropout_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Count parameters by group, all and trained; the frozen language model last.
-
-    Groups that `model` lacks are left out.
-    """
-    counts: dict[str, tuple[int, int]] = dict.fromkeys(
-        (*TRAINABLE_GROUPS, "language_model"), (0, 0)
-    )
+    """Count parameters by group that `model` has, all and trained; the language model last."""
+    counts = dict.fromkeys((*TRAINABLE_GROUPS, "language_model"), (0, 0))
     for name, parameter in model.named_parameters():
         size, trains = parameter.numel(), parameter.requires_grad
-        is_base = is_base_vocabulary(name) and not trains
-        group = "language_model" if is_base else group_of(name) or "language_model"
-        counts[group] = counts[group][0] + size, counts[group][1] + size * trains
+        group = group_of(name) if trains or not is_base_vocabulary(name) else None
+        total, trained = counts[group or "language_model"]
+        counts[group or "language_model"] = total + size, trained + size * trains
     return {group: count for group, count in counts.items() if count[0]}
 
 
 def format_parameter_counts(table: dict[str, tuple[int, int]]) -> str:
-    """Format the counts as a table, for the start of a run."""
+    """Format the counts as a table."""
     lines = [f"{'part':<20}{'parameters':>14}  trains"]
     for group, (size, trained) in table.items():
         lines.append(f"{group:<20}{size:>14,}  {f'{trained:,}' if trained else 'frozen'}")

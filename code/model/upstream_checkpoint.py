@@ -1,20 +1,18 @@
 """The published layout of tuned parameters (`pytorch_model.pt` of 7b_tiva_v0), read and written.
 
-It holds the language model's vocabulary matrices whole, new rows last; here the new rows are
-parameters of their own (`model/vocabulary.py`), so the matrices are split and concatenated.
+Its vocabulary matrices end with the new rows, which are separate parameters here.
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from nextgpt.common.errors import UserError
-from nextgpt.model.nextgpt import NextGPT
-from nextgpt.model.trainable import tuned_parameters
+from nextgpt.model.loading import refuse_faults
+from nextgpt.model.trainable import is_base_vocabulary
 
-Tensors = dict[str, torch.Tensor]
+Tensors = dict[str, Tensor]
 _PREFIXES = {  # published name to name here
     "llama_model.base_model.model.": "language_model.",
     "llama_proj.": "input_projection.",
@@ -22,17 +20,11 @@ _PREFIXES = {  # published name to name here
     "gen_text_hidden_fcs_video.0.": "output_projections.video.",
     "gen_text_hidden_fcs_audio.0.": "output_projections.audio.",
 }
-_MATRIX = re.compile(r"(model\.embed_tokens|lm_head)\.weight$")
 NEW_ROWS = 38  # `<Img>`, `</Img>`, 4 + 24 + 8 signal tokens: the published vocabulary
 
 
-def is_published(tensors: Tensors) -> bool:
-    """Whether `tensors` have the published names."""
-    return any(name.startswith(tuple(_PREFIXES)) and "llama" in name for name in tensors)
-
-
 def is_newer(names: Iterable[str]) -> bool:
-    """Whether parameters called `names` are of the code's later generation: modules are `mm_*`."""
+    """Whether parameters called `names` are of the later published code: modules are `mm_*`."""
     return any(module.startswith("mm_") for name in names for module in name.split("."))
 
 
@@ -42,14 +34,13 @@ def published_to_delta(tensors: Tensors, source: Path) -> Tensors:
     Raises:
         UserError: names that the published layout does not have.
     """
-    unknown = [name for name in tensors if not name.startswith(tuple(_PREFIXES))]
-    if unknown:
-        raise UserError(f"{source}: names that are not the published ones: {', '.join(unknown)}")
+    unknown = [f"unknown name {n}" for n in tensors if not n.startswith(tuple(_PREFIXES))]
+    refuse_faults(source, unknown, "not the published tuned parameters? give another")
     delta: Tensors = {}
     for published, tensor in tensors.items():
         prefix = next(prefix for prefix in _PREFIXES if published.startswith(prefix))
         name = _PREFIXES[prefix] + published.removeprefix(prefix)
-        if _MATRIX.search(published):
+        if is_base_vocabulary(name):
             delta[name] = tensor[:-NEW_ROWS]
             delta[name.removesuffix("weight") + "new_rows"] = tensor[-NEW_ROWS:]
         else:
@@ -61,12 +52,6 @@ def published_name(name: str) -> str:
     """Return the published name of the tuned parameter `name`."""
     published, prefix = next(pair for pair in _PREFIXES.items() if name.startswith(pair[1]))
     return published + name.removeprefix(prefix)
-
-
-def model_to_published(model: NextGPT) -> Tensors:
-    """Return the tuned tensors of `model` in the published layout."""
-    tuned = tuned_parameters(model, base_vocabulary=True)
-    return delta_to_published({name: p.detach() for name, p in tuned})
 
 
 def delta_to_published(tuned: Tensors) -> Tensors:

@@ -20,7 +20,6 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.model.language_model import load_tokenizer
 from nextgpt.model.loading import (
-    INDEX_SUFFIX,
     explain_load_errors,
     load_pretrained,
     map_folder,
@@ -74,7 +73,7 @@ def merge_vicuna(base: Path, delta: Path, out: Path, shard_bytes: int = SHARD_BY
             _save(dict(_sums(base, delta, names)), partial / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (partial / f"model.safetensors{INDEX_SUFFIX}").write_text(to_json(index, indent=1) + "\n")
+        (partial / "model.safetensors.index.json").write_text(to_json(index, indent=1) + "\n")
         config.vocab_size = len(tokenizer) + 1
         config.dtype = DTYPE
         config.save_pretrained(partial)
