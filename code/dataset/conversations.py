@@ -34,10 +34,8 @@ class ConversationDataset(Dataset[Conversation]):
     def __init__(self, sources: Sequence[DatasetSource], cache_dir: Path) -> None:
         self.sources = {source.name: source for source in sources}
         self.indexes = {
-            one.name: open_index(
-                one.annotation, cache_dir, one.read, f"{one.kind}-{READER_VERSION}"
-            )
-            for one in sources
+            s.name: open_index(s.annotation, cache_dir, s.read, f"{s.kind}-{READER_VERSION}")
+            for s in sources
         }
 
     @property

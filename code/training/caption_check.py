@@ -86,7 +86,7 @@ def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[st
         words = [str(annotation), modality, str(folder), path, "--replace"]
         return shlex.join(["python", "process_embeddings.py", *words])
 
-    return compare_captions(dataset, project_path(config.data.cache_dir), command)
+    return compare_captions(dataset, command)
 
 
 def compare_unrecorded(
@@ -138,7 +138,7 @@ def check_makers(config: Config, dataset: ConversationDataset) -> list[str]:
     """
     folder = project_path(config.data.caption_embedding_dir).resolve()
     lines = []
-    for modality in sorted(output_modalities(dataset, project_path(config.data.cache_dir))):
+    for modality in sorted(output_modalities(dataset)):
         maker = read_maker(folder, modality)
         if maker is None:
             continue  # then the captions have no record either, which is reported
