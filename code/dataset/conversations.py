@@ -20,8 +20,7 @@ from nextgpt.media.shard_members import medium_exists
 class ConversationDataset(Dataset[Conversation]):
     """Map-style: `dataset[name, row]` is a conversation with absolute paths.
 
-    The constructor builds missing row indexes. A lookup costs tens of microseconds and opens no
-    media.
+    Building it builds missing row indexes. A lookup costs tens of microseconds and opens no media.
 
     Args:
         sources: the data sets, from `dataset.catalog.resolve_entry`.
