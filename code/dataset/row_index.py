@@ -27,7 +27,6 @@ from nextgpt.dataset.shards import annotation_rows, shards_of
 _BATCH = 4096  # rows of a record batch, held in memory while building
 Read = Callable[[dict[str, Any], int], Conversation]  # from a record and its row
 _FORMAT = 3  # of the Arrow file; raise it when older files cannot be read any more
-_SOURCE = b"source"  # schema metadata: identifies the annotation file's state
 _SUMMARY = b"summary"  # metadata of the last record batch, which has no rows
 
 
@@ -35,6 +34,7 @@ class RowIndex:
     """The rows of one annotation file, memory-mapped; pickles as its path.
 
     Attributes:
+        source: digest of the annotation file's state and its reader's version.
         digest: hex SHA-256 of all rows in order, each as its JSON text.
         output_modalities: of all rows' output media.
     """
@@ -42,9 +42,9 @@ class RowIndex:
     def __init__(self, path: Path) -> None:
         self.path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        self.source = (reader.schema.metadata or {}).get(_SOURCE)
         last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
         summary = json.loads(dict(last.custom_metadata or {}).get(_SUMMARY, b"{}"))
+        self.source: str = summary.get("source", "")
         self.digest: str = summary.get("digest", "")
         self.output_modalities: list[Modality] = summary.get("output_modalities", [])
         table = reader.read_all()
@@ -92,7 +92,7 @@ def open_index(file: Path, cache_dir: Path, read: Read, version: str) -> RowInde
     path = cache_dir / f"{file.stem}-{key}.arrow"
     states = [(f.name, *FileState.of(f)) for f in (shards_of(file) if file.is_dir() else [file])]
     state = repr((_FORMAT, resolved, version, states))
-    source = hashlib.sha256(state.encode()).hexdigest().encode()
+    source = hashlib.sha256(state.encode()).hexdigest()
     with hold_lock(path.with_name(f"{path.name}.lock")):
         try:
             if (index := RowIndex(path)).source == source:
@@ -104,7 +104,7 @@ def open_index(file: Path, cache_dir: Path, read: Read, version: str) -> RowInde
     return RowIndex(path)
 
 
-def _build(file: Path, path: Path, read: Read, source: bytes) -> None:
+def _build(file: Path, path: Path, read: Read, source: str) -> None:
     digest, modalities = hashlib.sha256(), set[Modality]()
 
     def columns() -> Iterator[tuple[str, str]]:
@@ -115,14 +115,14 @@ def _build(file: Path, path: Path, read: Read, source: bytes) -> None:
             digest.update(text.encode())
             yield text, json.dumps([(m.modality, m.caption, m.embedding) for m in outputs])
 
-    schema = pa.schema([("row", pa.string()), ("outputs", pa.string())], {_SOURCE: source})
+    schema = pa.schema([("row", pa.string()), ("outputs", pa.string())])
     rows, is_empty = columns(), True
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while batch := list(islice(rows, _BATCH)):
             writer.write_batch(pa.record_batch([*zip(*batch, strict=True)], schema=schema))
             is_empty = False
-        summary = {"digest": digest.hexdigest(), "output_modalities": sorted(modalities)}
+        found = {"digest": digest.hexdigest(), "output_modalities": sorted(modalities)}
         end = pa.record_batch([[], []], schema=schema)
-        writer.write_batch(end, custom_metadata={_SUMMARY: json.dumps(summary)})
+        writer.write_batch(end, custom_metadata={_SUMMARY: json.dumps({"source": source, **found})})
     if is_empty:
         raise UserError(f"{file} has no rows")
