@@ -51,7 +51,7 @@ def measure(folder: Path) -> tuple[float, int]:
     seconds = time.perf_counter() - begun
     done.set()
     watcher.join()
-    assert not len(found.wrong_rows) and not found.unrecorded["image"]
+    assert not found.wrong_rows and not found.unrecorded["image"]
     return seconds, max(0, peak - before)
 
 

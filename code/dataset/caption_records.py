@@ -30,18 +30,14 @@ class CaptionFinding:
     Attributes:
         outputs: number of output media, by modality.
         unrecorded: number of those whose embedding has no record (or does not exist).
-        wrong_rows: rows with an embedding of another caption: (N,) int64, ascending.
+        wrong_rows: rows with an embedding of another caption.
         faults: messages for the first of them, by row.
     """
 
     outputs: Counter[Modality] = field(default_factory=Counter)
     unrecorded: Counter[Modality] = field(default_factory=Counter)
-    wrong_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    wrong_rows: set[int] = field(default_factory=set)
     faults: dict[int, str] = field(default_factory=dict)
-
-    def add_wrong_rows(self, rows: np.ndarray) -> None:
-        """Merge rows (N,) into `wrong_rows`."""
-        self.wrong_rows = np.union1d(self.wrong_rows, rows)
 
 
 def compare_captions(dataset: ConversationDataset, command: Command) -> dict[str, CaptionFinding]:
@@ -69,8 +65,8 @@ def compare_captions(dataset: ConversationDataset, command: Command) -> dict[str
         # Of a recorded name with two captions, the rows of the recorded one are right.
         ambiguous = _ambiguous(medium for _, medium in unrecorded)
         wrong |= {row: (medium, None) for row, medium in unrecorded if _key(medium) in ambiguous}
-        finding.wrong_rows = np.array(sorted(wrong), np.int64)
-        first = {row: wrong[row] for row in finding.wrong_rows[:_MAX_DESCRIBED_ROWS].tolist()}
+        finding.wrong_rows.update(wrong)
+        first = {row: wrong[row] for row in sorted(wrong)[:_MAX_DESCRIBED_ROWS]}
         finding.faults = _describe(dataset, source, first, command)
     return findings
 
@@ -102,12 +98,6 @@ def _describe(
                 f"`{command(source.annotation, medium.modality, source.embeddings)}`"
             )
     return faults
-
-
-def is_among(row: int, rows: np.ndarray) -> bool:
-    """Whether `row` is in `rows` (N,), which are ascending."""
-    position = np.searchsorted(rows, row)
-    return bool(position < len(rows) and rows[position] == row)
 
 
 def output_modalities(dataset: ConversationDataset) -> set[Modality]:

@@ -43,12 +43,11 @@ class RowIndex:
         self.path = path
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
-        summary = json.loads(dict(last.custom_metadata or {}).get(_SUMMARY, b"{}"))
-        self.source: str = summary.get("source", "")
-        self.digest: str = summary.get("digest", "")
-        self.output_modalities: list[Modality] = summary.get("output_modalities", [])
-        table = reader.read_all()
-        self._rows, self._outputs = table.column(0), table.column(table.num_columns - 1)
+        summary = json.loads(dict(last.custom_metadata or {})[_SUMMARY])
+        self.source: str = summary["source"]
+        self.digest: str = summary["digest"]
+        self.output_modalities: list[Modality] = summary["output_modalities"]
+        self._rows, self._outputs = reader.read_all().columns
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -61,7 +60,7 @@ class RowIndex:
         return len(self._rows[row].as_py())
 
     def outputs(self) -> Iterator[tuple[int, Media]]:
-        """Yield (row, output medium) of all rows, at 4 microseconds a row."""
+        """Yield (row, output medium) of all rows."""
         texts = (text for chunk in self._outputs.chunks for text in chunk.to_pylist())
         for row, text in enumerate(texts):
             for modality, caption, embedding in json.loads(text):
@@ -97,7 +96,11 @@ def open_index(file: Path, cache_dir: Path, read: Read, version: str) -> RowInde
         try:
             if (index := RowIndex(path)).source == source:
                 return index
-        except (FileNotFoundError, pa.ArrowInvalid):  # missing or damaged
+        except (
+            FileNotFoundError,
+            ValueError,
+            LookupError,
+        ):  # none, damaged or older
             pass
         with atomic_write(path) as partial:
             _build(file, partial, read, source)

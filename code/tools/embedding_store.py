@@ -25,8 +25,6 @@ from nextgpt.dataset.caption_embeddings import (
     record_file,
 )
 
-_BLOCK = 1 << 16  # bytes read at a time from the end of a record file
-
 
 class EmbeddingStore:
     """One modality's embeddings in a folder, extended by one rank; close it after use.
@@ -136,15 +134,6 @@ class EmbeddingStore:
 
 def _drop_partial_line(file: Path) -> None:
     """Truncate an unfinished last line, left by a killed run."""
-    if not file.exists():
-        return
-    with file.open("rb+") as stream:
-        end = stream.seek(0, os.SEEK_END)
-        while end > 0:  # backwards: the file has a line a medium
-            start = max(0, end - _BLOCK)
-            stream.seek(start)
-            newline = stream.read(end - start).rfind(b"\n")
-            end = start + newline + 1
-            if newline >= 0:
-                break
-        stream.truncate(end)
+    if file.exists():
+        with file.open("rb+") as stream:
+            stream.truncate(stream.read().rfind(b"\n") + 1)
