@@ -96,12 +96,8 @@ def open_index(file: Path, cache_dir: Path, read: Read, version: str) -> RowInde
         try:
             if (index := RowIndex(path)).source == source:
                 return index
-        except (
-            FileNotFoundError,
-            ValueError,
-            LookupError,
-        ):  # none, damaged or older
-            pass
+        except (FileNotFoundError, ValueError, LookupError):
+            pass  # none, damaged or of an older format
         with atomic_write(path) as partial:
             _build(file, partial, read, source)
     return RowIndex(path)
