@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 
 from nextgpt.common.errors import UserError
+from nextgpt.conversation.messages import Conversation
 from nextgpt.dataset.row_index import open_index
 
+EMPTY = Conversation(())
 ROWS = [{"caption": f"thing {i} ü", "image_name": f"{i}.png"} for i in range(10_000)]
 
 
-def accept(record: dict, row: int) -> None:
+def accept(record: dict, row: int) -> Conversation:
     assert record["image_name"] == f"{row}.png"
+    return EMPTY
 
 
 @pytest.fixture
@@ -28,11 +31,16 @@ def file(tmp_path: Path) -> Path:
 
 def test_every_row_comes_back_and_is_checked_once(file: Path, tmp_path: Path) -> None:
     checked = []
-    index = open_index(file, tmp_path / "cache", lambda record, row: checked.append(row), "v1")
+
+    def note(record: dict, row: int) -> Conversation:
+        checked.append(row)
+        return EMPTY
+
+    index = open_index(file, tmp_path / "cache", note, "v1")
     assert checked == list(range(len(ROWS)))
     assert len(index) == len(ROWS)
     assert [index[row] for row in (0, 4095, 4096, 9999)] == [ROWS[r] for r in (0, 4095, 4096, 9999)]
-    again = open_index(file, tmp_path / "cache", lambda record, row: checked.append(row), "v1")
+    again = open_index(file, tmp_path / "cache", note, "v1")
     assert len(checked) == len(ROWS)
     assert pickle.loads(pickle.dumps(again))[7] == ROWS[7]  # noqa: S301
 
@@ -55,7 +63,7 @@ def test_the_digest_follows_rows_and_their_order_and_nothing_else(
 ) -> None:
     def digest(rows: list[dict], **layout: object) -> str:
         file.write_text(json.dumps(rows, **layout))
-        index = open_index(file, tmp_path, lambda *_: None, "v1")
+        index = open_index(file, tmp_path, lambda *_: EMPTY, "v1")
         assert [index[row] for row in range(len(index))] == rows
         assert pickle.loads(pickle.dumps(index)).digest == index.digest  # noqa: S301
         return index.digest
@@ -71,9 +79,10 @@ def test_the_digest_follows_rows_and_their_order_and_nothing_else(
 
 
 def test_a_refused_row_or_an_empty_file_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
-    def refuse(record: dict, row: int) -> None:
+    def refuse(record: dict, row: int) -> Conversation:
         if row == 5000:
             raise UserError("row 5000 is wrong")
+        return EMPTY
 
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match="row 5000"):
@@ -90,7 +99,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     file = tmp_path / "long.json"
     file.write_text("[" + ",".join(json.dumps({"text": "x" * 1000}) for _ in range(40_000)) + "]")
     tracemalloc.start()
-    index = open_index(file, tmp_path, lambda record, row: None, "v1")
+    index = open_index(file, tmp_path, lambda *_: EMPTY, "v1")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(index) == 40_000
@@ -100,9 +109,10 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
 def test_processes_that_start_together_make_it_once(file: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from nextgpt.dataset.row_index import open_index\n"
+        "from nextgpt.conversation.messages import Conversation\n"
         "checked = []\n"
         "file, cache = map(Path, sys.argv[1:])\n"
-        "index = open_index(file, cache, lambda *a: checked.append(a), 'v')\n"
+        "index = open_index(file, cache, lambda *a: checked.append(a) or Conversation(()), 'v')\n"
         "print(len(checked), len(index), index[9999]['image_name'])"
     )
     command = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]

@@ -15,7 +15,6 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.batch import Example, collate
 from nextgpt.dataset.caption_embeddings import (
     EmbeddingMaker,
-    EmbeddingStore,
     embedding_path,
     read_embedding,
 )
@@ -23,6 +22,7 @@ from nextgpt.dataset.readers import iter_captions, read_record
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
 from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.tools.embed_captions import embed_captions
+from nextgpt.tools.embedding_store import EmbeddingStore
 from tiny_decoders import TINY, tiny_decoder
 from tiny_system import tiny_encoder
 

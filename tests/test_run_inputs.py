@@ -296,8 +296,7 @@ def test_processes_that_start_together_on_empty_caches_record_the_same(world: Wo
     assert compare_inputs(read_inputs(two.folder / "inputs.json"), world.inputs()) == []
     cache = world.folder / "cache"
     assert not [path for path in cache.rglob("*") if ".partial." in path.name]
-    # Of each modality the captions and the records.
-    assert len(list(cache.glob("*.npz"))) == 2 * len(MODALITIES)
+    assert len(list(cache.glob("*.arrow"))) == len(MODALITIES)
 
 
 def test_a_damaged_record_is_named(tmp_path: Path) -> None:

@@ -49,3 +49,9 @@ class Conversation:
     """Turns in order; the first is the human's."""
 
     turns: tuple[Turn, ...]
+
+    @property
+    def outputs(self) -> list[Media]:
+        """The media of the assistant's turns, in order."""
+        answers = (turn.parts for turn in self.turns if turn.role == "assistant")
+        return [part for parts in answers for part in parts if isinstance(part, Media)]

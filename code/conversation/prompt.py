@@ -6,6 +6,7 @@ trained on.
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from nextgpt.conversation.templates import Markup, Special, Template
 
 IGNORE_INDEX = -100  # label of a position without a loss, the default of torch's cross entropy
 PLACEHOLDER_ID = 0  # input id at an input medium's positions; its embeddings replace the token's
+_AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True}  # none has a meaning in text
 
 
 @dataclass
@@ -53,8 +55,7 @@ class _Segment:
 
 @lru_cache(maxsize=16384)  # hits: markup, and the texts of later epochs
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Token ids of `text`; special tokens written in it stay plain text."""
-    return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids)
+    return tuple(tokenizer(text, **_AS_TEXT).input_ids)
 
 
 class PromptBuilder:
@@ -78,7 +79,12 @@ class PromptBuilder:
         self.signals = signals
         self.template = template
         self.media_tokens = media_tokens
-        self.stop_sequences = self._stop_sequences()
+        stops = [  # ends of an answer: after text, after signal tokens, and EOS
+            self._markup_ids("a", *template.end_after_text)[len(self._markup_ids("a")) :],
+            self._markup_ids(*template.end_after_media),
+            [tokenizer.eos_token_id],
+        ]
+        self.stop_sequences = [s for i, s in enumerate(stops) if s not in ([None], *stops[:i])]
 
     def encode(self, conversation: Conversation, max_length: int | None = None) -> EncodedPrompt:
         """Tokenize `conversation`; if it ends with a human turn, the opening of an answer follows.
@@ -100,46 +106,36 @@ class PromptBuilder:
         excess = 0 if max_length is None else max(0, length - max_length)
         if excess:
             self._truncate(segments, excess)
-        return _concatenate(segments, excess)
+        encoded = EncodedPrompt(cut_tokens=excess)
+        for segment in segments:
+            position = len(encoded.input_ids)
+            if segment.medium and segment.has_loss:
+                encoded.signal_spans.append((position, segment.medium))
+            elif segment.medium:
+                encoded.media_positions.append((position + 1, segment.medium))  # after <Img>
+            encoded.input_ids += segment.ids
+            encoded.labels += segment.ids[: segment.num_labels]
+            encoded.labels += [IGNORE_INDEX] * (len(segment.ids) - segment.num_labels)
+        return encoded
 
     def decode_answer(self, ids: list[int]) -> tuple[ContentPart, ...]:
         """Convert an answer's token ids to content parts, without its stop sequence."""
-        for stop in self.stop_sequences:
-            if ids[-len(stop) :] == stop:
-                ids = ids[: -len(stop)]
-                break
+        stop = next((stop for stop in self.stop_sequences if ids[-len(stop) :] == stop), [])
+        modality_of = self.signals.modality_starting_with
+        new = range(self.signals.first_id, self.signals.end_id)
+        kept = [i for i in ids[: len(ids) - len(stop)] if i not in new or modality_of(i)]
         parts: list[ContentPart] = []
-        text_ids: list[int] = []
-
-        def flush_text() -> None:
-            if text := self.tokenizer.decode(text_ids, skip_special_tokens=True).strip():
+        for modality, group in groupby(kept, key=modality_of):
+            if modality:
+                parts += [Media(modality) for _ in group]
+            elif text := self.tokenizer.decode(list(group), skip_special_tokens=True).strip():
                 parts.append(Text(text))
-            text_ids.clear()
-
-        for token_id in ids:
-            if not self.signals.first_id <= token_id < self.signals.end_id:
-                text_ids.append(token_id)
-            elif modality := self.signals.modality_starting_with(token_id):
-                flush_text()
-                parts.append(Media(modality))
-        flush_text()
         return tuple(parts)
-
-    def _stop_sequences(self) -> list[list[int]]:
-        """Ends of an answer: after text, after signal tokens, and EOS."""
-        template = self.template
-        stops = [
-            self._markup_ids("a", *template.end_after_text)[len(self._markup_ids("a")) :],
-            self._markup_ids(*template.end_after_media),
-        ]
-        if self.tokenizer.eos_token_id is not None:
-            stops.append([self.tokenizer.eos_token_id])
-        return [stop for index, stop in enumerate(stops) if stop not in stops[:index]]
 
     def _markup_ids(self, *markup: str | Special) -> list[int]:
         segments: list[_Segment] = []
-        self._add_markup(segments, markup, has_loss=True)
-        return [i for one in segments for i in one.ids or _tokenize(self.tokenizer, one.text)]
+        self._add(segments, markup, has_loss=True)
+        return [i for s in segments for i in s.ids or _tokenize(self.tokenizer, s.text)]
 
     def _split(self, conversation: Conversation) -> list[_Segment]:
         """Split into segments: adjacent strings that agree in `has_loss` are tokenized as one."""
@@ -150,12 +146,12 @@ class PromptBuilder:
             is_answer = turn.role == "assistant"
             if not is_answer:
                 opening = template.next_human if index else template.first_human
-                self._add_markup(segments, opening)
+                self._add(segments, opening)
                 if index == 0 and template.first_apart:
                     segments[-1].is_closed = True
             for part in turn.parts:
                 if isinstance(part, Text):
-                    _append(segments, part.text.strip(), is_answer, is_content=True)
+                    self._add(segments, (part.text.strip(),), is_answer, is_content=True)
                 elif is_answer:
                     ids = signals.span(part.modality)
                     segments.append(_Segment(has_loss=True, ids=ids, medium=part))
@@ -168,21 +164,36 @@ class PromptBuilder:
             if is_answer:
                 after_text = bool(turn.parts) and isinstance(turn.parts[-1], Text)
                 end = template.end_after_text if after_text else template.end_after_media
-                self._add_markup(segments, end, has_loss=True)
-                self._add_markup(segments, template.after_answer)
+                self._add(segments, end, has_loss=True)
+                self._add(segments, template.after_answer)
             else:
-                self._add_markup(segments, template.answer_opening)
+                self._add(segments, template.answer_opening)
         return segments
 
-    def _add_markup(
-        self, segments: list[_Segment], markup: Markup, *, has_loss: bool = False
+    def _add(
+        self,
+        segments: list[_Segment],
+        items: Markup,
+        has_loss: bool = False,
+        *,
+        is_content: bool = False,
     ) -> None:
-        for item in markup:
+        """Append markup, or a turn's own text, to the last segment if allowed, or to a new one."""
+        for item in items:
             if isinstance(item, Special):
                 token_id = self.tokenizer.convert_tokens_to_ids(item.token)
-                segments.append(_Segment(has_loss, ids=[token_id]))
-            else:
-                _append(segments, item, has_loss)
+                segments.append(_Segment(has_loss, [token_id]))
+            elif item:
+                if not segments or segments[-1].is_closed or segments[-1].has_loss != has_loss:
+                    segments.append(_Segment(has_loss, is_closed=False))
+                segment = segments[-1]
+                if is_content and segment.text and segment.end == len(segment.text):
+                    segment.text += " "  # between two texts of one turn
+                elif is_content:
+                    segment.start = len(segment.text)
+                segment.text += item
+                if is_content:
+                    segment.end = len(segment.text)
 
     def _truncate(self, segments: list[_Segment], excess: int) -> None:
         """Remove `excess` tokens from the ends of the longest texts."""
@@ -208,47 +219,10 @@ class PromptBuilder:
 
     def _text_span(self, segment: _Segment) -> tuple[int, int]:
         """The range of `segment.ids` that lie entirely in the turn's own text."""
-        offsets = self.tokenizer(
-            segment.text,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_offsets_mapping=True,
-        ).offset_mapping
+        offsets = self.tokenizer(segment.text, **_AS_TEXT, return_offsets_mapping=True)
         inside = [
             index
-            for index, (start, end) in enumerate(offsets)
+            for index, (start, end) in enumerate(offsets.offset_mapping)
             if segment.start <= start < end <= segment.end
         ]
         return (inside[0], inside[-1] + 1) if inside else (0, 0)
-
-
-def _append(
-    segments: list[_Segment], text: str, has_loss: bool, *, is_content: bool = False
-) -> None:
-    """Append markup, or a turn's own text, to the last segment if allowed, or to a new one."""
-    if not text:
-        return
-    if not segments or segments[-1].is_closed or segments[-1].has_loss != has_loss:
-        segments.append(_Segment(has_loss, is_closed=False))
-    segment = segments[-1]
-    if is_content and segment.text and segment.end == len(segment.text):
-        text = f" {text}"  # two texts of one turn
-    elif is_content:
-        segment.start = len(segment.text)
-    segment.text += text
-    if is_content:
-        segment.end = len(segment.text)
-
-
-def _concatenate(segments: list[_Segment], cut_tokens: int) -> EncodedPrompt:
-    encoded = EncodedPrompt(cut_tokens=cut_tokens)
-    for segment in segments:
-        position = len(encoded.input_ids)
-        if segment.medium and segment.has_loss:
-            encoded.signal_spans.append((position, segment.medium))
-        elif segment.medium:
-            encoded.media_positions.append((position + 1, segment.medium))  # after <Img>
-        encoded.input_ids += segment.ids
-        encoded.labels += segment.ids[: segment.num_labels]
-        encoded.labels += [IGNORE_INDEX] * (len(segment.ids) - segment.num_labels)
-    return encoded

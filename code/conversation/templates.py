@@ -69,15 +69,12 @@ TEMPLATES = {
     ),
 }
 
-_TURNS = ("first question", "first answer", "second question", "second answer")
-
 
 def template_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
     """Render a chat of known turns and take the strings around them as the template.
 
     A default system prompt becomes part of the first human turn's opening. An answer ends with the
-    first special token after it. The opening of an answer is tokenized separately from the answer,
-    as at inference.
+    first special token after it.
 
     Raises:
         UserError: no chat template, or one that does not alternate questions and answers.
@@ -85,31 +82,31 @@ def template_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Template:
     name = f"prompt_format tokenizer: {tokenizer.name_or_path}"
     if not tokenizer.chat_template:
         raise UserError(f"{name}: its tokenizer has no chat template; use vicuna_v0 or chatml")
+    texts = ("first question", "first answer", "second question", "second answer")
     roles = ("user", "assistant") * 2
-    turns = [{"role": r, "content": t} for r, t in zip(roles, _TURNS, strict=True)]
     try:
+        turns = [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateError as error:
         raise UserError(f"{name}: its chat template cannot be rendered: {error}") from error
-    found = re.fullmatch("(.*?)".join(("", *map(re.escape, _TURNS), "")), rendered, re.DOTALL)
+    found = re.fullmatch("(.*?)".join(("", *map(re.escape, texts), "")), rendered, re.DOTALL)
     if not found:
         raise UserError(f"{name}: its chat template changes the turns: {rendered!r}")
     first, opening, between, second_opening, end = found.groups()
     if not between.startswith(end) or second_opening != opening:
         raise UserError(f"{name}: its chat template treats rounds differently: {rendered!r}")
     ending = _to_markup(end, tokenizer)
-    special = [index for index, part in enumerate(ending) if isinstance(part, Special)]
-    if not special:
+    special = next((i for i, part in enumerate(ending) if isinstance(part, Special)), None)
+    if special is None:
         raise UserError(f"{name}: its chat template has no special token after an answer")
-    end_of_answer, after_answer = ending[: special[0] + 1], ending[special[0] + 1 :]
     return Template(
         begins_with_bos=False,  # if the format has a BOS token, it was rendered
         first_human=_to_markup(first, tokenizer),
         next_human=_to_markup(between.removeprefix(end), tokenizer),
         answer_opening=_to_markup(opening, tokenizer),
-        end_after_text=end_of_answer,
-        end_after_media=end_of_answer,
-        after_answer=after_answer,
+        end_after_text=ending[: special + 1],
+        end_after_media=ending[: special + 1],
+        after_answer=ending[special + 1 :],
         first_apart=False,
     )
 
@@ -120,6 +117,4 @@ def _to_markup(text: str, tokenizer: PreTrainedTokenizerBase) -> Markup:
     if not tokens:
         return (text,) if text else ()
     strings = re.split(f"({'|'.join(map(re.escape, tokens))})", text)
-    return tuple(
-        Special(string) if index % 2 else string for index, string in enumerate(strings) if string
-    )
+    return tuple(Special(string) if i % 2 else string for i, string in enumerate(strings) if string)

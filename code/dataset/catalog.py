@@ -13,7 +13,7 @@ from nextgpt.dataset.shards import shards_of
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """Kind, annotation file and media folder of one data set, relative to the data root."""
+    """A data set with paths relative to the data root."""
 
     kind: Kind
     annotation: str
@@ -37,15 +37,12 @@ class DatasetSource:
 
 def _pairs(name: str, file: str, modality: Modality) -> dict[str, DatasetEntry]:
     """Caption pairs, from medium to caption (`_enc`) and from caption to medium (`_dec`)."""
-    media = str(Path(file).parent / f"{modality}s")
-    return {
-        f"{name}_enc": DatasetEntry("caption_in", file, media),
-        f"{name}_dec": DatasetEntry("caption_out", file, media),
-    }
+    kinds = zip(("enc", "dec"), PAIR_KINDS, strict=True)
+    return {f"{name}_{way}": _entry(file, f"{modality}s", kind) for way, kind in kinds}
 
 
-def _instruction(file: str, media: str = "", kind: Kind = "instruction") -> DatasetEntry:
-    """Conversations with media in `media`, relative to the folder of `file`."""
+def _entry(file: str, media: str = "", kind: Kind = "instruction") -> DatasetEntry:
+    """A data set with media in `media`, relative to the folder of `file`."""
     return DatasetEntry(kind, file, str(Path(file).parent / media))
 
 
@@ -55,20 +52,20 @@ CATALOG: dict[str, DatasetEntry] = {
     **_pairs("cc3m", "T-X_pair_data/cc3m/cc3m.json", "image"),
     **_pairs("webvid", "T-X_pair_data/webvid/webvid.json", "video"),
     **_pairs("audiocap", "T-X_pair_data/audiocap/audiocap.json", "audio"),
-    "llava_instruction": _instruction(f"{_IT}/T+X-T_data/llava/llava.json", "images"),
-    "alpaca_instruction": _instruction(f"{_IT}/T+X-T_data/alpaca/alpaca.json"),
-    "videochat_instruction": _instruction(f"{_IT}/T+X-T_data/videochat/videochat.json", "videos"),
-    "image_instruction": _instruction(f"{_IT}/T-T+X_data/image_instruction.json"),
-    "video_instruction": _instruction(f"{_IT}/T-T+X_data/video_instruction.json"),
-    "audio_instruction": _instruction(f"{_IT}/T-T+X_data/audio_instruction.json"),
-    "mosit_instruction": _instruction(f"{_IT}/MosIT_data/mosit.json", "media", "interleaved"),
+    "llava_instruction": _entry(f"{_IT}/T+X-T_data/llava/llava.json", "images"),
+    "alpaca_instruction": _entry(f"{_IT}/T+X-T_data/alpaca/alpaca.json"),
+    "videochat_instruction": _entry(f"{_IT}/T+X-T_data/videochat/videochat.json", "videos"),
+    "image_instruction": _entry(f"{_IT}/T-T+X_data/image_instruction.json"),
+    "video_instruction": _entry(f"{_IT}/T-T+X_data/video_instruction.json"),
+    "audio_instruction": _entry(f"{_IT}/T-T+X_data/audio_instruction.json"),
+    "mosit_instruction": _entry(f"{_IT}/MosIT_data/mosit.json", "media", "interleaved"),
     **_pairs("mini_image", "mini_world/T-X_pair_data/image/image.json", "image"),
     **_pairs("mini_video", "mini_world/T-X_pair_data/video/video.json", "video"),
     **_pairs("mini_audio", "mini_world/T-X_pair_data/audio/audio.json", "audio"),
-    "mini_question": _instruction(f"{_MINI}/T+X-T_data/mini_question/mini_question.json"),
-    "mini_request": _instruction(f"{_MINI}/T-T+X_data/mini_request/mini_request.json"),
-    "mini_mosit": _instruction(f"{_MINI}/MosIT_data/mini_mosit/mini_mosit.json", "", "interleaved"),
-    "mini_text": _instruction(f"{_MINI}/text/mini_text.json"),
+    "mini_question": _entry(f"{_MINI}/T+X-T_data/mini_question/mini_question.json"),
+    "mini_request": _entry(f"{_MINI}/T-T+X_data/mini_request/mini_request.json"),
+    "mini_mosit": _entry(f"{_MINI}/MosIT_data/mini_mosit/mini_mosit.json", "", "interleaved"),
+    "mini_text": _entry(f"{_MINI}/text/mini_text.json"),
 }
 
 

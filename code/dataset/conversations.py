@@ -20,8 +20,7 @@ from nextgpt.media.shard_members import medium_exists
 class ConversationDataset(Dataset[Conversation]):
     """Map-style: `dataset[name, row]` is a conversation with absolute paths.
 
-    The constructor builds missing row indexes. A lookup costs tens of microseconds and opens no
-    media.
+    Building it builds missing row indexes. A lookup costs tens of microseconds and opens no media.
 
     Args:
         sources: the data sets, from `dataset.catalog.resolve_entry`.
@@ -34,10 +33,8 @@ class ConversationDataset(Dataset[Conversation]):
     def __init__(self, sources: Sequence[DatasetSource], cache_dir: Path) -> None:
         self.sources = {source.name: source for source in sources}
         self.indexes = {
-            one.name: open_index(
-                one.annotation, cache_dir, one.read, f"{one.kind}-{READER_VERSION}"
-            )
-            for one in sources
+            s.name: open_index(s.annotation, cache_dir, s.read, f"{s.kind}-{READER_VERSION}")
+            for s in sources
         }
 
     @property

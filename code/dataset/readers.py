@@ -34,10 +34,6 @@ _TO_SPACE = str.maketrans(dict.fromkeys('"()*#:;~', " "))
 _SPACES = re.compile(r"\s{2,}")
 
 
-def _known() -> str:
-    return ", ".join(MODALITIES)
-
-
 def _placeholder() -> re.Pattern[str]:
     return re.compile(rf"\s*<({'|'.join(MODALITIES)})>\s*")  # compiled once: `re` caches it
 
@@ -49,8 +45,7 @@ class _RecordError(Exception):
 def clean_caption(caption: str) -> str:
     """Normalize a caption for the language model; text encoders embed the original.
 
-    Converts to lower case, replaces each of `"()*#:;~` by a space, collapses two or more
-    white-space characters to one space, and strips the ends.
+    Lower case; each of `"()*#:;~` and two or more white-space characters become one space.
     """
     return _SPACES.sub(" ", caption.lower().translate(_TO_SPACE)).strip()
 
@@ -87,11 +82,10 @@ def iter_captions(file: Path, modality: Modality) -> Iterator[tuple[str, str]]:
     """
     found = False
     for row, (record, _) in enumerate(annotation_rows(file)):
-        for turn in read_record(record, _detect_kind(record), file, row).turns:
-            for part in turn.parts:
-                if isinstance(part, Media) and part.modality == modality and part.embedding:
-                    found = True
-                    yield part.embedding.removesuffix(".npy"), part.caption or ""
+        for medium in read_record(record, _detect_kind(record), file, row).outputs:
+            if medium.modality == modality:
+                found = True
+                yield (medium.embedding or "").removesuffix(".npy"), medium.caption or ""
     if not found:
         raise UserError(f"{file} has no captions of {modality} outputs: is {modality} meant?")
 
@@ -100,43 +94,42 @@ def _detect_kind(record: Record) -> Kind:
     if "conversations" in record or "caption" in record:
         return "caption_out"
     turns = record.get("conversation")
-    is_list = isinstance(turns, list)
-    is_mosit = is_list and any(isinstance(turn, dict) and "media" in turn for turn in turns)
+    is_mosit = isinstance(turns, list) and any("media" in t for t in turns if isinstance(t, dict))
     return "interleaved" if is_mosit else "instruction"
 
 
 def _caption_in(record: Record) -> Iterator[Turn]:
     modality, name, caption = _caption_pair(record)
     yield Turn("human", (Media(modality, path=name), Text(CAPTION_PROMPT)))
-    yield Turn("assistant", (Text(clean_caption(caption)),))
+    yield Turn("assistant", (caption,))
 
 
 def _caption_out(record: Record) -> Iterator[Turn]:
     modality, name, caption = _caption_pair(record)
-    text = Text(clean_caption(caption))
-    yield Turn("human", (text,))
-    yield Turn("assistant", (text, _output(modality, name, caption)))
+    yield Turn("human", (caption,))
+    yield Turn("assistant", (caption, _medium("assistant", modality, name, record)))
 
 
-def _caption_pair(record: Record) -> tuple[Modality, str, str]:
-    named: list[Modality] = [m for m in MODALITIES if f"{m}_name" in record]
+def _caption_pair(record: Record) -> tuple[Modality, str, Text]:
+    """Modality, file name and cleaned caption."""
+    keys = {f"{modality}_name": modality for modality in MODALITIES}
+    named = [key for key in keys if key in record]
     if len(named) != 1:
-        raise _RecordError(
-            f"expected one of the fields {', '.join(f'{m}_name' for m in MODALITIES)}"
-        )
-    return named[0], _name(record, f"{named[0]}_name"), _caption(record, "caption")
+        raise _RecordError(f"expected one of the fields {', '.join(keys)}")
+    caption = Text(clean_caption(_caption(record, "caption")))
+    return keys[named[0]], _name(record, named[0]), caption
 
 
 def _later_release(record: Record) -> Iterator[Turn]:
-    named: dict[tuple[str, Modality], Media] = {}
+    named: dict[tuple[Role, Modality], Media] = {}
     for m in MODALITIES:
         if f"input_{m}" in record:
-            named["human", m] = Media(m, path=_name(record, f"input_{m}"))
+            named["human", m] = _medium("human", m, _name(record, f"input_{m}"), record)
         if f"output_{m}" in record:
             embedding = f"{m}_caption_embeddings"
             file = _name(record, embedding if embedding in record else f"output_{m}")
-            medium = _output(m, file.removesuffix(".npy"), _caption(record, f"{m}_captions"))
-            named["assistant", m] = medium
+            name, key = file.removesuffix(".npy"), f"{m}_captions"
+            named["assistant", m] = _medium("assistant", m, name, record, key)
     for role, value, _, where in _turns(record, "conversations"):
         media = [named.pop((role, m), None) for m in _placeholder().findall(value)]
         if None in media:
@@ -149,19 +142,14 @@ def _later_release(record: Record) -> Iterator[Turn]:
 
 def _interleaved(record: Record) -> Iterator[Turn]:
     for role, value, turn, where in _turns(record, "conversation"):
-        entries = turn.get("media", [])
+        entries, media = turn.get("media", []), []
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise _RecordError(f"{where}.media: expected a list of objects")
-        media = [_mosit_medium(e, role, f"{where}.media[{i}].") for i, e in enumerate(entries)]
+        for index, entry in enumerate(entries):
+            at = f"{where}.media[{index}]."
+            modality = _modality(entry.get("modality"), f"{at}modality")
+            media.append(_medium(role, modality, _name(entry, "name", at), entry, where=at))
         yield Turn(role, _interleave(value, media, where))
-
-
-def _mosit_medium(entry: Record, role: Role, where: str) -> Media:
-    modality = _modality(entry.get("modality"), f"{where}modality")
-    name = _name(entry, "name", where)
-    if role == "human":
-        return Media(modality, path=name)
-    return _output(modality, name, _caption(entry, "caption", where))
 
 
 def _instruction(record: Record) -> Iterator[Turn]:
@@ -185,10 +173,8 @@ def _instruction(record: Record) -> Iterator[Turn]:
             used[modality] = role
             key = f"{modality}_name"
             name = _name(record, key if record.get(key) else "mm_name")
-            if role == "human":
-                parts = (Media(modality, path=name), *parts)
-            else:
-                parts = (*parts, _output(modality, name, _caption(turn, "caption", f"{where}.")))
+            medium = _medium(role, modality, name, turn, where=f"{where}.")
+            parts = (medium, *parts) if role == "human" else (*parts, medium)
         yield Turn(role, parts)
     if not used and any(record.get(f"{kind}_name") for kind in ("mm", *MODALITIES)):
         raise _RecordError("input_modality, output_modality: no turn says what the named medium is")
@@ -226,22 +212,29 @@ def _interleave(value: str, media: list[Media], where: str) -> tuple[ContentPart
         raise _RecordError(
             f"{where}.value: its placeholders {expected} differ from its media {found}"
         )
-    parts: list[ContentPart] = []
-    for index, string in enumerate(strings):
-        if index % 2:
-            parts.append(media[index // 2])
-        elif string.strip():
-            parts.append(Text(string))
-    return tuple(parts)
+    parts = (media[i // 2] if i % 2 else Text(string) for i, string in enumerate(strings))
+    return tuple(part for part in parts if isinstance(part, Media) or part.text.strip())
 
 
-def _output(modality: Modality, name: str, caption: str) -> Media:
+def _medium(
+    role: Role,
+    modality: Modality,
+    name: str,
+    captions: Record,
+    key: str = "caption",
+    where: str = "",
+) -> Media:
+    """An input medium, or an output medium with its caption under `key`."""
+    if role == "human":
+        return Media(modality, path=name)
+    caption = _caption(captions, key, where)
     return Media(modality, caption=caption, embedding=f"{PurePosixPath(name).name}.npy")
 
 
 def _modality(value: Any, where: str, others: str = "") -> Modality:
     if value not in tuple(MODALITIES):
-        raise _RecordError(f"{where}: expected one of {others}{_known()}, not {value!r}")
+        known = others + ", ".join(MODALITIES)
+        raise _RecordError(f"{where}: expected one of {known}, not {value!r}")
     return value
 
 

@@ -27,9 +27,9 @@ class BatchSchedule:
         sizes: rows of each data set.
         global_batch_size: samples a batch, over all processes.
         mode: `round_robin`, as published: each batch is from one data set, in turns; smaller data
-            sets are repeated, reshuffled, until the largest is exhausted, whose last batch is
-            filled from its next shuffle. `mixed`: batches mix all rows, each once an epoch; the
-            last batch is filled from the epoch's first.
+            sets are reshuffled and repeated until the largest is exhausted, as is the largest to
+            fill its last batch. `mixed`: batches mix all rows, each once an epoch; the last batch
+            is filled from the epoch's first.
         seed: of the permutations.
 
     Raises:
@@ -67,15 +67,16 @@ class BatchSchedule:
         return (self._mixed if self.mode == "mixed" else self._round_robin)(epoch, start)
 
     def _mixed(self, epoch: int, start: int) -> Iterator[list[Sample]]:
-        names, ends = list(self.sizes), np.cumsum(list(self.sizes.values()))
-        starts = ends - list(self.sizes.values())
+        names, ends = list(self.sizes), np.cumsum([*self.sizes.values()])
+        starts = np.array([0, *ends])
         order = np.random.default_rng([self.seed, epoch]).permutation(self._rows)
         for step in range(start, self.steps_per_epoch):
             first = step * self.global_batch_size
             drawn = order.take(range(first, first + self.global_batch_size), mode="wrap")
             which = np.searchsorted(ends, drawn, side="right")
-            rows = (drawn - starts[which]).tolist()
-            yield [(names[i], row) for i, row in zip(which.tolist(), rows, strict=True)]
+            yield [
+                (names[i], int(row)) for i, row in zip(which, drawn - starts[which], strict=True)
+            ]
 
     def _round_robin(self, epoch: int, start: int) -> Iterator[list[Sample]]:
         names, batch_size = list(self.sizes), self.global_batch_size
@@ -97,9 +98,8 @@ def split_for_rank(
 ) -> list[Sample]:
     """Rank `rank`'s samples of a global batch: equally many for each, of similar total length.
 
-    The longest samples are dealt first, in alternating direction. Of 8 (16) of the mini world's
-    conversations, the busier of two processes then has 7 % (3 %) more tokens than the mean, instead
-    of 17 % (11 %) in the batch's order.
+    The longest samples are dealt first, in alternating direction: of 16 of the mini world's
+    conversations, the busier of two processes has 3 % more tokens than the mean, instead of 11 %.
 
     Args:
         length: of a sample, in any unit.

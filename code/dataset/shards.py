@@ -36,8 +36,7 @@ def annotation_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         return
     skipped = 0
     for shard in shards_of(path):
-        for files in _samples(shard):
-            pair = _caption_pair(shard, files)
+        for pair in _caption_pairs(shard):
             if pair:
                 yield pair, to_json(pair, ensure_ascii=False)
             skipped += pair is None
@@ -45,22 +44,23 @@ def annotation_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         print(f"{path}: skipped {skipped} samples without a medium or a caption")
 
 
-_Files = dict[str, tuple[tarfile.TarInfo, bytes]]  # by suffix; content of text files only
-
-
-def _samples(shard: Path) -> Iterator[_Files]:
-    """Group the files of a shard by key."""
+def _caption_pairs(shard: Path) -> Iterator[dict[str, str] | None]:
+    """The caption pair of each sample; None without a medium or a caption."""
+    specs = sorted(MODALITIES.values(), key=lambda spec: -spec.shard_priority)
     try:
         with tarfile.open(shard, "r:") as tar:
             entries = (entry for entry in tar if entry.isfile())
-            for _, files in groupby(entries, key=lambda entry: _key_and_suffix(entry.name)[0]):
-                sample: _Files = {}
-                for entry in files:
-                    suffix = _key_and_suffix(entry.name)[1]
-                    text = suffix in (".txt", ".json")
-                    content = tar.extractfile(entry).read() if text else b""
-                    sample[suffix] = entry, content
-                yield sample
+            for _, sample in groupby(entries, key=lambda entry: _key_and_suffix(entry.name)[0]):
+                files = {_key_and_suffix(entry.name)[1]: entry for entry in sample}
+                media = [(s, files[x]) for s in specs for x in s.shard_suffixes if x in files]
+                caption = _caption(shard, tar, files)
+                if not media or not caption:
+                    yield None
+                    continue
+                spec, entry = media[0]
+                name = PurePosixPath(entry.name).name
+                member = f"{shard.name}/{entry.offset_data}+{entry.size}/{name}"
+                yield {f"{spec.name}_name": member, "caption": caption}
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"{shard}: not a complete tar file ({error}): download it again or remove it"
@@ -74,25 +74,12 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
     return str(path.with_name(stem)), f".{suffix.lower()}"
 
 
-def _caption_pair(shard: Path, files: _Files) -> dict[str, str] | None:
-    caption = _caption(shard, files)
-    for spec in sorted(MODALITIES.values(), key=lambda spec: -spec.shard_priority):
-        for suffix in spec.shard_suffixes:
-            if suffix in files and caption:
-                entry, _ = files[suffix]
-                name = PurePosixPath(entry.name).name
-                member = f"{shard.name}/{entry.offset_data}+{entry.size}/{name}"
-                return {f"{spec.name}_name": member, "caption": caption}
-    return None
-
-
-def _caption(shard: Path, files: _Files) -> str:
+def _caption(shard: Path, tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> str:
+    if not (entry := files.get(".txt") or files.get(".json")):
+        return ""
+    content = tar.extractfile(entry).read()  # type: ignore[union-attr]
     try:
-        if ".txt" in files:
-            return files[".txt"][1].decode().strip()
-        if ".json" in files:
-            return str(json.loads(files[".json"][1])["caption"] or "").strip()
+        is_text = ".txt" in files
+        return (content.decode() if is_text else str(json.loads(content)["caption"] or "")).strip()
     except (ValueError, TypeError, KeyError) as error:
-        (entry, _) = files.get(".txt") or files[".json"]
         raise UserError(f"{shard}: {entry.name} has no caption: {error}") from error
-    return ""

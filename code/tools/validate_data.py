@@ -10,7 +10,7 @@ from nextgpt.common.errors import MediaError, UserError
 from nextgpt.common.modality import Modality
 from nextgpt.conversation.messages import Media
 from nextgpt.dataset.caption_embeddings import read_embedding
-from nextgpt.dataset.caption_records import CaptionFinding, is_among
+from nextgpt.dataset.caption_records import CaptionFinding
 from nextgpt.dataset.conversations import ConversationDataset
 from nextgpt.media.transforms import load_views
 
@@ -69,7 +69,7 @@ def check_datasets(
         every = max(1, rows // decode) if decode else rows + 1
         for row in tqdm(range(rows), desc=name, unit=" rows", delay=2):
             try:
-                if is_among(row, compared.wrong_rows):
+                if row in compared.wrong_rows:
                     raise UserError(compared.faults.get(row, f"row {row}: see the rows before it"))
                 for turn in dataset[name, row].turns:
                     for part in turn.parts:

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from nextgpt.common.device import choose_device
@@ -38,12 +37,12 @@ class CaptionCheck(NamedTuple):
 
     Attributes:
         lines: what could not be checked, and which rows will be skipped.
-        wrong_rows: by data set the rows whose embeddings are of other captions, (N,) int64,
-            ascending; data sets without any are left out.
+        wrong_rows: by data set the rows whose embeddings are of other captions; data sets without
+            any are left out.
     """
 
     lines: list[str]
-    wrong_rows: dict[str, np.ndarray]
+    wrong_rows: dict[str, set[int]]
 
 
 def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> CaptionCheck:
@@ -59,7 +58,7 @@ def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> Ca
     findings = find_wrong_captions(config, dataset)
     lines, wrong_rows = [], {}
     for name, finding in findings.items():
-        if not len(finding.wrong_rows):
+        if not finding.wrong_rows:
             continue
         wrong_rows[name] = finding.wrong_rows
         count, size = len(finding.wrong_rows), dataset.sizes[name]
@@ -86,7 +85,7 @@ def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[st
         words = [str(annotation), modality, str(folder), path, "--replace"]
         return shlex.join(["python", "process_embeddings.py", *words])
 
-    return compare_captions(dataset, project_path(config.data.cache_dir), command)
+    return compare_captions(dataset, command)
 
 
 def compare_unrecorded(
@@ -107,7 +106,7 @@ def compare_unrecorded(
                 if medium.modality != modality or not Path(medium.embedding or "").is_file():
                     continue
                 if fault := _compare_with_encoder(encoder, medium):
-                    finding.add_wrong_rows(np.array([row]))
+                    finding.wrong_rows.add(row)
                     finding.faults[row] = f"{fault} (row {row}; the first is 0)"
 
 
@@ -138,7 +137,7 @@ def check_makers(config: Config, dataset: ConversationDataset) -> list[str]:
     """
     folder = project_path(config.data.caption_embedding_dir).resolve()
     lines = []
-    for modality in sorted(output_modalities(dataset, project_path(config.data.cache_dir))):
+    for modality in sorted(output_modalities(dataset)):
         maker = read_maker(folder, modality)
         if maker is None:
             continue  # then the captions have no record either, which is reported

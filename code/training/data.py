@@ -14,7 +14,6 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -26,7 +25,6 @@ from nextgpt.conversation.batch import Batch, Example, SkippedSample, UnencodedM
 from nextgpt.conversation.messages import Media
 from nextgpt.conversation.prompt import PromptBuilder
 from nextgpt.dataset.caption_embeddings import read_embedding
-from nextgpt.dataset.caption_records import is_among
 from nextgpt.dataset.conversations import ConversationDataset
 from nextgpt.dataset.sampler import BatchSchedule, Sample, split_for_rank
 from nextgpt.media.feature_cache import DecodedMedium, FeatureCache
@@ -46,8 +44,7 @@ class ExampleDataset(Dataset[Example]):
         caches: of features, by modality; one is opened when a medium of its modality is met.
         prompt_embeds_shapes: of the precomputed caption embeddings; None: captions are encoded
             online.
-        wrong_rows: by data set the rows whose embeddings are of other captions, (N,) int64,
-            ascending; they are skipped.
+        wrong_rows: by data set the rows whose embeddings are of other captions; they are skipped.
     """
 
     conversations: ConversationDataset
@@ -55,7 +52,7 @@ class ExampleDataset(Dataset[Example]):
     max_seq_length: int
     caches: Mapping[Modality, FeatureCache]
     prompt_embeds_shapes: dict[Modality, tuple[int, ...]] | None
-    wrong_rows: Mapping[str, np.ndarray]
+    wrong_rows: Mapping[str, set[int]]
 
     def __len__(self) -> int:
         return len(self.conversations)
@@ -78,7 +75,7 @@ class ExampleDataset(Dataset[Example]):
         raise UserError(f"no sample of {name} can be used; the last: {skipped[-1].reason}")
 
     def _load(self, name: str, row: int, skipped: list[SkippedSample]) -> Example:
-        if name in self.wrong_rows and is_among(row, self.wrong_rows[name]):
+        if row in self.wrong_rows.get(name, ()):
             raise MediaError(
                 f"row {row} (the first is 0) of {self.conversations.sources[name].annotation}: its "
                 "embedding is of another caption: check_data.py names the first of these rows"

@@ -132,7 +132,7 @@ def _identify_embeddings(config: Config, dataset: ConversationDataset) -> dict[s
         return {}
     folder = project_path(config.data.caption_embedding_dir).resolve()
     identities = {}
-    for modality in output_modalities(dataset, project_path(config.data.cache_dir)):
+    for modality in output_modalities(dataset):
         maker = read_maker(folder, modality)
         identities[modality] = {
             "folder": str(folder),
@@ -172,7 +172,7 @@ def _identify_frozen(
         except MissingFileError:  # conversations without media need none
             pass
     if config.data.caption_embeddings == "online":
-        for modality in output_modalities(dataset, project_path(config.data.cache_dir)):
+        for modality in output_modalities(dataset):
             weights, tokenizer = text_encoder_fingerprints(config, modality)
             path = config.decoders[modality].path
             identities[f"text encoder of the {modality} decoder"] = {

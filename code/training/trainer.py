@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -133,9 +132,9 @@ class Trainer:
         config, training = self.config, self.config.training
         conversations = open_conversations(config.data)
         shapes = prompt_embeds_shapes(config)
-        wrong_rows: dict[str, np.ndarray] = {}
+        wrong_rows: dict[str, set[int]] = {}
         if shapes is not None:
-            # On one rank, because it holds tables of all captions: 120 MB per million rows.
+            # On one rank, because it holds all captions: 330 MB per million rows.
             check = partial(check_caption_embeddings, config, conversations)
             lines, wrong_rows = compute_on_rank_0(check)
             for line in lines:
