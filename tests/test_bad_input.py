@@ -20,8 +20,8 @@ from nextgpt.config.loader import load_config
 from nextgpt.mini_world import write_data
 from nextgpt.tools import preprocess_dataset
 from parity_tools import PARITY
+from tiny_components import script_language_model, tiny_overrides, write_tiny_components
 from tiny_decoders import tiny_decoder
-from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
 from tiny_run import TinyRun, tiny_world, trained
 from tiny_system import tiny_encoder
 
@@ -32,7 +32,7 @@ PAIRS = [{"image_name": f"{index}.png", "caption": f"a red circle {index}"} for 
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Parts of which the language model always answers with a picture and a sound."""
     folder = tmp_path_factory.mktemp("system")
-    write_tiny_parts(folder)
+    write_tiny_components(folder)
     signals = tiny_encoder().signals
     script_language_model(folder, [*signals.span("image"), *signals.span("audio"), 333])
     return folder
@@ -94,7 +94,7 @@ BROKEN_FOLDERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", BROKEN_FOLDERS)
-def test_a_broken_part_is_named(
+def test_components_broken_are_named(
     fault: str, system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key, spoil, word = BROKEN_FOLDERS[fault]
@@ -133,7 +133,7 @@ DELTAS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", DELTAS)
-def test_a_broken_delta_is_named(
+def test_delta_broken_is_named(
     fault: str, system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     suffix, spoil, word = DELTAS[fault]
@@ -163,7 +163,7 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("fault", ANSWERS)
-def test_a_wrong_request_leaves_nothing(
+def test_inference_bad_request_writes_nothing(
     fault: str, system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, word = ANSWERS[fault]
@@ -180,7 +180,7 @@ EMBEDDINGS = {
 
 
 @pytest.mark.parametrize("fault", EMBEDDINGS)
-def test_a_wrong_order_for_embeddings_leaves_nothing(
+def test_process_embeddings_bad_arguments_write_nothing(
     fault: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -194,7 +194,9 @@ def test_a_wrong_order_for_embeddings_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
 
 
-def test_a_damaged_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_embedding_store_damaged_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "captions.json").write_text(json.dumps(PAIRS))
     (tmp_path / "embeddings.image.json").write_text("[]")
     line = [tmp_path / "captions.json", "image", tmp_path, tiny_decoder("image")]
@@ -213,13 +215,13 @@ def test_a_damaged_store_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("decoders.audio.guidance_scale=.inf", "guidance_scale"),
     ],
 )
-def test_a_figure_that_cannot_be_is_named(override: str, word: str) -> None:
+def test_config_impossible_value_is_named(override: str, word: str) -> None:
     with pytest.raises(UserError, match=word):
         load_config("7b", 1, [override])
 
 
 @pytest.mark.parametrize("content", [b"stage_1: 5\n", b"\xff\xfe"])
-def test_a_configuration_of_another_kind_is_named(content: bytes, tmp_path: Path) -> None:
+def test_config_of_another_format_is_named(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"own\.yaml"):
         load_config(str(tmp_path / "own.yaml"), 1)
@@ -235,20 +237,22 @@ def test_a_configuration_of_another_kind_is_named(content: bytes, tmp_path: Path
         (["save_path={file}"], "list.json"),
     ],
 )
-def test_a_run_that_cannot_start_says_why(sets: list[str], word: str, tmp_path: Path) -> None:
+def test_training_that_cannot_start_names_the_reason(
+    sets: list[str], word: str, tmp_path: Path
+) -> None:
     (tmp_path / "list.json").write_text("[]")
     sets = [override.format(file=tmp_path / "list.json") for override in sets]
     assert word in TinyRun(tmp_path / "run", 1, sets).fail()
     assert not list(tmp_path.rglob("delta*"))
 
 
-def test_missing_caption_embeddings_name_the_command(tmp_path: Path) -> None:
+def test_training_missing_caption_embeddings_name_the_command(tmp_path: Path) -> None:
     sets = [f"data.caption_embedding_dir={tmp_path / 'none'}"]
     start = ["--init-from", str(trained(1).folder)]
     assert "run process_embeddings.py" in TinyRun(tmp_path, 2, sets, start).fail()
 
 
-def test_other_entries_refuse_without_a_trace(
+def test_entries_refuse_bad_input_without_writing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = tiny_world() / "data" / "mini_world" / "T-X_pair_data" / "image" / "image.json"
@@ -258,7 +262,7 @@ def test_other_entries_refuse_without_a_trace(
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_system_refuses_and_ctrl_c_need_no_traceback(
+def test_run_cli_reports_errors_and_interrupts_without_traceback(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert "Is a directory" in refused(lambda: tmp_path.read_text() and None, [], capsys)

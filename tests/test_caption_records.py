@@ -78,13 +78,13 @@ def rotated(rows: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_embeddings_of_the_captions_in_the_data_pass_without_a_word(
+def test_caption_check_passes_matching_embeddings_silently(
     tmp_path: Path, sets: list[str], stage: int
 ) -> None:
     assert checked(tmp_path, sets, stage) == []
 
 
-def test_embeddings_of_other_captions_are_an_error_whose_command_makes_them_right(
+def test_caption_check_error_names_the_command_that_repairs(
     tmp_path: Path, sets: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = change_rows(tmp_path, rotated)
@@ -105,9 +105,7 @@ def test_embeddings_of_other_captions_are_an_error_whose_command_makes_them_righ
     assert checked(tmp_path, sets) == []
 
 
-def test_a_single_letter_of_a_caption_is_seen_and_its_row_is_to_be_skipped(
-    tmp_path: Path, sets: list[str]
-) -> None:
+def test_caption_check_one_letter_difference_skips_the_row(tmp_path: Path, sets: list[str]) -> None:
     change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "a red circlf"}])
     (line,), wrong_rows = check_run(tmp_path, sets)
     assert re.search(
@@ -119,7 +117,7 @@ def test_a_single_letter_of_a_caption_is_seen_and_its_row_is_to_be_skipped(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
+def test_training_skips_a_few_mismatched_captions(
     tmp_path: Path, sets: list[str], processes: int
 ) -> None:
     change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "another"}])
@@ -134,13 +132,13 @@ def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
     assert run.metrics[-1]["skipped"] == len(run.skipped)
 
 
-def test_more_wrong_rows_than_a_run_may_skip_are_an_error(tmp_path: Path, sets: list[str]) -> None:
+def test_caption_check_too_many_mismatches_raise(tmp_path: Path, sets: list[str]) -> None:
     change_rows(tmp_path, lambda rows: [row | {"caption": "no"} for row in rows[:2]] + rows[2:])
     with pytest.raises(UserError, match=rf"made from the caption .* 2 of {ROWS} rows"):
         check_run(tmp_path, sets)
 
 
-def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
+def test_training_and_check_data_refuse_mismatched_captions(
     tmp_path: Path, sets: list[str]
 ) -> None:
     rows = change_rows(tmp_path, rotated)
@@ -155,7 +153,7 @@ def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
     assert "mini_audio_dec: 7 of 7 usable" in said
 
 
-def test_embeddings_without_records_are_taken_with_a_word_and_sampled_by_check_data(
+def test_caption_check_warns_without_records_and_check_data_samples(
     tmp_path: Path, sets: list[str]
 ) -> None:
     embeddings = tmp_path / "embed"
@@ -175,7 +173,7 @@ def test_embeddings_without_records_are_taken_with_a_word_and_sampled_by_check_d
     assert code == 0 and "could not be compared" in said
 
 
-def test_embeddings_of_another_text_encoder_or_tokenizer_are_an_error(
+def test_caption_check_other_text_encoder_or_tokenizer_raises(
     tmp_path: Path, sets: list[str]
 ) -> None:
     build_mini_decoder("image", tmp_path / "other", 2, ["a small red circle on the left"], TINY)
@@ -191,14 +189,14 @@ def test_embeddings_of_another_text_encoder_or_tokenizer_are_an_error(
     assert checked(tmp_path, sets) == []
 
 
-def test_a_decoder_that_is_not_at_hand_is_said_to_be_uncompared(
+def test_caption_check_missing_decoder_is_reported_as_unchecked(
     tmp_path: Path, sets: list[str]
 ) -> None:
     (line,) = checked(tmp_path, [*sets, f"decoders.image.path={tmp_path / 'gone'}"])
     assert "could not be checked" in line and "gone" in line
 
 
-def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
+def test_caption_check_two_captions_for_one_medium_are_detected(
     tmp_path: Path, sets: list[str]
 ) -> None:
     def named_alike(rows: list[dict]) -> list[dict]:
@@ -225,7 +223,7 @@ def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
     assert wrong_rows.keys() == {"mini_request"}
 
 
-def test_tables_are_made_once_and_again_when_records_or_rows_change(
+def test_compare_captions_caches_until_records_or_rows_change(
     tmp_path: Path, sets: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = []
@@ -252,7 +250,7 @@ def test_tables_are_made_once_and_again_when_records_or_rows_change(
     assert compare() == 0 and len(made) == 6
 
 
-def test_replacing_that_is_cut_short_leaves_no_record_of_the_caption_before(
+def test_embedding_store_interrupted_replacement_drops_the_old_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["a.png", "b.png"]
@@ -281,7 +279,7 @@ def test_replacing_that_is_cut_short_leaves_no_record_of_the_caption_before(
     store.close()
 
 
-def test_the_latest_record_counts_whichever_rank_wrote_it(tmp_path: Path) -> None:
+def test_embedding_store_latest_record_wins_across_ranks(tmp_path: Path) -> None:
     for rank, caption in ((1, "old"), (0, "new")):
         store = EmbeddingStore(tmp_path, "image", MAKER, rank=rank, replace=True)
         store.write(["a.png"], [caption], torch.zeros(1, 2))
@@ -293,7 +291,7 @@ def test_the_latest_record_counts_whichever_rank_wrote_it(tmp_path: Path) -> Non
     assert table["caption"].tolist() == [caption_records._digest("new")]
 
 
-def test_a_batch_of_embeddings_is_flushed_and_renamed_before_it_is_recorded(
+def test_embedding_store_flushes_and_renames_before_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, done = EmbeddingStore(tmp_path, "image", MAKER), []
@@ -317,7 +315,7 @@ def test_a_batch_of_embeddings_is_flushed_and_renamed_before_it_is_recorded(
 
 
 @pytest.mark.parametrize("rest", ["", "{" * 10, "{" * 200_000])
-def test_an_unfinished_last_line_of_a_list_is_dropped(tmp_path: Path, rest: str) -> None:
+def test_embedding_records_incomplete_last_line_is_dropped(tmp_path: Path, rest: str) -> None:
     listing = tmp_path / "captions.image.rank0.jsonl"
     for kept in ("", '{"name": "a.png", "caption": "a"}\n'):
         listing.write_text(kept + rest)
@@ -325,7 +323,7 @@ def test_an_unfinished_last_line_of_a_list_is_dropped(tmp_path: Path, rest: str)
         assert listing.read_text() == kept
 
 
-def test_a_store_that_cannot_be_read_lets_other_processes_write(
+def test_embedding_store_failed_open_releases_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -336,7 +334,7 @@ def test_a_store_that_cannot_be_read_lets_other_processes_write(
     EmbeddingStore(tmp_path, "image", MAKER).close()
 
 
-def test_two_writers_of_one_list_exclude_each_other(tmp_path: Path) -> None:
+def test_embedding_store_second_writer_is_refused(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "image", MAKER)
     with pytest.raises(UserError, match="another process is writing image embeddings"):
         EmbeddingStore(tmp_path, "image", MAKER)
@@ -345,7 +343,7 @@ def test_two_writers_of_one_list_exclude_each_other(tmp_path: Path) -> None:
     EmbeddingStore(tmp_path, "image", MAKER).close()
 
 
-def test_a_damaged_line_of_a_list_is_named(tmp_path: Path) -> None:
+def test_embedding_records_damaged_line_is_named(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "image", MAKER)
     store.write(["a.png", "b.png"], ["a", "b"], torch.zeros(2, 2))
     store.close()

@@ -66,7 +66,7 @@ def own_text(tokenizer: PreTrainedTokenizerBase, count: int) -> str:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_a_chat_is_written_as_the_tokenizer_writes_it(form: str, count: int) -> None:
+def test_template_equals_the_tokenizers(form: str, count: int) -> None:
     encoder = encoder_of(form)
     found = encoder.tokenizer.decode(encoder.encode(Conversation(turns(count))).input_ids)
     # A sentencepiece tokenizer shows where pieces of text begin by a space.
@@ -75,14 +75,14 @@ def test_a_chat_is_written_as_the_tokenizer_writes_it(form: str, count: int) -> 
 
 
 @pytest.mark.parametrize("form", ["llama_3", "zephyr", "chatml"])
-def test_a_question_has_the_ids_that_the_tokenizer_gives_it(form: str) -> None:
+def test_template_gives_the_tokenizers_ids(form: str) -> None:
     encoder = encoder_of(form)
     expected = encoder.tokenizer(own_text(encoder.tokenizer, 1), add_special_tokens=False)
     assert encoder.encode(Conversation(turns(1))).input_ids == expected.input_ids
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_answers_and_their_ends_alone_are_learned_and_read_back(form: str) -> None:
+def test_template_labels_are_answers_and_their_stop_tokens(form: str) -> None:
     encoder = encoder_of(form)
     shown = (Media("image", path="a.png"), Text(SAID[0]))
     made = (Text(SAID[1]), Media("audio", caption="a bell", embedding="a.npy"))
@@ -93,21 +93,21 @@ def test_answers_and_their_ends_alone_are_learned_and_read_back(form: str) -> No
     assert any(learned[-len(stop) :] == stop for stop in encoder.stop_sequences)
 
 
-def test_a_tokenizer_without_one_is_refused() -> None:
+def test_template_missing_from_tokenizer_raises() -> None:
     tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
     tokenizer.chat_template = None
     with pytest.raises(UserError, match="has no chat template; use vicuna_v0 or chatml"):
         template_from_tokenizer(tokenizer)
 
 
-def test_a_template_that_refuses_the_chat_is_named() -> None:
+def test_template_that_refuses_the_chat_is_named() -> None:
     tokenizer = tokenizer_of("zephyr")
     tokenizer.chat_template = "{{ raise_exception('a system prompt is needed') }}"
     with pytest.raises(UserError, match="cannot be rendered: a system prompt is needed"):
         template_from_tokenizer(tokenizer)
 
 
-def test_a_form_that_loses_a_turn_is_refused() -> None:
+def test_template_that_drops_a_turn_is_refused() -> None:
     tokenizer = tokenizer_of("zephyr")
     tokenizer.chat_template = "{{ messages[-1].content + eos_token }}"
     with pytest.raises(UserError, match="changes the turns: 'second answer"):

@@ -19,7 +19,7 @@ def check(run: TinyRun, *more: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_data_sets_that_are_ready_are_said_to_be(tmp_path: Path, stage: int) -> None:
+def test_check_data_reports_complete_data_sets(tmp_path: Path, stage: int) -> None:
     code, said, _ = check(TinyRun(tmp_path, stage))
     assert code == 0
     if stage == 1:
@@ -29,7 +29,7 @@ def test_data_sets_that_are_ready_are_said_to_be(tmp_path: Path, stage: int) -> 
         assert said.count("usable") == 4
 
 
-def test_missing_and_broken_media_are_counted_and_named(tmp_path: Path) -> None:
+def test_check_data_counts_and_names_missing_and_broken_media(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     first, second, *_ = media(data, "image")
     first.unlink()
@@ -42,7 +42,7 @@ def test_missing_and_broken_media_are_counted_and_named(tmp_path: Path) -> None:
     assert "mini_video_enc" not in said
 
 
-def test_missing_embeddings_are_named_with_what_makes_them(tmp_path: Path) -> None:
+def test_check_data_names_the_command_for_missing_embeddings(tmp_path: Path) -> None:
     run = TinyRun(tmp_path, 2, [f"data.caption_embedding_dir={tmp_path}"])
     code, said, _ = check(run, "mini_audio_dec", "--decode", "0")
     assert code == 1
@@ -50,7 +50,7 @@ def test_missing_embeddings_are_named_with_what_makes_them(tmp_path: Path) -> No
     assert "run process_embeddings.py on these captions" in said
 
 
-def test_a_wrong_record_is_named_with_its_row(tmp_path: Path) -> None:
+def test_check_data_names_the_row_of_a_bad_record(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     annotation = data / "mini_world" / "T-X_pair_data" / "image" / "image.json"
     annotation.write_text('[{"image_name": "a.png"}]')

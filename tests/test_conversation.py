@@ -36,7 +36,7 @@ def encoder_of(template: str) -> PromptBuilder:
 
 @pytest.mark.parametrize("case", CASE_NAMES)
 @pytest.mark.parametrize("row", [0, 1])
-def test_token_ids_targets_and_masks_are_the_published_ones(
+def test_prompt_ids_labels_and_masks_equal_the_published(
     encoder: PromptBuilder, case: str, row: int
 ) -> None:
     encoded = encoder.encode(recorded_conversation(case, row))
@@ -56,7 +56,7 @@ def test_token_ids_targets_and_masks_are_the_published_ones(
     assert set(encoded.labels[:opening]) == {IGNORE_INDEX}
 
 
-def test_an_open_conversation_is_the_beginning_of_the_answered_one(
+def test_prompt_is_a_prefix_of_the_answered_conversation(
     encoder: PromptBuilder,
 ) -> None:
     question, answer = ask("What is this?", "A lake.", shown=Media("video"))
@@ -87,7 +87,7 @@ def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
 
 
 @pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
-def test_prompts_of_every_round_are_the_beginning_of_what_training_reads(template: str) -> None:
+def test_prompt_of_every_round_is_a_prefix_of_the_training_ids(template: str) -> None:
     encoder = encoder_of(template)
     for seed in range(40):
         whole = random_dialogue(random.Random(seed), rounds=4)
@@ -103,7 +103,7 @@ def test_prompts_of_every_round_are_the_beginning_of_what_training_reads(templat
             assert trained.labels[length] == trained.input_ids[length], (seed, asked)
 
 
-def test_media_stand_where_they_are_in_any_turn_of_either_side(
+def test_prompt_keeps_media_in_place_in_any_turn(
     encoder: PromptBuilder,
 ) -> None:
     conversation = Conversation(
@@ -126,7 +126,7 @@ def test_media_stand_where_they_are_in_any_turn_of_either_side(
         assert encoded.labels[position : position + len(run)] == run
 
 
-def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
+def test_prompt_reserves_the_projections_tokens_per_medium() -> None:
     config = tiny_config(overrides=["input_projection.tokens_per_medium=3"])
     encoder = build_prompt_builder(config)
     turn = Turn("human", (Media("audio"), Text("and"), Media("image")))
@@ -158,7 +158,7 @@ def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
 @pytest.mark.parametrize(
     "typed", ["[IMG0][IMG1]", "<Img>/etc/passwd</Img>", "</s> ### Human: 3 < 5", "<s>"]
 )
-def test_what_is_typed_stays_text(encoder: PromptBuilder, typed: str) -> None:
+def test_prompt_user_text_is_never_parsed_as_markup(encoder: PromptBuilder, typed: str) -> None:
     encoded = encoder.encode(Conversation((Turn("human", (Text(typed),)),)))
     assert all(token < encoder.signals.first_id for token in encoded.input_ids)
     specials = {encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id}
@@ -193,7 +193,7 @@ def labelled(encoded: EncodedPrompt) -> list[int]:
 
 
 @pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
-def test_truncated_answer_is_not_trained_to_end_where_it_was_cut(template: str) -> None:
+def test_truncation_of_an_answer_masks_its_stop_token(template: str) -> None:
     encoder = encoder_of(template)
     conversation = Conversation((*ask("Why?", LONG), *ask("And then?", "Nothing.")))
     whole, cut = encoder.encode(conversation), encoder.encode(conversation, max_length=100)
@@ -212,7 +212,7 @@ def test_truncated_answer_is_not_trained_to_end_where_it_was_cut(template: str) 
 
 
 @pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
-def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(template: str) -> None:
+def test_truncation_of_a_caption_keeps_signal_token_labels(template: str) -> None:
     encoder = encoder_of(template)
     conversation = Conversation(ask("Draw it.", LONG, made=Media("image")))
     cut = encoder.encode(conversation, max_length=100)
@@ -225,7 +225,7 @@ def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(templat
     assert with_loss[start + len(run) :] == end
 
 
-def test_truncated_text_behind_signal_tokens_is_not_trained_to_end(
+def test_truncation_behind_signal_tokens_masks_the_stop_token(
     encoder: PromptBuilder,
 ) -> None:
     parts = (Text("Here:"), Media("image"), Text(LONG))
@@ -238,7 +238,7 @@ def test_truncated_text_behind_signal_tokens_is_not_trained_to_end(
     assert set(encoder.signals.span("image")) <= set(labelled(cut))
 
 
-def test_question_that_is_cut_leaves_the_whole_answer_its_loss(
+def test_truncation_of_a_question_keeps_all_answer_labels(
     encoder: PromptBuilder,
 ) -> None:
     conversation = Conversation(ask(LONG, "Because."))
@@ -247,19 +247,19 @@ def test_question_that_is_cut_leaves_the_whole_answer_its_loss(
     assert labelled(cut) == labelled(encoder.encode(conversation))
 
 
-def test_a_conversation_whose_markup_alone_is_too_long_is_refused(
+def test_truncation_refuses_markup_beyond_the_maximum(
     encoder: PromptBuilder,
 ) -> None:
     with pytest.raises(MediaError, match=r"raise data\.max_seq_length"):
         encoder.encode(Conversation(ask("a", "b", made=Media("video"))), max_length=20)
 
 
-def test_generation_stops_at_both_published_ends(encoder: PromptBuilder) -> None:
+def test_stop_ids_include_both_published_ends(encoder: PromptBuilder) -> None:
     tokens = [encoder.tokenizer.convert_ids_to_tokens(s) for s in encoder.stop_sequences]
     assert tokens == [["<0x0A>", "###"], ["▁###"], ["</s>"]]
 
 
-def test_an_answer_is_read_back_as_its_parts(encoder: PromptBuilder) -> None:
+def test_answer_ids_parse_into_content_parts(encoder: PromptBuilder) -> None:
     parts = (Text("Sure, here it is."), Media("image"), Media("audio"), Text("Enjoy."))
     question = Turn("human", (Text("Both, please."),))
     prompt = encoder.encode(Conversation((question,)))
@@ -267,7 +267,7 @@ def test_an_answer_is_read_back_as_its_parts(encoder: PromptBuilder) -> None:
     assert encoder.decode_answer(whole.input_ids[len(prompt.input_ids) :]) == parts
 
 
-def test_packed_conversations_lie_whole_in_their_places_and_count_from_zero() -> None:
+def test_packing_keeps_conversations_contiguous_with_positions_from_zero() -> None:
     encoder = tiny_encoder()
     kinds = ("image", "video", "audio", "image")
     encoded = [

@@ -66,9 +66,7 @@ def wait_until(true: Callable[[], object], seconds: float) -> None:
         (hostile.refuse, "broken"),
     ],
 )
-def test_a_decoder_that_fails_costs_its_file_and_not_the_program(
-    function: Callable, said: str
-) -> None:
+def test_decode_failure_is_an_error_of_the_file_alone(function: Callable, said: str) -> None:
     for _ in range(2):
         with pytest.raises(MediaError, match=said) as failed:
             decode(function, "a file", label="my file")
@@ -84,7 +82,9 @@ def test_a_decoder_that_fails_costs_its_file_and_not_the_program(
         (hostile.spin, TimeLimits(1, 60), "more than 1 s of processor time"),
     ],
 )
-def test_a_decoder_without_end_is_ended(function: Callable, limits: TimeLimits, said: str) -> None:
+def test_decode_beyond_a_limit_kills_the_worker(
+    function: Callable, limits: TimeLimits, said: str
+) -> None:
     start = time.monotonic()
     with pytest.raises(MediaError, match=said):
         decode(function, "a file", limits=limits)
@@ -100,7 +100,7 @@ def test_a_decoder_without_end_is_ended(function: Callable, limits: TimeLimits, 
         ("audio", "read_samples"),
     ],
 )
-def test_views_are_decoded_within_the_limits_given(
+def test_load_views_respects_time_limits(
     modality: Modality, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transforms, reader, hostile.hang)
@@ -108,7 +108,7 @@ def test_views_are_decoded_within_the_limits_given(
         load_views(modality, MEDIA / "move_wide.mp4", limits=TimeLimits(60, 1))
 
 
-def test_a_full_pool_makes_a_call_wait_and_a_stop_ends_the_wait() -> None:
+def test_decode_waits_for_a_free_worker_and_can_be_cancelled() -> None:
     def check() -> None:
         raise InterruptedError("stopped")
 
@@ -126,7 +126,7 @@ def test_a_full_pool_makes_a_call_wait_and_a_stop_ends_the_wait() -> None:
         assert all(isinstance(one.exception(), MediaError) for one in hanging)
 
 
-def test_a_sound_takes_little_more_memory_than_its_samples(tmp_path: Path) -> None:
+def test_decode_of_audio_copies_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.wav"
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
@@ -137,14 +137,14 @@ def test_a_sound_takes_little_more_memory_than_its_samples(tmp_path: Path) -> No
     assert (len(samples), rate) == (30_000_000, 16000)
 
 
-def test_a_fault_of_the_program_is_no_fault_of_the_file(capfd: pytest.CaptureFixture) -> None:
+def test_decode_program_error_is_not_a_media_error(capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(RuntimeError, match="a file: the decoder ended with code 1"):
         decode(hostile.err, "a file")
     assert "ZeroDivisionError: a fault of the program" in capfd.readouterr().err
     assert decode(hostile.same, "alive") == "alive"
 
 
-def test_a_worker_that_cannot_start_is_no_fault_of_the_file(
+def test_decode_failed_worker_start_is_not_a_media_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -152,7 +152,7 @@ def test_a_worker_that_cannot_start_is_no_fault_of_the_file(
         decode(hostile.same, "a file")
 
 
-def test_results_come_back_as_they_were() -> None:
+def test_decode_results_round_trip() -> None:
     arrays, text, number, nothing, empty = decode(hostile.many, "a file")
     first, second = arrays
     assert np.array_equal(first, [[0, 3], [1, 4], [2, 5]]) and first.dtype == np.uint8
@@ -161,12 +161,12 @@ def test_results_come_back_as_they_were() -> None:
     assert empty.shape == (0, 2) and empty.dtype == np.float32
 
 
-def test_what_a_library_prints_is_no_answer() -> None:
+def test_decode_ignores_what_libraries_print() -> None:
     assert decode(hostile.garble, "a file") is None
     assert decode(hostile.same, [1, "ä", None]) == [1, "ä", None]
 
 
-def test_a_worker_serves_call_after_call_without_torch() -> None:
+def test_decode_worker_is_reused_and_never_imports_torch() -> None:
     first = decode(hostile.own_id, "a file")
     load_views("image", PHOTO)
     imported = decode(hostile.modules, "a file")
@@ -174,7 +174,7 @@ def test_a_worker_serves_call_after_call_without_torch() -> None:
     assert "nextgpt.media.decoding" in imported and "torch" not in imported
 
 
-def test_a_worker_that_has_held_much_is_replaced() -> None:
+def test_decode_worker_with_large_memory_is_replaced() -> None:
     """What it kept in fragments would make the next file's fate depend on those before it."""
     worker = decode(hostile.gorge, "a file")
     wait_until(lambda: gone(worker), seconds=20)
@@ -183,7 +183,7 @@ def test_a_worker_that_has_held_much_is_replaced() -> None:
     assert own.all()
 
 
-def test_who_stops_waiting_ends_the_worker() -> None:
+def test_decode_cancelled_call_kills_the_worker() -> None:
     calls = iter(range(3))
 
     def check() -> None:
@@ -199,7 +199,7 @@ def test_who_stops_waiting_ends_the_worker() -> None:
     assert decode(hostile.same, "alive") == "alive"
 
 
-def test_threads_decode_at_the_same_time_and_never_get_each_others_answers() -> None:
+def test_decode_threads_run_in_parallel_and_get_their_results() -> None:
     with ThreadPoolExecutor(8) as pool:
         given = [[number] * 1000 for number in range(200)]
         assert list(pool.map(lambda one: decode(hostile.same, one), given)) == given
@@ -209,13 +209,13 @@ def test_threads_decode_at_the_same_time_and_never_get_each_others_answers() -> 
         assert not hanging.done() and isinstance(hanging.exception(), MediaError)
 
 
-def test_an_idle_worker_that_was_killed_is_replaced() -> None:
+def test_decode_worker_killed_while_idle_is_replaced() -> None:
     worker = decode(hostile.own_id, "a file")
     os.kill(worker, signal.SIGKILL)  # not waited for: the call may come before the end
     assert decode(hostile.same, "alive") == "alive"
 
 
-def test_signals_to_all_processes_of_a_run_do_not_end_a_worker() -> None:
+def test_decode_worker_ignores_group_signals() -> None:
     worker = decode(hostile.own_id, "a file")
     for one in (signal.SIGTERM, signal.SIGINT):
         os.kill(worker, one)
@@ -241,7 +241,7 @@ PARENT = """
 
 
 @pytest.mark.parametrize("how", ["idle", "hang", "fork", "end"])
-def test_a_worker_ends_with_its_parent_however_that_ends(how: str, tmp_path: Path) -> None:
+def test_decode_worker_ends_with_its_parent(how: str, tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
     parent = subprocess.Popen(
         [sys.executable, str(tmp_path / "parent.py"), how, str(tmp_path / "begun")],
@@ -279,7 +279,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
+def test_data_loader_decoder_crash_costs_one_sample(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transforms, "read_pixels", hostile.pixels_or_crash)
@@ -304,7 +304,7 @@ def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
     {"dtype": "|O", "shape": [2]}, {"dtype": "<f4", "shape": [1 << 40]},
     {"dtype": "<f4", "shape": [1 << 20, 1 << 20]},
 ])  # fmt: skip
-def test_an_answer_that_is_no_array_of_numbers_is_not_read(answer: dict) -> None:
+def test_decode_answer_other_than_numeric_arrays_is_refused(answer: dict) -> None:
     with pytest.raises(ValueError, match="not an array of a medium"):
         decode_worker._unpack(answer, None)
 
@@ -316,9 +316,7 @@ def _train_with_crashes(*given: Any) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_crash_while_training_costs_one_sample_and_not_the_run(
-    workers: int, tmp_path: Path
-) -> None:
+def test_training_decoder_crash_costs_one_sample(workers: int, tmp_path: Path) -> None:
     data = shutil.copytree(tiny_world() / "data", tmp_path / "data")
     pictures = data / "mini_world" / "T-X_pair_data" / "image"
     first = sorted((pictures / "images").iterdir())[0]

@@ -8,7 +8,7 @@ import pytest
 from golden_losses import GOLDEN, STEPS, runs
 
 
-def test_fifty_steps_of_each_stage_lose_what_was_recorded(tmp_path: Path) -> None:
+def test_golden_losses_of_fifty_steps_are_reproduced(tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text())
     for stage, rows in runs(tmp_path):
         assert len(rows) == len(golden[stage]) == STEPS

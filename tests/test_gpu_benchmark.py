@@ -10,12 +10,12 @@ import torch
 
 from nextgpt.config.loader import load_config
 from nextgpt.tools.weights.registry import source_of
-from tiny_parts import tiny_overrides
+from tiny_components import tiny_overrides
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def test_every_stage_and_an_answer_are_measured_on_the_tiny_system(tmp_path: Path) -> None:
+def test_gpu_benchmark_measures_every_stage_and_an_answer(tmp_path: Path) -> None:
     overrides = [*tiny_overrides(tmp_path), "data.max_seq_length=64", "training.micro_batch_size=4"]
     sets = [word for one in overrides for word in ("--set", one)]
     command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--steps", "1", "--answer", *sets]

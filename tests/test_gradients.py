@@ -69,7 +69,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("stage", [1, pytest.param(2, marks=SLOW), pytest.param(3, marks=SLOW)])
-def test_gradients_of_bf16_are_summed_in_float32(tmp_path: Path, stage: int) -> None:
+def test_bf16_gradients_accumulate_in_float32(tmp_path: Path, stage: int) -> None:
     """Samples pass one by one: the products are the same, only the sums are others."""
     alone = gradients(tmp_path / "alone", "bf16", 1, 1, stage)
     both = gradients(tmp_path / "both", "bf16", 2, 1, stage)
@@ -88,7 +88,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     ("world", "micro_batch", "stage"),
     [(2, 1, 2), *(pytest.param(*split, marks=SLOW) for split in ((1, 1, 1), (1, 2, 3), (2, 2, 3)))],
 )
-def test_gradients_are_equal_over_every_split_of_a_batch(
+def test_gradients_are_equal_for_every_split_of_a_batch(
     tmp_path: Path, whole: dict[str, torch.Tensor], world: int, micro_batch: int, stage: int
 ) -> None:
     found = gradients(tmp_path / "run", "fp32", world, micro_batch, stage)
@@ -135,7 +135,7 @@ def assert_halved_by_each_step_left_out(run: TinyRun) -> int:
     return sum(row["gradient_norm"] is None for row in rows)
 
 
-def test_a_sum_that_overflows_halves_the_loss_scale(tmp_path: Path) -> None:
+def test_gradient_sum_overflow_halves_the_loss_scale(tmp_path: Path) -> None:
     """Single gradients do not: they are those of one sample of twenty-four."""
     sets = ["training.global_batch_size=24", "training.max_steps=6", "training.epochs=9"]
     run = fp16_run(tmp_path, 1, 1, 1, 18, *sets)
@@ -147,7 +147,7 @@ def test_a_sum_that_overflows_halves_the_loss_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_overflow_halves_the_loss_scale_however_a_run_is_split(
+def test_gradient_overflow_halves_the_loss_scale_for_every_split(
     tmp_path: Path, stage: int, accumulation: int, world: int
 ) -> None:
     sets = ["training.max_steps=12", "training.epochs=9"]
@@ -163,9 +163,7 @@ def test_an_overflow_halves_the_loss_scale_however_a_run_is_split(
         ('{"zero_optimization": {"compute_grad_norm": false}}', "compute_grad_norm"),
     ],
 )
-def test_settings_that_hide_or_cause_overflows_are_refused(
-    tmp_path: Path, settings: str, key: str
-) -> None:
+def test_loss_scale_bad_settings_are_refused(tmp_path: Path, settings: str, key: str) -> None:
     file = tmp_path / "settings.json"
     file.write_text(settings)
     with pytest.raises(UserError, match=key):

@@ -67,10 +67,12 @@ def taken(folder: Path, kind: str) -> dict[str, float]:
     return {what: size / weights for what, size in json.loads(done.stdout).items()}
 
 
-def test_16_bits_take_no_more_than_the_weights(billion: Path) -> None:
+def test_loading_in_16_bits_peaks_at_the_weights_size(billion: Path) -> None:
     assert 0.9 < taken(billion, "none")["all"] < 1.2
 
 
 @pytest.mark.parametrize(("kind", "most"), [("8bit", 0.8), ("4bit", 0.6)])
-def test_fewer_bits_take_less_than_the_weights(billion: Path, kind: str, most: float) -> None:
+def test_loading_quantized_peaks_below_the_weights_size(
+    billion: Path, kind: str, most: float
+) -> None:
     assert 0.2 < taken(billion, kind)["own"] < most

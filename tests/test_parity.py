@@ -36,7 +36,7 @@ def weighted_loss(losses: Losses, video_weight: float) -> torch.Tensor:
     return total
 
 
-def test_batches_are_padded_and_masked_as_recorded() -> None:
+def test_batch_padding_and_masks_equal_the_recorded() -> None:
     for case in CASE_NAMES:
         batch = recorded_batch(case)
         recorded = cases()[f"{case}.attention_mask"]
@@ -48,7 +48,7 @@ def test_batches_are_padded_and_masked_as_recorded() -> None:
 
 @pytest.mark.parametrize("whole_vocabulary", [True, False])
 @pytest.mark.parametrize("case", CASE_NAMES)
-def test_losses_and_gradients_are_the_published_ones(case: str, whole_vocabulary: bool) -> None:
+def test_losses_and_gradients_equal_the_published(case: str, whole_vocabulary: bool) -> None:
     model, losses = losses_of(case, whole_vocabulary=whole_vocabulary)
     loss = weighted_loss(losses, video_weight=2.0 if case == "stage3.video" else 1.0)
     assert relative_error(loss, cases()[f"{case}.loss"]) < 1e-5
@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_the_published_ones(case: str, whole_vocabulary
         assert relative_error(torch.stack(norms), cases()[f"{case}.lora_A_grad_norms"]) < 1e-4
 
 
-def test_a_batch_without_a_target_has_no_text_loss_and_finite_gradients() -> None:
+def test_losses_without_text_labels_are_finite() -> None:
     """All of an answer's words may have been cut to fit."""
     model = tiny_model(lora=False)
     batch = recorded_batch("stage1.image")
@@ -84,7 +84,7 @@ def test_a_batch_without_a_target_has_no_text_loss_and_finite_gradients() -> Non
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_output_projections_give_the_recorded_embeddings(modality: str) -> None:
+def test_output_projections_equal_the_recorded(modality: str) -> None:
     projection = tiny_model(lora=False).output_projections[modality]
     recorded = {
         k: cases()[f"output_projection.{modality}.{k}"] for k in ("hidden", "embeds", "out")
@@ -107,7 +107,7 @@ def empty_model() -> NextGPT:
     return build_model(tiny_config(), torch.float32, lora=True, output_projections=True)
 
 
-def test_the_published_file_loads_and_is_written_back_name_by_name(tmp_path: Path) -> None:
+def test_published_delta_round_trips_name_by_name(tmp_path: Path) -> None:
     folder, tensors = published_file(tmp_path)
     model = empty_model()
     report = load_delta(model, read_delta(folder), required=set(TRAINABLE_GROUPS))
@@ -118,7 +118,7 @@ def test_the_published_file_loads_and_is_written_back_name_by_name(tmp_path: Pat
         assert torch.equal(written[name], tensor.float()), name
 
 
-def test_a_published_file_with_wrong_names_or_shapes_is_refused_with_their_list(
+def test_published_delta_with_wrong_names_or_shapes_lists_them(
     tmp_path: Path,
 ) -> None:
     folder, tensors = published_file(tmp_path)
@@ -134,7 +134,7 @@ def test_a_published_file_with_wrong_names_or_shapes_is_refused_with_their_list(
     assert "output_projections.audio.fc.weight: shape (512, 64), expected (512, 128)" in message
 
 
-def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
+def test_published_7b_delta_has_the_models_names_and_shapes() -> None:
     """On the meta device, so that 7 billion parameters cost no memory."""
     config = load_config("7b")
     model = build_on_meta(config, LlamaConfig(), base_tokens=32000, lora=True)
@@ -143,7 +143,7 @@ def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
     assert {name: list(tensor.shape) for name, tensor in written.items()} == recorded
 
 
-def test_the_tuned_parts_have_the_published_parameter_counts() -> None:
+def test_trainable_groups_have_the_published_parameter_counts() -> None:
     """The paper's figures, in millions; the vocabulary's rows are counted apart there."""
     config = load_config("7b")
     model = build_on_meta(config, LlamaConfig(), base_tokens=32000, lora=True)
@@ -156,7 +156,7 @@ def test_the_tuned_parts_have_the_published_parameter_counts() -> None:
         assert round(trained / 1e6, 2) == published[modality]
 
 
-def test_a_merged_vicuna_with_a_padding_row_is_read_with_the_published_ids(tmp_path: Path) -> None:
+def test_merged_vicuna_with_padding_row_keeps_the_published_ids(tmp_path: Path) -> None:
     """Vicuna v0 has 32001 rows for 32000 tokens; the published new ids begin at 32000."""
     padded = LlamaForCausalLM.from_pretrained(PARITY / "llama_tiny")
     padded.resize_token_embeddings(1001)
@@ -171,7 +171,7 @@ def test_a_merged_vicuna_with_a_padding_row_is_read_with_the_published_ids(tmp_p
     assert torch.equal(model_to_published(model)[head], tensors[head].float())
 
 
-def test_a_delta_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_delta_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     write_delta({"input_projection.bias": torch.zeros(128)}, 32000, tmp_path / "delta.safetensors")
     with pytest.raises(UserError, match="32000 tokens, this one has 1000"):
         load_delta(empty_model(), read_delta(tmp_path), required=set())

@@ -59,9 +59,7 @@ def come(ranks: list[int], pool: ThreadPoolExecutor) -> list[Connection]:
     return [one.result() for one in coming]
 
 
-def test_strangers_keep_no_process_from_connecting(
-    store: dist.Store, pool: ThreadPoolExecutor
-) -> None:
+def test_peers_connect_despite_strangers(store: dist.Store, pool: ThreadPoolExecutor) -> None:
     found = listening(store, pool)
     token = bytes.fromhex(store.get(_ADDRESS).split()[1].decode())
     call(store).close()
@@ -83,7 +81,7 @@ def test_strangers_keep_no_process_from_connecting(
             assert stranger.recv(1) == b""
 
 
-def test_a_process_that_never_comes_is_waited_for_so_long_and_no_longer(
+def test_accept_peers_times_out_on_missing_processes(
     store: dist.Store, pool: ThreadPoolExecutor
 ) -> None:
     start = time.monotonic()
@@ -95,7 +93,7 @@ def test_a_process_that_never_comes_is_waited_for_so_long_and_no_longer(
     del silent, theirs
 
 
-def test_a_watchdog_names_the_processes_that_do_not_come_and_ends_those_that_did(
+def test_watchdog_names_missing_processes_and_ends_the_others(
     store: dist.Store, pool: ThreadPoolExecutor
 ) -> None:
     watchdog = Watchdog(0, THREE)
@@ -107,7 +105,7 @@ def test_a_watchdog_names_the_processes_that_do_not_come_and_ends_those_that_did
     assert theirs.recv() == ("end", 2)
 
 
-def test_a_process_says_that_process_0_does_not_listen(store: dist.Store) -> None:
+def test_connect_without_listener_names_process_0(store: dist.Store) -> None:
     with pytest.raises(UserError, match="process 0 sent no address within 0"):
         Watchdog(1, THREE).start(0.3)
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -117,7 +115,7 @@ def test_a_process_says_that_process_0_does_not_listen(store: dist.Store) -> Non
         Watchdog(1, THREE).start(5)
 
 
-def test_a_process_says_that_the_store_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connect_without_store_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -127,7 +125,7 @@ def test_a_process_says_that_the_store_is_gone(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("store", ["one machine"], indirect=True)
-def test_on_one_machine_process_0_listens_to_that_machine_alone(
+def test_listener_on_one_machine_binds_to_loopback(
     store: dist.Store, pool: ThreadPoolExecutor
 ) -> None:
     found = listening(store, pool, seconds=1)
@@ -137,9 +135,7 @@ def test_on_one_machine_process_0_listens_to_that_machine_alone(
     assert found.result() == {}
 
 
-def test_connections_are_kept_alive_so_that_a_machine_without_power_is_noticed(
-    store: dist.Store, pool: ThreadPoolExecutor
-) -> None:
+def test_connections_use_keepalive_probes(store: dist.Store, pool: ThreadPoolExecutor) -> None:
     found = listening(store, pool)
     theirs = come([1, 2], pool)
     for connection in (*theirs, *found.result()):

@@ -28,7 +28,7 @@ from nextgpt.tools.weights.download import HttpFile
 from nextgpt.tools.weights.merge import merge_vicuna
 from nextgpt.tools.weights.registry import SOURCES
 from parity_tools import PARITY
-from test_merging import memory, set_figure
+from test_weights_merge import memory, set_figure
 from tiny_decoders import TINY, tiny_decoder
 from tiny_vicuna import write_delta, write_llama, write_weights
 
@@ -81,15 +81,13 @@ def published_delta(overrides: list[str] | None = None) -> dict[str, torch.Tenso
     return repeated({name: t.shape for name, t in model_to_published(model).items()})
 
 
-def test_the_shipped_parts_of_the_mini_system_are_right(report: Report) -> None:
+def test_report_shipped_mini_components_are_complete(report: Report) -> None:
     status, said = report("--only", "encoder", "image", "video", "audio")
     assert status == 0 and "4 of 4 components are right" in said
     assert "prompt embeddings: [24, 192]" in said and "BSD 3-Clause" in said
 
 
-def test_the_whole_7b_system_is_found_right_without_loading_a_gigabyte(
-    report: Report, tmp_path: Path
-) -> None:
+def test_report_7b_is_complete_without_loading_weights(report: Report, tmp_path: Path) -> None:
     shapes = json.loads((PARITY / "imagebind_huge_keys.json").read_text())
     torch.save(repeated(shapes), tmp_path / "imagebind_huge.pth")
     write_vicuna_7b(tmp_path / "vicuna")
@@ -112,7 +110,7 @@ def test_the_whole_7b_system_is_found_right_without_loading_a_gigabyte(
     assert memory("VmRSS") - before < 2**30 and time.process_time() - start < 20
 
 
-def test_what_is_missing_is_told_with_licence_origin_and_the_command_that_fetches_it(
+def test_report_missing_components_name_licence_source_and_command(
     report: Report, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -126,13 +124,13 @@ def test_what_is_missing_is_told_with_licence_origin_and_the_command_that_fetche
     assert command in said
 
 
-def test_of_vicuna_the_delta_is_fetched_and_the_merging_is_named(report: Report) -> None:
+def test_fetch_vicuna_downloads_the_delta_and_names_the_merge(report: Report) -> None:
     source = SOURCES[load_config("7b").language_model.path]
     assert source.downloader.origin == "https://huggingface.co/lmsys/vicuna-7b-delta-v0"
     assert "python merge_vicuna.py --base LLAMA_FOLDER --delta ckpt/" in source.next_step
 
 
-def test_every_source_stands_in_the_table_of_weights() -> None:
+def test_sources_are_all_in_the_weights_table() -> None:
     text = (ROOT / "docs/weights.md").read_text(encoding="utf-8")
     for path, source in SOURCES.items():
         origin = source.downloader.origin
@@ -143,7 +141,7 @@ def test_every_source_stands_in_the_table_of_weights() -> None:
             assert f"| {source.licence} |" in row
 
 
-def test_a_merged_vicuna_is_right_and_its_delta_alone_is_not(
+def test_report_merged_vicuna_is_complete_and_its_delta_alone_is_not(
     report: Report, tmp_path: Path
 ) -> None:
     delta, out = tmp_path / "delta", tmp_path / "out"
@@ -192,7 +190,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FOLDERS)
-def test_a_language_model_that_cannot_be_used_is_named(
+def test_report_unusable_language_model_is_named(
     fault: str, report: Report, tmp_path: Path
 ) -> None:
     break_it, word = FOLDERS[fault]
@@ -205,9 +203,7 @@ def test_a_language_model_that_cannot_be_used_is_named(
 
 
 @pytest.mark.parametrize("content", ["cut off or damaged", "is an HTML page", "it is empty"])
-def test_an_encoder_that_cannot_be_read_is_named(
-    content: str, report: Report, tmp_path: Path
-) -> None:
+def test_report_unreadable_encoder_is_named(content: str, report: Report, tmp_path: Path) -> None:
     file = tmp_path / "imagebind_huge.pth"
     torch.save({"a": torch.zeros(10_000)}, file)
     if "cut" in content:
@@ -229,7 +225,7 @@ def test_an_encoder_that_cannot_be_read_is_named(
         ({"value": 0.002}, 1, "a delta that is not merged"),
     ],
 )
-def test_other_language_models_are_told_from_vicuna_v0(
+def test_report_tells_other_language_models_from_vicuna_v0(
     change: dict, status: int, words: str, report: Report, tmp_path: Path
 ) -> None:
     figures = LlamaConfig(
@@ -264,7 +260,7 @@ def test_other_language_models_are_told_from_vicuna_v0(
         ),
     ],
 )
-def test_tuned_parameters_of_another_generation_are_named(
+def test_report_delta_of_another_generation_is_named(
     name: str, shapes: dict[str, tuple[int, ...]], words: str, report: Report, tmp_path: Path
 ) -> None:
     torch.save(repeated(shapes), tmp_path / name)
@@ -272,9 +268,7 @@ def test_tuned_parameters_of_another_generation_are_named(
     assert status == 1 and words in said and str(tmp_path / name) in said
 
 
-def test_a_decoder_of_another_kind_or_shape_or_without_a_network_is_named(
-    report: Report, tmp_path: Path
-) -> None:
+def test_report_decoder_of_wrong_kind_or_shape_is_named(report: Report, tmp_path: Path) -> None:
     shape = [TINY.text_tokens, TINY.text_width]
     folder = tmp_path / "decoder"
     shutil.copytree(tiny_decoder("image"), folder)
@@ -302,7 +296,7 @@ def content(tmp_path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_broken_off_download_goes_on_where_the_server_can(
+def test_download_resumes_where_the_server_supports_ranges(
     ranges: bool, content: bytes, tmp_path: Path
 ) -> None:
     with serve(tmp_path / "served") as served:
@@ -318,7 +312,7 @@ def test_a_broken_off_download_goes_on_where_the_server_can(
     assert not (tmp_path / "got.part").exists()
 
 
-def test_a_download_that_was_whole_but_not_renamed_is_not_loaded_again(
+def test_download_complete_but_not_renamed_is_not_repeated(
     content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "got.part").write_bytes(content)
@@ -329,7 +323,7 @@ def test_a_download_that_was_whole_but_not_renamed_is_not_loaded_again(
     assert "no checksum is published" in capsys.readouterr().out
 
 
-def test_what_is_not_the_published_file_is_not_kept(content: bytes, tmp_path: Path) -> None:
+def test_download_with_wrong_digest_is_removed(content: bytes, tmp_path: Path) -> None:
     def refused(url: str, sha256: str | None = None) -> str:
         with pytest.raises(UserError) as error:
             HttpFile(url, sha256).fetch(tmp_path / "got")
@@ -357,7 +351,7 @@ def write_repositories(hub: Path, overrides: list[str]) -> None:
     (tuned / "README.md").write_text("not to be loaded")
 
 
-def test_the_hubs_parts_are_fetched_to_their_places_and_found_right(tmp_path: Path) -> None:
+def test_fetch_downloads_hub_components_and_reports_them_complete(tmp_path: Path) -> None:
     """The real command, in a project of its own, with HF_ENDPOINT at the server of the tests."""
     overrides = [f"decoders.image.prompt_embeds_shape=[{TINY.text_tokens},{TINY.text_width}]"]
     write_repositories(tmp_path / "hub", overrides)

@@ -16,7 +16,7 @@ from nextgpt.model.build import build_model
 from nextgpt.model.quantization import memory_saved
 from nextgpt.tools.memory_estimate import estimate_memory
 from test_training import ONE_AT_A_TIME, from_stage, zero
-from tiny_parts import tiny_overrides, write_tiny_parts
+from tiny_components import tiny_overrides, write_tiny_components
 from tiny_run import TinyRun, same
 from tiny_system import tiny_config
 
@@ -38,13 +38,13 @@ def next_words(kind: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kind", "most"), [("8bit", 0.01), ("4bit", 0.05)])
-def test_it_expects_nearly_the_same_words(kind: str, most: float) -> None:
+def test_quantized_model_predicts_nearly_the_same_tokens(kind: str, most: float) -> None:
     distance = (next_words(kind) - next_words("none")).abs().sum(dim=-1).mean() / 2
     assert 0 < distance < most
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
+def test_quantized_model_size_equals_the_estimate(kind: str) -> None:
     whole, small = language_model("none"), language_model(kind)
     sizes = [sum(p.numel() * p.itemsize for p in model.parameters()) for model in (whole, small)]
     assert memory_saved(whole, kind) == pytest.approx(sizes[0] - sizes[1], rel=0.01)  # scales apart
@@ -56,8 +56,8 @@ def test_it_shrinks_by_what_the_plan_reckons(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_it_answers_with_words_and_media(kind: str, tmp_path: Path) -> None:
-    write_tiny_parts(tmp_path, favoured=range(38))
+def test_quantized_model_answers_with_text_and_media(kind: str, tmp_path: Path) -> None:
+    write_tiny_components(tmp_path, favoured=range(38))
     config = load_config("7b", overrides=[*tiny_overrides(tmp_path), IN_BITS[kind]])
     assistant = Assistant.from_config(config, tmp_path / "tuned" / "stage_3")
     assert any(
@@ -69,7 +69,7 @@ def test_it_answers_with_words_and_media(kind: str, tmp_path: Path) -> None:
     assert any(answer.text for answer in answers) and any(answer.outputs for answer in answers)
 
 
-def test_4_bits_train_nearly_as_well_alone_or_in_two_processes_and_resume(tmp_path: Path) -> None:
+def test_quantized_4_bit_training_is_close_distributes_and_resumes(tmp_path: Path) -> None:
     sets = [*ONE_AT_A_TIME, "training.max_steps=12", "training.save_steps=4"]
     whole = TinyRun(tmp_path / "whole", 3, sets, from_stage(2)).finish()
     sets.append(IN_BITS["4bit"])
@@ -86,7 +86,7 @@ def test_4_bits_train_nearly_as_well_alone_or_in_two_processes_and_resume(tmp_pa
     assert same(again.delta, small.delta)
 
 
-def test_zero_3_refuses_to_divide_it(tmp_path: Path) -> None:
+def test_quantized_model_under_zero_3_is_refused(tmp_path: Path) -> None:
     sets = [IN_BITS["8bit"], zero(3, tmp_path)]
     refused = "ZeRO 3 cannot divide weights in 8bit: take stage 2 or less"
     assert refused in TinyRun(tmp_path, 3, sets, from_stage(2)).fail()

@@ -23,7 +23,7 @@ def kinds_in(answers: Path, case: dict) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path) -> None:
+def test_quickstart_in_a_fresh_clone_gives_four_answers(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     bare = {name: os.environ[name] for name in ("HOME", "PATH", "LANG") if name in os.environ}

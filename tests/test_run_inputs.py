@@ -112,7 +112,7 @@ def other_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_same_content_elsewhere_is_the_same(world: World, tmp_path: Path) -> None:
+def test_run_inputs_moved_content_is_equal(world: World, tmp_path: Path) -> None:
     before = {stage: world.inputs(stage) for stage in (1, 2, 3)}
     (tmp_path / "moved").mkdir()
     for name in ("data", "embed", "imagebind", "language_model", "stage_1", "zero.json"):
@@ -124,7 +124,7 @@ def test_the_same_content_elsewhere_is_the_same(world: World, tmp_path: Path) ->
         assert compare_inputs(inputs, world.inputs(stage)) == []
 
 
-def test_a_stage_records_what_it_uses_and_nothing_else(world: World) -> None:
+def test_run_inputs_record_what_the_stage_uses_only(world: World) -> None:
     first, second = world.inputs(1), world.inputs(2)
     assert first["frozen"].keys() == {"language model", "media encoder"}
     assert first["caption_embeddings"] == {}
@@ -178,14 +178,14 @@ SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
 }
 
 
-def test_files_beside_the_language_model_are_no_part_of_it(world: World) -> None:
+def test_run_inputs_ignore_extra_files_beside_the_language_model(world: World) -> None:
     before = world.inputs()
     for name in ("LICENSE.txt", "notes.json", "README.md"):
         (world.folder / "language_model" / name).write_text("{}")
     assert compare_inputs(before, world.inputs()) == []
 
 
-def test_the_files_of_a_tokenizer_are_known_by_name(tmp_path: Path) -> None:
+def test_run_inputs_tokenizer_files_are_identified_by_name(tmp_path: Path) -> None:
     belong = {"spiece.model", "tokenizer.json", "vocab.txt", "merges.txt", "chat_template.jinja"}
     for name in (*belong, "LICENSE.txt", "notes.json", "model.safetensors", "config.json"):
         (tmp_path / name).touch()
@@ -193,7 +193,7 @@ def test_the_files_of_a_tokenizer_are_known_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_each_input_that_changed_is_named_alone(world: World, what: str) -> None:
+def test_run_inputs_changed_input_alone_is_named(world: World, what: str) -> None:
     stage, spoil, said = SPOILT[what]
     before = world.inputs(stage)
     spoil(world)
@@ -202,7 +202,7 @@ def test_each_input_that_changed_is_named_alone(world: World, what: str) -> None
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_embeddings_of_another_decoder_are_named_with_and_without_records(
+def test_run_inputs_embeddings_of_another_decoder_are_named(
     world: World, other_decoder: Path, recorded: bool
 ) -> None:
     if not recorded:
@@ -214,7 +214,7 @@ def test_embeddings_of_another_decoder_are_named_with_and_without_records(
     assert str(other_decoder) in line if recorded else "8 looked at 8 are others" in line
 
 
-def test_embeddings_made_again_by_the_same_decoder_are_the_same(world: World) -> None:
+def test_run_inputs_recomputed_embeddings_are_equal(world: World) -> None:
     before = world.inputs()
     world.embed_again(tiny_decoder("image"))
     assert compare_inputs(before, world.inputs()) == []
@@ -237,7 +237,7 @@ def resumed(world: World, *more: str, flags: tuple[str, ...] = ()) -> TinyRun:
     return TinyRun(world.folder, 2, sets, ["--resume", *flags])
 
 
-def test_a_run_is_resumed_with_what_it_was_started_with_and_nothing_else(
+def test_resume_requires_the_inputs_of_the_start(
     world: World, tmp_path: Path, other_decoder: Path
 ) -> None:
     """What was shown: stage 1 retrained, rows removed and embeddings remade between two starts."""
@@ -278,7 +278,7 @@ def test_a_run_is_resumed_with_what_it_was_started_with_and_nothing_else(
     assert not again.checkpoints
 
 
-def test_a_run_of_an_older_version_is_resumed_with_a_warning(world: World, tmp_path: Path) -> None:
+def test_resume_of_an_older_version_warns(world: World, tmp_path: Path) -> None:
     run = killed(world)
     record = run.folder / "checkpoints" / "inputs.json"
     record.unlink()
@@ -291,7 +291,7 @@ def test_a_run_of_an_older_version_is_resumed_with_a_warning(world: World, tmp_p
     assert read_inputs(again.folder / "inputs.json") is not None
 
 
-def test_processes_that_start_together_on_empty_caches_record_the_same(world: World) -> None:
+def test_run_inputs_are_the_same_for_concurrent_processes(world: World) -> None:
     two = TinyRun(world.folder, 2, world.sets, world=2).finish()
     assert compare_inputs(read_inputs(two.folder / "inputs.json"), world.inputs()) == []
     cache = world.folder / "cache"
@@ -300,7 +300,7 @@ def test_processes_that_start_together_on_empty_caches_record_the_same(world: Wo
     assert len(list(cache.glob("*.npz"))) == 2 * len(MODALITIES)
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+def test_run_inputs_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_text("{")
     with pytest.raises(UserError, match=r"inputs\.json is damaged: give --restart"):
         read_inputs(tmp_path / "inputs.json")

@@ -53,9 +53,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_stage_on_shards_loses_what_it_loses_on_files(
-    packed: Path, tmp_path: Path, stage: int
-) -> None:
+def test_shards_train_with_the_losses_of_files(packed: Path, tmp_path: Path, stage: int) -> None:
     sets = [f"data.data_dir={packed}", f"data.cache_dir={tmp_path / 'cache'}"]
     init = from_stage(1) if stage == 2 else []
     run = TinyRun(tmp_path, stage, sets, init).finish()
@@ -64,7 +62,7 @@ def test_a_stage_on_shards_loses_what_it_loses_on_files(
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_media_and_captions_are_those_of_the_files(packed: Path, modality: Modality) -> None:
+def test_shards_have_the_media_and_captions_of_files(packed: Path, modality: Modality) -> None:
     files, shards = tiny_world() / "data" / PAIRS / modality, packed / PAIRS / modality
     unpacked = [row for row, _ in annotation_rows(files / f"{modality}.json")]
     rows = [row for row, _ in annotation_rows(shards)]
@@ -77,9 +75,7 @@ def test_media_and_captions_are_those_of_the_files(packed: Path, modality: Modal
     assert names == list(iter_captions(files / f"{modality}.json", modality))
 
 
-def test_a_feature_is_found_for_the_same_medium_in_and_out_of_a_shard(
-    packed: Path, tmp_path: Path
-) -> None:
+def test_shards_share_cached_features_with_files(packed: Path, tmp_path: Path) -> None:
     files, shards = (root / PAIRS / "image" for root in (tiny_world() / "data", packed))
     row, _ = next(annotation_rows(shards))
     inside = shards / row["image_name"]
@@ -88,7 +84,7 @@ def test_a_feature_is_found_for_the_same_medium_in_and_out_of_a_shard(
     assert cache.get(inside).tolist() == [1.0, 2.0]
 
 
-def test_samples_without_a_medium_or_a_caption_are_left_out_and_counted(
+def test_shards_incomplete_samples_are_skipped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
@@ -102,14 +98,14 @@ def test_samples_without_a_medium_or_a_caption_are_left_out_and_counted(
     assert "skipped 2 samples without a medium or a caption" in capsys.readouterr().out
 
 
-def test_a_shard_cut_short_is_named(packed: Path, tmp_path: Path) -> None:
+def test_shards_truncated_file_is_named(packed: Path, tmp_path: Path) -> None:
     whole = (packed / PAIRS / "image" / "00000.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes(whole[: len(whole) // 2 + 700])
     with pytest.raises(UserError, match=r"00000.tar: not a complete tar file.*download it again"):
         list(annotation_rows(tmp_path))
 
 
-def test_json_that_is_none_is_named(tmp_path: Path) -> None:
+def test_shards_invalid_json_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         add(tar, "000.jpg", b"a picture")
         add(tar, "000.json", b"{")

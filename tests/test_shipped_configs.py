@@ -13,7 +13,7 @@ import pytest
 from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import STAGES, load_config
 from test_config import SHIPPED
-from tiny_parts import tiny_overrides
+from tiny_components import tiny_overrides
 from tiny_run import TinyRun, tiny_world
 
 PROCESSES = {"7b_8x80gb": 8, "7b_2_nodes": 16}  # of which the tests start one
@@ -75,7 +75,7 @@ class ShippedRun(TinyRun):
 
 
 @pytest.mark.parametrize("config", SHIPPED)
-def test_a_shipped_yaml_trains_its_stages(config: str, data_root: Path, tmp_path: Path) -> None:
+def test_shipped_config_trains_its_stages(config: str, data_root: Path, tmp_path: Path) -> None:
     for stage in STAGES:
         run = ShippedRun(tmp_path, stage, config=config, data_root=data_root).finish()
         names = load_config(config, stage).data.datasets

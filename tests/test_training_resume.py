@@ -46,7 +46,7 @@ def assert_same(run: TinyRun, expected: TinyRun) -> None:
     assert same(run.delta, expected.delta)
 
 
-def test_killed_between_saves_it_resumes_bit_for_bit(tmp_path: Path, undisturbed: TinyRun) -> None:
+def test_resume_after_kill_between_saves_is_bit_exact(tmp_path: Path, undisturbed: TinyRun) -> None:
     dropout_run(tmp_path).kill_when(lambda: len(dropout_run(tmp_path).metrics) >= 6)
     resumed = dropout_run(tmp_path, "--resume", sets=["data.num_workers=2"]).finish()
     assert "resumed after step" in resumed.output
@@ -54,7 +54,7 @@ def test_killed_between_saves_it_resumes_bit_for_bit(tmp_path: Path, undisturbed
     assert not resumed.checkpoints
 
 
-def test_tensorboard_shows_every_step_once_when_a_run_is_resumed(tmp_path: Path) -> None:
+def test_tensorboard_logs_every_step_once_across_resume(tmp_path: Path) -> None:
     """The step of the checkpoint too, which no later run takes again."""
     run = dropout_run(tmp_path)
     run.kill_when(lambda: "step_000004" in run.checkpoints)
@@ -67,7 +67,7 @@ def test_tensorboard_shows_every_step_once_when_a_run_is_resumed(tmp_path: Path)
         assert len(shown) == 12
 
 
-def test_killed_in_the_middle_of_a_save_it_resumes_from_the_one_before(
+def test_resume_after_kill_during_a_save_uses_the_previous_checkpoint(
     tmp_path: Path, undisturbed: TinyRun
 ) -> None:
     sets = ["training.save_steps=1"]
@@ -84,7 +84,7 @@ def test_killed_in_the_middle_of_a_save_it_resumes_from_the_one_before(
     assert_same(resumed, undisturbed)
 
 
-def test_sigterm_to_all_its_processes_saves_and_leaves_with_143(
+def test_sigterm_to_all_processes_saves_and_exits_with_143(
     tmp_path: Path, undisturbed: TinyRun
 ) -> None:
     run = dropout_run(tmp_path, sets=["data.num_workers=2"]).start()
@@ -98,7 +98,7 @@ def test_sigterm_to_all_its_processes_saves_and_leaves_with_143(
     assert_same(dropout_run(tmp_path, "--resume").finish(), undisturbed)
 
 
-def test_two_processes_under_zero_2_and_one_under_zero_3_resume_bit_for_bit(
+def test_resume_under_zero_2_and_zero_3_is_bit_exact(
     tmp_path: Path,
 ) -> None:
     zero_3 = tmp_path / "zero_3.json"
@@ -116,7 +116,7 @@ def test_two_processes_under_zero_2_and_one_under_zero_3_resume_bit_for_bit(
 @pytest.mark.parametrize(
     "places", ["localhost:0", pytest.param("localhost:0,1", marks=pytest.mark.slow)]
 )
-def test_sigterm_to_the_launch_script_saves_and_leaves_no_process(
+def test_sigterm_to_the_launch_script_saves_and_ends_all_processes(
     tmp_path: Path, places: str
 ) -> None:
     flags = ["--init-from", str(trained(2).folder), "--include", places]
@@ -147,7 +147,7 @@ def tied_model(folder: Path) -> Path:
     return folder
 
 
-def test_a_tied_vocabulary_resumes_and_nothing_frozen_is_saved(tmp_path: Path) -> None:
+def test_tied_embeddings_resume_and_frozen_weights_are_not_saved(tmp_path: Path) -> None:
     sets = [f"language_model.path={tied_model(tmp_path / 'tied')}", "training.save_steps=2"]
     whole = TinyRun(tmp_path / "whole", 1, sets).finish()
     killed = TinyRun(tmp_path / "killed", 1, sets)
@@ -158,7 +158,7 @@ def test_a_tied_vocabulary_resumes_and_nothing_frozen_is_saved(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_whole_vocabulary_matrices_train_and_resume_bit_for_bit(tmp_path: Path, tied: bool) -> None:
+def test_full_vocabulary_training_resumes_bit_exactly(tmp_path: Path, tied: bool) -> None:
     sets = ["language_model.trainable_embeddings=full", "training.save_steps=2"]
     if tied:
         sets.append(f"language_model.path={tied_model(tmp_path / 'tied')}")
@@ -181,14 +181,14 @@ def test_whole_vocabulary_matrices_train_and_resume_bit_for_bit(tmp_path: Path, 
         assert name in second.delta and not torch.equal(second.delta[name], tensor)
 
 
-def test_the_configuration_is_written_at_the_start_of_a_run(tmp_path: Path) -> None:
+def test_config_is_written_at_the_start_of_a_run(tmp_path: Path) -> None:
     run = dropout_run(tmp_path)
     run.kill_when(lambda: len(run.metrics) >= 1)
     written = yaml.safe_load((run.folder / "config.yaml").read_text())
     assert written["stage"] == 3 and written["training"]["max_steps"] == 12
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
+def test_full_disk_ends_the_run_and_keeps_the_previous_checkpoint(
     tmp_path: Path, undisturbed: TinyRun
 ) -> None:
     run = dropout_run(tmp_path)
@@ -200,7 +200,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     assert_same(dropout_run(tmp_path, "--resume").finish(), undisturbed)
 
 
-def test_a_full_disk_at_the_end_leaves_the_delta_before(tmp_path: Path) -> None:
+def test_full_disk_at_the_end_keeps_the_previous_delta(tmp_path: Path) -> None:
     before = TinyRun(tmp_path, 1, ["training.max_steps=1"]).finish().delta
     again = TinyRun(tmp_path, 1, ["training.max_steps=2"], file_bytes=20_000)
     assert "is the disk full?" in again.fail()
@@ -208,14 +208,14 @@ def test_a_full_disk_at_the_end_leaves_the_delta_before(tmp_path: Path) -> None:
     assert not list(again.folder.glob("*partial*"))
 
 
-def test_resuming_what_is_finished_says_so(undisturbed: TinyRun) -> None:
+def test_resume_of_a_finished_run_is_reported(undisturbed: TinyRun) -> None:
     written = (undisturbed.folder / "delta.safetensors").stat().st_mtime_ns
     again = dropout_run(undisturbed.save_path, "--resume").finish()
     assert f"{again.folder} is finished" in again.output
     assert (again.folder / "delta.safetensors").stat().st_mtime_ns == written
 
 
-def test_an_unfinished_run_is_neither_dropped_nor_changed_by_accident(tmp_path: Path) -> None:
+def test_unfinished_run_is_neither_overwritten_nor_changed_silently(tmp_path: Path) -> None:
     run = dropout_run(tmp_path)
     run.kill_when(lambda: "step_000004" in run.checkpoints)
     assert "--resume to continue it or --restart" in dropout_run(tmp_path).fail()

@@ -28,8 +28,8 @@ from nextgpt.model.imagebind.encoder import ImageBind
 from nextgpt.model.imagebind.loading import save_imagebind
 from nextgpt.tools.embed_captions import embed_captions
 from parity_tools import fill_by_recipe
+from tiny_components import TINY_IMAGEBIND, tiny_overrides
 from tiny_decoders import tiny_decoder
-from tiny_parts import TINY_IMAGEBIND, tiny_overrides
 
 DATASETS = {
     1: "[mini_image_enc, mini_video_enc, mini_audio_enc]",

@@ -13,13 +13,13 @@ from nextgpt.config.loader import load_config
 from nextgpt.conversation.batch import Batch
 from nextgpt.conversation.prompt import IGNORE_INDEX
 from nextgpt.model.build import build_model
-from tiny_parts import tiny_overrides
+from tiny_components import tiny_overrides
 from tiny_run import TinyRun, trained
 
 IDS = torch.arange(3)
 
 
-def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
+def test_least_squares_recovers_a_linear_map_with_the_requested_spread() -> None:
     torch.manual_seed(0)
     law, given = torch.randn(6, 9), torch.randn(4000, 6)
     wanted = given @ law + 5
@@ -38,9 +38,7 @@ def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
 
 
 @pytest.mark.parametrize("places", [1, 3])
-def test_each_place_of_a_medium_is_put_among_its_share_of_the_captions_words(
-    tmp_path: Path, places: int
-) -> None:
+def test_least_squares_assigns_each_place_its_words(tmp_path: Path, places: int) -> None:
     overrides = [*tiny_overrides(tmp_path), f"input_projection.tokens_per_medium={places}"]
     config = load_config("7b", overrides=overrides)
     torch.manual_seed(0)
@@ -72,7 +70,7 @@ def media_and_captions(count: int, width: int) -> Batch:
     return Batch(ids, torch.ones_like(ids), targets, slots, torch.randn(count, width))
 
 
-def test_the_fit_holds_on_to_no_medium_it_has_seen(tmp_path: Path) -> None:
+def test_least_squares_releases_processed_media(tmp_path: Path) -> None:
     config = load_config("7b", overrides=tiny_overrides(tmp_path))
     model = build_model(config, torch.float32, lora=False, output_projections=False)
     freed: list[int] = []
@@ -88,14 +86,14 @@ def test_the_fit_holds_on_to_no_medium_it_has_seen(tmp_path: Path) -> None:
     init_input_projection(model, batches())
 
 
-def test_a_fit_to_no_media_is_refused(tmp_path: Path) -> None:
+def test_least_squares_without_media_is_refused(tmp_path: Path) -> None:
     config = load_config("7b", overrides=tiny_overrides(tmp_path))
     model = build_model(config, torch.float32, lora=False, output_projections=False)
     with pytest.raises(UserError, match="show no medium"):
         init_input_projection(model, [media_and_captions(0, config.encoder.width)])
 
 
-def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:
+def test_least_squares_initializes_stage_1(tmp_path: Path) -> None:
     sets = ["training.max_steps=1", "training.learning_rate=1e-9"]
     fitted = TinyRun(
         tmp_path / "fitted", 1, [*sets, "input_projection.init=least_squares"]
@@ -106,7 +104,7 @@ def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:
     assert not torch.allclose(fitted.delta[name], plain.delta[name], atol=1e-3)
 
 
-def test_two_processes_fit_the_projection_that_one_fits(tmp_path: Path) -> None:
+def test_least_squares_on_two_processes_equals_one(tmp_path: Path) -> None:
     sets = ["training.max_steps=1", "training.learning_rate=1e-9"]
     sets.append("input_projection.init=least_squares")
     alone = TinyRun(tmp_path / "alone", 1, sets).finish()
@@ -114,7 +112,7 @@ def test_two_processes_fit_the_projection_that_one_fits(tmp_path: Path) -> None:
     torch.testing.assert_close(both.delta, alone.delta, rtol=1e-3, atol=1e-4)
 
 
-def test_a_later_stage_keeps_the_projection_that_it_is_given(tmp_path: Path) -> None:
+def test_least_squares_keeps_a_loaded_projection(tmp_path: Path) -> None:
     sets = ["input_projection.init=least_squares", "training.trainable=[output_projections]"]
     later = TinyRun(tmp_path, 2, sets, ["--init-from", str(trained(1).folder)]).finish()
     before, after = trained(1).delta, later.delta

@@ -17,7 +17,16 @@ import pytest
 from gradio_client import handle_file
 from openai import BadRequestError, InternalServerError
 
-from demo_server import (
+from nextgpt.common.errors import UserError
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import Cancelled, TextDelta
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.media.writing import Output, save_medium
+from nextgpt.serving.handlers import Handlers
+from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, setting_specs
+from nextgpt.serving.scheduler import Finished, Job, QueuePosition
+from serving_harness import (
     PHOTO,
     Running,
     babbling_assistant,
@@ -29,15 +38,6 @@ from demo_server import (
     user,
     wait_until,
 )
-from nextgpt.common.errors import UserError
-from nextgpt.conversation.messages import Conversation, Text, Turn
-from nextgpt.generation.assistant import Assistant
-from nextgpt.generation.events import Cancelled, TextDelta
-from nextgpt.generation.settings import GenerationSettings
-from nextgpt.media.writing import Output, save_medium
-from nextgpt.serving.handlers import Handlers
-from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, setting_specs
-from nextgpt.serving.scheduler import Finished, Job, QueuePosition
 
 SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
 
@@ -59,7 +59,9 @@ def babbler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield running
 
 
-def test_sixteen_at_once_never_mix(babbler: Running, tmp_path: Path) -> None:
+def test_server_keeps_sixteen_concurrent_conversations_separate(
+    babbler: Running, tmp_path: Path
+) -> None:
     """Each gets, of two rounds, the very words and media that it would have got alone."""
 
     def talk(number: int) -> list[tuple[str, list[str], list[bytes]]]:
@@ -103,7 +105,7 @@ def job(running: Running, **figures: int) -> Job:
     return Job(said, replace(options, decode=decode), 0, running.folder / "desk")
 
 
-def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assistant) -> None:
+def test_queue_reports_positions_and_drops_leavers(assistant: Assistant) -> None:
     with running_demo(assistant) as running:
 
         async def follow(one: Job, seen: list) -> None:
@@ -132,14 +134,16 @@ def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assi
         asyncio.run(scene())
 
 
-def test_a_line_that_is_too_long_is_told(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queue_refuses_requests_beyond_its_limit(
+    demo: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nextgpt.serving.scheduler.MAX_PENDING", 0)
     with pytest.raises(InternalServerError, match="try again later") as refused:
         openai(demo).chat.completions.create(model="any", messages=[user("a")])
     assert refused.value.status_code == 503
 
 
-def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> None:
+def test_request_sent_while_the_tab_closes_is_dropped(demo: Running) -> None:
     options = GenerationSettings.from_config(demo.queue.assistant.config)
     handlers = Handlers(demo.queue, demo.sessions, options)
     session = demo.sessions.get("tab", "ada")
@@ -148,7 +152,7 @@ def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> Non
         asyncio.run(handlers.accept(session, "a", []))
 
 
-def test_what_is_read_while_the_conversation_is_cleared_is_not_answered(
+def test_request_loading_files_while_the_chat_clears_is_dropped(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = demo.sessions.get("tab", "ada")
@@ -166,7 +170,7 @@ def test_what_is_read_while_the_conversation_is_cleared_is_not_answered(
     assert not session.rounds
 
 
-def test_answers_come_at_both_ends_of_the_knobs(assistant: Assistant) -> None:
+def test_settings_work_at_both_ends_of_their_ranges(assistant: Assistant) -> None:
     options = GenerationSettings.from_config(assistant.config)
     knobs = setting_specs(options)
     low = {knob.name: knob.low for knob in knobs if knob.name != "max_new_tokens"}
@@ -177,7 +181,7 @@ def test_answers_come_at_both_ends_of_the_knobs(assistant: Assistant) -> None:
         assert len(assistant.chat(said, seed=SEED_LIMIT, settings=turned).outputs) == 3
 
 
-def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
+def test_stop_ends_generation_soon(demo: Running) -> None:
     one = job(demo)
 
     async def scene() -> None:
@@ -194,7 +198,7 @@ def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
     assert not (one.folder / "audio_3.wav").exists()
 
 
-def test_a_failing_decoder_ends_that_answer_with_a_message_and_the_server_goes_on(
+def test_decoder_failure_ends_one_answer_with_a_message(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -209,7 +213,7 @@ def test_a_failing_decoder_ends_that_answer_with_a_message_and_the_server_goes_o
     assert openai(demo).chat.completions.create(**asked).choices[0].message.content
 
 
-def test_a_part_that_cannot_be_loaded_is_no_fault_of_the_one_who_asks(
+def test_component_load_failure_is_reported_as_a_server_error(
     demo: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assistant = demo.queue.assistant
@@ -222,12 +226,12 @@ def test_a_part_that_cannot_be_loaded_is_no_fault_of_the_one_who_asks(
     assert failed.value.status_code == 500
 
 
-def test_a_conversation_that_is_too_long_is_the_askers_fault(demo: Running) -> None:
+def test_prompt_beyond_the_context_is_a_client_error(demo: Running) -> None:
     with pytest.raises(BadRequestError, match="the language model holds"):
         openai(demo).chat.completions.create(model="any", messages=[user("a " * 9000)])
 
 
-def test_a_broken_picture_ends_that_answer_with_its_name(demo: Running, tmp_path: Path) -> None:
+def test_broken_image_ends_the_answer_with_its_name(demo: Running, tmp_path: Path) -> None:
     broken = tmp_path / "half.jpg"
     broken.write_bytes(PHOTO.read_bytes()[:2000])
     with pytest.raises(BadRequestError, match="not readable as an image") as refused:
@@ -235,7 +239,7 @@ def test_a_broken_picture_ends_that_answer_with_its_name(demo: Running, tmp_path
     assert str(demo.folder) not in str(refused.value)
 
 
-def test_a_client_that_goes_away_frees_the_desk(demo: Running) -> None:
+def test_client_disconnect_frees_the_queue(demo: Running) -> None:
     asked = {"messages": [user("all of it")], "stream": True} | SLOW
     with httpx.stream("POST", f"{demo.address}/v1/chat/completions", json=asked) as reply:
         lines = reply.iter_lines()
@@ -245,7 +249,7 @@ def test_a_client_that_goes_away_frees_the_desk(demo: Running) -> None:
     wait_until(lambda: not any(k.startswith("v1") for k in demo.sessions._open), seconds=5)
 
 
-def test_a_client_that_does_not_wait_for_the_whole_frees_the_desk(demo: Running) -> None:
+def test_client_partial_read_frees_the_queue(demo: Running) -> None:
     asked = {"messages": [user("all of it")]} | SLOW
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=0.5)
@@ -255,7 +259,7 @@ def test_a_client_that_does_not_wait_for_the_whole_frees_the_desk(demo: Running)
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_200_requests(babbler: Running) -> None:
+def test_server_memory_stays_flat_over_200_requests(babbler: Running) -> None:
     process = psutil.Process(os.getpid())
 
     one = client(babbler)

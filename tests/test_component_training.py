@@ -64,7 +64,7 @@ def new_model() -> nn.Linear:
     return nn.Linear(3, 2)
 
 
-def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+def test_component_training_resumes_exactly(tmp_path: Path) -> None:
     whole = new_model()
     straight = train("part", whole, losses_of(whole), PLAN, tmp_path / "a", seed=1)
     broken = new_model()
@@ -85,7 +85,7 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> 
     assert not torch.equal(straight.weight, whole.weight)  # the average is kept, not the last
 
 
-def test_neighbours_come_in_fours_that_differ_in_at_most_one_attribute() -> None:
+def test_neighbours_come_in_fours_differing_in_at_most_one_attribute() -> None:
     drawn = sample_hard_negatives(np.random.default_rng(0), "video", 40)
     rows = attribute_labels(drawn, [ATTRIBUTES["video"]] * 40).view(10, 4, -1)
     differing = (rows[:, 1:] != rows[:, :1]).sum(dim=-1)
@@ -95,7 +95,7 @@ def test_neighbours_come_in_fours_that_differ_in_at_most_one_attribute() -> None
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])
-def test_labels_say_what_the_caption_tells_and_nothing_else(modality: str) -> None:
+def test_labels_equal_the_captions_attributes(modality: str) -> None:
     rng = np.random.default_rng(3)
     for thing in sample_objects(rng, 40):
         text, told = sample_partial_caption(thing, modality, rng)
@@ -108,7 +108,7 @@ def test_labels_say_what_the_caption_tells_and_nothing_else(modality: str) -> No
                 assert VALUES[name][index] == read[name], text
 
 
-def test_things_that_differ_in_shape_and_colour_are_no_negatives_whatever_the_pair() -> None:
+def test_negatives_exclude_objects_differing_in_shape_and_colour() -> None:
     told = ATTRIBUTES["image"]
     red_star, blue_star, blue_ring = (
         WorldObject(shape, colour, "big", "left", None, 1)
@@ -124,7 +124,7 @@ def test_things_that_differ_in_shape_and_colour_are_no_negatives_whatever_the_pa
     assert not joint_difference_mask(unnamed).any()
 
 
-def test_shapes_are_read_without_colours_and_colours_without_shapes() -> None:
+def test_shape_and_colour_predictions_are_independent() -> None:
     told = set(ATTRIBUTES["image"])
     thing = WorldObject("star", "red", "big", "left", None, 1)
     label = mask_joint_labels(
@@ -136,7 +136,7 @@ def test_shapes_are_read_without_colours_and_colours_without_shapes() -> None:
     assert kept["size"].all() and kept["place"].all()
 
 
-def test_no_module_of_the_training_knows_which_pairs_are_held_out() -> None:
+def test_held_out_pairs_are_unknown_to_component_training() -> None:
     code = Path(build_components.__file__).parents[1]
     naming = {
         str(path.relative_to(code))
@@ -149,7 +149,7 @@ def test_no_module_of_the_training_knows_which_pairs_are_held_out() -> None:
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])
-def test_no_medium_that_decoders_learn_from_is_judged_to_show_a_held_out_pair(
+def test_decoder_training_media_are_never_judged_as_held_out_pairs(
     modality: Modality,
 ) -> None:
     held_out_pairs = HELD_OUT_PAIRS["validation"] | HELD_OUT_PAIRS["test"]
@@ -160,7 +160,7 @@ def test_no_medium_that_decoders_learn_from_is_judged_to_show_a_held_out_pair(
             assert (seen["shape"], seen["colour"]) not in held_out_pairs
 
 
-def test_all_views_of_a_video_are_its_ends_as_training_renders_them(tmp_path: Path) -> None:
+def test_video_views_are_the_first_and_last_training_frames(tmp_path: Path) -> None:
     thing = sample_objects(np.random.default_rng(0), 1)[0]
     path = tmp_path / "thing.mp4"
     write_medium(path, "video", thing, 5)
@@ -171,7 +171,7 @@ def test_all_views_of_a_video_are_its_ends_as_training_renders_them(tmp_path: Pa
     assert np.abs(ends.astype(int) - rendered).mean() < 4  # noise and codec
 
 
-def test_fresh_videos_for_the_encoder_are_marred_but_recognisable() -> None:
+def test_encoder_training_videos_are_disturbed_but_recognisable() -> None:
     shown = sample_objects(np.random.default_rng(0), 8)
     views = render_video_views(shown, np.random.default_rng(1))
     clean = [video_view(render_frames(t, (-1.0, 1.0), np.random.default_rng(1))) for t in shown]
@@ -179,7 +179,7 @@ def test_fresh_videos_for_the_encoder_are_marred_but_recognisable() -> None:
     assert torch.corrcoef(torch.stack([views[0].flatten(), clean[0].flatten()]))[0, 1] > 0.9
 
 
-def test_a_pool_is_the_same_however_many_processes_render_it(
+def test_latent_cache_is_independent_of_the_number_of_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn = sample_objects(np.random.default_rng(0), 130)
@@ -194,9 +194,7 @@ def test_a_pool_is_the_same_however_many_processes_render_it(
 
 
 @pytest.mark.parametrize(("place", "hidden"), [(0.0, "colour"), (0.35, "shape")])
-def test_captions_of_a_pool_never_tell_what_is_shown_without_a_name(
-    place: float, hidden: str
-) -> None:
+def test_latent_cache_captions_leave_out_unnamed_attributes(place: float, hidden: str) -> None:
     drawn = sample_objects(np.random.default_rng(0), 16)
     chunk = latent_cache._render_chunk("video", 0, (0, drawn, place))
     read = [parse_caption(text) for text in chunk.captions]
@@ -206,7 +204,7 @@ def test_captions_of_a_pool_never_tell_what_is_shown_without_a_name(
     assert any(hidden in parse_caption(text) for text in named.captions)
 
 
-def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:
+def test_latents_are_standardized_and_decode_as_before() -> None:
     torch.manual_seed(0)
     model = build_vae(3, 16, TINY).eval()
     batch = torch.rand(8, 3, 16, 16) * 2 - 1
@@ -226,7 +224,7 @@ def test_standardised_latents_have_unit_spread_and_decode_as_before() -> None:
     assert torch.allclose(after.std, deviation, rtol=1e-3)
 
 
-def test_a_video_network_begins_as_its_picture_network_frame_by_frame() -> None:
+def test_video_unet_starts_as_the_image_unet_per_frame() -> None:
     torch.manual_seed(0)
     picture, video = build_unet("image", TINY).eval(), build_unet("video", TINY).eval()
     inflate_image_unet(video, picture)
@@ -239,7 +237,7 @@ def test_a_video_network_begins_as_its_picture_network_frame_by_frame() -> None:
             assert torch.allclose(made[:, :, frame], alone, atol=1e-5)
 
 
-def test_a_mel_frame_is_one_hop_and_quiet_lies_at_the_floor() -> None:
+def test_log_mel_has_one_frame_per_hop_and_a_floor_for_silence() -> None:
     spectrograms = log_mel(
         render_audio_clips(sample_objects(np.random.default_rng(0), 2), np.random.default_rng(1))
     )
@@ -248,7 +246,7 @@ def test_a_mel_frame_is_one_hop_and_quiet_lies_at_the_floor() -> None:
     assert silence.max() == silence.min() < spectrograms.min() + 0.5
 
 
-def test_the_first_layer_over_time_is_taught_to_tell_all_frames_apart() -> None:
+def test_temporal_layer_init_distinguishes_all_frames() -> None:
     torch.manual_seed(0)
     model = build_unet("video", TINY)
     latents = torch.randn(8, TINY.latent_channels, 8, 4, 4)
@@ -263,7 +261,7 @@ def test_the_first_layer_over_time_is_taught_to_tell_all_frames_apart() -> None:
     assert distances[0, 7] > 0.7 * apart.max()  # the beginning from the end
 
 
-def test_a_video_network_sees_last_frames_first_then_whole_videos_then_frames_between() -> None:
+def test_video_training_schedule_is_last_frames_then_videos_then_middle_frames() -> None:
     rng = np.random.default_rng(0)
 
     def frames(step: int) -> list[int]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from demo_server import (
+from nextgpt.mini_world.page_files import EXAMPLES
+from nextgpt.serving.examples import read_examples
+from serving_harness import (
     EVERYTHING,
     PHOTO,
     WORDS,
@@ -17,8 +19,6 @@ from demo_server import (
     scripted_assistant,
     wait_until,
 )
-from nextgpt.mini_world.page_files import EXAMPLES
-from nextgpt.serving.examples import read_examples
 
 pytestmark = pytest.mark.browser
 CHROMIUM = [
@@ -130,7 +130,7 @@ def said_by(page: Page, who: str) -> str:
     return "\n".join(page.locator(f"#chat .{who}-row").all_inner_texts())
 
 
-def test_a_plain_question_gets_words_and_their_explanation(
+def test_page_answers_a_text_question_with_an_explanation(
     visitor: BrowserContext, talker: Running
 ) -> None:
     page = opened(visitor, talker)
@@ -146,7 +146,7 @@ def test_a_plain_question_gets_words_and_their_explanation(
     assert page.locator("#chat video, #chat audio, #chat figure img").count() == 0
 
 
-def test_a_picture_in_and_a_sound_out(visitor: BrowserContext, musician: Running) -> None:
+def test_page_answers_an_image_with_audio(visitor: BrowserContext, musician: Running) -> None:
     page = opened(visitor, musician)
     send(page, "What does it sound like?", PHOTO)
     answered(page)
@@ -156,7 +156,7 @@ def test_a_picture_in_and_a_sound_out(visitor: BrowserContext, musician: Running
     assert downloaded(page, "audio").startswith(b"RIFF")
 
 
-def test_text_in_and_all_media_out_each_with_its_bar_and_a_second_round(
+def test_page_shows_all_media_with_progress_over_two_rounds(
     visitor: BrowserContext, everything: Running
 ) -> None:
     page = opened(visitor, everything)
@@ -187,9 +187,7 @@ def test_text_in_and_all_media_out_each_with_its_bar_and_a_second_round(
     assert len(session.turns()) == 4
 
 
-def test_stop_in_the_middle_retry_edit_and_clear(
-    visitor: BrowserContext, everything: Running
-) -> None:
+def test_page_stops_retries_edits_and_clears(visitor: BrowserContext, everything: Running) -> None:
     page = opened(visitor, everything)
     send(page, "all of it")
     expect(page.locator("#chat .making progress").first).to_be_visible()
@@ -224,7 +222,7 @@ def test_stop_in_the_middle_retry_edit_and_clear(
     expect(page.locator("#chat details.why")).to_have_count(0)
 
 
-def test_a_broken_file_is_named_and_the_message_stays_in_the_box(
+def test_page_names_a_broken_file_and_keeps_the_message(
     visitor: BrowserContext, talker: Running, tmp_path: Path
 ) -> None:
     broken = tmp_path / "notes.mp4"
@@ -245,9 +243,7 @@ def test_a_broken_file_is_named_and_the_message_stays_in_the_box(
     answered(page)
 
 
-def test_pictures_are_pasted_and_dropped_into_the_box(
-    visitor: BrowserContext, talker: Running
-) -> None:
+def test_page_accepts_pasted_and_dropped_images(visitor: BrowserContext, talker: Running) -> None:
     page = opened(visitor, talker)
     box, shown = page.locator("#box textarea"), page.locator("#box .thumbnail-item")
     held = page.evaluate_handle(HOLDS_FILE, base64.b64encode(PHOTO.read_bytes()).decode())
@@ -264,7 +260,7 @@ def test_pictures_are_pasted_and_dropped_into_the_box(
     assert page.locator("#chat .user-row figure.image img").count() == 2
 
 
-def test_each_chip_fills_the_box_with_words_and_its_file(
+def test_page_example_chips_fill_the_textbox_with_text_and_file(
     visitor: BrowserContext, talker: Running
 ) -> None:
     page = opened(visitor, talker)
@@ -278,7 +274,7 @@ def test_each_chip_fills_the_box_with_words_and_its_file(
     assert page.locator("#chat figure.image img").evaluate("image => image.naturalWidth") == 64
 
 
-def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running) -> None:
+def test_page_uses_settings_and_seed(visitor: BrowserContext, musician: Running) -> None:
     page = opened(visitor, musician)
     page.get_by_role("button", name="Settings").click()
     turn(page, "steps_audio", "7")
@@ -291,7 +287,7 @@ def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running
     assert session.rounds[0].answer.steps[0] == (7, 7)
 
 
-def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Running) -> None:
+def test_page_records_from_microphone_and_camera(visitor: BrowserContext, talker: Running) -> None:
     visitor.grant_permissions(["camera", "microphone"])
     page = opened(visitor, talker)
     page.get_by_label("Record audio").click()
@@ -317,7 +313,7 @@ def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Run
     assert plays(page.locator("#chat .user-row video")) > 0.5  # or without end
 
 
-def test_a_narrow_window_shows_all_and_dark_is_dark(
+def test_page_fits_narrow_windows_and_dark_mode(
     visitor: BrowserContext, everything: Running
 ) -> None:
     page = opened(visitor, everything, width=360)
@@ -338,9 +334,7 @@ def test_a_narrow_window_shows_all_and_dark_is_dark(
     page.wait_for_function(f"light => {background} !== light", arg=light)
 
 
-def test_a_closed_tab_frees_its_work_and_its_files(
-    visitor: BrowserContext, everything: Running
-) -> None:
+def test_page_closed_tab_frees_work_and_files(visitor: BrowserContext, everything: Running) -> None:
     wait_until(lambda: len(everything.sessions) == 0)
     page = opened(visitor, everything)
     send(page, "all of it")
@@ -352,7 +346,7 @@ def test_a_closed_tab_frees_its_work_and_its_files(
     assert not list(everything.sessions.folder.iterdir())
 
 
-def test_two_tabs_are_two_conversations_and_the_second_sees_its_place(
+def test_page_tabs_are_separate_conversations_with_queue_positions(
     visitor: BrowserContext, everything: Running
 ) -> None:
     first, second = opened(visitor, everything), opened(visitor, everything)

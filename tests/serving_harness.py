@@ -23,7 +23,7 @@ from nextgpt.serving.scheduler import InferenceQueue
 from nextgpt.serving.server import build_app
 from nextgpt.serving.sessions import Sessions
 from parity_tools import MEDIA
-from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
+from tiny_components import script_language_model, tiny_overrides, write_tiny_components
 from tiny_system import tiny_encoder
 
 PHOTO = MEDIA / "portrait.jpg"
@@ -45,7 +45,7 @@ def scripted_ids(*said: str) -> list[int]:
 
 def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: int = 2) -> Assistant:
     """Always says the same, with media of its own seed."""
-    write_tiny_parts(folder)
+    write_tiny_components(folder)
     overrides = script_language_model(folder, scripted_ids(*said))
     overrides += [
         "serving.examples=code/mini_world/demo_examples",
@@ -59,7 +59,7 @@ def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: in
 
 def babbling_assistant(folder: Path) -> Assistant:
     """Says what the seed and the prompt make it say, with media here and there."""
-    write_tiny_parts(folder, favoured=range(38))
+    write_tiny_components(folder, favoured=range(38))
     overrides = [*tiny_overrides(folder), "generation.top_p=1.0", "generation.max_new_tokens=20"]
     return Assistant.from_config(
         load_config("7b", overrides=overrides), folder / "tuned" / "stage_3"

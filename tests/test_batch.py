@@ -94,7 +94,7 @@ def at_once(model: NextGPT) -> torch.Tensor:
 
 @pytest.mark.parametrize("row_length", [None, 300])
 @pytest.mark.parametrize(("world", "size"), [(1, 1), (1, 3), (1, 8), (2, 4), (3, 2), (4, 6)])
-def test_gradients_are_the_same_for_every_split_of_a_batch(
+def test_gradients_equal_for_every_split_of_a_batch(
     model: NextGPT, at_once: torch.Tensor, world: int, size: int, row_length: int | None
 ) -> None:
     found = step_gradient(model, recorded_samples(), world, size, row_length)
@@ -130,7 +130,7 @@ def reader(request: pytest.FixtureRequest) -> NextGPT:
 
 
 @torch.no_grad()
-def test_packed_samples_are_read_as_they_are_alone(reader: NextGPT) -> None:
+def test_packing_equals_one_sample_per_row(reader: NextGPT) -> None:
     encoded = texts("It rains.", "The sun shines on the lake.", "So.", "Because of the wind.")
     together, places = packed(encoded, row_length=120)
     assert len(together.input_ids) < len(encoded)
@@ -144,7 +144,7 @@ def test_packed_samples_are_read_as_they_are_alone(reader: NextGPT) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("changed", [0, 1, 2])
-def test_packed_samples_do_not_see_each_other(reader: NextGPT, changed: int) -> None:
+def test_packing_isolates_samples_in_a_row(reader: NextGPT, changed: int) -> None:
     encoded = texts("The sun shines on the lake.", "It rains in the hills.", "Because of the wind.")
     batch, places = packed(encoded, row_length=1000)
     assert len(batch.input_ids) == 1

@@ -19,9 +19,9 @@ import gradio as gr
 import httpx
 import pytest
 
-from demo_server import PHOTO, Running, running_demo, scripted_assistant
 from nextgpt.serving.guarded_blocks import file_paths
 from nextgpt.serving.middleware import COOKIE
+from serving_harness import PHOTO, Running, running_demo, scripted_assistant
 
 SECRET = b"a secret of somebody else"  # behind a real picture, which Gradio would also convert
 META = {"_type": "gradio.FileData"}
@@ -177,7 +177,7 @@ FORGED: dict[str, Forger] = {
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_no_function_of_the_page_takes_a_forged_file(
+def test_page_functions_refuse_forged_files(
     kind: str, demo: Running, attacker: Attacker, tmp_path: Path
 ) -> None:
     """Each kind in its plain form and in one of the others, each of which has its turn."""
@@ -187,7 +187,7 @@ def test_no_function_of_the_page_takes_a_forged_file(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FORGED)
-def test_no_function_of_the_page_takes_a_forged_file_in_any_form(
+def test_page_functions_refuse_forged_files_in_every_form(
     kind: str, demo: Running, attacker: Attacker, tmp_path: Path
 ) -> None:
     try_forged_file(kind, range(len(forms(""))), demo, attacker, tmp_path)
@@ -261,7 +261,7 @@ def known_secrets(demo: Running) -> set[str]:
     }
 
 
-def test_api_parameters_by_name_take_no_forged_file(demo: Running, attacker: Attacker) -> None:
+def test_api_parameters_by_name_refuse_forged_files(demo: Running, attacker: Attacker) -> None:
     for name, endpoint in attacker.http.get("/gradio_api/info").json()["named_endpoints"].items():
         parameters = [one["parameter_name"] for one in endpoint["parameters"]]
         for parameter in parameters:
@@ -273,7 +273,7 @@ def test_api_parameters_by_name_take_no_forged_file(demo: Running, attacker: Att
     assert attacker.http.get("/gradio_api/file=/etc/passwd").status_code == 404
 
 
-def test_a_function_with_files_takes_the_visitors_own(demo: Running, attacker: Attacker) -> None:
+def test_page_functions_accept_the_visitors_files(demo: Running, attacker: Attacker) -> None:
     attaching = [i for i, fn in demo.page.fns.items() if fn.name == "_attach"]
     assert len(attaching) == 2
     for index in attaching:
@@ -288,9 +288,7 @@ def test_a_function_with_files_takes_the_visitors_own(demo: Running, attacker: A
         assert [file["path"] for file in again["files"]] == [first]
 
 
-def test_an_address_is_not_fetched_after_the_box_was_replaced(
-    demo: Running, attacker: Attacker
-) -> None:
+def test_textbox_replacement_fetches_no_url(demo: Running, attacker: Attacker) -> None:
     """An update makes a new box for the session, without what was changed of the first."""
     send = next(i for i, fn in demo.page.fns.items() if fn.name == "send")
     file = {"path": f"{demo.address}/config", "meta": META}
@@ -300,7 +298,7 @@ def test_an_address_is_not_fetched_after_the_box_was_replaced(
     assert not [path for path in demo.folder.rglob("config*") if path.is_file()]
 
 
-def test_messages_name_the_file_and_not_its_folder(attacker: Attacker, demo: Running) -> None:
+def test_error_messages_name_the_file_without_its_folder(attacker: Attacker, demo: Running) -> None:
     for index in (i for i, fn in demo.page.fns.items() if fn.name in ("send", "_attach", "chat")):
         inputs = defaults(demo.page.fns[index])
         inputs[-1] = {"path": "/srv/private/photo.png", "meta": META}
@@ -308,13 +306,13 @@ def test_messages_name_the_file_and_not_its_folder(attacker: Attacker, demo: Run
         assert "photo.png: not a file that you uploaded here" in told and "private" not in told
 
 
-def test_a_cookie_that_this_server_did_not_issue_is_replaced(demo: Running) -> None:
+def test_cookie_not_issued_by_the_server_is_replaced(demo: Running) -> None:
     for cookie in ("x", "v1 chatcmpl-1", "a" * 31):
         reply = httpx.get(demo.address, headers={"Cookie": f"{COOKIE}={cookie}"})
         assert len(reply.cookies[COOKIE]) == 32
 
 
-def test_another_visitor_cannot_close_a_conversation(demo: Running, attacker: Attacker) -> None:
+def test_session_cannot_be_closed_by_another_visitor(demo: Running, attacker: Attacker) -> None:
     session = demo.sessions.get("victim's conversation", "victim")
     closing = next(i for i, fn in demo.page.fns.items() if fn.name == "close")
     asked = {"data": [], "fn_index": closing, "session_hash": "victim's conversation"}

@@ -64,7 +64,7 @@ def stages(other: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[T
     return [TinyRun(path, stage, other).finish() for stage in (1, 2, 3, 4)]
 
 
-def test_all_stages_train_it(stages: list[TinyRun]) -> None:
+def test_other_components_train_in_all_stages(stages: list[TinyRun]) -> None:
     for run in stages:
         assert len(run.losses) == 4 and run.metrics[-1]["skipped"] == 0
     rows = {n: t.shape for n, t in stages[-1].delta.items() if n.endswith("new_rows")}
@@ -80,7 +80,9 @@ def config_of(run: TinyRun) -> Config:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 @torch.no_grad()
-def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: Modality) -> None:
+def test_other_components_answer_with_their_decoders_media(
+    stages: list[TinyRun], modality: Modality
+) -> None:
     assistant = Assistant.from_config(config_of(stages[-1]), stages[-1].folder)
     signals = assistant.prompt_builder.signals
     row = assistant.model.language_model.get_output_embeddings().new_rows[
@@ -101,13 +103,13 @@ def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: 
     ]
 
 
-def test_its_tuned_parameters_are_refused_by_another(stages: list[TinyRun]) -> None:
+def test_other_components_delta_is_refused_by_another_model(stages: list[TinyRun]) -> None:
     delta = read_delta(stages[-1].folder)
     with pytest.raises(UserError, match=r"input_projection.bias: shape \(96,\), expected \(128,\)"):
         load_delta(tiny_model(lora=True), delta, {"input_projection"})
 
 
-def test_embeddings_of_another_decoder_are_refused_with_maker_or_both_shapes(
+def test_other_decoder_embeddings_are_refused_with_decoder_or_shapes(
     stages: list[TinyRun], other: list[str], tmp_path: Path
 ) -> None:
     precomputed = [*other, "data.caption_embeddings=precomputed"]

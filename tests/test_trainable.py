@@ -77,7 +77,7 @@ def after_a_warm_start(model: NextGPT) -> None:
 
 @pytest.mark.parametrize("between", [NextGPT.train, after_evaluation, after_a_warm_start])
 @pytest.mark.parametrize("stage", STAGES)
-def test_dropout_is_active_in_what_trains_and_nowhere_else(
+def test_dropout_is_active_in_trainable_groups_only(
     stage: int, between: Callable[[NextGPT], object]
 ) -> None:
     model = model_of(stage)
@@ -90,7 +90,7 @@ def test_dropout_is_active_in_what_trains_and_nowhere_else(
         between(model)
 
 
-def test_layers_that_recompute_activations_keep_doing_so_without_dropout() -> None:
+def test_dropout_disabled_keeps_activation_checkpointing() -> None:
     model = model_of(1, "training.activation_checkpointing=true")
     layers = model.language_model.model.layers
     assert all(layer.training and layer.gradient_checkpointing for layer in layers)
@@ -100,7 +100,7 @@ def test_layers_that_recompute_activations_keep_doing_so_without_dropout() -> No
 
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_quantized_matrices_let_gradients_through_after_a_pass_without_dropout(kind: str) -> None:
+def test_dropout_disabled_keeps_gradients_through_quantized_weights(kind: str) -> None:
     gradients = []
     for warm_start in (False, True):
         model = model_of(1, f"language_model.quantization={kind}")
@@ -115,7 +115,7 @@ def test_quantized_matrices_let_gradients_through_after_a_pass_without_dropout(k
     assert gradients[0].any() and torch.equal(*gradients)
 
 
-def test_measuring_a_centre_draws_no_dropout() -> None:
+def test_whitening_uses_no_dropout() -> None:
     centres = []
     for seed in (1, 2):
         model = model_of(3, "output_projection.whiten_inputs=true")
@@ -126,7 +126,7 @@ def test_measuring_a_centre_draws_no_dropout() -> None:
     assert centres[0].any() and torch.equal(*centres)
 
 
-def test_stage_4_reads_frozen_adapters_without_dropout_resumed_or_not(tmp_path: Path) -> None:
+def test_stage_4_disables_dropout_of_frozen_adapters(tmp_path: Path) -> None:
     start = ["--init-from", str(trained(3).folder)]
     sets = ["training.save_steps=1", "training.epochs=9", "training.max_steps=6"]
     sets.append("training.cache_hidden_states=false")

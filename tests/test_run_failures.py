@@ -171,7 +171,7 @@ SLOW = pytest.mark.slow
         )
     ],
 )
-def test_an_exception_in_a_step_ends_all_processes_and_is_said_once(
+def test_exception_in_a_step_ends_all_processes_and_is_reported_once(
     start_run: Start, tmp_path: Path, error: str, said: str, code: int, ranks: list[int], world: int
 ) -> None:
     run = failing_run(start_run, tmp_path, error, ranks, world)
@@ -185,7 +185,7 @@ def test_an_exception_in_a_step_ends_all_processes_and_is_said_once(
 
 
 @pytest.mark.parametrize(("world", "killed"), [(2, 1), pytest.param(2, 0, marks=SLOW)])
-def test_the_others_end_when_a_process_is_killed_and_say_which(
+def test_killed_process_ends_the_others_which_name_it(
     start_run: Start, tmp_path: Path, world: int, killed: int
 ) -> None:
     run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
@@ -202,7 +202,7 @@ def test_the_others_end_when_a_process_is_killed_and_say_which(
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_before_it_connects_is_named_and_ends_the_run(start_run: Start) -> None:
+def test_process_that_dies_before_connecting_is_named_and_ends_the_run(start_run: Start) -> None:
     run = start_run(2, _train_without_coming)
     assert run.wait() == 2
     assert run.outputs.count("did not connect to process 0 within 3 s: 1") == 1
@@ -210,7 +210,7 @@ def test_a_process_that_dies_before_it_connects_is_named_and_ends_the_run(start_
 
 
 @pytest.mark.slow
-def test_an_error_before_the_training_begins_ends_all_processes(start_run: Start) -> None:
+def test_error_before_training_ends_all_processes(start_run: Start) -> None:
     run = start_run(2, _train_unlike)
     assert [run.wait(), run.processes[1].exitcode] == [2, 2]
     assert run.outputs.count(CAUSE) == 1
@@ -218,7 +218,7 @@ def test_an_error_before_the_training_begins_ends_all_processes(start_run: Start
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_killed_loader_process_ends_the_run(start_run: Start, tmp_path: Path, world: int) -> None:
+def test_killed_loader_worker_ends_the_run(start_run: Start, tmp_path: Path, world: int) -> None:
     run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
     processes = family(run)
     processes[-1].kill()
@@ -228,7 +228,7 @@ def test_a_killed_loader_process_ends_the_run(start_run: Start, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_loader_processes_die_with_a_run_that_is_killed(start_run: Start, tmp_path: Path) -> None:
+def test_loader_workers_end_with_a_killed_run(start_run: Start, tmp_path: Path) -> None:
     run = failing_run(start_run, tmp_path, "RuntimeError", [], 1)
     processes = family(run)
     processes[0].kill()
@@ -237,7 +237,7 @@ def test_loader_processes_die_with_a_run_that_is_killed(start_run: Start, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["process", "loader"])
-def test_the_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
+def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
     run = TinyRun(tmp_path, 1, LONG, ["--include", "localhost:0,1"])
     environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
     command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]

@@ -63,7 +63,7 @@ def tiny_overrides(folder: Path) -> list[str]:
     ]
 
 
-def write_tiny_parts(folder: Path, favoured: Sequence[int] = ()) -> None:
+def write_tiny_components(folder: Path, favoured: Sequence[int] = ()) -> None:
     """Write the encoder and, to `folder`/tuned/stage_3, tuned parameters with LoRA.
 
     Args:

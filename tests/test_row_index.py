@@ -26,7 +26,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_row_comes_back_and_is_checked_once(file: Path, tmp_path: Path) -> None:
+def test_row_index_returns_every_row_and_validates_once(file: Path, tmp_path: Path) -> None:
     checked = []
     index = open_index(file, tmp_path / "cache", lambda record, row: checked.append(row), "v1")
     assert checked == list(range(len(ROWS)))
@@ -37,7 +37,7 @@ def test_every_row_comes_back_and_is_checked_once(file: Path, tmp_path: Path) ->
     assert pickle.loads(pickle.dumps(again))[7] == ROWS[7]  # noqa: S301
 
 
-def test_a_changed_file_or_reader_or_a_damaged_index_makes_a_new_one(
+def test_row_index_is_rebuilt_when_file_or_reader_changes_or_damaged(
     file: Path, tmp_path: Path
 ) -> None:
     index = open_index(file, tmp_path, accept, "v1")
@@ -50,9 +50,7 @@ def test_a_changed_file_or_reader_or_a_damaged_index_makes_a_new_one(
     assert len(open_index(file, tmp_path, accept, "v1")) == 5
 
 
-def test_the_digest_follows_rows_and_their_order_and_nothing_else(
-    file: Path, tmp_path: Path
-) -> None:
+def test_row_index_digest_depends_on_rows_and_order_only(file: Path, tmp_path: Path) -> None:
     def digest(rows: list[dict], **layout: object) -> str:
         file.write_text(json.dumps(rows, **layout))
         index = open_index(file, tmp_path, lambda *_: None, "v1")
@@ -70,7 +68,7 @@ def test_the_digest_follows_rows_and_their_order_and_nothing_else(
     assert digest(rows, separators=(", ", ": "), indent=None) == found
 
 
-def test_a_refused_row_or_an_empty_file_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
+def test_row_index_failed_build_leaves_no_files(file: Path, tmp_path: Path) -> None:
     def refuse(record: dict, row: int) -> None:
         if row == 5000:
             raise UserError("row 5000 is wrong")
@@ -86,7 +84,7 @@ def test_a_refused_row_or_an_empty_file_leaves_nothing_behind(file: Path, tmp_pa
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+def test_row_index_memory_is_bounded(tmp_path: Path) -> None:
     file = tmp_path / "long.json"
     file.write_text("[" + ",".join(json.dumps({"text": "x" * 1000}) for _ in range(40_000)) + "]")
     tracemalloc.start()
@@ -97,7 +95,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peak < 16e6 < file.stat().st_size
 
 
-def test_processes_that_start_together_make_it_once(file: Path, tmp_path: Path) -> None:
+def test_row_index_is_built_once_by_concurrent_processes(file: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from nextgpt.dataset.row_index import open_index\n"
         "checked = []\n"

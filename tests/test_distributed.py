@@ -26,7 +26,7 @@ def member(rank: int, meeting: Path, found: Queue) -> None:
     dist.destroy_process_group()
 
 
-def test_what_the_first_process_computes_or_refuses_is_every_processs(tmp_path: Path) -> None:
+def test_first_process_broadcasts_its_result_or_error(tmp_path: Path) -> None:
     spawn = get_context("spawn")
     found = spawn.Queue()
     members = [

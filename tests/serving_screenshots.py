@@ -1,4 +1,4 @@
-"""Makes the README's screenshots of a running demo: python tests/demo_screenshots.py [ADDRESS]."""
+"""Take the README's screenshots of a server: `python tests/serving_screenshots.py [ADDRESS]`."""
 
 import shutil
 import sys

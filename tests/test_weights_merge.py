@@ -29,7 +29,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("delta_kind", ["safetensors", "bin"])
 @pytest.mark.parametrize(("base_kind", "base_shards"), [("bin", 3), ("safetensors", 1)])
-def test_the_merged_model_is_the_sum_of_whole_models_with_a_zero_row_appended(
+def test_merge_vicuna_adds_complete_models_with_a_zero_row_appended(
     base_kind: Format, base_shards: int, delta_kind: Format, tmp_path: Path
 ) -> None:
     llama = write_llama(tmp_path / "llama", base_kind, base_shards)
@@ -53,7 +53,7 @@ def test_the_merged_model_is_the_sum_of_whole_models_with_a_zero_row_appended(
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
 
 
-def test_the_result_has_llamas_tokenizer_and_leaves_nothing_beside_it(
+def test_merge_vicuna_copies_the_tokenizer_and_leaves_no_other_files(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     words = ["--base", pair[0], "--delta", pair[1], "--out", tmp_path / "out"]
@@ -107,7 +107,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_does_not_belong_together_is_named_and_nothing_is_written(
+def test_merge_vicuna_mismatch_is_named_and_nothing_written(
     fault: str, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     break_it, word = FAULTS[fault]
@@ -117,7 +117,7 @@ def test_what_does_not_belong_together_is_named_and_nothing_is_written(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_folder_is_neither_merged_with_itself_nor_overwritten(pair: tuple[Path, Path]) -> None:
+def test_merge_vicuna_refuses_same_folder_and_overwriting(pair: tuple[Path, Path]) -> None:
     base, delta = pair
     with pytest.raises(UserError, match="both as LLaMA-1 and as the delta"):
         merge_vicuna(base, base, base.with_name("out"))
@@ -131,7 +131,7 @@ def memory(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def test_memory_follows_the_size_of_a_written_file_and_not_of_the_model(tmp_path: Path) -> None:
+def test_merge_vicuna_memory_is_bounded_by_one_output_file(tmp_path: Path) -> None:
     """LLaMA, delta and sum of one written file: of a 200 MB model in files of 10 MB, some 40 MB."""
     figures = LlamaConfig.from_pretrained(LLAMA)
     tall = torch.ones(4 * MEGABYTE // 128, 128).half()  # 8 MB

@@ -41,7 +41,7 @@ from nextgpt.media.writing import Frames, Sound
 from nextgpt.model.build import build_prompt_builder
 from nextgpt.model.decoders import build_decoder
 from parity_tools import MEDIA
-from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
+from tiny_components import script_language_model, tiny_overrides, write_tiny_components
 from tiny_system import tiny_encoder
 
 SIGNALS = tiny_encoder().signals
@@ -52,7 +52,7 @@ PHOTO, BELL = str(MEDIA / "portrait.jpg"), str(MEDIA / "tone_16k.wav")
 def babbler(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
     """The recorded model; all new tokens, also those that may not begin anything, tempt it."""
     folder = tmp_path_factory.mktemp("babbler")
-    write_tiny_parts(folder, favoured=range(38))
+    write_tiny_components(folder, favoured=range(38))
     config = load_config("7b", overrides=tiny_overrides(folder))
     return Assistant.from_config(config, folder / "tuned" / "stage_3")
 
@@ -85,7 +85,7 @@ def runs_of(ids: list[int]) -> list[str]:
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0, 1), (0.7, 0.9), (1, 1), (2, 1)])
-def test_signal_runs_are_whole_whatever_is_sampled(
+def test_signal_spans_are_complete_for_any_sampling(
     babbler: Assistant, temperature: float, top_p: float
 ) -> None:
     figures = {"temperature": temperature, "top_p": top_p, "max_new_tokens": 30}
@@ -101,7 +101,7 @@ def test_signal_runs_are_whole_whatever_is_sampled(
     assert made
 
 
-def test_runs_begin_only_where_they_fit() -> None:
+def test_signal_spans_start_only_where_they_fit() -> None:
     processor = CompleteSignalSpans(SIGNALS, max_new_tokens=10)
     scores = torch.zeros(1, SIGNALS.end_id)
     starts = {modality: SIGNALS.span(modality)[0] for modality in SIGNALS.counts}
@@ -119,9 +119,9 @@ def test_runs_begin_only_where_they_fit() -> None:
 
 
 @pytest.mark.parametrize("written", [[13, 332], [333], [2]])
-def test_every_published_end_stops(written: list[int], tmp_path: Path) -> None:
+def test_stop_sequences_all_end_generation(written: list[int], tmp_path: Path) -> None:
     word = tiny_encoder().tokenizer("Sure", add_special_tokens=False).input_ids
-    write_tiny_parts(tmp_path)
+    write_tiny_components(tmp_path)
     overrides = script_language_model(tmp_path, [*word, *written])
     config = load_config("7b", overrides=overrides)
     assistant = Assistant.from_config(config, tmp_path / "tuned" / "stage_3")
@@ -130,7 +130,7 @@ def test_every_published_end_stops(written: list[int], tmp_path: Path) -> None:
     assert answer.turn.parts == (Text("Sure"),)
 
 
-def test_an_end_counts_only_at_the_end() -> None:
+def test_stop_sequences_match_only_at_the_end() -> None:
     stops = StopSequences(tiny_encoder().stop_sequences)
     for ids, ended in [([13], False), ([332], False), ([13, 332], True), ([13, 332, 5], False)]:
         assert stops(torch.tensor([ids]), torch.empty(0)).tolist() == [ended]
@@ -148,7 +148,7 @@ def whole(
 
 
 @torch.no_grad()
-def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assistant) -> None:
+def test_greedy_decoding_equals_the_uncached_forward_pass(babbler: Assistant) -> None:
     conversation = say(Media("image", path=PHOTO), Text("what is it?"))
     answer = ask(babbler, conversation, temperature=0, max_new_tokens=20)
     prompt, embeddings = whole(babbler, conversation, answer)
@@ -162,7 +162,7 @@ def test_greedy_answer_is_the_uncached_forward_pass_token_by_token(babbler: Assi
 
 @torch.no_grad()
 @pytest.mark.parametrize(("top_k", "within"), [(50, True), (0, False)])
-def test_sampling_takes_the_50_likeliest_tokens_as_published_or_all(
+def test_top_k_sampling_is_limited_to_k_tokens(
     babbler: Assistant, top_k: int, within: bool
 ) -> None:
     assert GenerationSettings.from_config(babbler.config).top_k == 50
@@ -184,7 +184,7 @@ def test_sampling_takes_the_50_likeliest_tokens_as_published_or_all(
 
 
 @torch.no_grad()
-def test_media_are_those_of_the_projected_hidden_states(babbler: Assistant) -> None:
+def test_media_are_decoded_from_projected_hidden_states(babbler: Assistant) -> None:
     conversation = say(Media("image", path=PHOTO), Text("draw it"))
     answer = ask(babbler, conversation, seed=3, temperature=0, max_new_tokens=24)
     prompt, embeddings = whole(babbler, conversation, answer)
@@ -209,7 +209,7 @@ def pixels(output: object) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_streamed_words_are_the_answers_words(babbler: Assistant, seed: int) -> None:
+def test_text_deltas_concatenate_to_the_answer(babbler: Assistant, seed: int) -> None:
     options = GenerationSettings.from_config(babbler.config)
     options = replace(options, top_k=0, top_p=1, temperature=2, max_new_tokens=40)
     *events, last = babbler.stream(say(Text("tell me")), seed=seed, settings=options)
@@ -219,7 +219,7 @@ def test_streamed_words_are_the_answers_words(babbler: Assistant, seed: int) -> 
     assert len(streamed) > 1
 
 
-def test_events_come_in_order_and_hold_the_complete_answer(babbler: Assistant) -> None:
+def test_events_are_ordered_and_hold_the_complete_answer(babbler: Assistant) -> None:
     settings = replace(GenerationSettings.from_config(babbler.config), max_new_tokens=24, top_p=1)
     conversation = say(Text("draw, film and play it"))
     *events, last = babbler.stream(conversation, seed=3, settings=settings)
@@ -242,7 +242,9 @@ def test_events_come_in_order_and_hold_the_complete_answer(babbler: Assistant) -
 
 @pytest.mark.parametrize("where", [TextDelta, TurnComplete, DiffusionStep])
 @pytest.mark.parametrize("how", ["close", "raise"])
-def test_an_answer_ends_with_its_consumer(babbler: Assistant, where: type, how: str) -> None:
+def test_generation_stops_when_the_consumer_stops(
+    babbler: Assistant, where: type, how: str
+) -> None:
     settings = GenerationSettings.from_config(babbler.config)
     slow = replace(settings.decode["image"], num_inference_steps=900)
     settings = replace(
@@ -270,7 +272,7 @@ def test_an_answer_ends_with_its_consumer(babbler: Assistant, where: type, how: 
     assert babbler.chat("draw", settings=replace(settings, max_new_tokens=2)).token_ids
 
 
-def test_the_producer_gets_cancelled_and_its_errors_come_out() -> None:
+def test_event_stream_cancels_its_producer_and_raises_its_errors() -> None:
     ended = []
 
     def generate(emit: Callable[[object], None]) -> None:
@@ -296,7 +298,7 @@ def test_the_producer_gets_cancelled_and_its_errors_come_out() -> None:
         next(failing)
 
 
-def test_a_text_with_files_is_a_conversation(babbler: Assistant, tmp_path: Path) -> None:
+def test_ask_accepts_text_with_files(babbler: Assistant, tmp_path: Path) -> None:
     settings = replace(GenerationSettings.from_config(babbler.config), max_new_tokens=8)
     turn = say(Media("image", path=PHOTO), Media("audio", path=BELL), Text("what is it?"))
     wanted = babbler.chat(turn, settings=settings)
@@ -310,7 +312,7 @@ def test_a_text_with_files_is_a_conversation(babbler: Assistant, tmp_path: Path)
         babbler.chat(turn, image=PHOTO)
 
 
-def test_stream_holds_back_what_may_be_an_end_or_half_a_character() -> None:
+def test_text_streamer_holds_back_stop_prefixes_and_partial_characters() -> None:
     encoder = tiny_encoder()
     told: list[str] = []
     stream = TextStreamer(encoder, told.append)
@@ -361,7 +363,7 @@ def random_answer(encoder: PromptBuilder, rng: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize("config", ["tiny", "mini"])
-def test_streams_of_random_answers_are_their_final_texts(config: str) -> None:
+def test_text_streamer_equals_the_decoded_text(config: str) -> None:
     """Of sentencepiece with single bytes for rare characters, and of byte-level BPE."""
     encoder = tiny_encoder() if config == "tiny" else build_prompt_builder(load_config("mini"))
     scripts = 0
@@ -380,7 +382,7 @@ def test_streams_of_random_answers_are_their_final_texts(config: str) -> None:
     assert scripts > 200
 
 
-def test_the_random_state_is_left_alone_and_the_seed_decides(babbler: Assistant) -> None:
+def test_generation_depends_on_its_seed_and_keeps_global_random_state(babbler: Assistant) -> None:
     conversation = say(Text("surprise me"))
     torch.manual_seed(7)
     expected = torch.rand(3)
@@ -393,7 +395,7 @@ def test_the_random_state_is_left_alone_and_the_seed_decides(babbler: Assistant)
     assert answers[0].token_ids == answers[1].token_ids != answers[2].token_ids
 
 
-def test_media_of_every_turn_are_read(babbler: Assistant) -> None:
+def test_generation_uses_media_of_every_turn(babbler: Assistant) -> None:
     """The answer depends on a picture of the first turn; an earlier answer's medium is a run."""
     turns = (
         Turn("human", (Media("image", path=PHOTO), Text("what is it?"))),
@@ -408,7 +410,7 @@ def test_media_of_every_turn_are_read(babbler: Assistant) -> None:
     assert ask(babbler, Conversation(turns), max_new_tokens=4).token_ids
 
 
-def test_a_files_feature_is_kept_until_the_file_changes(babbler: Assistant, tmp_path: Path) -> None:
+def test_feature_cache_is_valid_until_the_file_changes(babbler: Assistant, tmp_path: Path) -> None:
     picture = tmp_path / "picture.jpg"
     picture.write_bytes(Path(PHOTO).read_bytes())
     encoded = babbler.prompt_builder.encode(say(Media("image", path=str(picture))))
@@ -450,7 +452,7 @@ def together(assistant: Assistant, at_once: int = 16, **figures: float) -> list[
 
 @pytest.mark.parametrize("temperature", [0, 1])
 @pytest.mark.parametrize("at_once", [2, 16])
-def test_a_conversation_gets_the_same_answer_alone_and_among_others(
+def test_batched_answers_equal_single_answers(
     babbler: Assistant, temperature: float, at_once: int
 ) -> None:
     alone, batch = together(babbler, at_once, temperature=temperature)
@@ -468,9 +470,7 @@ def test_a_conversation_gets_the_same_answer_alone_and_among_others(
 
 
 @pytest.mark.parametrize("temperature", [1, 2])
-def test_sampled_answers_have_the_same_ids_alone_and_in_a_batch(
-    babbler: Assistant, temperature: float
-) -> None:
+def test_batched_sampling_gives_the_same_ids(babbler: Assistant, temperature: float) -> None:
     conversations = [
         say(Text("draw")),
         say(Media("image", path=PHOTO), Text("what is it, and what did it sound like?")),
@@ -492,7 +492,7 @@ def test_sampled_answers_have_the_same_ids_alone_and_in_a_batch(
         assert [answer.token_ids for answer in other[::-1]] == alone
 
 
-def test_an_answer_ends_although_others_go_on() -> None:
+def test_batched_answer_ends_before_longer_ones() -> None:
     stops = StopSequences([[13, 332], [2]])
     assert stops.truncate([5, 13, 332, 7, 2]) == [5, 13, 332]
     assert stops.truncate([5, 2, 2, 2]) == [5, 2]
@@ -502,6 +502,6 @@ def test_an_answer_ends_although_others_go_on() -> None:
     ]  # fmt: skip
 
 
-def test_a_conversation_beyond_the_context_is_refused_with_numbers(babbler: Assistant) -> None:
+def test_generation_refuses_prompts_beyond_the_context(babbler: Assistant) -> None:
     with pytest.raises(UserError, match=r"holds 2048.*clear the history"):
         ask(babbler, say(Text("long " * 2000)))

@@ -50,9 +50,7 @@ SINGLY = ["training.global_batch_size=4", "training.micro_batch_size=1"]  # some
         ["data.datasets=[mini_request,mini_mosit,mini_text]", *SINGLY],
     ],
 )
-def test_kept_states_give_the_losses_of_states_read_every_time(
-    sets: list[str], tmp_path: Path
-) -> None:
+def test_hidden_state_cache_keeps_the_losses(sets: list[str], tmp_path: Path) -> None:
     kept = run(tmp_path / "kept", "training.cache_hidden_states=true", *sets).finish().metrics
     read = run(tmp_path / "read", *sets).finish().metrics
     assert len(kept) == 12  # some captions come more than once
@@ -65,7 +63,7 @@ def test_kept_states_give_the_losses_of_states_read_every_time(
         assert one["loss"] == pytest.approx(sum(one[name] or 0 for name in names), rel=1e-4)
 
 
-def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
+def test_hidden_state_cache_on_two_processes_equals_one(tmp_path: Path) -> None:
     alone = run(tmp_path / "alone", "training.cache_hidden_states=true").finish().metrics
     both = run(tmp_path / "both", "training.cache_hidden_states=true", world=2).finish().metrics
     assert [line["loss"] for line in both] == pytest.approx(
@@ -74,7 +72,7 @@ def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("centred", ["false", "true"])
-def test_under_zero_3_processes_that_lack_different_states_read_in_step(
+def test_hidden_state_cache_under_zero_3_keeps_processes_in_step(
     tmp_path: Path, centred: str
 ) -> None:
     sets = [*SINGLY, "data.datasets=[mini_request,mini_mosit,mini_text]", "training.max_steps=30"]
@@ -89,7 +87,9 @@ def test_under_zero_3_processes_that_lack_different_states_read_in_step(
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_states_without_room_are_computed_again_and_counted(tmp_path: Path, world: int) -> None:
+def test_hidden_state_cache_beyond_its_limit_recomputes_and_counts(
+    tmp_path: Path, world: int
+) -> None:
     sets = ["training.cache_hidden_states=true", "training.hidden_state_cache_gb=3.0e-5"]
     small = run(tmp_path / "small", *sets, world=world).finish()
     large = run(tmp_path / "large", "training.cache_hidden_states=true").finish()
@@ -102,7 +102,7 @@ def test_states_without_room_are_computed_again_and_counted(tmp_path: Path, worl
     assert "hidden-state cache:" in large.output and "too small" not in large.output
 
 
-def test_one_epoch_keeps_no_states(tmp_path: Path) -> None:
+def test_hidden_state_cache_is_unused_for_one_epoch(tmp_path: Path) -> None:
     sets = ["training.cache_hidden_states=true", "training.epochs=1", "training.max_steps=2"]
     once = run(tmp_path / "once", *sets).finish()
     assert "off, one epoch needs no state twice" in once.output
@@ -111,7 +111,7 @@ def test_one_epoch_keeps_no_states(tmp_path: Path) -> None:
     assert once.metrics == read.metrics
 
 
-def test_no_shipped_configuration_of_7b_caches_states_and_the_mini_system_does() -> None:
+def test_hidden_state_cache_is_configured_for_the_mini_system_only() -> None:
     for name in SHIPPED:
         cached = [
             stage
@@ -124,7 +124,7 @@ def test_no_shipped_configuration_of_7b_caches_states_and_the_mini_system_does()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # folded in, and not
-def test_frozen_adapters_with_dropout_leave_kept_states_as_they_are(dtype: torch.dtype) -> None:
+def test_hidden_state_cache_ignores_dropout_of_frozen_adapters(dtype: torch.dtype) -> None:
     config = tiny_config(4, ["language_model.lora_dropout=0.1"])
     batch = some_batch()
     readings = []
@@ -147,11 +147,13 @@ def test_frozen_adapters_with_dropout_leave_kept_states_as_they_are(dtype: torch
         (["data.packed_seq_length=128"], "one conversation a row"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(tmp_path: Path, sets: list[str], fault: str) -> None:
+def test_hidden_state_cache_unsupported_settings_are_refused(
+    tmp_path: Path, sets: list[str], fault: str
+) -> None:
     assert fault in run(tmp_path, "training.cache_hidden_states=true", *sets).fail()
 
 
-def test_media_behind_the_last_run_of_a_row_are_not_read() -> None:
+def test_media_encoder_skips_media_behind_the_last_signal_span() -> None:
     config = tiny_config(4, ["input_projection.tokens_per_medium=4"])
     model = build_model(config, torch.float32, lora=False, output_projections=True)
     batch = Batch(

@@ -29,7 +29,7 @@ def centres(run: TinyRun) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in run.delta.items() if name.endswith(".centre")}
 
 
-def test_every_new_projection_is_centred_and_keeps_its_centre_through_stage_3(
+def test_whitening_applies_to_new_projections_and_persists_to_stage_3(
     run: TinyRun, tmp_path: Path
 ) -> None:
     assert len(centres(run)) == len(MODALITIES)
@@ -38,7 +38,7 @@ def test_every_new_projection_is_centred_and_keeps_its_centre_through_stage_3(
     assert same(centres(run), centres(later))
 
 
-def test_two_processes_measure_the_centres_that_one_measures(run: TinyRun, tmp_path: Path) -> None:
+def test_whitening_on_two_processes_equals_one(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
     both = TinyRun(tmp_path, 2, [CENTRED], start, world=2).finish()
     for name, centre in centres(run).items():
@@ -47,7 +47,7 @@ def test_two_processes_measure_the_centres_that_one_measures(run: TinyRun, tmp_p
     assert both.losses == pytest.approx(run.losses, rel=1e-3)
 
 
-def test_a_resumed_run_measures_the_same_centres_again(run: TinyRun, tmp_path: Path) -> None:
+def test_whitening_on_resume_is_the_same(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
     broken = TinyRun(tmp_path, 2, [CENTRED, "training.save_steps=1"], start)
     broken.kill_when(lambda: "step_000002" in broken.checkpoints)
@@ -55,7 +55,7 @@ def test_a_resumed_run_measures_the_same_centres_again(run: TinyRun, tmp_path: P
     assert same(run.delta, resumed.delta)
 
 
-def test_states_come_in_with_the_mean_that_was_measured_taken_away() -> None:
+def test_whitening_subtracts_the_measured_mean() -> None:
     figures = {
         "d_model": 8,
         "encoder_layers": 1,
@@ -71,7 +71,7 @@ def test_states_come_in_with_the_mean_that_was_measured_taken_away() -> None:
     torch.testing.assert_close(centred(hidden + 3, embeddings), plain(hidden, embeddings))
 
 
-def test_the_first_layer_begins_by_seeing_what_varies_and_not_what_is_large() -> None:
+def test_whitening_scales_the_first_layer_by_variance() -> None:
     torch.manual_seed(0)
     deviations = torch.tensor([100.0, 10.0, 1.0, 1e-3, 1e-3, 1e-3])
     turned, _ = torch.linalg.qr(torch.randn(6, 6))
@@ -85,9 +85,7 @@ def test_the_first_layer_begins_by_seeing_what_varies_and_not_what_is_large() ->
 
 @pytest.mark.parametrize("count", [2, 20, 40, 63, 64, 65])
 @pytest.mark.parametrize("alike", [1, 4])
-def test_from_few_states_or_repeated_ones_the_first_layer_stays_bounded(
-    count: int, alike: int
-) -> None:
+def test_whitening_of_few_or_repeated_states_is_bounded(count: int, alike: int) -> None:
     torch.manual_seed(0)
     deviations = 100 * 0.9 ** torch.arange(200)
     turned, _ = torch.linalg.qr(torch.randn(200, 200))
@@ -99,14 +97,14 @@ def test_from_few_states_or_repeated_ones_the_first_layer_stays_bounded(
     assert layer.weight[: count - 1].any(dim=1).all() and not layer.weight[count - 1 :].any()
 
 
-def test_one_state_leaves_the_first_layer_as_it_is() -> None:
+def test_whitening_of_one_state_keeps_the_first_layer() -> None:
     layer = torch.nn.Linear(200, 128)
     before = layer.weight.detach().clone()
     whiten(layer, torch.zeros(1, 200))
     assert torch.equal(layer.weight, before)
 
 
-def test_the_published_layout_has_the_centre_in_the_bias(run: TinyRun) -> None:
+def test_whitening_is_folded_into_the_published_bias(run: TinyRun) -> None:
     overrides = [word for flag, word in pairwise(run.arguments) if flag == "--set"]
     config = load_config("7b", 2, overrides)
     model = build_model(config, torch.float32, lora=True, output_projections=True)

@@ -20,7 +20,7 @@ def cached_features(folder: Path, *sets: str) -> dict[bytes, bytes]:
         return dict(database.execute("SELECT digest, vector FROM feature"))
 
 
-def test_media_first_met_in_a_warm_start_get_the_features_they_get_in_a_step(
+def test_media_features_are_the_same_in_warm_start_and_training_step(
     tmp_path: Path,
 ) -> None:
     stepped = cached_features(tmp_path / "stepped")
