@@ -173,7 +173,10 @@ def test_inference_bad_request_writes_nothing(
 EMBEDDINGS = {
     "no captions of it": (["captions.json", "audio", "out", "audio"], "no captions of audio"),
     "another modality's model": (["captions.json", "image", "out", "video"], "TextToVideoSD"),
-    "a folder that is a file": (["captions.json", "image", "captions.json", "image"], "captions"),
+    "a folder that is a file": (
+        ["captions.json", "image", "captions.json", "image"],
+        "captions.json cannot be written",
+    ),
     "no batch": (["captions.json", "image", "out", "image", "--batch_size", "0"], "batch_size 0"),
     "no captions file": (["none.json", "image", "out", "image"], "none.json"),
 }

@@ -396,7 +396,7 @@ def test_generation_depends_on_its_seed_and_keeps_global_random_state(babbler: A
 
 
 def test_generation_uses_media_of_every_turn(babbler: Assistant) -> None:
-    """The answer depends on a picture of the first turn; an earlier answer's medium is a run."""
+    """The prompt holds the features of every user turn; an earlier answer's medium is a span."""
     turns = (
         Turn("human", (Media("image", path=PHOTO), Text("what is it?"))),
         Turn("assistant", (Text("a person"), Media("audio", path="/nowhere.wav"))),
@@ -404,10 +404,16 @@ def test_generation_uses_media_of_every_turn(babbler: Assistant) -> None:
     )
     encoded = babbler.prompt_builder.encode(Conversation(turns))
     (prompt,) = babbler._embed_prompts([encoded], {})
-    photo, bell = (prompt[position] for position, _ in encoded.media_positions)
+    photo, bell = (position for position, _ in encoded.media_positions)
     assert [m.modality for _, m in encoded.signal_spans] == ["audio"]
-    assert not torch.allclose(photo, bell)
-    assert ask(babbler, Conversation(turns), max_new_tokens=4).token_ids
+    assert not torch.allclose(prompt[photo], prompt[bell])
+    other = (Media("image", path=str(MEDIA / "gray.png")), Text("what is it?"))
+    changed = babbler.prompt_builder.encode(
+        Conversation((replace(turns[0], parts=other), *turns[1:]))
+    )
+    (changed_prompt,) = babbler._embed_prompts([changed], {})
+    differing = (changed_prompt != prompt).any(dim=-1).nonzero().flatten()
+    assert differing.tolist() == [photo]
 
 
 def test_feature_cache_is_valid_until_the_file_changes(babbler: Assistant, tmp_path: Path) -> None:

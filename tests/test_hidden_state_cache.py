@@ -8,6 +8,7 @@ import torch
 
 from nextgpt.callbacks import build_callbacks
 from nextgpt.callbacks.hidden_state_cache import HiddenStateCache
+from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import STAGES, load_config
 from nextgpt.conversation.batch import Batch
 from nextgpt.model.build import build_model
@@ -80,10 +81,13 @@ def test_hidden_state_cache_under_zero_3_keeps_processes_in_step(
     alone = run(tmp_path / "alone", *sets).finish().metrics
     divided = ["training.cache_hidden_states=true", zero(3, tmp_path)]
     both = run(tmp_path / "both", *sets, *divided, world=2).finish()
+    compared: set[str] = set()
     for one, other in zip(both.metrics, alone, strict=True):
         names = [name for name in one if name.startswith("alignment_")]
+        assert names == [name for name in other if name.startswith("alignment_")]
+        compared.update(names)
         assert all(one[name] == pytest.approx(other[name], rel=1e-3) for name in names)
-    assert len(both.losses) == 30
+    assert len(both.losses) == 30 and len(compared) == len(MODALITIES)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -153,19 +157,10 @@ def test_hidden_state_cache_unsupported_settings_are_refused(
     assert fault in run(tmp_path, "training.cache_hidden_states=true", *sets).fail()
 
 
-def test_media_encoder_skips_media_behind_the_last_signal_span() -> None:
+def test_hidden_state_cache_accepts_media_behind_the_last_signal_span() -> None:
     config = tiny_config(4, ["input_projection.tokens_per_medium=4"])
     model = build_model(config, torch.float32, lora=False, output_projections=True)
-    batch = Batch(
-        input_ids=torch.arange(60).view(2, 30),
-        attention_mask=torch.ones(2, 30, dtype=torch.int64),
-        labels=torch.full((2, 30), -100),
-        media_positions=torch.tensor(
-            [[0, 1], [1, 18]]
-        ),  # the second begins before the other row's end
-        features=torch.randn(2, 32),
-        signal_spans={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
-    )
+    batch = some_batch()
     model.requires_grad_(False)
     cache = HiddenStateCache(config.training)
     cache.attach(model)

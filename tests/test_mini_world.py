@@ -201,7 +201,9 @@ def test_training_files_hold_no_held_out_pair_or_template(world: Path) -> None:
         re.compile(r"\w[\w ,-]*".join(map(re.escape, re.split(r"{\w+}", text))) + "$", re.I)
         for text in templates
     ]
-    for file in [*world.glob("*_data/**/*.json")]:
+    files = [*world.glob("*_data/**/*.json")]
+    assert len(files) == len(MODALITIES) + 4
+    for file in files:
         for text in set(texts(rows(world, str(file.relative_to(world))))):
             parsed = parse_caption(text)
             assert (parsed.get("shape"), parsed.get("colour")) not in held_out_pairs, text
@@ -213,9 +215,12 @@ def test_training_media_are_never_judged_as_held_out_pairs(world: Path) -> None:
     held_out_pairs = HELD_OUT_PAIRS["validation"] | HELD_OUT_PAIRS["test"]
     paths = [*world.glob("*_data/**/*.png")][:100] + [*world.glob("*_data/**/*.mp4")][:50]
     assert len(paths) == 150
+    judged = 0
     for path in paths:
         seen = judge_file("image" if path.suffix == ".png" else "video", path)
         assert (seen["shape"], seen["colour"]) not in held_out_pairs, path
+        judged += None not in (seen["shape"], seen["colour"])
+    assert judged > 75, judged
 
 
 def template_sets(value: object) -> Iterator[TemplateSet]:
@@ -286,6 +291,7 @@ def test_examples_hold_the_four_cases_with_their_media(world: Path) -> None:
     for case in cases:
         assert case["text"] and case["expects"][0] == "text"
         for modality in MODALITIES:
+            assert (case[modality] is not None) == (modality == CASE_INPUT[case["name"]])
             assert case[modality] is None or (world / "examples" / case[modality]).is_file()
 
 

@@ -228,7 +228,7 @@ def test_limits_refuse_animations_of_many_large_frames(tmp_path: Path) -> None:
         with pytest.raises(MediaError, match="too many frames"):
             find_modality(tmp_path / "a.mp4", "bomb")
         patch.setattr("nextgpt.serving.limits.MAX_FRAME_PIXELS", 1000)
-        with pytest.raises(MediaError, match="too many"):
+        with pytest.raises(MediaError, match="pixels a frame are too many"):
             find_modality(tmp_path / "a.mp4", "bomb")
 
 

@@ -205,10 +205,11 @@ def test_decoder_failure_ends_one_answer_with_a_message(
         raise RuntimeError(f"secret of {demo.folder}")
 
     decoder = demo.queue.assistant.load_decoder("video")
-    monkeypatch.setattr(decoder.pipeline, "unet", None)
+    monkeypatch.setattr(decoder.pipeline.unet, "forward", fail)
     asked = {"model": "any", "messages": [user("all of it")]}
-    with pytest.raises(InternalServerError, match="internal error"):
+    with pytest.raises(InternalServerError, match="internal error") as failed:
         openai(demo).chat.completions.create(**asked)
+    assert str(demo.folder) not in str(failed.value)
     monkeypatch.undo()
     assert openai(demo).chat.completions.create(**asked).choices[0].message.content
 

@@ -84,6 +84,7 @@ def test_least_squares_releases_processed_media(tmp_path: Path) -> None:
             assert len(freed) >= number  # all but the last, which the caller may still hold
 
     init_input_projection(model, batches())
+    assert sorted(freed) == [0, 1, 2, 3, 4]
 
 
 def test_least_squares_without_media_is_refused(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_whitening_applies_to_new_projections_and_persists_to_stage_3(
 def test_whitening_on_two_processes_equals_one(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
     both = TinyRun(tmp_path, 2, [CENTRED], start, world=2).finish()
+    assert centres(both).keys() == centres(run).keys() != set()
     for name, centre in centres(run).items():
         torch.testing.assert_close(centres(both)[name], centre, rtol=1e-4, atol=1e-5)
     # The whitening's weakest directions depend on the order in which states are added up.
