@@ -82,7 +82,7 @@ def _warped(pixels: np.ndarray, rng: Rng) -> np.ndarray:
     return _bytes(warped[0].permute(1, 2, 0).numpy())
 
 
-PICTURES: dict[str, Disturbance] = {
+IMAGE_DISTURBANCES: dict[str, Disturbance] = {
     "noise": _to_pictures(_noise),
     "blur": _to_pictures(_blur),
     "jpeg": _to_pictures(_jpeg),
@@ -144,7 +144,7 @@ def _griffin_lim(log_mel: np.ndarray, rng: Rng, like: Output) -> Sound:
     return Sound(np.clip(samples.numpy(), -1, 1), like.rate)
 
 
-SOUNDS: dict[str, Disturbance] = {
+AUDIO_DISTURBANCES: dict[str, Disturbance] = {
     "loudness": _louder_or_softer,
     "hiss": _hiss,
     "from_mel": _from_mel,

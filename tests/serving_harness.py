@@ -31,11 +31,11 @@ WORDS = ("Sure", "the music")
 EVERYTHING = (WORDS[0], "image", "video", WORDS[1], "audio")
 
 
-def scripted_ids(*said: str) -> list[int]:
+def scripted_ids(*script: str) -> list[int]:
     """Ids of an answer, its end included; what is a modality's name stands for its medium."""
     encoder = tiny_encoder()
     ids = []
-    for one in said:
+    for one in script:
         if one in MODALITIES:
             ids += encoder.signals.span(one)
         else:
@@ -43,10 +43,12 @@ def scripted_ids(*said: str) -> list[int]:
     return [*ids, 333]
 
 
-def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: int = 2) -> Assistant:
+def scripted_assistant(
+    folder: Path, script: Sequence[str] = EVERYTHING, steps: int = 2
+) -> Assistant:
     """Always says the same, with media of its own seed."""
     write_tiny_components(folder)
-    overrides = script_language_model(folder, scripted_ids(*said))
+    overrides = script_language_model(folder, scripted_ids(*script))
     overrides += [
         "serving.examples=code/mini_world/demo_examples",
         "serving.caption_bank=code/mini_world/caption_bank.json",
@@ -57,7 +59,7 @@ def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: in
     )
 
 
-def babbling_assistant(folder: Path) -> Assistant:
+def sampling_assistant(folder: Path) -> Assistant:
     """Says what the seed and the prompt make it say, with media here and there."""
     write_tiny_components(folder, favoured=range(38))
     overrides = [*tiny_overrides(folder), "generation.top_p=1.0", "generation.max_new_tokens=20"]
@@ -84,7 +86,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_demo(assistant: Assistant) -> Iterator[Running]:
+def running_server(assistant: Assistant) -> Iterator[Running]:
     """Serve `assistant` until the block ends."""
     port = free_port()
     before = os.environ.get("GRADIO_TEMP_DIR")
@@ -136,7 +138,7 @@ def user(*parts: dict | str) -> dict:
     }
 
 
-def picture(path: Path = PHOTO) -> dict:
+def image_part(path: Path = PHOTO) -> dict:
     data = base64.b64encode(path.read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
 

@@ -11,7 +11,7 @@ CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-sync"]
 MOST = 120_000  # milliseconds of an answer
 
 
-def ask_example(page: Page, name: str, answers: int) -> None:
+def send_example(page: Page, name: str, answers: int) -> None:
     """Send an example, and wait until its answer is complete."""
     page.get_by_role("button", name=name, exact=True).click()
     expect(page.locator("#box textarea")).not_to_have_value("")
@@ -28,7 +28,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM)
         page = browser.new_page(viewport={"width": 920, "height": 1250})
         page.goto(address)
-        ask_example(page, "T→T+I+V+A", 1)
+        send_example(page, "T→T+I+V+A", 1)
         page.locator("#chat details.why summary").click()
         page.wait_for_timeout(1000)
         page.add_style_tag(content="#chat { height: 1900px !important; max-height: none; }")
@@ -48,7 +48,7 @@ def main() -> None:
         expect(page.locator("#chat details.why")).to_have_count(1, timeout=MOST)
         page = browser.new_page(viewport={"width": 375, "height": 760})
         page.goto(address)
-        ask_example(page, "T+I→T+A", 1)
+        send_example(page, "T+I→T+A", 1)
         page.screenshot(path=ASSETS / "demo_phone.png")
         browser.close()
 

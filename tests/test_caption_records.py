@@ -90,15 +90,15 @@ def test_caption_check_error_names_the_command_that_repairs(
     rows = change_rows(tmp_path, rotated)
     with pytest.raises(UserError) as raised:
         checked(tmp_path, sets)
-    said = str(raised.value)
+    message = str(raised.value)
     changed = [i for i, row in enumerate(rotated(rows)) if row != rows[i]]
     row, first = changed[0], rows[changed[0]]
-    assert f"{tmp_path / 'embed'}/{first['image_name']}.npy was made from the caption" in said
-    assert f"row {row} (the first is 0) of {tmp_path / 'data' / IMAGES}" in said
+    assert f"{tmp_path / 'embed'}/{first['image_name']}.npy was made from the caption" in message
+    assert f"row {row} (the first is 0) of {tmp_path / 'data' / IMAGES}" in message
     for caption in (first["caption"], rows[row - 1]["caption"]):
-        assert repr(caption.lower().strip(".")) in said.lower().replace(".'", "'")
-    assert f"{len(changed)} of {ROWS} rows" in said
-    command = shlex.split(said.split("`")[1])
+        assert repr(caption.lower().strip(".")) in message.lower().replace(".'", "'")
+    assert f"{len(changed)} of {ROWS} rows" in message
+    command = shlex.split(message.split("`")[1])
     assert command[:2] == ["python", "process_embeddings.py"]
     monkeypatch.setattr(sys, "argv", command[1:])
     process_embeddings.main()
@@ -146,11 +146,11 @@ def test_training_and_check_data_refuse_mismatched_captions(
     assert "was made from the caption" in TinyRun(tmp_path / "two", 2, sets, world=2).fail()
     run = TinyRun(tmp_path, 2, sets)
     assert "was made from the caption" in run.fail()
-    code, said, _ = check(run, "--decode", "0")
+    code, message, _ = check(run, "--decode", "0")
     assert code == 1
-    assert f"mini_image_dec: {right} of {ROWS} usable" in said
-    assert said.count("was made from the caption") == 5
-    assert "mini_audio_dec: 7 of 7 usable" in said
+    assert f"mini_image_dec: {right} of {ROWS} usable" in message
+    assert message.count("was made from the caption") == 5
+    assert "mini_audio_dec: 7 of 7 usable" in message
 
 
 def test_caption_check_warns_without_records_and_check_data_samples(
@@ -164,13 +164,13 @@ def test_caption_check_warns_without_records_and_check_data_samples(
             change_rows(tmp_path, rotated)
         (line,) = checked(tmp_path, sets)
         assert f"{ROWS} of {ROWS} image caption embeddings have no record" in line
-        code, said, _ = check(TinyRun(tmp_path, 2, sets), "mini_image_dec", "--decode", "0")
+        code, message, _ = check(TinyRun(tmp_path, 2, sets), "mini_image_dec", "--decode", "0")
         assert code == wrong
-        assert f"{ROWS} caption embeddings have no record" in said
-        assert (said.count("is not what the text encoder of decoders.image.path") >= 4) == wrong
+        assert f"{ROWS} caption embeddings have no record" in message
+        assert (message.count("is not what the text encoder of decoders.image.path") >= 4) == wrong
     gone = TinyRun(tmp_path, 2, [*sets, f"decoders.image.path={tmp_path / 'gone'}"])
-    code, said, _ = check(gone, "mini_image_dec", "--decode", "0")
-    assert code == 0 and "could not be compared" in said
+    code, message, _ = check(gone, "mini_image_dec", "--decode", "0")
+    assert code == 0 and "could not be compared" in message
 
 
 def test_caption_check_other_text_encoder_or_tokenizer_raises(

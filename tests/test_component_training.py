@@ -64,10 +64,10 @@ def new_model() -> nn.Linear:
 
 
 def test_component_training_resumes_exactly(tmp_path: Path) -> None:
-    whole = new_model()
-    straight = train("part", whole, losses_of(whole), PLAN, tmp_path / "a", seed=1)
-    broken = new_model()
-    loss_of, calls = losses_of(broken), []
+    uninterrupted = new_model()
+    straight = train("part", uninterrupted, losses_of(uninterrupted), PLAN, tmp_path / "a", seed=1)
+    interrupted = new_model()
+    loss_of, calls = losses_of(interrupted), []
 
     def stops_once(rng: np.random.Generator, step: int) -> Losses:
         calls.append(1)
@@ -76,12 +76,14 @@ def test_component_training_resumes_exactly(tmp_path: Path) -> None:
         return loss_of(rng, step)
 
     with pytest.raises(KeyboardInterrupt):
-        train("part", broken, stops_once, PLAN, tmp_path / "b", seed=1)
+        train("part", interrupted, stops_once, PLAN, tmp_path / "b", seed=1)
     again = new_model()
     resumed = train("part", again, losses_of(again), PLAN, tmp_path / "b", seed=1)
     assert torch.equal(straight.weight, resumed.weight)
-    assert torch.equal(whole.weight, again.weight)
-    assert not torch.equal(straight.weight, whole.weight)  # the average is kept, not the last
+    assert torch.equal(uninterrupted.weight, again.weight)
+    assert not torch.equal(
+        straight.weight, uninterrupted.weight
+    )  # the average is kept, not the last
 
 
 def test_neighbours_come_in_fours_differing_in_at_most_one_attribute() -> None:
@@ -97,8 +99,8 @@ def test_neighbours_come_in_fours_differing_in_at_most_one_attribute() -> None:
 def test_labels_equal_the_captions_attributes(modality: str) -> None:
     rng = np.random.default_rng(3)
     for thing in sample_objects(rng, 40):
-        text, told = sample_partial_caption(thing, modality, rng)
-        label = attribute_labels([thing], [told])[0]
+        text, mentioned = sample_partial_caption(thing, modality, rng)
+        label = attribute_labels([thing], [mentioned])[0]
         read = parse_caption(text)
         read = audible_attributes(read) if modality == "audio" else read
         for name, index in zip(ALL_ATTRIBUTES, label.tolist(), strict=True):
@@ -108,28 +110,28 @@ def test_labels_equal_the_captions_attributes(modality: str) -> None:
 
 
 def test_negatives_exclude_objects_differing_in_shape_and_colour() -> None:
-    told = ATTRIBUTES["image"]
+    mentioned = ATTRIBUTES["image"]
     red_star, blue_star, blue_ring = (
         WorldObject(shape, colour, "big", "left", None, 1)
         for shape, colour in (("star", "red"), ("star", "blue"), ("ring", "blue"))
     )
-    label = attribute_labels([red_star, blue_star, blue_ring], [told] * 3)
+    label = attribute_labels([red_star, blue_star, blue_ring], [mentioned] * 3)
     assert joint_difference_mask(label).tolist() == [
         [False, False, True],
         [False, False, False],
         [True, False, False],
     ]
-    unnamed = attribute_labels([red_star, blue_ring], [set(told) - {"colour"}] * 2)
+    unnamed = attribute_labels([red_star, blue_ring], [set(mentioned) - {"colour"}] * 2)
     assert not joint_difference_mask(unnamed).any()
 
 
 def test_shape_and_colour_predictions_are_independent() -> None:
-    told = set(ATTRIBUTES["image"])
+    mentioned = set(ATTRIBUTES["image"])
     thing = WorldObject("star", "red", "big", "left", None, 1)
     label = mask_joint_labels(
-        attribute_labels([thing] * 3, [told, told - {"colour"}, told - {"shape"}])
+        attribute_labels([thing] * 3, [mentioned, mentioned - {"colour"}, mentioned - {"shape"}])
     )
-    kept = {name: label[:, ALL_ATTRIBUTES.index(name)] != UNMENTIONED for name in told}
+    kept = {name: label[:, ALL_ATTRIBUTES.index(name)] != UNMENTIONED for name in mentioned}
     assert kept["shape"].tolist() == [False, True, False]
     assert kept["colour"].tolist() == [False, False, True]
     assert kept["size"].all() and kept["place"].all()

@@ -63,7 +63,7 @@ def test_config_layers_override_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("training.learning_rat=1", "did you mean training.learning_rate?"),
         ("decoders.image.num_inference_stps=3", "did you mean decoders.image.num_inference_steps?"),
@@ -76,10 +76,10 @@ def test_config_layers_override_in_order(tmp_path: Path) -> None:
         ("training.epochs", "write it as section.key=value"),
     ],
 )
-def test_config_bad_override_names_the_valid_ones(override: str, said: str) -> None:
+def test_config_bad_override_names_the_valid_ones(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config("mini", 1, [override])
-    assert f"--set {override}" in str(error.value) and said in str(error.value)
+    assert f"--set {override}" in str(error.value) and message in str(error.value)
 
 
 def test_config_bad_key_names_the_file(tmp_path: Path) -> None:
@@ -92,12 +92,12 @@ def test_config_bad_key_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("training: [", "is not YAML"), ("- a\n", "holds no keys")]
+    ("content", "message"), [("training: [", "is not YAML"), ("- a\n", "holds no keys")]
 )
-def test_config_invalid_file_is_refused(tmp_path: Path, content: str, said: str) -> None:
+def test_config_invalid_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_config(str(own))
 
 

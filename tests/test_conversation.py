@@ -68,7 +68,7 @@ def test_prompt_is_a_prefix_of_the_answered_conversation(
     assert first_target == len(prompt.input_ids)
 
 
-SAYINGS = ("What is this?", "你好，世界。", "☺ two\n\nlines", "3 < 5 ###", " spaced  ", "A 𝄞 é.")
+TEXTS = ("What is this?", "你好，世界。", "☺ two\n\nlines", "3 < 5 ###", " spaced  ", "A 𝄞 é.")
 
 
 def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
@@ -79,7 +79,7 @@ def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
             Media(rng.choice(list(MODALITIES)), caption="x")
             for _ in range(rng.randint(0, most_media))
         ]
-        words = [Text(rng.choice(SAYINGS)) for _ in range(rng.randint(0 if media else 1, 2))]
+        words = [Text(rng.choice(TEXTS)) for _ in range(rng.randint(0 if media else 1, 2))]
         return tuple(rng.sample([*media, *words], len(media) + len(words)))
 
     roles = ("human", "assistant") * rounds
@@ -90,10 +90,10 @@ def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
 def test_prompt_of_every_round_is_a_prefix_of_the_training_ids(template: str) -> None:
     encoder = encoder_of(template)
     for seed in range(40):
-        whole = random_dialogue(random.Random(seed), rounds=4)
-        trained = encoder.encode(whole)
-        for asked in range(1, len(whole.turns), 2):
-            prompt = encoder.encode(Conversation(whole.turns[:asked]))
+        full = random_dialogue(random.Random(seed), rounds=4)
+        trained = encoder.encode(full)
+        for asked in range(1, len(full.turns), 2):
+            prompt = encoder.encode(Conversation(full.turns[:asked]))
             length = len(prompt.input_ids)
             assert trained.input_ids[:length] == prompt.input_ids, (seed, asked)
             assert trained.labels[:length] == prompt.labels, (seed, asked)
@@ -171,16 +171,18 @@ def test_prompt_user_text_is_never_parsed_as_markup(encoder: PromptBuilder, type
 def test_truncation_cuts_text_only_and_counts_it(encoder: PromptBuilder, max_length: int) -> None:
     long_text = "It looks like an ordinary day by the lake; nothing unusual happens. " * 20
     conversation = Conversation(ask(long_text, long_text, Media("image"), Media("video")))
-    whole = encoder.encode(conversation)
-    cut = encoder.encode(conversation, max_length)
-    assert len(cut.input_ids) == max_length
-    assert cut.cut_tokens == len(whole.input_ids) - max_length
+    full = encoder.encode(conversation)
+    truncated = encoder.encode(conversation, max_length)
+    assert len(truncated.input_ids) == max_length
+    assert truncated.cut_tokens == len(full.input_ids) - max_length
     run = encoder.signals.span("video")
-    assert cut.input_ids[-1 - len(run) : -1] == run
-    assert cut.input_ids[-1] == whole.input_ids[-1]
-    assert cut.input_ids[cut.signal_spans[0][0] :][: len(run)] == run
-    assert cut.input_ids[cut.media_positions[0][0] - 1] == encoder.signals.open
-    decoded = encoder.tokenizer.decode([i for i in cut.input_ids if i < encoder.signals.first_id])
+    assert truncated.input_ids[-1 - len(run) : -1] == run
+    assert truncated.input_ids[-1] == full.input_ids[-1]
+    assert truncated.input_ids[truncated.signal_spans[0][0] :][: len(run)] == run
+    assert truncated.input_ids[truncated.media_positions[0][0] - 1] == encoder.signals.open
+    decoded = encoder.tokenizer.decode(
+        [i for i in truncated.input_ids if i < encoder.signals.first_id]
+    )
     assert "### Assistant:" in decoded
 
 
@@ -196,28 +198,30 @@ def labelled(encoded: EncodedPrompt) -> list[int]:
 def test_truncation_of_an_answer_masks_its_stop_token(template: str) -> None:
     encoder = encoder_of(template)
     conversation = Conversation((*ask("Why?", LONG), *ask("And then?", "Nothing.")))
-    whole, cut = encoder.encode(conversation), encoder.encode(conversation, max_length=100)
+    full, truncated = encoder.encode(conversation), encoder.encode(conversation, max_length=100)
     end = encoder.stop_sequences[0]
     second = labelled(encoder.encode(Conversation(ask("And then?", "Nothing."))))
     assert second[-len(end) :] == end
-    assert labelled(whole)[-len(second) :] == second  # the later, shorter answer is whole
-    assert labelled(cut)[-len(second) :] == second
-    words = labelled(whole)[: -len(second) - len(end)]
-    kept = labelled(cut)[: -len(second)]
+    assert labelled(full)[-len(second) :] == second  # the later, shorter answer is whole
+    assert labelled(truncated)[-len(second) :] == second
+    words = labelled(full)[: -len(second) - len(end)]
+    kept = labelled(truncated)[: -len(second)]
     assert len(words) > len(kept) > 0 and kept == words[: len(kept)]
     # The end itself stays in the ids, behind the last word that was kept.
-    last = next(i for i, target in enumerate(cut.labels) if target != IGNORE_INDEX) + len(kept)
-    assert cut.input_ids[last : last + len(end)] == end
-    assert cut.labels[last : last + len(end)] == [IGNORE_INDEX] * len(end)
+    last = next(i for i, target in enumerate(truncated.labels) if target != IGNORE_INDEX) + len(
+        kept
+    )
+    assert truncated.input_ids[last : last + len(end)] == end
+    assert truncated.labels[last : last + len(end)] == [IGNORE_INDEX] * len(end)
 
 
 @pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
 def test_truncation_of_a_caption_keeps_signal_token_labels(template: str) -> None:
     encoder = encoder_of(template)
     conversation = Conversation(ask("Draw it.", LONG, made=Media("image")))
-    cut = encoder.encode(conversation, max_length=100)
-    assert cut.cut_tokens > 0
-    with_loss = labelled(cut)
+    truncated = encoder.encode(conversation, max_length=100)
+    assert truncated.cut_tokens > 0
+    with_loss = labelled(truncated)
     run = encoder.signals.span("image")
     start = with_loss.index(run[0])
     assert with_loss[start : start + len(run)] == run
@@ -230,21 +234,21 @@ def test_truncation_behind_signal_tokens_masks_the_stop_token(
 ) -> None:
     parts = (Text("Here:"), Media("image"), Text(LONG))
     turns = (Turn("human", (Text("Draw it."),)), Turn("assistant", parts))
-    cut = encoder.encode(Conversation(turns), max_length=100)
+    truncated = encoder.encode(Conversation(turns), max_length=100)
     end = encoder.stop_sequences[0]
-    assert cut.input_ids[-len(end) :] == end
-    assert cut.labels[-len(end) :] == [IGNORE_INDEX] * len(end)
-    assert cut.labels[-len(end) - 1] != IGNORE_INDEX
-    assert set(encoder.signals.span("image")) <= set(labelled(cut))
+    assert truncated.input_ids[-len(end) :] == end
+    assert truncated.labels[-len(end) :] == [IGNORE_INDEX] * len(end)
+    assert truncated.labels[-len(end) - 1] != IGNORE_INDEX
+    assert set(encoder.signals.span("image")) <= set(labelled(truncated))
 
 
 def test_truncation_of_a_question_keeps_all_answer_labels(
     encoder: PromptBuilder,
 ) -> None:
     conversation = Conversation(ask(LONG, "Because."))
-    cut = encoder.encode(conversation, max_length=100)
-    assert cut.cut_tokens > 0
-    assert labelled(cut) == labelled(encoder.encode(conversation))
+    truncated = encoder.encode(conversation, max_length=100)
+    assert truncated.cut_tokens > 0
+    assert labelled(truncated) == labelled(encoder.encode(conversation))
 
 
 def test_truncation_refuses_markup_beyond_the_maximum(
@@ -263,8 +267,8 @@ def test_answer_ids_parse_into_content_parts(encoder: PromptBuilder) -> None:
     parts = (Text("Sure, here it is."), Media("image"), Media("audio"), Text("Enjoy."))
     question = Turn("human", (Text("Both, please."),))
     prompt = encoder.encode(Conversation((question,)))
-    whole = encoder.encode(Conversation((question, Turn("assistant", parts))))
-    assert encoder.decode_answer(whole.input_ids[len(prompt.input_ids) :]) == parts
+    full = encoder.encode(Conversation((question, Turn("assistant", parts))))
+    assert encoder.decode_answer(full.input_ids[len(prompt.input_ids) :]) == parts
 
 
 def test_packing_keeps_conversations_contiguous_with_positions_from_zero() -> None:

@@ -58,7 +58,7 @@ def wait_until(true: Callable[[], object], seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         (hostile.crash, "SIGSEGV"),
         (hostile.abort, "SIGABRT"),
@@ -66,9 +66,9 @@ def wait_until(true: Callable[[], object], seconds: float) -> None:
         (hostile.refuse, "broken"),
     ],
 )
-def test_decode_failure_is_an_error_of_the_file_alone(function: Callable, said: str) -> None:
+def test_decode_failure_is_an_error_of_the_file_alone(function: Callable, message: str) -> None:
     for _ in range(2):
-        with pytest.raises(MediaError, match=said) as failed:
+        with pytest.raises(MediaError, match=message) as failed:
             decode(function, "a file", label="my file")
         name = "a file" if function is hostile.refuse else "my file"
         assert str(failed.value).startswith(f"{name}: ")
@@ -76,17 +76,17 @@ def test_decode_failure_is_an_error_of_the_file_alone(function: Callable, said: 
 
 
 @pytest.mark.parametrize(
-    ("function", "limits", "said"),
+    ("function", "limits", "message"),
     [
         (hostile.hang, TimeLimits(60, 1), "more than 1 s$"),
         (hostile.spin, TimeLimits(1, 60), "more than 1 s of processor time"),
     ],
 )
 def test_decode_beyond_a_limit_kills_the_worker(
-    function: Callable, limits: TimeLimits, said: str
+    function: Callable, limits: TimeLimits, message: str
 ) -> None:
     start = time.monotonic()
-    with pytest.raises(MediaError, match=said):
+    with pytest.raises(MediaError, match=message):
         decode(function, "a file", limits=limits)
     assert time.monotonic() - start < 50
 

@@ -135,12 +135,12 @@ def test_expectations_equal_the_captions_attributes(cell: str) -> None:
             goals = [LETTERS[letter] for letter in cell.split("→")[1].split("+")]
             assert kinds == goals
         for one in item.expected:
-            told = parse_caption(one.caption)
+            parsed = parse_caption(one.caption)
             if one.describes_audio or one.kind == "audio":
-                told = audible_attributes(told)
-            assert one.attributes.items() <= told.items()
+                parsed = audible_attributes(parsed)
+            assert one.attributes.items() <= parsed.items()
             if one.kind in ("image", "video"):
-                assert told == one.attributes
+                assert parsed == one.attributes
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -189,9 +189,9 @@ def test_item_media_show_the_items_attributes(tmp_path: Path) -> None:
     items = build_items(["I→T", "V→T", "A→T"], 2, 0, tmp_path)
     write_media(items, 0)
     for item in items:
-        modality, thing, path = item.shown
+        modality, obj, path = item.shown
         assert item.rounds[0].parts[0] == Media(modality, path=str(path))
-        assert judge_file(modality, path) == thing.attributes(modality)
+        assert judge_file(modality, path) == obj.attributes(modality)
 
 
 # How it is scored.
@@ -240,18 +240,18 @@ def test_score_of_perfect_answers_is_right() -> None:
         media = []
         for one in item.expected:
             if one.kind != "text":
-                thing = thing_with(one.attributes)
-                media.append((one.kind, judge(one.kind, render_medium("x", one.kind, thing, 0))))
+                obj = object_with(one.attributes)
+                media.append((one.kind, judge(one.kind, render_medium("x", one.kind, obj, 0))))
         words = " ".join(one.caption for one in item.expected if one.kind == "text")
         assert score_answer(item.expected, words, media).right, item
 
 
-def thing_with(attributes: dict) -> WorldObject:
+def object_with(attributes: dict) -> WorldObject:
     """A thing that has them, whatever else it is."""
-    of_thing = {"pitch": ("size", SIZE_OF), "timbre": ("shape", SHAPE_OF)}
+    by_object = {"pitch": ("size", SIZE_OF), "timbre": ("shape", SHAPE_OF)}
     figures = {
-        of_thing[name][0] if name in of_thing else name: (
-            of_thing[name][1][value] if name in of_thing else value
+        by_object[name][0] if name in by_object else name: (
+            by_object[name][1][value] if name in by_object else value
         )
         for name, value in attributes.items()
     }
@@ -313,9 +313,9 @@ def test_caption_before_medium_follows_the_colon() -> None:
 
 
 @pytest.fixture(scope="module")
-def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny parts with signal tokens that now and then win."""
-    folder = tmp_path_factory.mktemp("babbler")
+    folder = tmp_path_factory.mktemp("sampling")
     write_tiny_components(folder, favoured=range(38))
     return folder
 
@@ -324,9 +324,11 @@ def overrides_of(folder: Path) -> list[str]:
     return [*tiny_overrides(folder), "generation.max_new_tokens=30"]
 
 
-def test_scoreboard_covers_every_cell_and_is_deterministic(babbler: Path, tmp_path: Path) -> None:
-    config = load_config("7b", overrides=overrides_of(babbler))
-    assistant = Assistant.from_config(config, babbler / "tuned" / "stage_3")
+def test_scoreboard_covers_every_cell_and_is_deterministic(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    config = load_config("7b", overrides=overrides_of(tiny_folder))
+    assistant = Assistant.from_config(config, tiny_folder / "tuned" / "stage_3")
     cells = ("T→T", "T→I", "I→A", "A→V", "T→T+I+V+A", SECOND)
     boards = [measure(assistant, EvaluationSettings(cells, 2), tmp_path) for _ in "ab"]
     assert boards[0].cells == boards[1].cells
@@ -342,9 +344,9 @@ def test_scoreboard_covers_every_cell_and_is_deterministic(babbler: Path, tmp_pa
     assert all(cell in printed for cell in cells)
 
 
-def test_ceilings_are_decoded_from_verbatim_captions(babbler: Path) -> None:
-    config = load_config("7b", overrides=overrides_of(babbler))
-    assistant = Assistant.from_config(config, babbler / "tuned" / "stage_3")
+def test_ceilings_are_decoded_from_verbatim_captions(tiny_folder: Path) -> None:
+    config = load_config("7b", overrides=overrides_of(tiny_folder))
+    assistant = Assistant.from_config(config, tiny_folder / "tuned" / "stage_3")
     options = GenerationSettings.from_config(config)
     decoder = assistant.load_decoder("audio")
     written = "A BELL (low): it rings twice"
@@ -356,9 +358,9 @@ def test_ceilings_are_decoded_from_verbatim_captions(babbler: Path) -> None:
 
 
 def test_evaluate_writes_json_and_plots(
-    babbler: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = [word for override in overrides_of(babbler) for word in ("--set", override)]
+    settings = [word for override in overrides_of(tiny_folder) for word in ("--set", override)]
     line = ["evaluate.py", "--config", "7b", *settings, "--samples", "2", "--seed", "4"]
     line += ["--cells", "T-T,I-I,A->V,T+V-T+A,second,plain", "--out", str(tmp_path / "board")]
     with pytest.MonkeyPatch.context() as patch:
@@ -404,9 +406,9 @@ def test_plain_questions_are_a_hundred_per_split_and_not_trained_on() -> None:
 
 
 @torch.no_grad()
-def test_perplexity_equals_the_models_loss(babbler: Path) -> None:
-    config = load_config("7b", overrides=overrides_of(babbler))
-    model = Assistant.from_config(config, babbler / "tuned" / "stage_3").model.language_model
+def test_perplexity_equals_the_models_loss(tiny_folder: Path) -> None:
+    config = load_config("7b", overrides=overrides_of(tiny_folder))
+    model = Assistant.from_config(config, tiny_folder / "tuned" / "stage_3").model.language_model
     prompts, answers = [[1, 5, 6], [1, 7]], [[8, 9, 10], [11, 12, 13, 14]]
     losses = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -215,14 +215,14 @@ def test_feature_cache_concurrent_and_killed_writers_lose_nothing_committed(
         )
         for first in (0, 1_000_000)
     ]
-    said = [int(writer.stdout.readline()) for writer in writers]  # both are at work
+    committed = [int(writer.stdout.readline()) for writer in writers]  # both are at work
     time.sleep(0.5)
     for writer in writers:
         writer.send_signal(signal.SIGKILL)
     for writer in writers:
-        said += [int(line) for line in writer.communicate()[0].split()]
+        committed += [int(line) for line in writer.communicate()[0].split()]
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
-    assert len(said) > 10
-    for n in said:
+    assert len(committed) > 10
+    for n in committed:
         np.testing.assert_array_equal(cache.get(tmp_path / f"{n}.medium"), np.full(WIDTH, n))
-    put(cache, (tmp_path / f"{said[0]}.medium", feature(0)))
+    put(cache, (tmp_path / f"{committed[0]}.medium", feature(0)))

@@ -27,11 +27,11 @@ def test_gpu_benchmark_measures_every_stage_and_an_answer(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("modality", "unet", "whole"),
+    ("modality", "unet", "total"),
     [("image", 860, 1066), ("video", 1411, 1835), ("audio", 739, 975)],
 )
 def test_random_decoders_have_the_published_sizes(
-    modality: str, unet: int, whole: int, monkeypatch: pytest.MonkeyPatch
+    modality: str, unet: int, total: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from real_decoders import NETWORKS
@@ -40,6 +40,6 @@ def test_random_decoders_have_the_published_sizes(
         networks = NETWORKS[modality]()
     sizes = {name: sum(p.numel() for p in part.parameters()) for name, part in networks.items()}
     assert round(sizes["unet"] / 1e6) == unet
-    assert round(sum(sizes.values()) / 1e6) == whole
+    assert round(sum(sizes.values()) / 1e6) == total
     path = load_config("7b").decoders[modality].path
     assert sum(sizes.values()) == source_of(modality, path).num_parameters

@@ -53,7 +53,7 @@ def gradients(
     return load_file(f"{run._output(0)}.gradients")
 
 
-def furthest(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+def max_relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
     """The largest difference, relative to the parameter's largest gradient."""
     assert one.keys() == other.keys()
     apart = [
@@ -73,13 +73,13 @@ def test_bf16_gradients_accumulate_in_float32(tmp_path: Path, stage: int) -> Non
     """Samples pass one by one: the products are the same, only the sums are others."""
     alone = gradients(tmp_path / "alone", "bf16", 1, 1, stage)
     both = gradients(tmp_path / "both", "bf16", 2, 1, stage)
-    assert furthest(both, alone) < 2e-6  # bf16 rounds to 4e-3
+    assert max_relative_difference(both, alone) < 2e-6  # bf16 rounds to 4e-3
     for name, gradient in alone.items():
         assert not gradient.any() or not gradient.equal(gradient.bfloat16().float()), name
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+def single_pass(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The gradients of one forward pass with all samples."""
     return gradients(tmp_path_factory.mktemp("whole") / "run", "fp32", 1, 8, 1)
 
@@ -89,11 +89,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     [(2, 1, 2), *(pytest.param(*split, marks=SLOW) for split in ((1, 1, 1), (1, 2, 3), (2, 2, 3)))],
 )
 def test_gradients_are_equal_for_every_split_of_a_batch(
-    tmp_path: Path, whole: dict[str, torch.Tensor], world: int, micro_batch: int, stage: int
+    tmp_path: Path, single_pass: dict[str, torch.Tensor], world: int, micro_batch: int, stage: int
 ) -> None:
     found = gradients(tmp_path / "run", "fp32", world, micro_batch, stage)
-    assert furthest(found, whole) < 4e-6
-    assert max(float((found[name] - whole[name]).abs().max()) for name in whole) < 5e-7
+    assert max_relative_difference(found, single_pass) < 4e-6
+    assert max(float((found[name] - single_pass[name]).abs().max()) for name in single_pass) < 5e-7
 
 
 # ---------------------------------------------------------------- overflows

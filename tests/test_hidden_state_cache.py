@@ -52,10 +52,10 @@ SINGLY = ["training.global_batch_size=4", "training.micro_batch_size=1"]  # some
     ],
 )
 def test_hidden_state_cache_keeps_the_losses(sets: list[str], tmp_path: Path) -> None:
-    kept = run(tmp_path / "kept", "training.cache_hidden_states=true", *sets).finish().metrics
-    read = run(tmp_path / "read", *sets).finish().metrics
-    assert len(kept) == 12  # some captions come more than once
-    for one, other in zip(kept, read, strict=True):
+    with_cache = run(tmp_path / "kept", "training.cache_hidden_states=true", *sets).finish().metrics
+    without_cache = run(tmp_path / "read", *sets).finish().metrics
+    assert len(with_cache) == 12  # some captions come more than once
+    for one, other in zip(with_cache, without_cache, strict=True):
         assert one["text_loss"] is None
         assert other["text_loss"] > 0
         names = {name for name in one if name.startswith("alignment_")}
@@ -98,10 +98,13 @@ def test_hidden_state_cache_beyond_its_limit_recomputes_and_counts(
     small = run(tmp_path / "small", *sets, world=world).finish()
     large = run(tmp_path / "large", "training.cache_hidden_states=true").finish()
     assert small.losses == pytest.approx(large.losses, rel=1e-4)
-    told = re.search(r"cache: (\d+) conv.* too small (\d+) times", small.output)
-    kept, again = told.groups()
+    match = re.search(r"cache: (\d+) conv.* too small (\d+) times", small.output)
+    with_cache, again = match.groups()
     seen = 12 * 8  # conversations
-    assert 1 <= int(kept) < 30 and seen - 2 * int(kept) < int(again) + int(kept) <= seen
+    assert (
+        1 <= int(with_cache) < 30
+        and seen - 2 * int(with_cache) < int(again) + int(with_cache) <= seen
+    )
     assert small.output.count("hidden-state cache:") == 1
     assert "hidden-state cache:" in large.output and "too small" not in large.output
 
@@ -111,8 +114,8 @@ def test_hidden_state_cache_is_unused_for_one_epoch(tmp_path: Path) -> None:
     once = run(tmp_path / "once", *sets).finish()
     assert "off, one epoch needs no state twice" in once.output
     assert "hidden-state cache:" not in once.output
-    read = run(tmp_path / "read", "training.epochs=1", "training.max_steps=2").finish()
-    assert once.metrics == read.metrics
+    without_cache = run(tmp_path / "read", "training.epochs=1", "training.max_steps=2").finish()
+    assert once.metrics == without_cache.metrics
 
 
 def test_hidden_state_cache_is_configured_for_the_mini_system_only() -> None:
@@ -166,7 +169,7 @@ def test_hidden_state_cache_accepts_media_behind_the_last_signal_span() -> None:
     cache.attach(model)
     cached = cache.signal_states(batch)
     embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
-    read = model.gather_signal_states(
+    without_cache = model.gather_signal_states(
         "image", batch.signal_spans["image"], model.last_hidden_states(embeddings), embeddings
     )
-    torch.testing.assert_close(cached["image"], read)
+    torch.testing.assert_close(cached["image"], without_cache)

@@ -172,7 +172,9 @@ def test_imagebind_missing_files_name_the_expected_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not an archive", b"PK\x03\x04 cut off"], ids=["empty", "text", "cut"]
+    "content",
+    [b"", b"not an archive", b"PK\x03\x04 cut off"],
+    ids=["empty", "text", "truncate"],
 )
 def test_imagebind_unreadable_published_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "imagebind_huge.pth"
@@ -182,7 +184,7 @@ def test_imagebind_unreadable_published_file_is_named(tmp_path: Path, content: b
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
         ("{", "not the configuration"),
         ("[]", "not the configuration"),
@@ -192,7 +194,7 @@ def test_imagebind_unreadable_published_file_is_named(tmp_path: Path, content: b
     ],
 )
 def test_imagebind_bad_config_is_named(
-    tiny: ImageBind, tmp_path: Path, content: str | None, said: str
+    tiny: ImageBind, tmp_path: Path, content: str | None, expected: str
 ) -> None:
     save_imagebind(tiny, tmp_path, torch.float16)
     config = tmp_path / "config.json"
@@ -200,7 +202,7 @@ def test_imagebind_bad_config_is_named(
         config.unlink()
     else:
         config.write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=expected):
         load_imagebind(tmp_path)
 
 

@@ -44,7 +44,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def infer(folder: Path, out: Path, *arguments: str) -> None:
     """The entry, on the scripted parts in `folder`."""
     overrides = [*tiny_overrides(folder), f"language_model.path={folder / 'scripted'}"]
-    settings = [word for override in overrides for word in ("--set", override)]
+    settings = [message for override in overrides for message in ("--set", override)]
     line = ["inference.py", "--config", "7b", *settings, "--out", str(out), *arguments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", line)
@@ -123,10 +123,10 @@ def test_inference_cases_with_unexpected_media_are_reported_and_counted(
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     infer(scripted, tmp_path / "out", "--cases", str(tmp_path / "cases.json"))
-    said = capsys.readouterr().out
-    assert said.count("the answer has") == 1
-    assert "expected text, image; the answer has text, image, video, audio" in said
-    assert "1 of 2 answers have the expected media" in said
+    output = capsys.readouterr().out
+    assert output.count("the answer has") == 1
+    assert "expected text, image; the answer has text, image, video, audio" in output
+    assert "1 of 2 answers have the expected media" in output
 
 
 FAULTS = {
@@ -147,11 +147,11 @@ FAULTS = {
 def test_inference_error_exits_with_code_2_and_no_files(
     fault: str, scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments, word = FAULTS[fault]
+    arguments, message = FAULTS[fault]
     with pytest.raises(SystemExit) as ended:
         infer(scripted, tmp_path / "out", *arguments)
     assert ended.value.code == 2
-    assert word in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -165,7 +165,7 @@ def test_inference_refuses_a_delta_of_another_model(scripted: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("content", "message"),
     [
         ("{", "Invalid JSON"),
         ('[{"role": "human", "parts": [{"text": "a"}]}]', "human, assistant"),
@@ -173,10 +173,10 @@ def test_inference_refuses_a_delta_of_another_model(scripted: Path, tmp_path: Pa
         ('[{"role": "human", "parts": [{"modality": "smell", "path": "b"}]}]', "turn 1, part 1"),
     ],
 )
-def test_history_invalid_file_is_named(content: str, word: str, tmp_path: Path) -> None:
+def test_history_invalid_file_is_named(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "history.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=word):
+    with pytest.raises(UserError, match=message):
         read_history(path)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from disturbances import PICTURES, SOUNDS, Disturbance, Rng
+from disturbances import AUDIO_DISTURBANCES, IMAGE_DISTURBANCES, Disturbance, Rng
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.writing import Frames, Output, Sound, save_medium
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject, sample_object
@@ -17,20 +17,20 @@ from nextgpt.mini_world.render_video import FRAMES_PER_SECOND, render_video
 from nextgpt.mini_world.scoreboard.judge import Judgement, judge, judge_file
 
 DISTURBED = [
-    *(("image", name) for name in PICTURES),
-    *(("video", name) for name in PICTURES),
-    *(("audio", name) for name in SOUNDS),
+    *(("image", name) for name in IMAGE_DISTURBANCES),
+    *(("video", name) for name in IMAGE_DISTURBANCES),
+    *(("audio", name) for name in AUDIO_DISTURBANCES),
 ]
 NOTHING = {modality: dict.fromkeys(names) for modality, names in ATTRIBUTES.items()}
 TIME = np.arange(2 * SAMPLE_RATE) / SAMPLE_RATE
 
 
-def render(modality: Modality, thing: WorldObject, rng: Rng) -> Output:
+def render(modality: Modality, obj: WorldObject, rng: Rng) -> Output:
     if modality == "image":
-        return Image.fromarray(render_image(thing, rng))
+        return Image.fromarray(render_image(obj, rng))
     if modality == "video":
-        return Frames(render_video(thing, rng), FRAMES_PER_SECOND)
-    return Sound(render_audio(thing, rng), SAMPLE_RATE)
+        return Frames(render_video(obj, rng), FRAMES_PER_SECOND)
+    return Sound(render_audio(obj, rng), SAMPLE_RATE)
 
 
 def untouched(medium: Output, _: Rng) -> Output:
@@ -42,7 +42,7 @@ def every_second_frame(medium: Output, _: Rng) -> Output:
 
 
 def disturbance(modality: Modality, name: str) -> Disturbance:
-    return (SOUNDS if modality == "audio" else PICTURES)[name]
+    return (AUDIO_DISTURBANCES if modality == "audio" else IMAGE_DISTURBANCES)[name]
 
 
 def check(
@@ -56,10 +56,10 @@ def check(
     rng = np.random.default_rng(20)
     right = dict.fromkeys(ATTRIBUTES[modality], 0)
     for index in range(things):
-        thing = sample_object(rng, ("training", "validation", "test")[index % 3])
-        seen = read(modality, disturb(render(modality, thing, rng), rng))
+        obj = sample_object(rng, ("training", "validation", "test")[index % 3])
+        seen = read(modality, disturb(render(modality, obj, rng), rng))
         assert tuple(seen) == ATTRIBUTES[modality]
-        for name, value in thing.attributes(modality).items():
+        for name, value in obj.attributes(modality).items():
             right[name] += seen[name] == value
     shares = {name: count / things for name, count in right.items()}
     print(f"{modality}: {shares}")
@@ -164,17 +164,17 @@ def test_judge_finds_nothing_in_silence_and_noise(name: str) -> None:
         assert judge("audio", Sound(samples, SAMPLE_RATE)) == NOTHING["audio"]
 
 
-def a_picture(
+def drawn_image(
     shape: str = "square", x: float = 32, y: float = 32, radius: float = 11.5, colour: str = "blue"
 ) -> np.ndarray:
     return draw_frame(shape, RGB[colour], x, y, radius, background=130)
 
 
 def test_judge_unknown_shape_keeps_other_attributes() -> None:
-    half = a_picture("circle")
+    half = drawn_image("circle")
     half[:, :32] = 130
     assert judge("image", to_picture(half))["shape"] is None
-    bar = a_picture()
+    bar = drawn_image()
     bar[:30] = 130
     bar[36:] = 130
     assert judge("image", to_picture(bar)) | {"size": None} == {
@@ -186,19 +186,19 @@ def test_judge_unknown_shape_keeps_other_attributes() -> None:
 
 
 def test_judge_returns_none_between_values() -> None:
-    assert judge("image", to_picture(a_picture(x=18, y=18)))["place"] is None
-    assert judge("image", to_picture(a_picture(radius=RADIUS["small"] / 2)))["size"] is None
-    pink = np.where(a_picture() == RGB["blue"], (255, 150, 190), 130)
+    assert judge("image", to_picture(drawn_image(x=18, y=18)))["place"] is None
+    assert judge("image", to_picture(drawn_image(radius=RADIUS["small"] / 2)))["size"] is None
+    pink = np.where(drawn_image() == RGB["blue"], (255, 150, 190), 130)
     assert judge("image", to_picture(pink))["colour"] is None
 
 
 def test_judge_refuses_two_objects_as_one() -> None:
-    two = np.concatenate([a_picture(x=18)[:, :32], a_picture(x=46)[:, 32:]], axis=1)
+    two = np.concatenate([drawn_image(x=18)[:, :32], drawn_image(x=46)[:, 32:]], axis=1)
     assert judge("image", to_picture(two)) == NOTHING["image"]
 
 
 def test_judge_still_or_returning_objects_have_no_motion() -> None:
-    still = np.stack([a_picture().astype(np.uint8)] * 8)
+    still = np.stack([drawn_image().astype(np.uint8)] * 8)
     assert judge("video", Frames(still, 4)) == {
         "size": "big",
         "colour": "blue",
@@ -207,28 +207,28 @@ def test_judge_still_or_returning_objects_have_no_motion() -> None:
         "motion": None,
     }
     there_and_back = (26, 29, 32, 35, 35, 32, 29, 26)
-    frames = np.stack([a_picture(x=x).astype(np.uint8) for x in there_and_back])
+    frames = np.stack([drawn_image(x=x).astype(np.uint8) for x in there_and_back])
     assert judge("video", Frames(frames, 4))["motion"] is None
     assert judge("video", Frames(still[:1], 4))["motion"] is None
 
 
 def test_judge_ignores_objects_visible_in_few_frames() -> None:
     frames = np.full((8, 64, 64, 3), 130, dtype=np.uint8)
-    frames[:3] = a_picture().astype(np.uint8)
+    frames[:3] = drawn_image().astype(np.uint8)
     assert judge("video", Frames(frames, 4)) == NOTHING["video"]
 
 
 def test_judge_reads_images_of_any_size() -> None:
-    thing = WorldObject("star", "red", "small", "top", None, 1)
-    picture = Image.fromarray(render_image(thing, np.random.default_rng(0)))
+    obj = WorldObject("star", "red", "small", "top", None, 1)
+    picture = Image.fromarray(render_image(obj, np.random.default_rng(0)))
     large = picture.resize((256, 256), Image.Resampling.BICUBIC)
-    assert judge("image", large) == thing.attributes("image")
+    assert judge("image", large) == obj.attributes("image")
 
 
 def test_judge_reads_audio_at_other_sampling_rates() -> None:
-    thing = WorldObject("ring", "red", "big", "top", None, 2)
-    samples = render_audio(thing, np.random.default_rng(0))
-    assert judge("audio", Sound(samples.repeat(3), 3 * SAMPLE_RATE)) == thing.attributes("audio")
+    obj = WorldObject("ring", "red", "big", "top", None, 2)
+    samples = render_audio(obj, np.random.default_rng(0))
+    assert judge("audio", Sound(samples.repeat(3), 3 * SAMPLE_RATE)) == obj.attributes("audio")
 
 
 def test_judge_counts_tones_of_unknown_timbre_up_to_three() -> None:

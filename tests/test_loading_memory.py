@@ -46,11 +46,11 @@ print(json.dumps({"all": taken("VmHWM") - before, "own": max(own) - own_before})
 def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1.1 billion parameters in bf16, in shards."""
     folder = tmp_path_factory.mktemp("billion")
-    figures = LlamaConfig(
+    config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, vocab_size=1000
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(figures).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.fill_(0.01)

@@ -280,8 +280,8 @@ def test_audio_of_too_many_channels_is_refused(tmp_path: Path) -> None:
         path = write_wav(tmp_path / f"{channels}.wav", np.zeros((3, channels)))
         with pytest.raises(MediaError, match=r"\d\.wav: (\d+ channels, more than 64|not readable)"):
             load_views("audio", path)
-    told = read_alone(*tmp_path.iterdir())
-    assert len(told) == 10 and all(line.startswith("refused: ") for line in told), told
+    lines = read_alone(*tmp_path.iterdir())
+    assert len(lines) == 10 and all(line.startswith("refused: ") for line in lines), lines
 
 
 @pytest.mark.parametrize(("name", "codec"), [("s.flac", "flac"), ("s.m4a", "aac")])
@@ -404,7 +404,7 @@ def bad_file(folder: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("modality", "name", "said"),
+    ("modality", "name", "message"),
     [
         ("image", "missing.png", "no such file"),
         ("image", "empty.png", "empty file"),
@@ -429,10 +429,10 @@ def bad_file(folder: Path, name: str) -> Path:
     ],
 )
 def test_media_bad_file_is_named_with_the_reason(
-    tmp_path: Path, modality: str, name: str, said: str
+    tmp_path: Path, modality: str, name: str, message: str
 ) -> None:
     path = bad_file(tmp_path, name)
-    with pytest.raises(MediaError, match=said) as raised:
+    with pytest.raises(MediaError, match=message) as raised:
         load_views(modality, path)
     assert str(path) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -444,10 +444,12 @@ def test_preprocessing_equals_the_numbers_recorded_for_its_version(tmp_path: Pat
     measured = measure(tmp_path)
     assert measured.keys() == recorded.keys()
     for name, found in measured.items():
-        kept = recorded[name]
-        assert found["version"] == kept["version"], f"{name}: run tests/golden_preprocessing.py"
+        expected_numbers = recorded[name]
+        assert found["version"] == expected_numbers["version"], (
+            f"{name}: run tests/golden_preprocessing.py"
+        )
         for key in ("numbers", "mean", "mean_square", "values"):
-            assert found[key] == pytest.approx(kept[key], abs=2e-3), (
+            assert found[key] == pytest.approx(expected_numbers[key], abs=2e-3), (
                 f"{name}: preprocessing gives other numbers than before: raise its number in "
                 "PREPROCESSING_VERSIONS, then run tests/golden_preprocessing.py"
             )

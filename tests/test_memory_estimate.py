@@ -104,10 +104,10 @@ def planned_with(tmp_path: Path, processes: int, **zero: object) -> MemoryEstima
 
 
 def test_memory_estimate_zero_divides_its_share(tmp_path: Path) -> None:
-    whole = planned_with(tmp_path, 4, stage=0)
-    trained = sum(trains for _, trains in whole.groups.values())
+    undivided = planned_with(tmp_path, 4, stage=0)
+    trained = sum(trains for _, trains in undivided.groups.values())
     moments = "optimizer (Adam's two moments)"
-    assert whole.on_device[moments] == 8 * trained
+    assert undivided.on_device[moments] == 8 * trained
     for stage, optimizer, gradients, weights in ((1, 4, 1, 1), (2, 4, 4, 1), (3, 4, 4, 4)):
         plan = planned_with(tmp_path, 4, stage=stage)
         assert plan.on_device[moments] == 8 * trained / optimizer
@@ -142,13 +142,13 @@ def test_memory_estimate_buffers_follow_the_deepspeed_config(tmp_path: Path) -> 
 
 
 def test_memory_estimate_hidden_state_cache_counts_up_to_its_limit() -> None:
-    kept = "hidden-state cache (hidden_state_cache_gb)"
+    cache = "hidden-state cache (hidden_state_cache_gb)"
     sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=3"]
     plan = estimate_memory(tiny_config(4, sets), 4, 2)
-    assert plan.in_memory[kept] == 3e9 and plan.memory_peak >= sum(plan.in_memory.values())
+    assert plan.in_memory[cache] == 3e9 and plan.memory_peak >= sum(plan.in_memory.values())
     for once in ([*sets, "training.epochs=1"], []):
-        assert kept not in estimate_memory(tiny_config(4, once), 4, 2).in_memory
-    assert estimate_memory(load_config("mini", 4), 4, 1).in_memory[kept] == 1e9
+        assert cache not in estimate_memory(tiny_config(4, once), 4, 2).in_memory
+    assert estimate_memory(load_config("mini", 4), 4, 1).in_memory[cache] == 1e9
 
 
 def test_memory_estimate_loader_workers_each_have_a_decode_worker() -> None:
@@ -170,12 +170,12 @@ def test_memory_estimate_compares_host_memory_with_all_processes(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=40"]
     plan = estimate_memory(tiny_config(4, sets), 4, 4)
-    for gigabytes, told in ((256, "fits"), (128, "room for 2 of 4 processes")):
+    for gigabytes, report in ((256, "fits"), (128, "room for 2 of 4 processes")):
         memory = SimpleNamespace(total=gigabytes * 1e9)
         monkeypatch.setattr(
             "nextgpt.tools.memory_report.psutil.virtual_memory", lambda memory=memory: memory
         )
-        assert f"this machine's memory ({gigabytes} GB): {told}" in format_memory_estimate(plan)
+        assert f"this machine's memory ({gigabytes} GB): {report}" in format_memory_estimate(plan)
 
 
 def test_memory_estimate_stage_4_includes_loaded_adapters() -> None:
@@ -194,16 +194,16 @@ def test_memory_estimate_7b_needs_no_files() -> None:
     plan = estimate_memory(load_config("7b", 3), 3, 8)
     assert plan.groups["input_projection"] == (4_198_400, 4_198_400)
     assert plan.on_device["weights that stay frozen"] == pytest.approx(13.5e9, rel=0.01)
-    told = format_memory_estimate(plan)
-    assert "a GPU of 24 GB (24 GB): fits" in told
-    assert "decoder, video: not here, as published" in told
+    report = format_memory_estimate(plan)
+    assert "a GPU of 24 GB (24 GB): fits" in report
+    assert "decoder, video: not here, as published" in report
     assert sum(plan.serving.values()) == pytest.approx(24.6e9, rel=0.01)
 
 
 def test_memory_estimate_reports_what_exceeds_the_gpu() -> None:
     sets = ["training.micro_batch_size=8", "training.activation_checkpointing=false"]
-    told = format_memory_estimate(estimate_memory(load_config("7b", 3, sets), 3, 1))
-    assert "a GPU of 24 GB (24 GB): does not fit" in told
+    report = format_memory_estimate(estimate_memory(load_config("7b", 3, sets), 3, 1))
+    assert "a GPU of 24 GB (24 GB): does not fit" in report
 
 
 def test_memory_estimate_reads_no_weights(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from tiny_run import TinyRun, tiny_world
 from tiny_system import tiny_model
 
 SIGNALS: dict[Modality, int] = {"image": 3, "video": 5, "audio": 2}
-FIGURES = replace(TINY, text_width=48, text_tokens=10, audio_embed_dim=24)
+OTHER = replace(TINY, text_width=48, text_tokens=10, audio_embed_dim=24)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
@@ -36,21 +36,21 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
     tokenizer.chat_template = ZEPHYR
     tokenizer.save_pretrained(folder / "language_model")
-    figures = LlamaConfig(
+    llama_config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=80, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=request.param,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(figures).save_pretrained(folder / "language_model")
-    picture = [FIGURES.text_tokens, FIGURES.text_width]
-    shapes = {"image": picture, "video": picture, "audio": [FIGURES.audio_embed_dim]}
+    LlamaForCausalLM(llama_config).save_pretrained(folder / "language_model")
+    picture = [OTHER.text_tokens, OTHER.text_width]
+    shapes = {"image": picture, "video": picture, "audio": [OTHER.audio_embed_dim]}
     sets = [
         f"language_model.path={folder / 'language_model'}",
         "language_model.prompt_format=tokenizer",
         "data.caption_embeddings=online",
     ]
     for modality in MODALITIES:
-        build_mini_decoder(modality, folder / modality, 1, CAPTIONS[:1], FIGURES)
+        build_mini_decoder(modality, folder / modality, 1, CAPTIONS[:1], OTHER)
         sets.append(f"decoders.{modality}.path={folder / modality}")
         sets.append(f"decoders.{modality}.prompt_embeds_shape={shapes[modality]}")
         sets.append(f"decoders.{modality}.signal_tokens={SIGNALS[modality]}")
@@ -114,10 +114,10 @@ def test_other_decoder_embeddings_are_refused_with_decoder_or_shapes(
 ) -> None:
     precomputed = [*other, "data.caption_embeddings=precomputed"]
     start = ["--init-from", str(stages[0].folder)]
-    said = TinyRun(tmp_path, 2, precomputed, start).fail()
-    assert re.search(r"the \w+ embeddings in .*embed were made by .*, whose text encoder", said)
+    message = TinyRun(tmp_path, 2, precomputed, start).fail()
+    assert re.search(r"the \w+ embeddings in .*embed were made by .*, whose text encoder", message)
     records = shutil.ignore_patterns("captions.*", "embeddings.*", ".*")
     shutil.copytree(tiny_world() / "embed", tmp_path / "embed", ignore=records)
     unrecorded = [*precomputed, f"data.caption_embedding_dir={tmp_path / 'embed'}"]
-    said = TinyRun(tmp_path / "unrecorded", 2, unrecorded, start).fail()
-    assert re.search(r"shape \((12, 32|16,)\), expected \((10, 48|24,)\)", said)
+    message = TinyRun(tmp_path / "unrecorded", 2, unrecorded, start).fail()
+    assert re.search(r"shape \((12, 32|16,)\), expected \((10, 48|24,)\)", message)

@@ -45,12 +45,12 @@ def listening(store: dist.Store, pool: ThreadPoolExecutor, seconds: float = SECO
     return found
 
 
-def call(store: dist.Store) -> socket.socket:
+def open_socket(store: dist.Store) -> socket.socket:
     """A connection to process 0's port, as anybody can make one."""
     return socket.create_connection(("127.0.0.1", int(store.get(_ADDRESS).split()[0])))
 
 
-def come(ranks: list[int], pool: ThreadPoolExecutor) -> list[Connection]:
+def connect(ranks: list[int], pool: ThreadPoolExecutor) -> list[Connection]:
     """The processes `ranks`: their connections to process 0."""
     coming = [
         pool.submit(lambda rank: connect_to_first(run_store(SECONDS), rank, SECONDS), rank)
@@ -62,14 +62,14 @@ def come(ranks: list[int], pool: ThreadPoolExecutor) -> list[Connection]:
 def test_peers_connect_despite_strangers(store: dist.Store, pool: ThreadPoolExecutor) -> None:
     found = listening(store, pool)
     token = bytes.fromhex(store.get(_ADDRESS).split()[1].decode())
-    call(store).close()
-    said = [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(36), bytes(3), token, token + bytes(4)]
-    said += [token + (3).to_bytes(4, "big")]  # of no process of this run
-    strangers = [call(store) for _ in said]
-    for stranger, text in zip(strangers, said, strict=True):
+    open_socket(store).close()
+    payloads = [b"", b"GET / HTTP/1.1\r\n\r\n", bytes(36), bytes(3), token, token + bytes(4)]
+    payloads += [token + (3).to_bytes(4, "big")]  # of no process of this run
+    strangers = [open_socket(store) for _ in payloads]
+    for stranger, text in zip(strangers, payloads, strict=True):
         stranger.sendall(text)
     time.sleep(0.2)
-    theirs = come([2, 1], pool)
+    theirs = connect([2, 1], pool)
     connections = found.result()
     assert sorted(connections.values()) == [1, 2]
     for connection, rank in connections.items():
@@ -86,8 +86,8 @@ def test_accept_peers_times_out_on_missing_processes(
 ) -> None:
     start = time.monotonic()
     found = listening(store, pool, seconds=1)
-    silent = call(store)
-    theirs = come([1], pool)
+    silent = open_socket(store)
+    theirs = connect([1], pool)
     assert list(found.result().values()) == [1]
     assert 1 <= time.monotonic() - start < 10
     del silent, theirs
@@ -98,7 +98,7 @@ def test_watchdog_names_missing_processes_and_ends_the_others(
 ) -> None:
     watchdog = Watchdog(0, THREE)
     started = pool.submit(watchdog.start, 1)
-    (theirs,) = come([2], pool)
+    (theirs,) = connect([2], pool)
     with pytest.raises(UserError, match=r"of 3 processes these did not connect .*: 1\. Were"):
         started.result()
     watchdog.fail(2)
@@ -137,7 +137,7 @@ def test_listener_on_one_machine_binds_to_loopback(
 
 def test_connections_use_keepalive_probes(store: dist.Store, pool: ThreadPoolExecutor) -> None:
     found = listening(store, pool)
-    theirs = come([1, 2], pool)
+    theirs = connect([1, 2], pool)
     for connection in (*theirs, *found.result()):
         sock = socket.socket(fileno=os.dup(connection.fileno()))
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)

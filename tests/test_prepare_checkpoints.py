@@ -28,7 +28,7 @@ from nextgpt.tools.weights.download import HttpFile
 from nextgpt.tools.weights.merge import merge_vicuna
 from nextgpt.tools.weights.registry import SOURCES
 from parity_tools import PARITY
-from test_weights_merge import memory, set_figure
+from test_weights_merge import memory, set_config_value
 from tiny_decoders import TINY, tiny_decoder
 from tiny_vicuna import write_delta, write_llama, write_weights
 
@@ -66,12 +66,12 @@ def write_tokenizer(folder: Path, tokens: int = ROWS) -> None:
 
 def write_vicuna_7b(folder: Path, rows: int = ROWS + 1, value: float = 1.0) -> None:
     """A language model with the names and shapes of Vicuna-7B v0, in two small files."""
-    figures = LlamaConfig(vocab_size=rows)
+    llama_config = LlamaConfig(vocab_size=rows)
     with torch.device("meta"):
-        model = LlamaForCausalLM(figures)
+        model = LlamaForCausalLM(llama_config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     write_weights(folder, repeated(shapes, value), "bin", shards=2)
-    figures.save_pretrained(folder)
+    llama_config.save_pretrained(folder)
     write_tokenizer(folder)
 
 
@@ -82,9 +82,9 @@ def published_delta(overrides: list[str] | None = None) -> dict[str, torch.Tenso
 
 
 def test_report_shipped_mini_components_are_complete(report: Report) -> None:
-    status, said = report("--only", "encoder", "image", "video", "audio")
-    assert status == 0 and "4 of 4 components are right" in said
-    assert "prompt embeddings: [24, 192]" in said and "BSD 3-Clause" in said
+    status, output = report("--only", "encoder", "image", "video", "audio")
+    assert status == 0 and "4 of 4 components are right" in output
+    assert "prompt embeddings: [24, 192]" in output and "BSD 3-Clause" in output
 
 
 def test_report_7b_is_complete_without_loading_weights(report: Report, tmp_path: Path) -> None:
@@ -101,12 +101,12 @@ def test_report_7b_is_complete_without_loading_weights(report: Report, tmp_path:
     sets = [word for key, place in places.items() for word in ("--set", f"{key}={place}")]
     before, start = memory("VmRSS"), time.process_time()
     only = ["--only", "encoder", "language_model", "tuned"]
-    status, said = report("--config", "7b", *sets, *only)
-    assert status == 0, said
-    assert "291 tensors, 6,738,423,808 parameters, float16" in said  # 7B and two rows of 4096
-    assert "32001 rows: LLaMA's and a padding row" in said
-    assert "32038 rows: LLaMA's and the new tokens" in said
-    assert "lora: 256 tensors loaded" in said
+    status, output = report("--config", "7b", *sets, *only)
+    assert status == 0, output
+    assert "291 tensors, 6,738,423,808 parameters, float16" in output  # 7B and two rows of 4096
+    assert "32001 rows: LLaMA's and a padding row" in output
+    assert "32038 rows: LLaMA's and the new tokens" in output
+    assert "lora: 256 tensors loaded" in output
     assert memory("VmRSS") - before < 2**30 and time.process_time() - start < 20
 
 
@@ -115,13 +115,13 @@ def test_report_missing_components_name_licence_source_and_command(
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     moved = "decoders.image.path=runwayml/stable-diffusion-v1-5"
-    status, said = report("--config", "7b", "--set", moved, "--only", "image", "video")
-    assert status == 1 and "0 of 2 components are right; missing or wrong: image, video" in said
-    assert "using stable-diffusion-v1-5/stable-diffusion-v1-5" in said
-    assert "CreativeML OpenRAIL-M" in said and "CC BY-NC 4.0" in said
-    assert "https://huggingface.co/cerspense/zeroscope_v2_576w" in said
+    status, output = report("--config", "7b", "--set", moved, "--only", "image", "video")
+    assert status == 1 and "0 of 2 components are right; missing or wrong: image, video" in output
+    assert "using stable-diffusion-v1-5/stable-diffusion-v1-5" in output
+    assert "CreativeML OpenRAIL-M" in output and "CC BY-NC 4.0" in output
+    assert "https://huggingface.co/cerspense/zeroscope_v2_576w" in output
     command = f"python prepare_checkpoints.py --config 7b --set {moved} --fetch --only video"
-    assert command in said
+    assert command in output
 
 
 def test_fetch_vicuna_downloads_the_delta_and_names_the_merge(report: Report) -> None:
@@ -149,13 +149,13 @@ def test_report_merged_vicuna_is_complete_and_its_delta_alone_is_not(
     write_delta(delta, write_llama(tmp_path / "llama"))
     merge_vicuna(tmp_path / "llama", delta, out)
     only = ["--only", "language_model"]
-    status, said = report("--set", f"language_model.path={out}", *only)
-    assert status == 0 and "1001 rows; 1000 tokens" in said
-    status, said = report("--set", f"language_model.path={delta}", *only)
-    assert status == 1 and "a delta that is not merged" in said and f"--delta {delta}" in said
+    status, output = report("--set", f"language_model.path={out}", *only)
+    assert status == 0 and "1001 rows; 1000 tokens" in output
+    status, output = report("--set", f"language_model.path={delta}", *only)
+    assert status == 1 and "a delta that is not merged" in output and f"--delta {delta}" in output
 
 
-def cut(file: Path) -> None:
+def truncate(file: Path) -> None:
     os.truncate(file, file.stat().st_size // 2)
 
 
@@ -170,7 +170,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a missing file of several": (
         lambda f: (f / FIRST).unlink(), f"names files that are not there: {FIRST}"),
     "a file that is cut off": (
-        lambda f: cut(f / FIRST), f"{FIRST} is no readable checkpoint (it is cut off or damaged)"),
+        lambda f: truncate(f / FIRST),
+        f"{FIRST} is no readable checkpoint (it is cut off or damaged)"),
     "a page saved as weights": (
         lambda f: (f / FIRST).write_text("<!DOCTYPE html><title>Sign in"), "is an HTML page"),
     "a pointer of Git LFS": (
@@ -182,7 +183,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: write_weights(f, {"a": torch.zeros(1)}, shards=1)
         or (f / "model.safetensors").rename(f / FIRST), "files and index are not of one download"),
     "weights of another shape": (
-        lambda f: set_figure(f, "intermediate_size", 320), "expected (320, "),
+        lambda f: set_config_value(f, "intermediate_size", 320), "expected (320, "),
     "a quantised model": (quantise, "weights of dtype torch.int8"),
     "the newer generation": (
         lambda f: write_weights(f, {"model.mm_input_projector.weight": torch.ones(1)}),
@@ -197,10 +198,10 @@ def test_report_unusable_language_model_is_named(
     break_it, word = FOLDERS[fault]
     write_llama(tmp_path / "lm", shards=2)
     break_it(tmp_path / "lm")
-    status, said = report(
+    status, output = report(
         "--set", f"language_model.path={tmp_path / 'lm'}", "--only", "language_model"
     )
-    assert status == 1 and word in said and str(tmp_path / "lm") in said
+    assert status == 1 and word in output and str(tmp_path / "lm") in output
 
 
 @pytest.mark.parametrize("content", ["cut off or damaged", "is an HTML page", "it is empty"])
@@ -208,11 +209,11 @@ def test_report_unreadable_encoder_is_named(content: str, report: Report, tmp_pa
     file = tmp_path / "imagebind_huge.pth"
     torch.save({"a": torch.zeros(10_000)}, file)
     if "cut" in content:
-        cut(file)
+        truncate(file)
     else:
         file.write_text("<html>" if "HTML" in content else "")
-    status, said = report("--config", "7b", "--set", f"encoder.path={file}", "--only", "encoder")
-    assert status == 1 and content in said and str(file) in said
+    status, output = report("--config", "7b", "--set", f"encoder.path={file}", "--only", "encoder")
+    assert status == 1 and content in output and str(file) in output
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def test_report_unreadable_encoder_is_named(content: str, report: Report, tmp_pa
 def test_report_tells_other_language_models_from_vicuna_v0(
     change: dict, status: int, words: str, report: Report, tmp_path: Path
 ) -> None:
-    figures = LlamaConfig(
+    llama_config = LlamaConfig(
         vocab_size=change.get("rows", ROWS + 1),
         hidden_size=8,
         intermediate_size=8,
@@ -237,13 +238,13 @@ def test_report_tells_other_language_models_from_vicuna_v0(
         num_attention_heads=1,
         max_position_embeddings=change.get("max_position_embeddings", 2048),
     )
-    shapes = {name: t.shape for name, t in LlamaForCausalLM(figures).state_dict().items()}
+    shapes = {name: t.shape for name, t in LlamaForCausalLM(llama_config).state_dict().items()}
     write_weights(tmp_path, repeated(shapes, change.get("value", 1.0)), "bin")
-    figures.save_pretrained(tmp_path)
+    llama_config.save_pretrained(tmp_path)
     write_tokenizer(tmp_path, change.get("tokens", ROWS))
     place = f"language_model.path={tmp_path}"
-    found, said = report("--config", "7b", "--set", place, "--only", "language_model")
-    assert found == status and words in said, said
+    found, output = report("--config", "7b", "--set", place, "--only", "language_model")
+    assert found == status and words in output, output
 
 
 @pytest.mark.parametrize(
@@ -265,8 +266,8 @@ def test_report_delta_of_another_generation_is_named(
     name: str, shapes: dict[str, tuple[int, ...]], words: str, report: Report, tmp_path: Path
 ) -> None:
     torch.save(repeated(shapes), tmp_path / name)
-    status, said = report("--config", "7b", "--set", f"save_path={tmp_path}", "--only", "tuned")
-    assert status == 1 and words in said and str(tmp_path / name) in said
+    status, output = report("--config", "7b", "--set", f"save_path={tmp_path}", "--only", "tuned")
+    assert status == 1 and words in output and str(tmp_path / name) in output
 
 
 def test_report_decoder_of_wrong_kind_or_shape_is_named(report: Report, tmp_path: Path) -> None:
@@ -283,8 +284,8 @@ def test_report_decoder_of_wrong_kind_or_shape_is_named(report: Report, tmp_path
     assert "prompt_embeds_shape is [77, 768]" in ask("image")[1]
     assert "video takes a TextToVideoSDPipeline" in ask("video")[1]
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    status, said = ask("image", f"decoders.image.prompt_embeds_shape={shape}")
-    assert status == 1 and f"{folder / 'unet'}: no weights" in said
+    status, output = ask("image", f"decoders.image.prompt_embeds_shape={shape}")
+    assert status == 1 and f"{folder / 'unet'}: no weights" in output
 
 
 @pytest.fixture
@@ -361,16 +362,16 @@ def test_fetch_downloads_hub_components_and_reports_them_complete(tmp_path: Path
     with serve(tmp_path / "hub") as served:
         ended = fetch(project, served, overrides)
         loaded = {path.rpartition("/")[2] for path, size in served.sent if "resolve" in path}
-    said = ended.stdout
+    output = ended.stdout
     assert ended.returncode == 1, ended.stderr
-    assert "image: Stable Diffusion v1-5: right" in said
-    assert "tuned: NExT-GPT 7b_tiva_v0, tuned: right" in said
-    assert "are as published (SHA-256 or git hash)" in said
-    assert "video: ZeroScope v2 576w: missing" in said and "no such repository" in said
+    assert "image: Stable Diffusion v1-5: right" in output
+    assert "tuned: NExT-GPT 7b_tiva_v0, tuned: right" in output
+    assert "are as published (SHA-256 or git hash)" in output
+    assert "video: ZeroScope v2 576w: missing" in output and "no such repository" in output
     vicuna = project / "ckpt/pretrained_ckpt/vicuna_ckpt"
-    assert "then       python merge_vicuna.py --base LLAMA_FOLDER" in said
+    assert "then       python merge_vicuna.py --base LLAMA_FOLDER" in output
     assert (vicuna / "7b_v0_delta" / "pytorch_model-00002-of-00002.bin").is_file()
-    assert "2 of 4 components are right; missing or wrong: language_model, video" in said
+    assert "2 of 4 components are right; missing or wrong: language_model, video" in output
     assert "model.safetensors" in loaded and "diffusion_pytorch_model.safetensors" in loaded
     assert not loaded & {"v1-5-pruned.ckpt", "README.md", "diffusion_pytorch_model.bin"}
 

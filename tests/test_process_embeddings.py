@@ -200,9 +200,9 @@ def test_embeddings_few_second_captions_are_skipped_with_a_warning(
     rows = [{"image_name": f"{i}.png", "caption": "a red circle"} for i in range(40)]
     second = {"image_name": "7.png", "caption": "a green star"}
     assert embed(written(tmp_path, [*rows, second]), tmp_path / "out") == 40
-    said = capsys.readouterr().out
-    assert "7.png has two captions, 'a red circle' and 'a green star'" in said
-    assert "1 of 41 captions are second ones" in said
+    output = capsys.readouterr().out
+    assert "7.png has two captions, 'a red circle' and 'a green star'" in output
+    assert "1 of 41 captions are second ones" in output
     assert embed(written(tmp_path, rows), tmp_path / "out") == 0  # the first was embedded
     assert "two captions" not in capsys.readouterr().out
 

@@ -31,7 +31,7 @@ def language_model(kind: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def next_words(kind: str) -> torch.Tensor:
+def next_token_probabilities(kind: str) -> torch.Tensor:
     """Probabilities of what comes after each of twenty tokens."""
     ids = torch.arange(5, 25)[None]
     return language_model(kind).eval()(input_ids=ids).logits.float().softmax(dim=-1)
@@ -39,15 +39,22 @@ def next_words(kind: str) -> torch.Tensor:
 
 @pytest.mark.parametrize(("kind", "most"), [("8bit", 0.01), ("4bit", 0.05)])
 def test_quantized_model_predicts_nearly_the_same_tokens(kind: str, most: float) -> None:
-    distance = (next_words(kind) - next_words("none")).abs().sum(dim=-1).mean() / 2
+    distance = (next_token_probabilities(kind) - next_token_probabilities("none")).abs().sum(
+        dim=-1
+    ).mean() / 2
     assert 0 < distance < most
 
 
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
 def test_quantized_model_size_equals_the_estimate(kind: str) -> None:
-    whole, small = language_model("none"), language_model(kind)
-    sizes = [sum(p.numel() * p.itemsize for p in model.parameters()) for model in (whole, small)]
-    assert memory_saved(whole, kind) == pytest.approx(sizes[0] - sizes[1], rel=0.01)  # scales apart
+    unquantized, quantized = language_model("none"), language_model(kind)
+    sizes = [
+        sum(p.numel() * p.itemsize for p in model.parameters())
+        for model in (unquantized, quantized)
+    ]
+    assert memory_saved(unquantized, kind) == pytest.approx(
+        sizes[0] - sizes[1], rel=0.01
+    )  # scales apart
     plans = [estimate_memory(tiny_config(3, [IN_BITS[k]]), 3, 1) for k in ("none", kind)]
     frozen = [plan.on_device["weights that stay frozen"] for plan in plans]
     served = [plan.serving["language model"] for plan in plans]
@@ -71,19 +78,22 @@ def test_quantized_model_answers_with_text_and_media(kind: str, tmp_path: Path) 
 
 def test_quantized_4_bit_training_is_close_distributes_and_resumes(tmp_path: Path) -> None:
     sets = [*ONE_AT_A_TIME, "training.max_steps=12", "training.save_steps=4"]
-    whole = TinyRun(tmp_path / "whole", 3, sets, from_stage(2)).finish()
+    unquantized = TinyRun(tmp_path / "whole", 3, sets, from_stage(2)).finish()
     sets.append(IN_BITS["4bit"])
-    small = TinyRun(tmp_path / "small", 3, sets, from_stage(2)).finish()
-    assert small.losses == pytest.approx(whole.losses, rel=0.05) and small.losses != whole.losses
+    quantized = TinyRun(tmp_path / "small", 3, sets, from_stage(2)).finish()
+    assert (
+        quantized.losses == pytest.approx(unquantized.losses, rel=0.05)
+        and quantized.losses != unquantized.losses
+    )
     divided = [*sets, zero(2, tmp_path)]
     shared = TinyRun(tmp_path / "shared", 3, divided, from_stage(2), world=2).finish()
-    assert shared.losses == pytest.approx(small.losses, rel=1e-3)
+    assert shared.losses == pytest.approx(quantized.losses, rel=1e-3)
 
     killed = TinyRun(tmp_path / "killed", 3, sets, from_stage(2))
     killed.kill_when(lambda: len(killed.metrics) >= 6)
     again = TinyRun(killed.save_path, 3, sets, ["--resume"]).finish()
     assert "resumed after step" in again.output
-    assert same(again.delta, small.delta)
+    assert same(again.delta, quantized.delta)
 
 
 def test_quantized_model_under_zero_3_is_refused(tmp_path: Path) -> None:

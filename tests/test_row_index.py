@@ -105,5 +105,5 @@ def test_row_index_is_built_once_by_concurrent_processes(file: Path, tmp_path: P
     )
     command = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    told = sorted(process.communicate(timeout=60)[0].split() for process in started)
-    assert told == [["0", "10000", "9999.png"]] * 2 + [["10000", "10000", "9999.png"]]
+    printed = sorted(process.communicate(timeout=60)[0].split() for process in started)
+    assert printed == [["0", "10000", "9999.png"]] * 2 + [["10000", "10000", "9999.png"]]

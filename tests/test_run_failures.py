@@ -114,7 +114,7 @@ def family(run: TinyRun) -> list[psutil.Process]:
 
     Between are those that decode for either.
     """
-    until(lambda: len(run.metrics) >= 2 or not run.processes[0].is_alive())
+    wait_until(lambda: len(run.metrics) >= 2 or not run.processes[0].is_alive())
     ranks = [psutil.Process(process.pid) for process in run.processes]
     children = [child for rank in ranks for child in rank.children(recursive=True)]
     loaders = [child for child in children if child.name() == "pt_data_worker"]
@@ -140,7 +140,7 @@ def _kill_all(script: subprocess.Popen) -> None:
         script.wait()
 
 
-def until(reached: Callable[[], Any], seconds: float = 120) -> None:
+def wait_until(reached: Callable[[], Any], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end
@@ -151,7 +151,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "code", "ranks", "world"),
+    ("error", "message", "code", "ranks", "world"),
     [
         pytest.param(*case, marks=SLOW)
         for case in (
@@ -172,7 +172,13 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_exception_in_a_step_ends_all_processes_and_is_reported_once(
-    start_run: Start, tmp_path: Path, error: str, said: str, code: int, ranks: list[int], world: int
+    start_run: Start,
+    tmp_path: Path,
+    error: str,
+    message: str,
+    code: int,
+    ranks: list[int],
+    world: int,
 ) -> None:
     run = failing_run(start_run, tmp_path, error, ranks, world)
     processes = family(run)
@@ -180,7 +186,7 @@ def test_exception_in_a_step_ends_all_processes_and_is_reported_once(
     assert_gone(processes)
     assert run.wait() == code
     assert {process.exitcode for process in run.processes} == {code}
-    assert run.outputs.count(said) == 1
+    assert run.outputs.count(message) == 1
     assert run.outputs.count("Traceback") <= (2 if error == "SystemExit" else 1)
 
 
@@ -244,7 +250,7 @@ def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) 
     with (tmp_path / "output").open("w+") as output:
         script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
+            wait_until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
             started = psutil.Process(script.pid).children(recursive=True)
             trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
             ranks = [one for one in trainers if "deepspeed" not in " ".join(one.cmdline())]
@@ -256,7 +262,7 @@ def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) 
             code = script.wait(5)
         finally:
             _kill_all(script)
-    said = (tmp_path / "output").read_text()
-    assert code != 0, said
+    message = (tmp_path / "output").read_text()
+    assert code != 0, message
     cause = "is killed by signal: Killed" if kind == "loader" else "ended without an error message"
-    assert said.count(cause) == 1, said
+    assert message.count(cause) == 1, message

@@ -138,7 +138,7 @@ def test_run_inputs_record_what_the_stage_uses_only(world: World) -> None:
     assert world.inputs(2) == second
 
 
-SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
+CHANGES: dict[str, tuple[int, Callable[[World], object], str]] = {
     "predecessor": (
         2,
         lambda w: w.change_tensor(w.delta),
@@ -192,13 +192,13 @@ def test_run_inputs_tokenizer_files_are_identified_by_name(tmp_path: Path) -> No
     assert {file.name for file in tokenizer_files(tmp_path)} == belong
 
 
-@pytest.mark.parametrize("what", SPOILT)
+@pytest.mark.parametrize("what", CHANGES)
 def test_run_inputs_changed_input_alone_is_named(world: World, what: str) -> None:
-    stage, spoil, said = SPOILT[what]
+    stage, corrupt, message = CHANGES[what]
     before = world.inputs(stage)
-    spoil(world)
+    corrupt(world)
     (line,) = compare_inputs(before, world.inputs(stage))
-    assert re.match(said, line), line
+    assert re.match(message, line), line
 
 
 @pytest.mark.parametrize("recorded", [True, False])
@@ -247,34 +247,34 @@ def test_resume_requires_the_inputs_of_the_start(
     before = tmp_path / "before"
     shutil.copytree(tmp_path / "stage_1", before)
     TinyRun(tmp_path, 1, [*world.sets, "training.seed=7"]).finish()
-    said = resumed(world).fail()
-    assert "predecessor: " in said and "--restart" in said and run.checkpoints
-    assert f"{before}" not in said
+    message = resumed(world).fail()
+    assert "predecessor: " in message and "--restart" in message and run.checkpoints
+    assert f"{before}" not in message
 
-    kept = (world.data / IMAGES).read_text()
+    original = (world.data / IMAGES).read_text()
     world.change_rows(lambda rows: rows[:18])
     own = ("--init-from", str(before))
-    said = resumed(world, flags=own).fail()
-    assert "36 rows" in said and "18 rows" in said and "predecessor" not in said
-    (world.data / IMAGES).write_text(kept)
+    message = resumed(world, flags=own).fail()
+    assert "36 rows" in message and "18 rows" in message and "predecessor" not in message
+    (world.data / IMAGES).write_text(original)
 
     (world.folder / "embed").rename(tmp_path / "kept")
     world.embed_again(other_decoder)
-    said = resumed(world, f"decoders.image.path={other_decoder}", flags=own).fail()
-    assert "image caption embeddings in" in said and str(other_decoder) in said
+    message = resumed(world, f"decoders.image.path={other_decoder}", flags=own).fail()
+    assert "image caption embeddings in" in message and str(other_decoder) in message
     shutil.rmtree(tmp_path / "embed")
     (tmp_path / "kept").rename(tmp_path / "embed")
 
     (tmp_path / "language_model").rename(tmp_path / "moved")  # a path alone is no difference
     moved = f"language_model.path={tmp_path / 'moved'}"
-    whole = TinyRun(
+    uninterrupted = TinyRun(
         tmp_path / "whole", 2, [*world.sets, moved, "training.max_steps=8"], own
     ).finish()
     again = resumed(world, moved, flags=own).finish()
     assert "resumed after step" in again.output
-    assert same(again.delta, whole.delta)
+    assert same(again.delta, uninterrupted.delta)
     inputs = read_inputs(again.folder / "inputs.json")
-    assert compare_inputs(inputs, read_inputs(whole.folder / "inputs.json")) == []
+    assert compare_inputs(inputs, read_inputs(uninterrupted.folder / "inputs.json")) == []
     assert not again.checkpoints
 
 

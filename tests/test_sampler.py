@@ -40,25 +40,25 @@ def test_sampler_round_robin_runs_until_the_largest_data_set_ends() -> None:
 @pytest.mark.parametrize("mode", ["mixed", "round_robin"])
 def test_sampler_order_depends_on_seed_and_epoch_and_can_start_anywhere(mode: str) -> None:
     plan = BatchSchedule(SIZES, 4, mode, seed=1)
-    whole = list(plan.batches(epoch=2))
-    assert whole == list(BatchSchedule(SIZES, 4, mode, seed=1).batches(epoch=2))
+    full = list(plan.batches(epoch=2))
+    assert full == list(BatchSchedule(SIZES, 4, mode, seed=1).batches(epoch=2))
     for start in range(plan.steps_per_epoch + 1):
-        assert list(plan.batches(epoch=2, start=start)) == whole[start:]
-    assert whole != list(plan.batches(epoch=3))
-    assert whole != list(BatchSchedule(SIZES, 4, mode, seed=2).batches(epoch=2))
+        assert list(plan.batches(epoch=2, start=start)) == full[start:]
+    assert full != list(plan.batches(epoch=3))
+    assert full != list(BatchSchedule(SIZES, 4, mode, seed=2).batches(epoch=2))
 
 
 def test_split_for_rank_is_disjoint_and_complete() -> None:
     batch = next(BatchSchedule(SIZES, 12, "mixed", seed=1).batches(0))
-    shares = [split_for_rank(batch, rank, 4, length=lambda sample: sample[1]) for rank in range(4)]
-    assert {len(part) for part in shares} == {3}
-    assert Counter(sample for part in shares for sample in part) == Counter(batch)
+    splits = [split_for_rank(batch, rank, 4, length=lambda sample: sample[1]) for rank in range(4)]
+    assert {len(part) for part in splits} == {3}
+    assert Counter(sample for part in splits for sample in part) == Counter(batch)
 
 
 def test_split_for_rank_balances_lengths_and_keeps_order() -> None:
     batch = [("a", row) for row in (1, 200, 2, 3, 100, 190, 4, 90)]
-    shares = [split_for_rank(batch, rank, 2, length=lambda sample: sample[1]) for rank in range(2)]
-    assert shares == [
+    splits = [split_for_rank(batch, rank, 2, length=lambda sample: sample[1]) for rank in range(2)]
+    assert splits == [
         [("a", row) for row in (1, 200, 4, 90)],
         [("a", row) for row in (2, 3, 100, 190)],
     ]

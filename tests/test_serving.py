@@ -472,14 +472,14 @@ def test_examples_cover_four_cases_within_the_limits() -> None:
 
 def test_session_of_many_rounds_reads_answered_turns_only(tmp_path: Path) -> None:
     session = Session("ada", tmp_path / "s")
-    said = [Turn("human", (Text(str(i)),)) for i in range(3)]
+    questions = [Turn("human", (Text(str(i)),)) for i in range(3)]
     session.rounds = [
-        Round(said[0], AnswerState(0, text="zero", stopped=True)),
-        Round(said[1], AnswerState(0, error="broken")),
-        Round(said[2], AnswerState(0, text="two")),
+        Round(questions[0], AnswerState(0, text="zero", stopped=True)),
+        Round(questions[1], AnswerState(0, error="broken")),
+        Round(questions[2], AnswerState(0, text="two")),
     ]
     zero, two = (Turn("assistant", (Text(word),)) for word in ("zero", "two"))
-    assert session.turns() == (said[0], zero, said[2], two)
+    assert session.turns() == (questions[0], zero, questions[2], two)
 
 
 def test_limits_accept_generated_audio(tmp_path: Path) -> None:

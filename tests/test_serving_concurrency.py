@@ -29,11 +29,11 @@ from nextgpt.serving.scheduler import Finished, Job, QueuePosition
 from serving_harness import (
     PHOTO,
     Running,
-    babbling_assistant,
     client,
+    image_part,
     openai,
-    picture,
-    running_demo,
+    running_server,
+    sampling_assistant,
     scripted_assistant,
     user,
     wait_until,
@@ -49,45 +49,45 @@ def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
 
 @pytest.fixture(scope="module")
 def demo(assistant: Assistant) -> Iterator[Running]:
-    with running_demo(assistant) as running:
+    with running_server(assistant) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def babbler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running_demo(babbling_assistant(tmp_path_factory.mktemp("babbler"))) as running:
+def sampling_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_server(sampling_assistant(tmp_path_factory.mktemp("sampling"))) as running:
         yield running
 
 
 def test_server_keeps_sixteen_concurrent_conversations_separate(
-    babbler: Running, tmp_path: Path
+    sampling_server: Running, tmp_path: Path
 ) -> None:
     """Each gets, of two rounds, the very words and media that it would have got alone."""
 
     def talk(number: int) -> list[tuple[str, list[str], list[bytes]]]:
-        one = client(babbler)
-        told = []
+        one = client(sampling_server)
+        answers = []
         for text in (f"tell me of {number}", f"and of {number * 7}"):
             answer = one.predict(text=text, files=[], settings={"seed": number}, api_name="/chat")
             media = [Path(file).read_bytes() for file in answer["files"]]
-            told.append((answer["text"], answer["tokens"], media))
-        return told
+            answers.append((answer["text"], answer["tokens"], media))
+        return answers
 
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(talk, range(16)))
     assert len({str(one) for one in together}) == 16
-    assistant = babbler.queue.assistant
+    assistant = sampling_server.queue.assistant
     options = GenerationSettings.from_config(assistant.config)
     shown = 0
     for number in (0, 5, 15):
         turns: tuple[Turn, ...] = ()
-        for text, told in zip(
+        for text, answers in zip(
             (f"tell me of {number}", f"and of {number * 7}"), together[number], strict=True
         ):
             turns += (Turn("human", (Text(text),)),)
             alone = assistant.chat(Conversation(turns), seed=number, settings=options)
             media = [saved(output, tmp_path) for output in alone.outputs]
-            assert told == (alone.text, alone.token_names, media)
+            assert answers == (alone.text, alone.token_names, media)
             shown += len(media)
             turns += (alone.turn,)
     assert shown
@@ -98,15 +98,15 @@ def saved(output: Output, folder: Path) -> bytes:
     return (folder / "medium").read_bytes()
 
 
-def job(running: Running, **figures: int) -> Job:
+def job(running: Running, **overrides: int) -> Job:
     options = GenerationSettings.from_config(running.queue.assistant.config)
     decode = {m: replace(one, num_inference_steps=100) for m, one in options.decode.items()}
-    said = Conversation((Turn("human", (Text("all of it"),)),))
-    return Job(said, replace(options, decode=decode), 0, running.folder / "desk")
+    prompt = Conversation((Turn("human", (Text("all of it"),)),))
+    return Job(prompt, replace(options, decode=decode), 0, running.folder / "desk")
 
 
 def test_queue_reports_positions_and_drops_leavers(assistant: Assistant) -> None:
-    with running_demo(assistant) as running:
+    with running_server(assistant) as running:
 
         async def follow(one: Job, seen: list) -> None:
             async for event in running.queue.answer(one):
@@ -158,9 +158,9 @@ def test_request_loading_files_while_the_chat_clears_is_dropped(
     session = demo.sessions.get("tab", "ada")
     show = session.build_turn
 
-    def show_late(*said: Any) -> Turn:
+    def show_late(*prompt: Any) -> Turn:
         session.clear()
-        return show(*said)
+        return show(*prompt)
 
     monkeypatch.setattr(session, "build_turn", show_late)
     options = GenerationSettings.from_config(demo.queue.assistant.config)
@@ -177,8 +177,8 @@ def test_settings_work_at_both_ends_of_their_ranges(assistant: Assistant) -> Non
     quick = [knob for knob in knobs if knob.group == "Words" or knob.label == "guidance"]
     for values in (low, {knob.name: knob.high for knob in quick}):
         turned = apply_settings(options, values)
-        said = Conversation((Turn("human", (Text("all of it"),)),))
-        assert len(assistant.chat(said, seed=SEED_LIMIT, settings=turned).outputs) == 3
+        prompt = Conversation((Turn("human", (Text("all of it"),)),))
+        assert len(assistant.chat(prompt, seed=SEED_LIMIT, settings=turned).outputs) == 3
 
 
 def test_stop_ends_generation_soon(demo: Running) -> None:
@@ -236,7 +236,7 @@ def test_broken_image_ends_the_answer_with_its_name(demo: Running, tmp_path: Pat
     broken = tmp_path / "half.jpg"
     broken.write_bytes(PHOTO.read_bytes()[:2000])
     with pytest.raises(BadRequestError, match="not readable as an image") as refused:
-        openai(demo).chat.completions.create(model="any", messages=[user("a", picture(broken))])
+        openai(demo).chat.completions.create(model="any", messages=[user("a", image_part(broken))])
     assert str(demo.folder) not in str(refused.value)
 
 
@@ -260,10 +260,10 @@ def test_client_partial_read_frees_the_queue(demo: Running) -> None:
 
 
 @pytest.mark.slow
-def test_server_memory_stays_flat_over_200_requests(babbler: Running) -> None:
+def test_server_memory_stays_flat_over_200_requests(sampling_server: Running) -> None:
     process = psutil.Process(os.getpid())
 
-    one = client(babbler)
+    one = client(sampling_server)
 
     def ask(number: int) -> None:
         if number % 2:
@@ -271,8 +271,8 @@ def test_server_memory_stays_flat_over_200_requests(babbler: Running) -> None:
             one.predict(f"number {number}", shown, {"seed": number}, api_name="/chat")
             one.predict(api_name="/forget")
             return
-        openai(babbler).chat.completions.create(
-            model="any", messages=[user(f"number {number}", picture())], seed=number
+        openai(sampling_server).chat.completions.create(
+            model="any", messages=[user(f"number {number}", image_part())], seed=number
         )
 
     grown = []

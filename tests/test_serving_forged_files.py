@@ -21,7 +21,7 @@ import pytest
 
 from nextgpt.serving.guarded_blocks import file_paths
 from nextgpt.serving.middleware import COOKIE
-from serving_harness import PHOTO, Running, running_demo, scripted_assistant
+from serving_harness import PHOTO, Running, running_server, scripted_assistant
 
 SECRET = b"a secret of somebody else"  # behind a real picture, which Gradio would also convert
 META = {"_type": "gradio.FileData"}
@@ -30,7 +30,7 @@ UPLOADED = "/gradio_api/upload"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running_demo(scripted_assistant(tmp_path_factory.mktemp("scripted"), ("Sure",))) as demo:
+    with running_server(scripted_assistant(tmp_path_factory.mktemp("scripted"), ("Sure",))) as demo:
         yield demo
 
 
@@ -210,10 +210,10 @@ def try_forged_file(
                 # The page's ways differ before the function only: one form is enough for them.
                 for way in ways if number == 0 else ways[:1]:
                     start = time.monotonic()
-                    told = way(data)
+                    response = way(data)
                     assert time.monotonic() - start < 10, (function.name, form)
-                    refused(told, path, tmp_path, demo)
-                    fetched |= offered(told)
+                    refused(response, path, tmp_path, demo)
+                    fetched |= offered(response)
     for address in {path, *fetched}:
         reply = attacker.http.get(f"/gradio_api/file={quote(address)}")
         assert SECRET not in reply.content and b"root:" not in reply.content, address
@@ -235,18 +235,18 @@ def forged_data(function: Any, inputs: list, form: Any) -> Iterator[list]:
         yield [*inputs[:place], form, *inputs[place + 1 :]]
 
 
-def refused(told: str, path: str, folder: Path, demo: Running) -> None:
+def refused(response: str, path: str, folder: Path, demo: Running) -> None:
     """A forged path comes back neither as content nor as a file, and no folder is named."""
-    assert "root:" not in told and "PATH=" not in told
+    assert "root:" not in response and "PATH=" not in response
     for hidden in (folder, Path.cwd(), demo.folder):
-        for error in re.findall(r'"error": ?("(?:[^"\\]|\\.)*")', told):
+        for error in re.findall(r'"error": ?("(?:[^"\\]|\\.)*")', response):
             assert str(hidden) not in error, error
 
 
-def offered(told: str) -> set[str]:
+def offered(response: str) -> set[str]:
     """The paths of all files that an answer holds."""
     found: set[str] = set()
-    for line in told.splitlines():
+    for line in response.splitlines():
         try:
             found |= {*file_paths(json.loads(line.removeprefix("data:")))}
         except ValueError:
@@ -270,8 +270,8 @@ def test_api_parameters_by_name_refuse_forged_files(demo: Running, attacker: Att
             for form in forms("/etc/passwd"):
                 data: dict[str, Any] = {"text": "", "files": [], "settings": {}} | {parameter: form}
                 asked = {key: value for key, value in data.items() if key in parameters}
-                told = attacker.call_by_parameters(name.strip("/"), asked)
-                assert "root:" not in told
+                response = attacker.call_by_parameters(name.strip("/"), asked)
+                assert "root:" not in response
     assert attacker.http.get("/gradio_api/file=/etc/passwd").status_code == 404
 
 
@@ -281,8 +281,8 @@ def test_page_functions_accept_the_visitors_files(demo: Running, attacker: Attac
     for index in attaching:
         first, second = attacker.upload("first.png"), attacker.upload("second.png")
         box = {"text": "see", "files": [{"path": first, "meta": META}]}
-        told = attacker.run(index, [box, {"path": second, "meta": META}])
-        assert {first, second} == offered(told)
+        response = attacker.run(index, [box, {"path": second, "meta": META}])
+        assert {first, second} == offered(response)
         for path in (first, second):
             reply = attacker.http.get(f"/gradio_api/file={path}")
             assert reply.content == PHOTO.read_bytes()
@@ -306,8 +306,10 @@ def test_error_messages_name_the_file_without_its_folder(attacker: Attacker, dem
     for index in receiving:
         inputs = defaults(demo.page.fns[index])
         inputs[-1] = {"path": "/srv/private/photo.png", "meta": META}
-        told = attacker.run(index, inputs)
-        assert "photo.png: not a file that you uploaded here" in told and "private" not in told
+        response = attacker.run(index, inputs)
+        assert (
+            "photo.png: not a file that you uploaded here" in response and "private" not in response
+        )
 
 
 def test_cookie_not_issued_by_the_server_is_replaced(demo: Running) -> None:

@@ -32,9 +32,9 @@ from serving_harness import (
     PHOTO,
     WORDS,
     Running,
+    image_part,
     openai,
-    picture,
-    running_demo,
+    running_server,
     scripted_assistant,
     scripted_ids,
     user,
@@ -52,16 +52,16 @@ def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
 
 @pytest.fixture(scope="module")
 def demo(assistant: Assistant) -> Iterator[Running]:
-    with running_demo(assistant) as running:
+    with running_server(assistant) as running:
         yield running
 
 
-def sound() -> dict:
+def audio_part() -> dict:
     data = base64.b64encode((MEDIA / "tone_16k.wav").read_bytes()).decode()
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
-def video() -> dict:
+def video_part() -> dict:
     data = base64.b64encode((MEDIA / "move_wide.mp4").read_bytes()).decode()
     return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
 
@@ -74,7 +74,7 @@ def opened(url: str) -> bytes:
 
 def test_openai_client_receives_text_and_media_in_order(demo: Running) -> None:
     reply = openai(demo).chat.completions.create(
-        model="any", messages=[user("all of it", picture(), sound(), video())], seed=3
+        model="any", messages=[user("all of it", image_part(), audio_part(), video_part())], seed=3
     )
     message = reply.choices[0].message
     assert message.content == "\n".join(WORDS)
@@ -93,11 +93,11 @@ def test_openai_client_lists_the_served_model(demo: Running) -> None:
 
 
 def test_openai_stream_equals_the_completion_over_rounds(demo: Running) -> None:
-    asked = {"model": "any", "messages": [user("all of it", picture())], "seed": 4}
+    asked = {"model": "any", "messages": [user("all of it", image_part())], "seed": 4}
     whole = openai(demo).chat.completions.create(**asked).choices[0].message
     text, parts = "", {}
-    told = {"stream": True, "stream_options": {"include_usage": True}}
-    *chunks, last = openai(demo).chat.completions.create(**asked, **told)
+    response = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = openai(demo).chat.completions.create(**asked, **response)
     assert last.usage.completion_tokens > 30 and not last.choices
     assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) > 1
     for chunk in chunks:
@@ -107,7 +107,7 @@ def test_openai_stream_equals_the_completion_over_rounds(demo: Running) -> None:
             parts[part.pop("index")] = part
     assert text == whole.content
     assert parts == {i: p for i, p in enumerate(whole.parts) if p["type"] != "text"}
-    again = [user("all of it", picture()), whole.model_dump(), user("more", sound())]
+    again = [user("all of it", image_part()), whole.model_dump(), user("more", audio_part())]
     answer = openai(demo).chat.completions.create(model="any", messages=again)
     assert answer.choices[0].message.content == "\n".join(WORDS)
     assert answer.usage.prompt_tokens > 60  # signal runs of the first answer were read again
@@ -164,7 +164,7 @@ def test_server_refuses_other_content_types_and_host_names(demo: Running) -> Non
 
 
 def test_openai_completion_leaves_no_files(demo: Running) -> None:
-    openai(demo).chat.completions.create(model="any", messages=[user("a", picture())])
+    openai(demo).chat.completions.create(model="any", messages=[user("a", image_part())])
     wait_until(lambda: not demo.queue.pending)
     assert not list(demo.sessions.folder.glob("*/*/*"))
 
@@ -198,8 +198,8 @@ def test_gradio_settings_out_of_range_are_refused_by_name(demo: Running) -> None
     with httpx.Client(base_url=demo.address, timeout=30) as page:
         for name, value in (("steps_image", 10_000), ("temperature", -1), ("seed", 2**40)):
             turned = (values | {name: value}).values()
-            told = pressed_enter(page, [{"text": "a", "files": []}, *turned])
-            assert f"{name} {value}: give" in told and not demo.queue.pending
+            response = pressed_enter(page, [{"text": "a", "files": []}, *turned])
+            assert f"{name} {value}: give" in response and not demo.queue.pending
 
 
 def pressed_enter(page: httpx.Client, data: list) -> str:
@@ -219,9 +219,9 @@ def test_server_files_are_neither_shown_nor_fetched(demo: Running, tmp_path: Pat
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         asked = {"data": ["a", [file], {}]}
         call = httpx.post(f"{demo.address}/gradio_api/call/chat", json=asked).json()["event_id"]
-        told = httpx.get(f"{demo.address}/gradio_api/call/chat/{call}", timeout=30).text
-        assert "event: error" in told and "event: complete" not in told
-        assert "://" not in path or "not a URL" in told
+        response = httpx.get(f"{demo.address}/gradio_api/call/chat/{call}", timeout=30).text
+        assert "event: error" in response and "event: complete" not in response
+        assert "://" not in path or "not a URL" in response
         for address in (f"/gradio_api/file={path}", f"/gradio_api/file/{path}", f"/media/{path}"):
             assert httpx.get(demo.address + address).status_code in (403, 404)
 
@@ -302,7 +302,7 @@ def workers() -> list[psutil.Process]:
 def test_decoder_crash_costs_one_request(
     where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
-    asked = {"model": "any", "messages": [user("what is it?", picture(MEDIA / "gray.png"))]}
+    asked = {"model": "any", "messages": [user("what is it?", image_part(MEDIA / "gray.png"))]}
     demo.queue.assistant._features.clear()
     with monkeypatch.context() as patch:
         patch.setattr(where, hostile_decoders.crash)
@@ -320,7 +320,7 @@ def test_client_disconnect_kills_a_hanging_decoder(
 ) -> None:
     monkeypatch.setattr(where, hostile_decoders.hang)
     demo.queue.assistant._features.clear()
-    asked = {"messages": [user("what is it?", picture())]}
+    asked = {"messages": [user("what is it?", image_part())]}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=2)
     wait_until(lambda: not demo.queue.pending, seconds=5)
@@ -378,7 +378,7 @@ def test_request_body_limit_of_page_routes_is_one_megabyte(demo: Running, path: 
 
 
 def test_request_body_limit_of_the_api_is_larger(demo: Running) -> None:
-    asked = {"messages": [user("what?", picture())], "ignored": "a" * (2 * MAX_JSON)}
+    asked = {"messages": [user("what?", image_part())], "ignored": "a" * (2 * MAX_JSON)}
     reply = httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=60)
     assert reply.is_success
 
@@ -388,7 +388,7 @@ def test_file_checks_that_hang_do_not_block_the_queue(
 ) -> None:
     monkeypatch.setattr("nextgpt.serving.limits.find_modality", hostile_decoders.hang)
     demo.queue.assistant._features.clear()
-    asked = {"messages": [user("what is it?", picture())]}
+    asked = {"messages": [user("what is it?", image_part())]}
     options = GenerationSettings.from_config(demo.queue.assistant.config)
     shown = Conversation((Turn("human", (Media("image", path=str(PHOTO)), Text("what?"))),))
     folder = demo.folder / "desk"
@@ -423,7 +423,7 @@ def test_media_decoding_timeout_ends_the_answer(
 ) -> None:
     monkeypatch.setattr("nextgpt.media.transforms.read_pixels", hostile_decoders.hang)
     demo.queue.assistant._features.clear()
-    asked = {"model": "any", "messages": [user("what is it?", picture())]}
+    asked = {"model": "any", "messages": [user("what is it?", image_part())]}
     with monkeypatch.context() as patch:
         patch.setattr("nextgpt.serving.scheduler.MAX_DECODING_SECONDS", 1)
         with pytest.raises(BadRequestError, match="the media take more than 1 s to decode"):
@@ -441,5 +441,5 @@ def test_upload_is_refused_when_the_disk_quota_is_used(
     reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
     assert reply.status_code == 507 and set(demo.sessions._uploads) == before
     with pytest.raises(InternalServerError, match="too many files") as refused:
-        openai(demo).chat.completions.create(model="any", messages=[user("a", picture())])
+        openai(demo).chat.completions.create(model="any", messages=[user("a", image_part())])
     assert refused.value.status_code == 503

@@ -35,8 +35,8 @@ def pack(folder: Path, modality: Modality, in_json: bool = False) -> None:
             for row in part:
                 file = folder / f"{modality}s" / row[f"{modality}_name"]
                 add(tar, file.name, file.read_bytes())
-                told = {"caption": row["caption"], "status": "success"}
-                add(tar, f"{file.stem}.json", json.dumps(told).encode())
+                record = {"caption": row["caption"], "status": "success"}
+                add(tar, f"{file.stem}.json", json.dumps(record).encode())
                 if not in_json:
                     add(tar, f"{file.stem}.txt", row["caption"].encode())
                 file.unlink()
@@ -99,8 +99,8 @@ def test_shards_incomplete_samples_are_skipped_and_counted(
 
 
 def test_shards_truncated_file_is_named(packed: Path, tmp_path: Path) -> None:
-    whole = (packed / PAIRS / "image" / "00000.tar").read_bytes()
-    (tmp_path / "00000.tar").write_bytes(whole[: len(whole) // 2 + 700])
+    complete = (packed / PAIRS / "image" / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes(complete[: len(complete) // 2 + 700])
     with pytest.raises(UserError, match=r"00000.tar: not a complete tar file.*download it again"):
         list(annotation_rows(tmp_path))
 

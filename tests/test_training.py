@@ -69,14 +69,14 @@ def test_stage_trains_the_configured_groups_only(tmp_path: Path, stage: int) -> 
 
 def test_stage_starts_from_the_previous_and_reports_what_it_loaded() -> None:
     for stage in (2, 3):
-        said = trained(stage).output
-        assert f"starting from {trained(stage - 1).folder / 'delta.safetensors'}" in said
+        message = trained(stage).output
+        assert f"starting from {trained(stage - 1).folder / 'delta.safetensors'}" in message
     assert "input_projection: 2 tensors loaded" in trained(2).output
     assert "output_projections: not in the file, starts new" in trained(2).output
     assert "lora: not in the file, starts new" in trained(3).output
-    kept = [name for name in trained(1).delta if group_of(name) == "input_projection"]
-    assert kept
-    assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in kept)
+    names = [name for name in trained(1).delta if group_of(name) == "input_projection"]
+    assert names
+    assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in names)
 
 
 def test_lora_b_matrices_can_have_a_separate_learning_rate(tmp_path: Path) -> None:
@@ -93,9 +93,9 @@ def test_delta_keeps_groups_that_a_run_does_not_train(tmp_path: Path) -> None:
     again = TinyRun(tmp_path, 1, (), from_stage(3)).finish()
     assert "output_projections: not used by this run, kept for the next file" in again.output
     assert re.search(r"^lora +[\d,]+  frozen$", again.output, re.MULTILINE)
-    kept = [n for n in trained(3).delta if group_of(n) in ("lora", "output_projections")]
-    assert kept
-    assert all(torch.equal(trained(3).delta[n], again.delta[n]) for n in kept)
+    names = [n for n in trained(3).delta if group_of(n) in ("lora", "output_projections")]
+    assert names
+    assert all(torch.equal(trained(3).delta[n], again.delta[n]) for n in names)
 
 
 def test_stage_without_the_previous_one_names_the_remedy(tmp_path: Path) -> None:
@@ -383,15 +383,19 @@ def test_diverging_run_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
 
 def test_unusable_media_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
-    missing, broken, cut = media(data, "image")[0], media(data, "audio")[0], media(data, "video")[0]
+    missing, broken, truncate = (
+        media(data, "image")[0],
+        media(data, "audio")[0],
+        media(data, "video")[0],
+    )
     missing.unlink()
     broken.write_bytes(b"no sound")
-    cut.write_bytes(cut.read_bytes()[:100])
+    truncate.write_bytes(truncate.read_bytes()[:100])
     sets = [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=9"]
     for world in (1, 2):
         run = TinyRun(tmp_path / str(world), 1, sets, world=world).finish()
         reasons = [line["reason"] for line in run.skipped]
-        for file in (missing, broken, cut):
+        for file in (missing, broken, truncate):
             assert any(file.name in reason for reason in reasons)
         assert run.metrics[-1]["skipped"] == len(reasons) >= 3
         assert run.metrics[-1]["samples"] == 9 * 8
@@ -403,14 +407,14 @@ def test_skipped_samples_are_listed_once_across_resume(tmp_path: Path) -> None:
         file.unlink()
     sets = [f"data.data_dir={data}", "data.datasets=[mini_image_enc]", "training.max_steps=40"]
     sets += ["training.epochs=20", "training.save_steps=5", "input_projection.init=least_squares"]
-    whole = TinyRun(tmp_path / "whole", 1, sets).finish()
+    uninterrupted = TinyRun(tmp_path / "whole", 1, sets).finish()
     run = TinyRun(tmp_path / "killed", 1, sets)
     run.kill_when(lambda: len(run.metrics) >= 9)
     resumed = TinyRun(tmp_path / "killed", 1, sets, ["--resume"]).finish()
-    assert resumed.skipped == whole.skipped
-    assert resumed.metrics == whole.metrics
+    assert resumed.skipped == uninterrupted.skipped
+    assert resumed.metrics == uninterrupted.metrics
     fitted = "fitting the input projection"
-    assert fitted in whole.output and fitted not in resumed.output
+    assert fitted in uninterrupted.output and fitted not in resumed.output
 
 
 def test_too_many_unusable_samples_end_the_run(tmp_path: Path) -> None:
@@ -420,8 +424,8 @@ def test_too_many_unusable_samples_end_the_run(tmp_path: Path) -> None:
     sets = [f"data.data_dir={data}", "data.datasets=[mini_image_enc]", "training.epochs=100"]
     sets += ["training.global_batch_size=32", "training.micro_batch_size=32"]
     run = TinyRun(tmp_path, 1, [*sets, "training.max_steps=100"])
-    said = run.fail()
-    assert "samples could not be used" in said and "skipped.jsonl" in said
+    message = run.fail()
+    assert "samples could not be used" in message and "skipped.jsonl" in message
     last = run.metrics[-1]
     assert last["samples"] + last["skipped"] < 1000 <= last["samples"] + last["skipped"] + 64
 

@@ -77,10 +77,10 @@ def test_resume_after_kill_during_a_save_uses_the_previous_checkpoint(
         run.kill_when(lambda saves=saves: bool(list(saves.glob(".step_00000[3-9].partial"))))
         if any(name.endswith(".partial") for name in run.checkpoints):
             break
-    partial, whole = run.checkpoints
+    partial, complete = run.checkpoints
     assert partial.endswith(".partial") and not (saves / partial / "run.json").exists()
     resumed = dropout_run(run.save_path, "--resume", sets=sets).finish()
-    assert f"from {saves / whole}" in resumed.output
+    assert f"from {saves / complete}" in resumed.output
     assert_same(resumed, undisturbed)
 
 
@@ -130,9 +130,9 @@ def test_sigterm_to_the_launch_script_saves_and_ends_all_processes(
         started = psutil.Process(script.pid).children(recursive=True)
         script.terminate()
         code = script.wait(60)
-        said = (tmp_path / "output").read_text()
-    assert code == 143, said
-    assert "continue with --resume" in said
+        printed = (tmp_path / "output").read_text()
+    assert code == 143, printed
+    assert "continue with --resume" in printed
     assert len(run.checkpoints) == 1 and not run.checkpoints[0].endswith(".partial")
     assert not [process for process in started if process.is_running()]
 
@@ -149,12 +149,12 @@ def tied_model(folder: Path) -> Path:
 
 def test_tied_embeddings_resume_and_frozen_weights_are_not_saved(tmp_path: Path) -> None:
     sets = [f"language_model.path={tied_model(tmp_path / 'tied')}", "training.save_steps=2"]
-    whole = TinyRun(tmp_path / "whole", 1, sets).finish()
+    uninterrupted = TinyRun(tmp_path / "whole", 1, sets).finish()
     killed = TinyRun(tmp_path / "killed", 1, sets)
     killed.kill_when(lambda: len(killed.metrics) >= 3)
     state = killed.folder / "checkpoints" / "step_000002" / "state" / "mp_rank_00_model_states.pt"
-    assert torch.load(state, weights_only=False)["module"].keys() == whole.delta.keys()
-    assert_same(TinyRun(killed.save_path, 1, sets, ["--resume"]).finish(), whole)
+    assert torch.load(state, weights_only=False)["module"].keys() == uninterrupted.delta.keys()
+    assert_same(TinyRun(killed.save_path, 1, sets, ["--resume"]).finish(), uninterrupted)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -162,13 +162,13 @@ def test_full_vocabulary_training_resumes_bit_exactly(tmp_path: Path, tied: bool
     sets = ["language_model.trainable_embeddings=full", "training.save_steps=2"]
     if tied:
         sets.append(f"language_model.path={tied_model(tmp_path / 'tied')}")
-    whole = TinyRun(tmp_path / "whole", 1, sets).finish()
+    uninterrupted = TinyRun(tmp_path / "whole", 1, sets).finish()
     killed = TinyRun(tmp_path / "killed", 1, sets)
     killed.kill_when(lambda: len(killed.metrics) >= 3)
     resumed = TinyRun(killed.save_path, 1, sets, ["--resume"]).finish()
     assert "resumed after step 2" in resumed.output
-    assert_same(resumed, whole)
-    trained_matrices = {n: t for n, t in whole.delta.items() if is_base_vocabulary(n)}
+    assert_same(resumed, uninterrupted)
+    trained_matrices = {n: t for n, t in uninterrupted.delta.items() if is_base_vocabulary(n)}
     before = AutoModelForCausalLM.from_pretrained(
         tmp_path / "tied" if tied else PARITY / "llama_tiny"
     )
@@ -176,7 +176,7 @@ def test_full_vocabulary_training_resumes_bit_exactly(tmp_path: Path, tied: bool
     assert len(trained_matrices) == (1 if tied else 2)
     for name, tensor in trained_matrices.items():
         assert not torch.equal(tensor, matrices[name][: len(tensor)])
-    second = TinyRun(whole.save_path, 2, sets[:1] + sets[2:]).finish()
+    second = TinyRun(uninterrupted.save_path, 2, sets[:1] + sets[2:]).finish()
     for name, tensor in trained_matrices.items():
         assert name in second.delta and not torch.equal(second.delta[name], tensor)
 
@@ -223,5 +223,5 @@ def test_unfinished_run_is_neither_overwritten_nor_changed_silently(tmp_path: Pa
     assert "training.learning_rate: 0.0005 there, 1.0 now" in changed.fail()
     assert "saved by 1 processes" in dropout_run(tmp_path, "--resume", world=2).fail()
     assert "not allowed with" in dropout_run(tmp_path, "--resume", "--restart").fail()
-    anew = dropout_run(tmp_path, "--restart").finish()
-    assert [row["step"] for row in anew.metrics] == list(range(1, 13))
+    restarted = dropout_run(tmp_path, "--restart").finish()
+    assert [row["step"] for row in restarted.metrics] == list(range(1, 13))

@@ -21,8 +21,8 @@ IDS = torch.arange(3)
 
 def test_least_squares_recovers_a_linear_map_with_the_requested_spread() -> None:
     torch.manual_seed(0)
-    law, given = torch.randn(6, 9), torch.randn(4000, 6)
-    wanted = given @ law + 5
+    linear_map, given = torch.randn(6, 9), torch.randn(4000, 6)
+    wanted = given @ linear_map + 5
     moments = Moments.zeros(6, 9)
     for part in range(0, 4000, 1000):
         moments.add(given[part : part + 1000], wanted[part : part + 1000])
@@ -32,7 +32,7 @@ def test_least_squares_recovers_a_linear_map_with_the_requested_spread() -> None
     deviation = (found - found.mean(dim=0)).square().sum(dim=1).mean().sqrt()
     assert abs(deviation - 30) < 0.5
     direction = torch.nn.functional.cosine_similarity(
-        weight.float().flatten(), law.flatten(), dim=0
+        weight.float().flatten(), linear_map.flatten(), dim=0
     )
     assert direction > 0.999
 
@@ -53,10 +53,12 @@ def test_least_squares_assigns_each_place_its_words(tmp_path: Path, places: int)
     batch = Batch(ids, torch.ones_like(ids), targets, slots, features)
     init_input_projection(model, [batch])
     embed = model.language_model.get_input_embeddings()
-    said = embed(ids[:4, places + 2 :]).unflatten(1, (places, -1)).mean(dim=2)  # (4, places, H)
+    caption_means = (
+        embed(ids[:4, places + 2 :]).unflatten(1, (places, -1)).mean(dim=2)
+    )  # (4, places, H)
     found = model.embed(ids, slots, features)[:4, 1 : places + 1]
-    found, said = found - found.mean(dim=0), said - said.mean(dim=0)
-    likeness = torch.nn.functional.cosine_similarity(found[:, None], said[None], dim=-1)
+    found, caption_means = found - found.mean(dim=0), caption_means - caption_means.mean(dim=0)
+    likeness = torch.nn.functional.cosine_similarity(found[:, None], caption_means[None], dim=-1)
     for place in range(places):
         assert likeness[:, :, place].argmax(dim=1).tolist() == [0, 1, 2, 3]
         assert likeness[:, :, place].diagonal().min() > 0.99

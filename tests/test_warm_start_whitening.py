@@ -15,14 +15,14 @@ from nextgpt.model.output_projection import OutputProjection
 from nextgpt.model.upstream_checkpoint import model_to_published, published_to_delta
 from tiny_run import TinyRun, same, trained
 
-CENTRED = "output_projection.whiten_inputs=true"
+WHITENED = "output_projection.whiten_inputs=true"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """Stage 2 with centred projections, from the usual stage 1."""
     start = ["--init-from", str(trained(1).folder)]
-    return TinyRun(tmp_path_factory.mktemp("centred"), 2, [CENTRED], start).finish()
+    return TinyRun(tmp_path_factory.mktemp("centred"), 2, [WHITENED], start).finish()
 
 
 def centres(run: TinyRun) -> dict[str, torch.Tensor]:
@@ -34,13 +34,13 @@ def test_whitening_applies_to_new_projections_and_persists_to_stage_3(
 ) -> None:
     assert len(centres(run)) == len(MODALITIES)
     assert all(centre.any() for centre in centres(run).values())
-    later = TinyRun(tmp_path, 3, [CENTRED], ["--init-from", str(run.folder)]).finish()
+    later = TinyRun(tmp_path, 3, [WHITENED], ["--init-from", str(run.folder)]).finish()
     assert same(centres(run), centres(later))
 
 
 def test_whitening_on_two_processes_equals_one(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
-    both = TinyRun(tmp_path, 2, [CENTRED], start, world=2).finish()
+    both = TinyRun(tmp_path, 2, [WHITENED], start, world=2).finish()
     assert centres(both).keys() == centres(run).keys() != set()
     for name, centre in centres(run).items():
         torch.testing.assert_close(centres(both)[name], centre, rtol=1e-4, atol=1e-5)
@@ -50,14 +50,14 @@ def test_whitening_on_two_processes_equals_one(run: TinyRun, tmp_path: Path) -> 
 
 def test_whitening_on_resume_is_the_same(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
-    broken = TinyRun(tmp_path, 2, [CENTRED, "training.save_steps=1"], start)
+    broken = TinyRun(tmp_path, 2, [WHITENED, "training.save_steps=1"], start)
     broken.kill_when(lambda: "step_000002" in broken.checkpoints)
-    resumed = TinyRun(tmp_path, 2, [CENTRED, "training.save_steps=1"], ["--resume"]).finish()
+    resumed = TinyRun(tmp_path, 2, [WHITENED, "training.save_steps=1"], ["--resume"]).finish()
     assert same(run.delta, resumed.delta)
 
 
 def test_whitening_subtracts_the_measured_mean() -> None:
-    figures = {
+    sizes = {
         "d_model": 8,
         "encoder_layers": 1,
         "decoder_layers": 1,
@@ -65,11 +65,11 @@ def test_whitening_subtracts_the_measured_mean() -> None:
         "dim_feedforward": 8,
     }
     torch.manual_seed(0)
-    plain = OutputProjection(16, prompt_embeds_shape=(3, 4), **figures)
-    centred = OutputProjection(16, prompt_embeds_shape=(3, 4), **figures, whiten_inputs=True)
-    centred.load_state_dict(plain.state_dict() | {"centre": torch.full((16,), 3.0)})
+    plain = OutputProjection(16, prompt_embeds_shape=(3, 4), **sizes)
+    whitened = OutputProjection(16, prompt_embeds_shape=(3, 4), **sizes, whiten_inputs=True)
+    whitened.load_state_dict(plain.state_dict() | {"centre": torch.full((16,), 3.0)})
     hidden, embeddings = torch.randn(2, 5, 2, 16)
-    torch.testing.assert_close(centred(hidden + 3, embeddings), plain(hidden, embeddings))
+    torch.testing.assert_close(whitened(hidden + 3, embeddings), plain(hidden, embeddings))
 
 
 def test_whitening_scales_the_first_layer_by_variance() -> None:

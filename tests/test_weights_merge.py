@@ -66,7 +66,7 @@ def test_merge_vicuna_copies_the_tokenizer_and_leaves_no_other_files(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "llama", "out"]
 
 
-def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def corrupt(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     tensors = {n: t.clone() for n, t in map_folder(folder).items()}
     tensors[name] = change(tensors[name])
     for file in folder.glob("*.safetensors*"):
@@ -74,32 +74,32 @@ def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def set_figure(folder: Path, key: str, value: object) -> None:
-    figures = LlamaConfig.from_pretrained(folder)
-    setattr(figures, key, value)
-    figures.save_pretrained(folder)
+def set_config_value(folder: Path, key: str, value: object) -> None:
+    llama_config = LlamaConfig.from_pretrained(folder)
+    setattr(llama_config, key, value)
+    llama_config.save_pretrained(folder)
 
 
 HEAD = "lm_head.weight"
 FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "LLaMA-2 as the base": (
-        lambda b, d: set_figure(b, "max_position_embeddings", 4096), "not of LLaMA-1"),
+        lambda b, d: set_config_value(b, "max_position_embeddings", 4096), "not of LLaMA-1"),
     "the delta as the base": (
         lambda b, d: [shutil.copy(f, b) for f in d.glob("*.safetensors")], "give LLaMA-1 itself"),
     "a merged model as the delta": (
         lambda b, d: [f.unlink() for f in d.glob("*.safetensors")]
         and write_weights(d, map_folder(b)), "merged already"),
     "a delta without the row for padding": (
-        lambda b, d: spoil(d, HEAD, lambda t: t[:-1].clone()),
+        lambda b, d: corrupt(d, HEAD, lambda t: t[:-1].clone()),
         r"lm_head.weight: shape \(1000, 128\) in the delta, expected \(1001, 128\)"),
     "a delta of another size": (
-        lambda b, d: spoil(d, "model.layers.1.mlp.up_proj.weight", lambda t: t[:, :-1].clone()),
+        lambda b, d: corrupt(d, "model.layers.1.mlp.up_proj.weight", lambda t: t[:, :-1].clone()),
         r"shape \(256, 127\) in the delta, expected \(256, 128\)"),
     "a missing file": (
         lambda b, d: (b / "model-00002-of-00002.safetensors").unlink(),
         "not there: model-00002-of-00002.safetensors"),
     "a delta that overflows": (
-        lambda b, d: spoil(d, HEAD, lambda t: torch.full_like(t, torch.inf)), "not finite"),
+        lambda b, d: corrupt(d, HEAD, lambda t: torch.full_like(t, torch.inf)), "not finite"),
     "no tokenizer": (
         lambda b, d: [f.unlink() for f in b.glob("tokenizer*")], "tokenizer.json or"),
     "no folder": (lambda b, d: shutil.rmtree(d), "is not a folder"),
@@ -133,15 +133,15 @@ def memory(key: str) -> int:
 
 def test_merge_vicuna_memory_is_bounded_by_one_output_file(tmp_path: Path) -> None:
     """LLaMA, delta and sum of one written file: of a 200 MB model in files of 10 MB, some 40 MB."""
-    figures = LlamaConfig.from_pretrained(LLAMA)
+    llama_config = LlamaConfig.from_pretrained(LLAMA)
     tall = torch.ones(4 * MEGABYTE // 128, 128).half()  # 8 MB
     llama = write_llama(tmp_path / "llama")
     shutil.copytree(tmp_path / "llama", tmp_path / "large")
-    figures.intermediate_size = len(tall)
-    figures.num_hidden_layers = 8
-    figures.save_pretrained(tmp_path / "large")
+    llama_config.intermediate_size = len(tall)
+    llama_config.num_hidden_layers = 8
+    llama_config.save_pretrained(tmp_path / "large")
     large = {name: t for name, t in llama.items() if ".layers." not in name}
-    for layer in range(figures.num_hidden_layers):
+    for layer in range(llama_config.num_hidden_layers):
         for name in (n for n in llama if ".layers.0." in n):
             wide = tall if "mlp" in name else llama[name]
             shaped = wide.T.contiguous() if "down_proj" in name else wide

@@ -63,7 +63,7 @@ def write_delta(
         shape = (len(tensor) + more, *tensor.shape[1:])
         delta[name] = (torch.randn(shape) * 0.01).half()
     write_weights(folder, delta, kind, shards)
-    figures = LlamaConfig.from_pretrained(LLAMA)
-    figures.vocab_size += 1
-    figures.save_pretrained(folder)
+    config = LlamaConfig.from_pretrained(LLAMA)
+    config.vocab_size += 1
+    config.save_pretrained(folder)
     return delta
