@@ -1,4 +1,4 @@
-"""Records what ImageBind huge gives with weights by recipe: `python tests/record_full_size.py`.
+"""Record ImageBind huge's features with weights by recipe: `python tests/record_full_size.py`.
 
 Nobody has published these numbers: this project's own encoder makes them, the one that gives the
 recorded numbers of the small one. They tell when something in the full size changes. 26 s on
@@ -20,7 +20,7 @@ RECORD = Path(__file__).with_name("full_size.safetensors")
 
 @torch.no_grad()
 def full_size_features() -> dict[str, torch.Tensor]:
-    """By modality the features (1, 1024) of the first recorded input."""
+    """Return by modality the features (1, 1024) of the first recorded input."""
     with torch.device("meta"):
         encoder = ImageBind(IMAGEBIND_HUGE)
     encoder = encoder.to_empty(device="cpu").eval()

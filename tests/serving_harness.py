@@ -1,4 +1,4 @@
-"""A demo that runs: tiny real parts, a real server on a free port of the loopback."""
+"""A running server with tiny components on a free loopback port, and requests to it."""
 
 import base64
 import os
@@ -32,7 +32,7 @@ EVERYTHING = (WORDS[0], "image", "video", WORDS[1], "audio")
 
 
 def scripted_ids(*script: str) -> list[int]:
-    """Ids of an answer, its end included; what is a modality's name stands for its medium."""
+    """Return the token ids of an answer and its stop token; a modality's name is a signal span."""
     encoder = tiny_encoder()
     ids = []
     for one in script:
@@ -46,7 +46,7 @@ def scripted_ids(*script: str) -> list[int]:
 def scripted_assistant(
     folder: Path, script: Sequence[str] = EVERYTHING, steps: int = 2
 ) -> Assistant:
-    """Always says the same, with media of its own seed."""
+    """Return an assistant that always generates `script`."""
     write_tiny_components(folder)
     overrides = script_language_model(folder, scripted_ids(*script))
     overrides += [
@@ -60,7 +60,7 @@ def scripted_assistant(
 
 
 def sampling_assistant(folder: Path) -> Assistant:
-    """Says what the seed and the prompt make it say, with media here and there."""
+    """Return an assistant whose answers depend on prompt and seed, some with media."""
     write_tiny_components(folder, favoured=range(38))
     overrides = [*tiny_overrides(folder), "generation.top_p=1.0", "generation.max_new_tokens=20"]
     return Assistant.from_config(
@@ -70,7 +70,7 @@ def sampling_assistant(folder: Path) -> Assistant:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers, and its inside."""
+    """A running server and its internal objects."""
 
     address: str
     queue: InferenceQueue
@@ -120,7 +120,7 @@ def running_server(assistant: Assistant) -> Iterator[Running]:
 
 
 def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
-    """Wait until calling `true` gives something true."""
+    """Poll `true` until it returns a true value."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"

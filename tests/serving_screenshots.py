@@ -20,7 +20,7 @@ def send_example(page: Page, name: str, answers: int) -> None:
 
 
 def main() -> None:
-    """A conversation in light, an answer on its way in dark, and a telephone."""
+    """Take a finished conversation, a running answer in dark mode, and a narrow window."""
     address = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:7860"
     ASSETS.mkdir(exist_ok=True)
     with sync_playwright() as playwright:

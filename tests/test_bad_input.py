@@ -1,4 +1,4 @@
-"""What a user can get wrong at the entries: one line with what it is, code 2, nothing half-written.
+"""Invalid input to the entries: a one-line error, exit code 2, no partial output.
 
 Cases that belong to one module alone (records, media, configuration keys) are in its own tests.
 """
@@ -30,7 +30,7 @@ PAIRS = [{"image_name": f"{index}.png", "caption": f"a red circle {index}"} for 
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of which the language model always answers with a picture and a sound."""
+    """Components with a language model that always answers with an image and audio."""
     folder = tmp_path_factory.mktemp("system")
     write_tiny_components(folder)
     signals = tiny_encoder().signals
@@ -41,7 +41,7 @@ def system(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def error_of(
     main: Callable[[], None], arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> str:
-    """What the entry says when it ends with code 2."""
+    """Run the entry, which must exit with code 2; return its error output."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["entry", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:

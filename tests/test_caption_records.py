@@ -1,4 +1,4 @@
-"""Caption embeddings are trained on only if they were made from the captions in the data."""
+"""Caption embeddings are checked against the captions in the data."""
 
 import json
 import os
@@ -35,7 +35,7 @@ MAKER = EmbeddingMaker("model", "weights", "tokenizer", (2,))
 
 @pytest.fixture
 def sets(tmp_path: Path) -> list[str]:
-    """Overrides for copies of the world's data and embeddings, to be spoilt."""
+    """Overrides for modifiable copies of the world's data and embeddings."""
     shutil.copytree(tiny_world() / "embed", tmp_path / "embed")
     return [
         f"data.data_dir={copied_data(tmp_path)}",
@@ -51,20 +51,20 @@ def config_of(tmp_path: Path, sets: list[str], stage: int = 2) -> Config:
 
 
 def check_run(tmp_path: Path, sets: list[str], stage: int = 2) -> CaptionCheck:
-    """What a run would find of its embeddings."""
+    """Return the caption check of a run."""
     config = config_of(tmp_path, sets, stage)
     return check_caption_embeddings(config, open_conversations(config.data))
 
 
 def checked(tmp_path: Path, sets: list[str], stage: int = 2) -> list[str]:
-    """What a run would say of its embeddings, all of which are right or unknown."""
+    """Return the messages of a run's caption check, which must find no mismatch."""
     lines, wrong_rows = check_run(tmp_path, sets, stage)
     assert wrong_rows == {}
     return lines
 
 
 def change_rows(tmp_path: Path, change: object, file: str = IMAGES) -> list[dict]:
-    """Write what `change` makes of the rows of an annotation file; the rows before."""
+    """Replace an annotation file's rows by `change` of them; return the rows before."""
     path = tmp_path / "data" / file
     rows = json.loads(path.read_text())
     path.write_text(json.dumps(change(rows)))
@@ -72,7 +72,7 @@ def change_rows(tmp_path: Path, change: object, file: str = IMAGES) -> list[dict
 
 
 def rotated(rows: list[dict]) -> list[dict]:
-    """Every row with the next one's caption."""
+    """Return every row with the previous one's caption."""
     captions = [row["caption"] for row in rows]
     return [row | {"caption": captions[i - 1]} for i, row in enumerate(rows)]
 

@@ -1,4 +1,4 @@
-"""Data sets are found by name, and their samples by data set and row."""
+"""Data sets by name, and their samples by data set and row."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A language model's own chat template writes what its tokenizer writes."""
+"""The prompt format of a tokenizer's chat template."""
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""`check_data.py` says of a stage's data sets what a run would meet."""
+"""`check_data.py` reports on a stage's data sets."""
 
 import subprocess
 import sys

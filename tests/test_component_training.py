@@ -1,4 +1,4 @@
-"""Training of the mini world's parts: exact resume, true labels, and what is folded or copied."""
+"""Training of the mini world's components: resume, labels, initialization."""
 
 from pathlib import Path
 
@@ -49,7 +49,7 @@ PLAN = TrainingPlan(
 
 
 def losses_of(model: nn.Linear) -> runner.LossFunction:
-    """Regression to random numbers that come from both generators."""
+    """Return a regression loss on random numbers of both generators."""
 
     def loss_of(rng: np.random.Generator, _: int) -> Losses:
         inputs = torch.from_numpy(rng.standard_normal((8, 3))).float()

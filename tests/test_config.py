@@ -1,4 +1,4 @@
-"""The configuration: every shipped YAML is whole, and what is wrong is named with the right key."""
+"""Configuration: shipped YAML files load, and errors name the right key."""
 
 import runpy
 import sys
@@ -205,7 +205,7 @@ def test_print_config_output_loads_as_the_same_config(
 
 
 def test_config_reference_is_up_to_date() -> None:
-    """Else run `python -m nextgpt.tools.config_reference`."""
+    """If it fails, run `python -m nextgpt.tools.config_reference`."""
     assert REFERENCE.read_text(encoding="utf-8") == format_reference()
 
 

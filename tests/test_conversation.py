@@ -1,4 +1,4 @@
-"""Conversations become the published token ids, and truncation keeps what must stay."""
+"""Conversations encode to the published token ids; truncation keeps markup, media and labels."""
 
 import random
 
@@ -30,7 +30,7 @@ def encoder() -> PromptBuilder:
 
 
 def encoder_of(template: str) -> PromptBuilder:
-    """With sentencepiece and the published template, or with byte-level BPE and ChatML."""
+    """Return sentencepiece with the published template, or byte-level BPE with ChatML."""
     return tiny_encoder() if template == "vicuna_v0" else build_prompt_builder(load_config("mini"))
 
 
@@ -72,7 +72,7 @@ TEXTS = ("What is this?", "你好，世界。", "☺ two\n\nlines", "3 < 5 ###",
 
 
 def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
-    """Words of several scripts and media of every kind, in any place of any turn."""
+    """Return a conversation with text of several scripts and media anywhere in any turn."""
 
     def parts(most_media: int) -> tuple[ContentPart, ...]:
         media = [
@@ -190,7 +190,7 @@ LONG = "It looks like an ordinary day by the lake; nothing unusual happens. " * 
 
 
 def labelled(encoded: EncodedPrompt) -> list[int]:
-    """The ids that carry the loss, in order."""
+    """Return the ids with a loss, in order."""
     return [target for target in encoded.labels if target != IGNORE_INDEX]
 
 

@@ -1,4 +1,4 @@
-"""Tuned parameters written anew."""
+"""Conversion of delta files."""
 
 import shutil
 from pathlib import Path

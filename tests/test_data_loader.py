@@ -1,4 +1,4 @@
-"""The loader's processes: started for a block, and ended with it; others are let alone."""
+"""Data loader workers start and end with their block; other processes are unaffected."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ CONTEXT = multiprocessing.get_context("fork")
 
 
 def samples() -> ExampleDataset:
-    """Never asked for one."""
+    """Return a data set that is never indexed."""
     encoder = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
     return ExampleDataset([], encoder, 10, {}, None, {})  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""The decode worker: what a hostile file costs, and who ends when."""
+"""The decode worker: limits, failures and process lifetime."""
 
 import os
 import shutil
@@ -36,14 +36,14 @@ PHOTO = str(MEDIA / "portrait.jpg")
 
 @pytest.fixture(autouse=True)
 def fresh_workers() -> Iterator[None]:
-    """Workers of one test alone."""
+    """Start and end the test without decode workers."""
     decode_worker._pool.close()
     yield
     decode_worker._pool.close()
 
 
 def gone(process_id: int) -> bool:
-    """Whether a process has ended, if only as a zombie."""
+    """Return whether a process has ended or is a zombie."""
     try:
         return psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -175,7 +175,7 @@ def test_decode_worker_is_reused_and_never_imports_torch() -> None:
 
 
 def test_decode_worker_with_large_memory_is_replaced() -> None:
-    """What it kept in fragments would make the next file's fate depend on those before it."""
+    """Fragmented memory would make the next file's limit depend on earlier files."""
     worker = decode(hostile.gorge, "a file")
     wait_until(lambda: gone(worker), seconds=20)
     own = np.ones(9 << 25, np.float32)  # 1.2 GB of this process do not count
@@ -267,7 +267,7 @@ def views_or_reason(path: str) -> torch.Tensor | str:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Views of pictures, or why there are none, and the worker that made them."""
+    """Views of images, or the error, and the process id of the decode worker."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -311,7 +311,7 @@ def test_decode_answer_other_than_numeric_arrays_is_refused(answer: dict) -> Non
 
 
 def _train_with_crashes(*given: Any) -> None:
-    """The training entry, where pictures of one name crash the decoder."""
+    """Run the training entry with a decoder that crashes on crash.png."""
     transforms.read_pixels = hostile.pixels_or_crash
     tiny_run._train(*given)
 

@@ -1,4 +1,4 @@
-"""The decoders and the caption encoders against the diffusers pipelines they stand for."""
+"""Decoders and text encoders against the diffusers pipelines."""
 
 import json
 import shutil
@@ -33,20 +33,20 @@ LENGTH = {"image": {}, "video": {"num_frames": 3}, "audio": {"audio_length_in_s"
 
 
 def pipeline(modality: Modality) -> DiffusionPipeline:
-    """The diffusers pipeline, loaded as diffusers' manual says."""
+    """Load the diffusers pipeline as its manual describes."""
     pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
     return pipeline_class.from_pretrained(tiny_decoder(modality), dtype=torch.float32)
 
 
 def decode(modality: Modality, options: DiffusionSettings = OPTIONS, scale: float = 1.0) -> Output:
-    """The first caption, decoded from its embedding."""
+    """Decode the first caption from its embedding."""
     folder = str(tiny_decoder(modality))
     embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS[:1])
     return build_decoder(modality, folder, CPU).decode(embeddings * scale, options)[0]
 
 
 def values(output: Output) -> np.ndarray:
-    """The numbers of an output, pixels as 0..255."""
+    """Return an output's values, pixels as 0..255."""
     array = output[0] if isinstance(output, Frames | Sound) else np.asarray(output)
     return array.astype(np.float64)
 
@@ -119,7 +119,7 @@ def test_initial_noise_is_shared_across_frames_as_configured() -> None:
 
 
 def _change(video: Frames) -> float:
-    """How much a frame differs from the one before it."""
+    """Return the mean absolute difference of consecutive frames."""
     return float(np.abs(np.diff(video.frames.astype(float), axis=0)).mean())
 
 

@@ -1,4 +1,4 @@
-"""The precision that a run chooses: bf16 only where the hardware has it."""
+"""The precision of a run: bf16 only with hardware support."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture
 def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU of that compute capability, on which torch emulates bf16 if it lacks it."""
+    """A GPU of this compute capability, on which torch would emulate bf16."""
     major, minor = request.param
     properties = SimpleNamespace(major=major, minor=minor, name="a GPU", total_memory=24e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -52,7 +52,7 @@ def test_choose_dtype_native_bf16_is_selected() -> None:
 def test_choose_dtype_agrees_across_mixed_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By the first one, though a process's own, as the second one's here, has no bf16."""
+    """The first GPU decides, even for a process on a second GPU without bf16."""
     known = {0: SimpleNamespace(major=8), 1: SimpleNamespace(major=7)}
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", known.__getitem__)

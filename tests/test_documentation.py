@@ -136,7 +136,7 @@ def flags(words: list[str]) -> set[str]:
 
 @pytest.fixture
 def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
-    """What flags a program takes, as its own `--help` says."""
+    """Return the flags in a program's `--help`."""
 
     def ask(file: Path) -> set[str]:
         if file.suffix == ".sh":

@@ -1,4 +1,4 @@
-"""The scoreboard: what is asked and wanted, how it is scored, and a run on tiny real parts."""
+"""The scoreboard: items, scoring, and a run with tiny components."""
 
 import json
 from dataclasses import replace
@@ -80,7 +80,7 @@ def test_items_are_deterministic_for_any_selection(tmp_path: Path) -> None:
 
 
 def pairs_of(item: Item) -> set[tuple[Value, Value]]:
-    """Every (shape, colour) that the item shows or determines."""
+    """Return every (shape, colour) that the item shows or determines."""
     pairs = set()
     if item.shown and item.shown[0] != "audio":
         pairs.add((item.shown[1].shape, item.shown[1].colour))
@@ -128,7 +128,7 @@ def test_edit_items_request_a_change_in_both_halves(cell: str) -> None:
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != PLAIN])
 def test_expectations_equal_the_captions_attributes(cell: str) -> None:
-    """The true caption names every wanted attribute, and of pictures and videos no other one."""
+    """The true caption names every expected attribute, and for images and videos no other."""
     for item in items_of(cell):
         kinds = [one.kind for one in item.expected]
         if cell != SECOND:
@@ -235,7 +235,7 @@ def test_score_requires_every_output() -> None:
 
 
 def test_score_of_perfect_answers_is_right() -> None:
-    """Words and rendered media that are as wanted: reader, judge and expectation agree."""
+    """Parser, judge and expectation agree on captions and rendered media."""
     for item in items_of(*CELLS, samples=4):
         media = []
         for one in item.expected:
@@ -247,7 +247,7 @@ def test_score_of_perfect_answers_is_right() -> None:
 
 
 def object_with(attributes: dict) -> WorldObject:
-    """A thing that has them, whatever else it is."""
+    """Return an object with these attributes."""
     by_object = {"pitch": ("size", SIZE_OF), "timbre": ("shape", SHAPE_OF)}
     figures = {
         by_object[name][0] if name in by_object else name: (
@@ -314,7 +314,7 @@ def test_caption_before_medium_follows_the_colon() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny parts with signal tokens that now and then win."""
+    """Tiny components whose language model samples signal tokens."""
     folder = tmp_path_factory.mktemp("sampling")
     write_tiny_components(folder, favoured=range(38))
     return folder

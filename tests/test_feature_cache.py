@@ -1,4 +1,4 @@
-"""Features are found by content, survive other processes, and are never another encoder's."""
+"""The feature cache: keyed by content and encoder, shared by processes."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def media(tmp_path: Path) -> list[Path]:
 
 
 def put(cache: FeatureCache, *features: tuple[Path, np.ndarray]) -> None:
-    """Keep the feature of each file as it is now."""
+    """Store the feature of each file's current content."""
     cache.put_many([(cache.identify(path), vector) for path, vector in features])
 
 
@@ -65,7 +65,7 @@ def test_feature_cache_is_keyed_by_content(media: list[Path], tmp_path: Path) ->
 
 
 def decoded(path: Path) -> torch.Tensor:
-    """A decoder: the file's first byte."""
+    """Decode a file to its first byte."""
     return torch.tensor([path.read_bytes()[0]])
 
 
@@ -106,7 +106,7 @@ def test_feature_cache_file_replaced_after_decoding_is_a_miss(
 
 
 def test_feature_cache_recent_file_is_hashed_again(media: list[Path], tmp_path: Path) -> None:
-    """A second change within the clock's tick leaves its state as it was."""
+    """A second change within the clock's tick leaves size and times unchanged."""
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
     content = cache.identify(media[0])
     cache.put_many([(content, feature(0))])

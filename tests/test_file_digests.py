@@ -1,4 +1,4 @@
-"""Files on disk: whole or not there, and known by every byte of them."""
+"""Atomic writes and file digests."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from nextgpt.common.io import atomic_write
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that counts as old enough for its digest to be kept."""
+    """A file old enough for its digest to be cached."""
     monkeypatch.setattr(file_digests, "_SETTLED_NS", 0)
     path = tmp_path / "weights.bin"
     path.write_bytes(b"weights")
@@ -50,7 +50,7 @@ def test_digest_is_computed_once_per_file_state(file: Path, tmp_path: Path) -> N
 
 
 def test_digest_of_a_recent_file_is_not_cached(tmp_path: Path) -> None:
-    """Its next change may fall into the same tick of the clock."""
+    """The next change may fall into the same tick of the clock."""
     file, digests = tmp_path / "new.bin", DigestCache(tmp_path / "cache")
     file.write_bytes(b"new")
     digests.digest(file)
@@ -135,7 +135,7 @@ def test_atomic_write_flushes_before_renaming(
 
 
 def fail_to_flush(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
-    """From now on flushing `folder` gives the error of this number."""
+    """Make flushing `folder` raise the error `number`."""
     flush = os.fsync
 
     def flushed(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Chat on tiny real parts from end to end: what is written, streamed and decoded."""
+"""Generation with tiny components end to end: sampling, streaming and decoding."""
 
 import os
 import random
@@ -50,7 +50,7 @@ PHOTO, BELL = str(MEDIA / "portrait.jpg"), str(MEDIA / "tone_16k.wav")
 
 @pytest.fixture(scope="module")
 def sampling_assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
-    """The recorded model; all new tokens, also those that may not begin anything, tempt it."""
+    """The recorded model with raised logits of all new tokens, valid starts or not."""
     folder = tmp_path_factory.mktemp("sampling")
     write_tiny_components(folder, favoured=range(38))
     config = load_config("7b", overrides=tiny_overrides(folder))
@@ -69,7 +69,7 @@ def ask(
 
 
 def span_modalities(ids: list[int]) -> list[str]:
-    """The modalities of the runs in `ids`; fails on a signal token outside a whole run."""
+    """Return the modalities of the spans in `ids`; fail on an incomplete span."""
     found = []
     while ids:
         if not SIGNALS.first_id <= ids[0] < SIGNALS.end_id:
@@ -146,7 +146,7 @@ def test_stop_sequences_match_only_at_the_end() -> None:
 def full_embeddings(
     assistant: Assistant, conversation: Conversation, answer: Answer
 ) -> tuple[int, torch.Tensor]:
-    """The prompt's length L, and the input embeddings (1, L + A, H) of prompt and answer."""
+    """Return the prompt's length L and the input embeddings (1, L + A, H) of prompt and answer."""
     encoded = assistant.prompt_builder.encode(conversation)
     (prompt,) = assistant._embed_prompts([encoded], {})
     written = torch.tensor([answer.token_ids])
@@ -366,7 +366,7 @@ WRITTEN = (
 
 
 def random_answer(encoder: PromptBuilder, rng: random.Random) -> list[int]:
-    """Words of several scripts, bytes that are no character, signal runs, and an end or none."""
+    """Return text of several scripts, incomplete bytes, signal spans, maybe a stop sequence."""
     tokenizer, ids = encoder.tokenizer, []
     for _ in range(rng.randint(1, 12)):
         kind = rng.random()
@@ -383,7 +383,7 @@ def random_answer(encoder: PromptBuilder, rng: random.Random) -> list[int]:
 
 @pytest.mark.parametrize("config", ["tiny", "mini"])
 def test_text_streamer_equals_the_decoded_text(config: str) -> None:
-    """Of sentencepiece with single bytes for rare characters, and of byte-level BPE."""
+    """With sentencepiece and with byte-level BPE."""
     encoder = tiny_encoder() if config == "tiny" else build_prompt_builder(load_config("mini"))
     scripts = 0
     for seed in range(400):
@@ -460,7 +460,7 @@ def test_feature_cache_is_valid_until_the_file_changes(
 
 
 def together(assistant: Assistant, at_once: int = 16, **figures: float) -> list[list[Answer]]:
-    """The same conversations of several lengths, answered one by one and all together."""
+    """Answer the same conversations of several lengths one by one and in a batch."""
     turns = human_turn(
         Media("image", path=PHOTO), Text("what is it, and what did it sound like?")
     ).turns

@@ -1,4 +1,4 @@
-"""Fifty seeded steps of each stage give the losses that were recorded (`golden_losses.py`)."""
+"""Fifty seeded steps of each stage reproduce the recorded losses (`golden_losses.py`)."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark for GPUs runs on the tiny system, and its random decoders have the real sizes."""
+"""The GPU benchmark with the tiny system, and the sizes of its random decoders."""
 
 import re
 import subprocess

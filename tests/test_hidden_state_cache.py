@@ -1,4 +1,4 @@
-"""States that are read once give the losses of reading them every time; and their limits."""
+"""The hidden-state cache gives the losses of computing states every time; its limits."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ ALONE = ["training.trainable=[output_projections]", "training.max_steps=12", "tr
 
 
 def run(folder: Path, *sets: str, world: int = 1) -> TinyRun:
-    """Stage 2 on the tiny stage 1."""
+    """Return a run of stage 2 on the tiny stage 1."""
     flags = ["--init-from", str(trained(1).folder)]
     return TinyRun(folder, 2, [*ALONE, *sets], flags, world)
 

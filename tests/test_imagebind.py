@@ -1,4 +1,4 @@
-"""ImageBind against the recorded numbers, the published names, and its own files."""
+"""ImageBind against recorded features and published names, and its files."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def tiny() -> ImageBind:
 
 
 def published_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """The full file's names and shapes in a few kilobytes: every tensor repeats one number."""
+    """Write the full file's names and shapes in a few kilobytes: every tensor repeats one value."""
     torch.save({name: torch.ones(()).expand(shape) for name, shape in shapes.items()}, path)
     return path
 
@@ -68,7 +68,7 @@ def test_imagebind_huge_has_the_published_names_and_shapes() -> None:
 
 @pytest.mark.slow
 def test_imagebind_huge_features_equal_the_recorded() -> None:
-    """The record is this project's own: see record_full_size.py."""
+    """This project's encoder recorded them: see record_full_size.py."""
     recorded = load_file(RECORD)
     for modality, features in full_size_features().items():
         assert features.shape == (1, 1024)
@@ -146,7 +146,7 @@ def test_imagebind_fingerprint_depends_on_weights_and_config_only(
 def test_imagebind_fingerprint_depends_on_every_byte_of_large_files(
     tiny: ImageBind, tmp_path: Path
 ) -> None:
-    """Also where the file's size and time stay: `cp -p` of another training's weights."""
+    """Even with unchanged size and modification time, as after `cp -p`."""
     save_imagebind(tiny, tmp_path, torch.float16)
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights) | {"padding": torch.zeros(3 << 20)}

@@ -1,4 +1,4 @@
-"""The inference entry and the history file, on tiny real parts from end to end."""
+"""The inference entry and the history file with tiny components."""
 
 import json
 import os
@@ -23,7 +23,7 @@ PHOTO, BELL = str(MEDIA / "portrait.jpg"), str(MEDIA / "tone_16k.wav")
 
 
 def scripted_answer() -> list[int]:
-    """Text, a picture and a video, text, a sound, end: as ids of the tiny tokenizer."""
+    """Return token ids of text, an image, a video, text, audio and the stop token."""
     first, second = (
         tiny_encoder().tokenizer(text, add_special_tokens=False).input_ids
         for text in ("Sure", "the music")
@@ -34,7 +34,7 @@ def scripted_answer() -> list[int]:
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of which the language model always gives the scripted answer."""
+    """Components with a language model that always generates the scripted answer."""
     folder = tmp_path_factory.mktemp("scripted")
     write_tiny_components(folder)
     script_language_model(folder, scripted_answer())
@@ -42,7 +42,7 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def infer(folder: Path, out: Path, *arguments: str) -> None:
-    """The entry, on the scripted parts in `folder`."""
+    """Run the entry with the scripted components in `folder`."""
     overrides = [*tiny_overrides(folder), f"language_model.path={folder / 'scripted'}"]
     settings = [message for override in overrides for message in ("--set", override)]
     line = ["inference.py", "--config", "7b", *settings, "--out", str(out), *arguments]

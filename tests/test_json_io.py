@@ -1,4 +1,4 @@
-"""What is written as JSON can be read by every reader of JSON."""
+"""Written JSON is valid for every reader."""
 
 import ast
 import json
@@ -24,7 +24,7 @@ def test_to_json_refuses_unsupported_types() -> None:
 
 
 def test_json_is_written_by_one_module_only() -> None:
-    """Another `json.dump` could write `NaN` again, which browsers and most languages refuse."""
+    """Another `json.dump` could write `NaN`, which browsers and most languages refuse."""
     writers = {
         file.relative_to(CODE).as_posix()
         for file in CODE.rglob("*.py")

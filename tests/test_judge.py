@@ -1,4 +1,4 @@
-"""The judge reads what the renderer shows, through disturbances too, and says None to nothing."""
+"""The judge recognizes rendered objects, also disturbed, and returns None where there is none."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +52,7 @@ def check(
     disturb: Disturbance = untouched,
     read: Callable[[Modality, Output], Judgement] = judge,
 ) -> None:
-    """Judge fresh things of both splits: every attribute is right in this share or more."""
+    """Judge newly sampled objects of all splits; each attribute's accuracy is at least `least`."""
     rng = np.random.default_rng(20)
     right = dict.fromkeys(ATTRIBUTES[modality], 0)
     for index in range(things):

@@ -1,4 +1,4 @@
-"""A language model of a billion parameters is loaded without a detour, as measured."""
+"""Peak memory of loading a language model of a billion parameters."""
 
 import json
 import subprocess
@@ -60,7 +60,7 @@ def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def taken(folder: Path, kind: str) -> dict[str, float]:
-    """The most memory, in shares of the bf16 weights: all, and all but mapped files."""
+    """Return peak memory relative to the bf16 weights: total, and without mapped files."""
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     command = [sys.executable, "-c", LOADING, str(folder), kind]
     done = subprocess.run(command, cwd=CODE, capture_output=True, text=True, check=True)

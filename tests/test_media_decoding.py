@@ -114,7 +114,7 @@ def test_image_modes_convert_to_rgb(tmp_path: Path, mode: str) -> None:
 
 
 def numbered_frame(number: int, width: int = 128, height: int = 96) -> np.ndarray:
-    """Red on the left, and the frame's number as eight bars, white for a set bit."""
+    """Return a frame: red on the left, its number as eight bars, white for a set bit."""
     frame = np.zeros((height, width, 3), np.uint8)
     frame[:, : width // 2, 0] = 200
     for bit in range(8):
@@ -255,7 +255,7 @@ for file in sys.argv[1:]:
 
 
 def read_alone(*paths: Path) -> list[str]:
-    """What a process of its own says of sounds: their kind and their length, or why it has none."""
+    """Read audio files in a separate process: their modality and length, or the error."""
     done = subprocess.run(
         [sys.executable, "-c", ALONE, *map(str, paths)],
         capture_output=True, text=True, timeout=60,
@@ -266,7 +266,7 @@ def read_alone(*paths: Path) -> list[str]:
 
 @pytest.mark.parametrize("channels", [1, 7, 8, 9, 16, 63, 64])
 def test_audio_of_many_channels_yields_the_first(channels: int, tmp_path: Path) -> None:
-    """In a process of its own: PyAV may end it from 8 channels on."""
+    """In a separate process: PyAV may crash from 8 channels on."""
     heard = np.random.default_rng(channels).integers(-9000, 9000, (3000, channels))
     short = write_wav(tmp_path / "short.wav", heard[:1])
     path = write_wav(tmp_path / "many.wav", heard)
@@ -286,7 +286,7 @@ def test_audio_of_too_many_channels_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "codec"), [("s.flac", "flac"), ("s.m4a", "aac")])
 def test_audio_surround_of_eight_channels_is_read(name: str, codec: str, tmp_path: Path) -> None:
-    """Decoders give it in planes, of which PyAV counts one too many."""
+    """Decoders return planes, of which PyAV counts one too many."""
     with av.open(str(tmp_path / name), "w") as container:
         stream = container.add_stream(codec, rate=48000, layout="7.1")
         tone = np.repeat(sine(1, 48000) / 32768, 8).astype(np.float32)
@@ -439,7 +439,7 @@ def test_media_bad_file_is_named_with_the_reason(
 
 
 def test_preprocessing_equals_the_numbers_recorded_for_its_version(tmp_path: Path) -> None:
-    """Cached features stay in use until the version is raised."""
+    """Cached features stay valid until the version is raised."""
     recorded = json.loads(GOLDEN.read_text())
     measured = measure(tmp_path)
     assert measured.keys() == recorded.keys()

@@ -1,4 +1,4 @@
-"""`train.py --plan`: what it says of memory is what is measured, and what DeepSpeed divides."""
+"""The memory estimate (`train.py --plan`) against measured memory and DeepSpeed's partitioning."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ PASSING = ("gradients", "activations")
 
 
 def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
-    """Bytes that the allocator hands out at once in a real forward and backward pass."""
+    """Return the peak of allocated bytes in a real forward and backward pass."""
     trains = config.training.trainable
     parts = {"lora": stage >= 3, "output_projections": "output_projections" in trains}
     model = build_model(config, dtype, **parts)
@@ -62,7 +62,7 @@ def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
 
 
 def passing(plan: MemoryEstimate) -> float:
-    """Bytes at the worst moment of what a step makes and leaves: gradients and activations."""
+    """Return the bytes of gradients and activations at the peak of a step."""
     return plan.peak - sum(size for use, size in plan.on_device.items() if use not in PASSING)
 
 
@@ -96,7 +96,7 @@ def test_memory_estimate_mini_activations_equal_the_measured(checkpointing: str)
 
 
 def planned_with(tmp_path: Path, processes: int, **zero: object) -> MemoryEstimate:
-    """Stage 3 of the tiny system with this in DeepSpeed's JSON."""
+    """Estimate stage 3 of the tiny system with these ZeRO settings."""
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"zero_optimization": zero}))
     sets = [f"training.deepspeed_config={settings}", "training.global_batch_size=8"]

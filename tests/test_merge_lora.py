@@ -1,4 +1,4 @@
-"""Adapters that change no more are folded into the weights under them."""
+"""LoRA adapters merged into their base weights."""
 
 import pytest
 import torch

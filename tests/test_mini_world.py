@@ -1,4 +1,4 @@
-"""The mini world's texts and files: captions parse back, held-out data does not leak."""
+"""The mini world's texts and files: captions are parsed back, held-out data does not leak."""
 
 import json
 import re
@@ -39,7 +39,7 @@ SCALE = 0.1
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small world, written once for all tests."""
+    """A small world, written once."""
     out = tmp_path_factory.mktemp("data") / "mini_world"
     write_world(out, seed=3, scale=SCALE, progress=False)
     return out

@@ -1,4 +1,4 @@
-"""A fourth modality takes one registration, and no change to a file of the package."""
+"""A fourth modality needs one registration and no change of the package."""
 
 from pathlib import Path
 

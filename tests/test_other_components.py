@@ -1,4 +1,4 @@
-"""Another language model and other decoders by configuration alone: all stages, and an answer."""
+"""Another language model and other decoders by configuration: all stages and an answer."""
 
 import re
 import shutil
@@ -31,7 +31,7 @@ OTHER = replace(TINY, text_width=48, text_tokens=10, audio_embed_dim=24)
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The overrides that choose a model with grouped queries and its own template, and decoders."""
+    """Overrides for a grouped-query language model with a chat template, and for decoders."""
     folder = tmp_path_factory.mktemp("other")
     tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
     tokenizer.chat_template = ZEPHYR
@@ -59,7 +59,7 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def stages(other: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[TinyRun]:
-    """All stages on those parts, one after the other."""
+    """Runs of all stages on those components."""
     path = tmp_path_factory.mktemp("stages")
     return [TinyRun(path, stage, other).finish() for stage in (1, 2, 3, 4)]
 

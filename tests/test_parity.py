@@ -1,4 +1,4 @@
-"""Losses and gradients are the published system's, on its recorded small parts."""
+"""Losses and gradients equal the published system's on recorded small components."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_losses_and_gradients_equal_the_published(case: str, whole_vocabulary: b
 
 
 def test_losses_without_text_labels_are_finite() -> None:
-    """All of an answer's words may have been cut to fit."""
+    """Truncation may remove all labels of an answer."""
     model = tiny_model(lora=False)
     batch = recorded_batch("stage1.image")
     batch.labels.fill_(IGNORE_INDEX)
@@ -97,7 +97,7 @@ def test_output_projections_equal_the_recorded(modality: str) -> None:
 
 
 def published_file(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The recorded stage 3 file, completed by the recipe as its notes say."""
+    """Write the recorded stage 3 file, completed by the recipe."""
     tensors = torch.load(PARITY / "delta_stage3_tiny.pt", weights_only=True)
     for name, shape in json.loads((PARITY / "delta_keys_tiny.json").read_text()).items():
         if name not in tensors:
@@ -147,7 +147,7 @@ def test_published_7b_delta_has_the_models_names_and_shapes() -> None:
 
 
 def test_trainable_groups_have_the_published_parameter_counts() -> None:
-    """The paper's figures, in millions; the vocabulary's rows are counted apart there."""
+    """In millions, from the paper, which counts the vocabulary separately."""
     config = load_config("7b")
     model = build_on_meta(config, LlamaConfig(), base_tokens=32000, lora=True)
     counts = {part: size / 1e6 for part, (size, _) in count_parameters(model).items()}

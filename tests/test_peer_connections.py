@@ -1,4 +1,4 @@
-"""Process 0's connections: those of the run's processes, whoever else connects or does not come."""
+"""Process 0's connections to the run's processes: strangers, missing processes, time-outs."""
 
 import os
 import socket
@@ -38,7 +38,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def listening(store: dist.Store, pool: ThreadPoolExecutor, seconds: float = SECONDS) -> Future:
-    """Process 0, which listens as soon as this returns."""
+    """Start accepting peers in a thread; process 0 listens when this returns."""
     own = run_store(SECONDS)  # a store takes one call at a time, and `wait` is one
     found = pool.submit(accept_peers, own, THREE, seconds)
     store.wait([_ADDRESS])
@@ -46,12 +46,12 @@ def listening(store: dist.Store, pool: ThreadPoolExecutor, seconds: float = SECO
 
 
 def open_socket(store: dist.Store) -> socket.socket:
-    """A connection to process 0's port, as anybody can make one."""
+    """Open a plain connection to process 0's port."""
     return socket.create_connection(("127.0.0.1", int(store.get(_ADDRESS).split()[0])))
 
 
 def connect(ranks: list[int], pool: ThreadPoolExecutor) -> list[Connection]:
-    """The processes `ranks`: their connections to process 0."""
+    """Connect the processes `ranks` to process 0."""
     coming = [
         pool.submit(lambda rank: connect_to_first(run_store(SECONDS), rank, SECONDS), rank)
         for rank in ranks

@@ -1,4 +1,4 @@
-"""The parts of a configuration looked at, named, and fetched from a server of the tests' own."""
+"""Components of a configuration: reported, and downloaded from a local server."""
 
 import hashlib
 import json
@@ -39,7 +39,7 @@ Report = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def report(capsys: pytest.CaptureFixture[str]) -> Report:
-    """Exit status and output of the command."""
+    """Run the command; return its exit code and output."""
 
     def run(*arguments: object) -> tuple[int, str]:
         with pytest.MonkeyPatch.context() as patch:
@@ -54,7 +54,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> Report:
 
 
 def repeated(shapes: dict[str, tuple[int, ...]], value: float = 1.0) -> dict[str, torch.Tensor]:
-    """Tensors of these shapes that hold one number: torch's files store it once."""
+    """Return tensors of these shapes that repeat one value, which torch's files store once."""
     one = torch.tensor(value, dtype=torch.float16)
     return {name: one.expand(tuple(shape)) for name, shape in shapes.items()}
 
@@ -65,7 +65,7 @@ def write_tokenizer(folder: Path, tokens: int = ROWS) -> None:
 
 
 def write_vicuna_7b(folder: Path, rows: int = ROWS + 1, value: float = 1.0) -> None:
-    """A language model with the names and shapes of Vicuna-7B v0, in two small files."""
+    """Write a language model with the names and shapes of Vicuna-7B v0 in two small files."""
     llama_config = LlamaConfig(vocab_size=rows)
     with torch.device("meta"):
         model = LlamaForCausalLM(llama_config)
@@ -290,7 +290,7 @@ def test_report_decoder_of_wrong_kind_or_shape_is_named(report: Report, tmp_path
 
 @pytest.fixture
 def content(tmp_path: Path) -> bytes:
-    """Of the file `weights` in the served folder."""
+    """The content of the file `weights` in the served folder."""
     made = bytes(range(256)) * 4096 * 3
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "weights").write_bytes(made)
@@ -341,7 +341,7 @@ def test_download_with_wrong_digest_is_removed(content: bytes, tmp_path: Path) -
 
 
 def write_repositories(hub: Path, overrides: list[str]) -> None:
-    """On the hub of the tests: a small Stable Diffusion, a Vicuna delta, tuned parameters."""
+    """Write repositories of a small Stable Diffusion, a Vicuna delta and tuned parameters."""
     diffusion = hub / "stable-diffusion-v1-5" / "stable-diffusion-v1-5"
     shutil.copytree(tiny_decoder("image"), diffusion)
     for unused in ("v1-5-pruned.ckpt", "unet/diffusion_pytorch_model.bin"):
@@ -354,7 +354,7 @@ def write_repositories(hub: Path, overrides: list[str]) -> None:
 
 
 def test_fetch_downloads_hub_components_and_reports_them_complete(tmp_path: Path) -> None:
-    """The real command, in a project of its own, with HF_ENDPOINT at the server of the tests."""
+    """Run the command in an empty project with HF_ENDPOINT at the local server."""
     overrides = [f"decoders.image.prompt_embeds_shape=[{TINY.text_tokens},{TINY.text_width}]"]
     write_repositories(tmp_path / "hub", overrides)
     project = tmp_path / "project"

@@ -1,4 +1,4 @@
-"""Downloaded instruction data becomes the common format, and what is dropped is said."""
+"""Conversion of downloaded instruction data; dropped records are listed."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Caption embeddings computed ahead: whole, resumable, the same on any number of ranks."""
+"""Precomputed caption embeddings: resumable, the same on any number of ranks."""
 
 import json
 import sys
@@ -32,25 +32,25 @@ COLOURS = ("red", "blue", "green", "white", "black")
 
 
 def pairs(count: int = 5) -> list[dict[str, str]]:
-    """Caption pairs in the course's form."""
+    """Return caption pairs in the course's format."""
     return [{"image_name": f"{i}.png", "caption": f"A {COLOURS[i]} circle"} for i in range(count)]
 
 
 def written(folder: Path, records: list[dict[str, Any]]) -> Path:
-    """The records as an annotation file."""
+    """Write the records as an annotation file."""
     file = folder / "captions.json"
     file.write_text(json.dumps(records), encoding="utf-8")
     return file
 
 
 def embed(file: Path, out: Path, modality: Modality = "image", **options: Any) -> int:
-    """One call, on the CPU with the tiny parts; how many embeddings it made."""
+    """Embed on the CPU with tiny components; return the number of new embeddings."""
     options = {"model": str(tiny_decoder(modality)), "batch_size": 2, **options}
     return embed_captions(file, modality, out, device=CPU, **options)
 
 
 def arrays(folder: Path) -> dict[str, bytes]:
-    """Every embedding by its file name."""
+    """Return every embedding's bytes by file name."""
     return {path.name: path.read_bytes() for path in folder.glob("*.npy")}
 
 
@@ -58,7 +58,7 @@ def arrays(folder: Path) -> dict[str, bytes]:
 def test_embeddings_equal_the_text_encoder_in_half_precision(
     modality: Modality, tmp_path: Path
 ) -> None:
-    """And of the caption as it stands in the file, not as the language model reads it."""
+    """Of the verbatim caption, not the cleaned one."""
     file = written(tmp_path, [{f"{modality}_name": "sub/a.b", "caption": 'A "red" circle.'}])
     assert embed(file, tmp_path / "out", modality) == 1
     path = tmp_path / "out" / "a.b.npy"

@@ -1,4 +1,4 @@
-"""A language model in 8 or 4 bits: smaller, nearly the same, and trained and resumed like any."""
+"""A language model quantized to 8 or 4 bits: size, accuracy, training, resume."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ IN_BITS = {kind: f"language_model.quantization={kind}" for kind in ("none", "8bi
 
 
 def language_model(kind: str) -> PreTrainedModel:
-    """The tiny one, with adapters that change nothing yet."""
+    """Build the tiny language model with zero-initialized adapters."""
     torch.manual_seed(0)
     config = tiny_config(None, [IN_BITS[kind]])
     return build_model(config, torch.float32, lora=True, output_projections=False).language_model
@@ -32,7 +32,7 @@ def language_model(kind: str) -> PreTrainedModel:
 
 @torch.no_grad()
 def next_token_probabilities(kind: str) -> torch.Tensor:
-    """Probabilities of what comes after each of twenty tokens."""
+    """Return the next-token probabilities after each of twenty tokens."""
     ids = torch.arange(5, 25)[None]
     return language_model(kind).eval()(input_ids=ids).logits.float().softmax(dim=-1)
 

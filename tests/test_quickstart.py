@@ -1,4 +1,4 @@
-"""The newcomer's path: a fresh clone, one command, and the course's four cases are answered."""
+"""The quickstart: a fresh clone, one command, answers to the course's four cases."""
 
 import json
 import os
@@ -16,7 +16,7 @@ SUFFIX_OF = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 
 
 def kinds_in(answers: Path, case: dict) -> list[str]:
-    """The kinds of what was written for a case, words first."""
+    """Return the modalities of a case's answer, text first."""
     folder = answers / case["name"].replace("→", "-")
     there = {path.suffix for path in folder.iterdir()}
     return ["text", *(modality for modality in MODALITIES if SUFFIX_OF[modality] in there)]

@@ -1,4 +1,4 @@
-"""Every annotation format becomes the conversation it means; what is wrong is named."""
+"""Every annotation format is read into conversations; errors name row and field."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_clean_caption_equals_the_published(caption: str, read: str) -> None:
 
 
 def test_caption_pair_from_caption_ends_with_the_output_medium() -> None:
-    """What is said is cleaned; what the decoder's text encoder embeds stands as in the file."""
+    """The answer's text is cleaned; the caption for the text encoder is verbatim."""
     record = {"caption": " Rain (heavy)  falls.\r\n", "audio_name": "sub/7.wav"}
     medium = Media("audio", caption=" Rain (heavy)  falls.\r\n", embedding="7.wav.npy")
     assert read_record(record, "caption_out", FILE, 0) == rounds(

@@ -1,4 +1,4 @@
-"""The row index: made once, in bounded memory, by one process of several, and never stale."""
+"""The row index: built once, in bounded memory, by one of several processes, never stale."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""A run that fails ends: all its processes within seconds, the cause said once, a bad exit code."""
+"""A failing run ends all processes within seconds, reports its cause once, and exits non-zero."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LONG = ["training.epochs=1000", "training.max_steps=20000", "data.num_workers=2"
 
 
 def _train_failing(*given: Any) -> None:
-    """A process whose third step raises what `fault.json` names, in the ranks it names."""
+    """Train; the third step raises the error of `fault.json` on the ranks of `fault.json`."""
     import torch
     import torch.distributed as dist
 
@@ -53,7 +53,7 @@ def _train_failing(*given: Any) -> None:
 
 
 def _train_without_coming(*given: Any) -> None:
-    """A process that ends, as rank 1, before it has connected to process 0, which waits for 3 s."""
+    """Train; rank 1 exits before it connects to process 0, which waits for 3 s."""
     import tiny_run
     from nextgpt.common import watchdog
 
@@ -69,7 +69,7 @@ def _train_without_coming(*given: Any) -> None:
 
 
 def _train_unlike(*given: Any) -> None:
-    """A process that, as rank 1, finds no precision for its GPU, before anything is gathered."""
+    """Train; rank 1 raises an error when it chooses its precision."""
     import tiny_run
     from nextgpt.common.errors import UserError
     from nextgpt.training import trainer
@@ -90,7 +90,7 @@ Start = Callable[..., TinyRun]
 
 @pytest.fixture
 def start_run(tmp_path: Path) -> Iterator[Start]:
-    """Starts a long run, whose processes end with the test, however that ends."""
+    """Start a long run whose processes are killed after the test."""
     runs: list[TinyRun] = []
 
     def start(world: int, target: Callable[..., None]) -> TinyRun:
@@ -104,13 +104,13 @@ def start_run(tmp_path: Path) -> Iterator[Start]:
 
 
 def failing_run(start: Start, folder: Path, error: str, ranks: list[int], world: int) -> TinyRun:
-    """Started, to fail."""
+    """Start a run that raises `error` on `ranks`."""
     (folder / "fault.json").write_text(json.dumps({"error": error, "ranks": ranks}))
     return start(world, _train_failing)
 
 
 def family(run: TinyRun) -> list[psutil.Process]:
-    """The processes of a run after two steps: the ranks first, their two loader processes last.
+    """Return a run's processes after two steps: ranks, decode workers, two loader workers a rank.
 
     Between are those that decode for either.
     """
@@ -130,7 +130,7 @@ def assert_gone(processes: list[psutil.Process], seconds: float = SECONDS) -> No
 
 
 def _kill_all(script: subprocess.Popen) -> None:
-    """End what a launch script that still runs has started, and then itself."""
+    """Kill a launch script's processes and the script, if it still runs."""
     if script.poll() is None:
         processes = psutil.Process(script.pid).children(recursive=True)
         for process in processes:

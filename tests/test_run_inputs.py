@@ -1,4 +1,4 @@
-"""A run is resumed with what it was built from, wherever that lies now, or says what differs."""
+"""A run is resumed with the same inputs at any path; differences are named."""
 
 import json
 import re
@@ -27,7 +27,7 @@ IMAGES = "mini_world/T-X_pair_data/image/image.json"
 
 
 class World:
-    """Copies of everything that a run of a stage is built from, to be spoilt."""
+    """Modifiable copies of all inputs of a run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class World:
         ]
 
     def inputs(self, stage: int = 2, *more: str) -> RunInputs:
-        """What a run of the stage would record, through its file's form."""
+        """Return the inputs that a run of the stage would record, after a JSON round trip."""
         words = TinyRun(self.folder, stage, [*self.sets, *more]).arguments
         overrides = [word for flag, word in pairwise(words) if flag == "--set"]
         config = load_config("7b", stage, overrides)
@@ -70,7 +70,7 @@ class World:
         return json.loads(json.dumps(found))
 
     def change_rows(self, change: Callable[[list[dict]], list[dict]]) -> None:
-        """Write what `change` makes of the rows of the images' file."""
+        """Replace the image annotation's rows by `change` of them."""
         file = self.data / IMAGES
         file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
@@ -81,7 +81,7 @@ class World:
         save_file(tensors, file, {"format": "pt"})
 
     def embed_again(self, decoder: Path, keep_records: bool = True) -> None:
-        """Make the images' embeddings by another decoder."""
+        """Recompute the image embeddings with `decoder`."""
         embeddings = self.folder / "embed"
         shutil.rmtree(embeddings, ignore_errors=True)
         world = self.data / "mini_world"
@@ -94,7 +94,7 @@ class World:
 
 
 def forget_records(embeddings: Path) -> None:
-    """Leave only the arrays, as the published tools do."""
+    """Delete all records but the arrays, as the published tools leave them."""
     for file in [*embeddings.glob("*.json"), *embeddings.glob("*.jsonl")]:
         file.unlink()
 
@@ -224,7 +224,7 @@ def test_run_inputs_recomputed_embeddings_are_equal(world: World) -> None:
 
 
 def killed(world: World, *flags: str) -> TinyRun:
-    """A run of stage 2 from the world, killed after its first checkpoint."""
+    """Start a run of stage 2 and kill it after its second checkpoint."""
     run = TinyRun(
         world.folder, 2, [*world.sets, "training.save_steps=1", "training.max_steps=8"], flags
     )
@@ -240,7 +240,7 @@ def resumed(world: World, *more: str, flags: tuple[str, ...] = ()) -> TinyRun:
 def test_resume_requires_the_inputs_of_the_start(
     world: World, tmp_path: Path, other_decoder: Path
 ) -> None:
-    """What was shown: stage 1 retrained, rows removed and embeddings remade between two starts."""
+    """Refused: stage 1 retrained, rows removed, embeddings recomputed; accepted: a moved folder."""
     run = killed(world)
     assert read_inputs(run.folder / "checkpoints" / "inputs.json") is not None
 

@@ -1,4 +1,4 @@
-"""Batches are a function of seed and epoch; resuming and sharing change nothing."""
+"""Batches depend on seed and epoch only; resume and split for ranks."""
 
 import time
 from collections import Counter

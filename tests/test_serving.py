@@ -1,4 +1,4 @@
-"""The demo's rooms one by one: limits, knobs, sessions, what is drawn, the bank of captions."""
+"""Serving modules: limits, sampling settings, sessions, chat view, caption bank."""
 
 import asyncio
 import struct
@@ -48,7 +48,7 @@ OPTIONS = GenerationSettings.from_config(load_config("mini"))
 
 
 def png_of_size(path: Path, width: int, height: int) -> Path:
-    """A PNG that claims to be this large in its header, a few bytes long."""
+    """Write a PNG of a few bytes with this size in its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + data))
@@ -76,7 +76,7 @@ def sound_of_length(path: Path, seconds: int) -> Path:
 
 
 def sound_of_lies(path: Path, packets: int) -> Path:
-    """A silent sound whose packets, of 1024 samples each, say that they are one sample long."""
+    """Write silent audio whose packets of 1024 samples each have a duration of one sample."""
     silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
     silence.sample_rate = 48_000
     with av.open(str(path), "w", format="mp4") as container:

@@ -1,4 +1,4 @@
-"""The demo's page in headless Chromium: what people do, and what they then see and hear."""
+"""The page in headless Chromium."""
 
 import base64
 import shutil
@@ -61,7 +61,7 @@ def served(
 
 @pytest.fixture(scope="module")
 def media_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Always answers with all kinds, and slowly enough to be watched."""
+    """A server that answers with all modalities, slowly."""
     yield from served(tmp_path_factory, EVERYTHING, 150)
 
 
@@ -77,7 +77,7 @@ def audio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def visitor(browser: Browser) -> Iterator[BrowserContext]:
-    """Somebody with a browser of their own, whose tabs are closed in the end."""
+    """A browser context, closed after the test."""
     with browser.new_context() as context:
         yield context
 
@@ -101,7 +101,7 @@ def send(page: Page, text: str, *files: Path) -> None:
 
 
 def turn(page: Page, knob: str, value: str) -> None:
-    """Type into a knob's field until its slider follows: just unfolded, it may lose what comes."""
+    """Fill a setting's field until its slider follows: just unfolded, it may lose input."""
     field = page.locator(f"#setting_{knob} input[type=number]")
     slider = page.locator(f"#setting_{knob} input[type=range]")
     for _ in range(20):
@@ -113,7 +113,7 @@ def turn(page: Page, knob: str, value: str) -> None:
 
 
 def answered(page: Page, rounds: int = 1) -> None:
-    """Wait until so many answers are complete."""
+    """Wait until this many answers are complete."""
     expect(page.locator("#chat details.why")).to_have_count(rounds)
     expect(page.locator("#box .submit-button")).to_be_visible()
 

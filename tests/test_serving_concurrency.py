@@ -1,4 +1,4 @@
-"""Many at once at one desk, those who leave, what fails in the middle, and the memory of it."""
+"""Concurrent requests, disconnects, failures during an answer, and memory use."""
 
 import asyncio
 import gc
@@ -62,7 +62,7 @@ def sampling_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runnin
 def test_server_keeps_sixteen_concurrent_conversations_separate(
     sampling_server: Running, tmp_path: Path
 ) -> None:
-    """Each gets, of two rounds, the very words and media that it would have got alone."""
+    """Over two rounds, each receives the same text and media as alone."""
 
     def talk(number: int) -> list[tuple[str, list[str], list[bytes]]]:
         one = client(sampling_server)

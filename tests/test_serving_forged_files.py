@@ -1,6 +1,6 @@
-"""Forged file objects: no function of the page gives a visitor a file that is not the visitor's.
+"""Forged file objects: no function of the page returns another visitor's or a server's file.
 
-The functions are found in the page itself, so that those of later days are tried too.
+The functions are listed from the page itself, so that new ones are covered.
 """
 
 import json
@@ -36,7 +36,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @dataclass
 class Attacker:
-    """A visitor with a session, in which Gradio has replaced components by updates already."""
+    """A visitor with a session in which updates have already replaced Gradio components."""
 
     http: httpx.Client
     demo: Running
@@ -52,12 +52,12 @@ class Attacker:
         return path
 
     def run(self, function: int, data: list) -> str:
-        """What a function answers when it is called at once, whatever its name."""
+        """Return a function's response to a direct call by its index."""
         asked = {"data": data, "fn_index": function, "session_hash": self.tab}
         return self.http.post("/gradio_api/run/any", json=asked).text
 
     def queue(self, function: int, data: list) -> str:
-        """What it answers by the way that the page takes."""
+        """Return its response through the page's queue."""
         asked = {"data": data, "fn_index": function, "session_hash": self.tab}
         joined = self.http.post("/gradio_api/queue/join", json=asked)
         if joined.is_error:
@@ -65,14 +65,14 @@ class Attacker:
         return self.http.get("/gradio_api/queue/data", params={"session_hash": self.tab}).text
 
     def call(self, name: str, data: list) -> str:
-        """What it answers by its API name."""
+        """Return its response by API name."""
         joined = self.http.post(f"/gradio_api/call/{name}", json={"data": data})
         if joined.is_error:
             return joined.text
         return self.http.get(f"/gradio_api/call/{name}/{joined.json()['event_id']}").text
 
     def call_by_parameters(self, name: str, data: dict[str, Any]) -> str:
-        """What it answers by its API name and its parameters' names."""
+        """Return its response by API name and parameter names."""
         joined = self.http.post(f"/gradio_api/call/v2/{name}", json=data)
         if joined.is_error:
             return joined.text
@@ -91,7 +91,7 @@ def attacker(demo: Running) -> Iterator[Attacker]:
 
 
 def defaults(function: Any) -> list:
-    """Inputs that a function accepts, as far as the page tells."""
+    """Return valid inputs of a function, from the page's default values."""
     values: list = []
     for block in function.inputs:
         if isinstance(block, gr.MultimodalTextbox):
@@ -102,13 +102,13 @@ def defaults(function: Any) -> list:
 
 
 def places(function: Any) -> list[int]:
-    """The inputs in which something is forged: the first of each kind, and every one of an API."""
+    """Return the inputs to forge: the first of each component type, and every API input."""
     kinds = [type(block).__name__ for block in function.inputs]
     return [i for i, kind in enumerate(kinds) if kind == "Api" or kinds.index(kind) == i]
 
 
 def forms(path: str) -> list[Any]:
-    """Everything that might be taken for the file at `path`."""
+    """Return every value that may be interpreted as the file at `path`."""
     file = {"path": path, "meta": META}
     return [
         file,
@@ -180,7 +180,7 @@ FORGED: dict[str, Forger] = {
 def test_page_functions_refuse_forged_files(
     kind: str, demo: Running, attacker: Attacker, tmp_path: Path
 ) -> None:
-    """Each kind in its plain form and in one of the others, each of which has its turn."""
+    """Try each kind in its plain form and in one of the others, in rotation."""
     other = 1 + list(FORGED).index(kind) % (len(forms("")) - 1)
     try_forged_file(kind, [0, other], demo, attacker, tmp_path)
 
@@ -196,7 +196,7 @@ def test_page_functions_refuse_forged_files_in_every_form(
 def try_forged_file(
     kind: str, chosen: Iterable[int], demo: Running, attacker: Attacker, tmp_path: Path
 ) -> None:
-    """Give a forged file in the chosen forms to every function, and look for what it did."""
+    """Pass a forged file in the chosen forms to every function, and check for leaks."""
     path = FORGED[kind](demo, tmp_path, attacker.upload())
     fetched: set[str] = set()
     for index, function in demo.page.fns.items():
@@ -228,7 +228,7 @@ def try_forged_file(
 
 
 def forged_data(function: Any, inputs: list, form: Any) -> Iterator[list]:
-    """The inputs with `form` in each of them in turn; alone where the function has none."""
+    """Yield the inputs with `form` at each place in turn; `form` alone if there are no inputs."""
     if not inputs:
         yield [form]
     for place in places(function):
@@ -236,7 +236,7 @@ def forged_data(function: Any, inputs: list, form: Any) -> Iterator[list]:
 
 
 def refused(response: str, path: str, folder: Path, demo: Running) -> None:
-    """A forged path comes back neither as content nor as a file, and no folder is named."""
+    """Check that a response holds no secret content and its errors name no folder."""
     assert "root:" not in response and "PATH=" not in response
     for hidden in (folder, Path.cwd(), demo.folder):
         for error in re.findall(r'"error": ?("(?:[^"\\]|\\.)*")', response):
@@ -244,7 +244,7 @@ def refused(response: str, path: str, folder: Path, demo: Running) -> None:
 
 
 def offered(response: str) -> set[str]:
-    """The paths of all files that an answer holds."""
+    """Return the paths of all files in a response."""
     found: set[str] = set()
     for line in response.splitlines():
         try:
@@ -255,7 +255,7 @@ def offered(response: str) -> set[str]:
 
 
 def known_secrets(demo: Running) -> set[str]:
-    """Where the victims' own files are."""
+    """Return the paths of the victims' files."""
     return {path for path in demo.sessions._uploads if path.endswith("a.png")} | {
         str(path) for path in demo.sessions.folder.rglob("a.png")
     }
@@ -291,7 +291,7 @@ def test_page_functions_accept_the_visitors_files(demo: Running, attacker: Attac
 
 
 def test_textbox_replacement_fetches_no_url(demo: Running, attacker: Attacker) -> None:
-    """An update makes a new box for the session, without what was changed of the first."""
+    """An update creates a new textbox for the session, without patches of the first."""
     send = next(i for i, fn in demo.page.fns.items() if fn.name == "send")
     file = {"path": f"{demo.address}/config", "meta": META}
     inputs = [{"text": "a", "files": [file]}, *defaults(demo.page.fns[send])[1:]]

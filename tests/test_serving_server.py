@@ -1,4 +1,4 @@
-"""The demo's server from outside: OpenAI's package, Gradio's client, crowds and attackers."""
+"""The server over HTTP: OpenAI's client, Gradio's client, limits and attacks."""
 
 import asyncio
 import base64
@@ -203,7 +203,7 @@ def test_gradio_settings_out_of_range_are_refused_by_name(demo: Running) -> None
 
 
 def pressed_enter(page: httpx.Client, data: list) -> str:
-    """What the page is told when its box is sent with these values, as its own script does it."""
+    """Return the page's response to submitting its textbox with these values."""
     parts = page.get("/config").json()["dependencies"]
     sends = [part["id"] for part in parts if part["targets"] and part["targets"][0][1] == "submit"]
     asked = {"data": data, "fn_index": sends[0], "session_hash": "tab"}
@@ -281,14 +281,14 @@ def test_static_folders_refuse_path_traversal(demo: Running, path: str) -> None:
 
 @pytest.fixture
 def hostile_files() -> Iterator[None]:
-    """Workers of one test alone."""
+    """Start and end the test without decode workers."""
     decode_worker._pool.close()
     yield
     decode_worker._pool.close()
 
 
 def workers() -> list[psutil.Process]:
-    """The decode workers of this process that are alive."""
+    """Return this process's live decode workers."""
     alive = []
     for one in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # gone, or as good as

@@ -1,4 +1,4 @@
-"""The demo as a process: by default on the loopback, from the shipped parts, tidy in the end."""
+"""The server as a process: defaults, shipped components, shutdown and cleanup."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_demo_app_defaults_to_the_mini_system_on_loopback(
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[str, psutil.Popen]]:
-    """The course's command on a free port, with temporary files of its own."""
+    """The course's command on a free port, with a separate temporary folder."""
     port = free_port()
     command = ["bash", "scripts/app.sh", "--server_port", str(port)]
     process = psutil.Popen(command, cwd=ROOT / "code", env=os.environ | {"TMPDIR": str(tmp_path)})
@@ -65,7 +65,7 @@ def processor_seconds(process: psutil.Process) -> float:
 
 
 def ask(address: str, text: str) -> list[str]:
-    """The kinds of an answer's parts."""
+    """Return the types of an answer's parts."""
     asked = {"messages": [{"role": "user", "content": text}], "seed": 1}
     reply = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=300).json()
     return [part["type"] for part in reply["choices"][0]["message"]["parts"]]
@@ -82,7 +82,7 @@ def answers(address: str) -> bool:
 def test_demo_app_serves_the_shipped_system_and_cleans_up(
     started: tuple[str, psutil.Popen], tmp_path: Path
 ) -> None:
-    """Its seconds are the processor's: beside other programs a clock says more than it takes."""
+    """Times are CPU time, which does not depend on other programs."""
     address, process = started
     wait_until(lambda: answers(address), seconds=300)
     assert "text" in ask(address, "Hello!")
@@ -140,7 +140,7 @@ nextgpt.serving.server.serve(load_config("mini"), Path("none"), "127.0.0.1", int
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, psutil.Popen]]]:
-    """Starts servers, and ends them."""
+    """Start servers and end them after the test."""
     processes = []
 
     def start(how: str) -> tuple[str, psutil.Popen]:

@@ -1,4 +1,4 @@
-"""WebDataset shards train as the same files do unpacked, and what is wrong with them is said."""
+"""WebDataset shards give the results of unpacked files; errors name the shard."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def pack(folder: Path, modality: Modality, in_json: bool = False) -> None:
-    """Put caption pairs into two shards, as the two programs do, and remove what was there."""
+    """Pack caption pairs into two shards, as img2dataset and video2dataset do; delete the files."""
     annotation = folder / f"{modality}.json"
     rows = json.loads(annotation.read_text())
     for number, part in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
@@ -45,7 +45,7 @@ def pack(folder: Path, modality: Modality, in_json: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny world's data, its caption pairs in shards."""
+    """The tiny world's data with caption pairs in shards."""
     data = copied_data(tmp_path_factory.mktemp("packed"))
     for modality in MODALITIES:
         pack(data / PAIRS / modality, modality, in_json=modality == "video")

@@ -1,4 +1,4 @@
-"""What the repository ships answers as it is, and is small enough."""
+"""The shipped components and tuned parameters: size and answers."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every shipped YAML trains through the real entry, with its own data sets, order and stages.
+"""Every shipped YAML trains with its data sets, order and stages.
 
 Only the parts are replaced by tiny ones. The course's data sets are the mini world's files under
 the course's names and paths.
@@ -22,7 +22,7 @@ PAIR_SETS = {"image": "cc3m", "video": "webvid", "audio": "audiocap"}
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mini world, and the same files where the course has its data sets."""
+    """The mini world, and its files at the paths of the course's data sets."""
     root = tmp_path_factory.mktemp("shipped") / "data"
     world = root / "mini_world"
     shutil.copytree(tiny_world() / "data" / "mini_world", world)
@@ -49,7 +49,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class ShippedRun(TinyRun):
-    """A run that is configured by a shipped YAML, but for the parts, the places and the length."""
+    """A run with a shipped YAML but tiny components, local paths and few steps."""
 
     config: str = ""
     data_root: Path = Path()

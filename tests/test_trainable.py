@@ -1,4 +1,4 @@
-"""What does not train is in evaluation mode, whoever calls `train`; what trains drops out."""
+"""Frozen groups stay in evaluation mode; trainable groups have dropout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ DROPOUT = "language_model.lora_dropout=0.1"
 
 
 def model_of(stage: int, *sets: str) -> NextGPT:
-    """A stage's model with adapters that say something and a language model that would drop out."""
+    """Build a stage's model with random adapters and dropout in the language model."""
     config = tiny_config(stage, [DROPOUT, *sets])
     torch.manual_seed(0)
     model = build_model(config, torch.float32, lora=True, output_projections=True)
@@ -39,13 +39,13 @@ def batch() -> Batch:
 
 
 def differs(model: NextGPT) -> bool:
-    """Whether two forward passes over the same batch give other losses."""
+    """Return whether two forward passes over the same batch give different losses."""
     with torch.no_grad():
         return model(batch()).text.item() != model(batch()).text.item()
 
 
 def saved_tensors(model: NextGPT) -> int:
-    """How many tensors a forward pass saves for the backward pass."""
+    """Return the number of tensors that a forward pass saves for the backward pass."""
     saved: list[torch.Tensor] = []
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def saved_tensors(model: NextGPT) -> int:
 
 
 def quantized(model: NextGPT) -> list[nn.Module]:
-    """The layers whose matrices bitsandbytes holds."""
+    """Return the bitsandbytes layers."""
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     return [module for module in model.modules() if isinstance(module, kinds)]
 

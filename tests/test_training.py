@@ -1,4 +1,4 @@
-"""Training on a whole tiny system: what trains, where it starts, what it costs, what it refuses."""
+"""Training on a tiny system: trainable groups, initialization, equivalences, errors."""
 
 import json
 import re
@@ -26,12 +26,12 @@ ONE_AT_A_TIME = ["training.global_batch_size=4", "training.micro_batch_size=1"]
 
 
 def copied_data(folder: Path) -> Path:
-    """The world's data, to be spoilt."""
+    """Return a modifiable copy of the world's data."""
     return shutil.copytree(tiny_world() / "data", folder / "data")
 
 
 def media(data: Path, kind: str) -> list[Path]:
-    """The media files of the caption pairs, e.g. `image`."""
+    """Return the media files of the caption pairs of modality `kind`."""
     return sorted((data / "mini_world" / "T-X_pair_data" / kind / f"{kind}s").iterdir())
 
 
@@ -40,7 +40,7 @@ def from_stage(stage: int) -> list[str]:
 
 
 def zero(stage: int, folder: Path, **more: object) -> str:
-    """A `--set` of DeepSpeed's JSON with that ZeRO stage, and more of its settings."""
+    """Write a DeepSpeed JSON with this ZeRO stage and settings; return its override."""
     file = folder / f"zero_{stage}.json"
     settings = {
         "zero_optimization": {"stage": stage, **more},
@@ -126,7 +126,7 @@ def test_stage_1_needs_no_decoders_or_caption_embeddings(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """One process; its samples one at a time hold different media, or none."""
+    """A run of one process, one sample a micro batch, with different media or none."""
     path = tmp_path_factory.mktemp("alone")
     return TinyRun(path, 3, [*ONE_AT_A_TIME, "training.max_steps=6"], from_stage(2)).finish()
 
@@ -157,7 +157,7 @@ def test_distributed_ranks_with_different_media_agree_with_one_process(
 def test_memory_saving_keeps_losses(
     tmp_path: Path, alone: TinyRun, stage: int, offloaded: tuple[str, ...], checkpointed: bool
 ) -> None:
-    """On a CPU nothing is offloaded, only accepted: the slow test below does without that."""
+    """On a CPU offload is accepted without effect; the slow test below offloads."""
     sets = [*ONE_AT_A_TIME, "training.max_steps=6"]
     sets += [f"training.activation_checkpointing={checkpointed}".lower()]
     sets += [zero(stage, tmp_path, **{what: {"device": "cpu"} for what in offloaded})]
@@ -166,7 +166,7 @@ def test_memory_saving_keeps_losses(
 
 
 def _train_offloading(*given: Any) -> None:
-    """A process that offloads although its device is the CPU: with DeepSpeed's own optimizer."""
+    """Train with real offload on the CPU, which needs DeepSpeed's optimizer."""
     import tiny_run
     from nextgpt.training.engine import TrainEngine, read_deepspeed_config
 
@@ -211,7 +211,7 @@ def test_half_precision_losses_agree_on_two_processes(
 
 
 class Optimizer:
-    """What DeepSpeed's optimizers have for a loss scale."""
+    """The loss-scale interface of DeepSpeed's optimizers."""
 
     scale = 0.0
 
@@ -286,7 +286,7 @@ def test_online_caption_embeds_keep_losses(tmp_path: Path) -> None:
 
 
 def train_without_decoding(*given: Any) -> None:
-    """What a process does that would lose every sample whose media it decoded."""
+    """Train; decoding a medium raises."""
 
     def refuse(*_: object) -> None:
         raise MediaError("decoded again")

@@ -1,4 +1,4 @@
-"""Safe to stop: whatever ends a run, it goes on as if nothing had, or says why it cannot."""
+"""Stopping and resuming: bit-exact after any end of a run, or an error with the reason."""
 
 import json
 import os
@@ -28,7 +28,7 @@ SETS = [
 
 
 def dropout_run(save_path: Path, *flags: str, **options: object) -> TinyRun:
-    """A run of stage 3 with all parts in training."""
+    """Return a run of stage 3 with dropout and all groups in training."""
     sets = [*SETS, *options.pop("sets", [])]
     init = () if "--resume" in flags else ("--init-from", str(trained(2).folder))
     return TinyRun(save_path, 3, sets, [*init, *flags], **options)
@@ -36,12 +36,12 @@ def dropout_run(save_path: Path, *flags: str, **options: object) -> TinyRun:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """The same run, left alone."""
+    """The uninterrupted run."""
     return dropout_run(tmp_path_factory.mktemp("undisturbed")).finish()
 
 
 def assert_same(run: TinyRun, expected: TinyRun) -> None:
-    """The same figures in every step, digit for digit, and the same delta, bit for bit."""
+    """Check for equal metrics in every step and a bit-exact delta."""
     assert run.metrics == expected.metrics
     assert same(run.delta, expected.delta)
 
@@ -55,7 +55,7 @@ def test_resume_after_kill_between_saves_is_bit_exact(tmp_path: Path, undisturbe
 
 
 def test_tensorboard_logs_every_step_once_across_resume(tmp_path: Path) -> None:
-    """The step of the checkpoint too, which no later run takes again."""
+    """Including the checkpoint's step, which no later run repeats."""
     run = dropout_run(tmp_path)
     run.kill_when(lambda: "step_000004" in run.checkpoints)
     dropout_run(tmp_path, "--resume").finish()
@@ -138,7 +138,7 @@ def test_sigterm_to_the_launch_script_saves_and_ends_all_processes(
 
 
 def tied_model(folder: Path) -> Path:
-    """The tiny language model, its head tied to its embedding."""
+    """Save the tiny language model with tied embeddings."""
     model = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny")
     model.lm_head.weight = model.model.embed_tokens.weight
     model.config.tie_word_embeddings = True

@@ -1,4 +1,4 @@
-"""The measured start of the input projection."""
+"""Least-squares initialization of the input projection."""
 
 import weakref
 from collections.abc import Iterator
@@ -65,7 +65,7 @@ def test_least_squares_assigns_each_place_its_words(tmp_path: Path, places: int)
 
 
 def media_and_captions(count: int, width: int) -> Batch:
-    """Conversations that show a medium and say three words of it."""
+    """Return conversations with a medium and a caption of three tokens."""
     ids = torch.randint(3, 50, (count, 6))
     targets = torch.where(torch.arange(6) < 3, IGNORE_INDEX, ids)
     slots = torch.stack([torch.arange(count), torch.ones(count, dtype=torch.int64)], dim=1)

@@ -1,4 +1,4 @@
-"""Output projections that subtract the mean of what comes in: measured once, saved, foldable."""
+"""Whitened output projections: measured once, saved, folded into the published layout."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +20,7 @@ WHITENED = "output_projection.whiten_inputs=true"
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """Stage 2 with centred projections, from the usual stage 1."""
+    """Stage 2 with whitened projections, from the default stage 1."""
     start = ["--init-from", str(trained(1).folder)]
     return TinyRun(tmp_path_factory.mktemp("centred"), 2, [WHITENED], start).finish()
 

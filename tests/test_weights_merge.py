@@ -1,4 +1,4 @@
-"""Vicuna from LLaMA and its delta: the sum, its files, what is refused, what it costs."""
+"""Merging Vicuna from LLaMA and its delta: sum, files, errors, memory."""
 
 import shutil
 from collections.abc import Callable
@@ -126,13 +126,13 @@ def test_merge_vicuna_refuses_same_folder_and_overwriting(pair: tuple[Path, Path
 
 
 def memory(key: str) -> int:
-    """A figure of this process in bytes: VmRSS is what it holds, VmHWM the most it held."""
+    """Return this process's memory in bytes: VmRSS is current, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def test_merge_vicuna_memory_is_bounded_by_one_output_file(tmp_path: Path) -> None:
-    """LLaMA, delta and sum of one written file: of a 200 MB model in files of 10 MB, some 40 MB."""
+    """LLaMA, delta and sum of one output file: about 40 MB for a 200 MB model in 10 MB files."""
     llama_config = LlamaConfig.from_pretrained(LLAMA)
     tall = torch.ones(4 * MEGABYTE // 128, 128).half()  # 8 MB
     llama = write_llama(tmp_path / "llama")
