@@ -1,7 +1,7 @@
 """Record the losses of a seeded run of fifty steps of each stage: `python tests/golden_losses.py`.
 
 The runs are those of `tests/test_golden.py`: the real training entry on the tiny system, one
-process, float32. Record anew only when a change is meant to change what is learned, and say why.
+process, float32. Record again only after an intended numerical change, and give its reason.
 """
 
 import json

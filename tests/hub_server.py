@@ -24,7 +24,7 @@ class Served:
         url: its address.
         sent: (path, bytes) of each file that was sent.
         ranges: whether it sends parts of files.
-        breaks_after: bytes of a file after which it hangs up; none: never.
+        breaks_after: bytes of a file after which it disconnects; never if None.
         content_type: of plain files.
     """
 

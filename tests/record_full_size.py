@@ -1,7 +1,7 @@
 """Record ImageBind huge's features with weights by recipe: `python tests/record_full_size.py`.
 
-Nobody has published these numbers: this project's own encoder makes them, the one that gives the
-recorded numbers of the small one. They tell when something in the full size changes. 26 s on
+These numbers are not published: they are of this project's encoder, which reproduces the
+recorded features of the small one. They detect changes of the full size. 26 s on
 one core of a busy machine.
 """
 

@@ -1,6 +1,6 @@
 """Every shipped YAML trains with its data sets, order and stages.
 
-Only the parts are replaced by tiny ones. The course's data sets are the mini world's files under
+The components are replaced by tiny ones, the course's data sets by the mini world's files under
 the course's names and paths.
 """
 
