@@ -1,4 +1,4 @@
-"""What holds for all tests."""
+"""Settings of all tests."""
 
 import os
 from pathlib import Path
@@ -12,5 +12,5 @@ os.environ["PYTHONPATH"] = str(Path(__file__).parent)
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
-    """Parts this small are slower on several threads."""
+    """Use one thread: components this small are slower on several."""
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
-"""Records the losses of a seeded run of fifty steps of each stage: `python tests/golden_losses.py`.
+"""Record the losses of a seeded run of fifty steps of each stage: `python tests/golden_losses.py`.
 
 The runs are those of `tests/test_golden.py`: the real training entry on the tiny system, one
-process, float32. Record anew only when a change is meant to change what is learned, and say why.
+process, float32. Record again only after an intended numerical change, and give its reason.
 """
 
 import json
@@ -17,7 +17,7 @@ STEPS = 50
 
 
 def runs(save_path: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
-    """Each stage's name and the losses of all its steps, one stage starting from the one before."""
+    """Yield each stage's name and step losses; each stage starts from the previous one."""
     for stage in STAGES:
         sets = [f"training.max_steps={STEPS}", "training.precision=fp32", "training.epochs=50"]
         sets += ["training.cache_hidden_states=true"] if stage == 4 else []
@@ -30,7 +30,7 @@ def runs(save_path: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
 
 
 def main() -> None:
-    """Run and write."""
+    """Run all stages and write the golden file."""
     with TemporaryDirectory() as folder:
         golden = dict(runs(Path(folder)))
     lines = [

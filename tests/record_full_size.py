@@ -1,7 +1,7 @@
-"""Records what ImageBind huge gives with weights by recipe: `python tests/record_full_size.py`.
+"""Record ImageBind huge's features with weights by recipe: `python tests/record_full_size.py`.
 
-Nobody has published these numbers: this project's own encoder makes them, the one that gives the
-recorded numbers of the small one. They tell when something in the full size changes. 26 s on
+These numbers are not published: they are of this project's encoder, which reproduces the
+recorded features of the small one. They detect changes of the full size. 26 s on
 one core of a busy machine.
 """
 
@@ -19,7 +19,7 @@ RECORD = Path(__file__).with_name("full_size.safetensors")
 
 @torch.no_grad()
 def full_size_features() -> dict[str, torch.Tensor]:
-    """By modality the features (1, 1024) of the first recorded input."""
+    """Return by modality the features (1, 1024) of the first recorded input."""
     with torch.device("meta"):
         encoder = ImageBind(IMAGEBIND_HUGE)
     encoder = encoder.to_empty(device="cpu").eval()

@@ -1,4 +1,4 @@
-"""Caption embeddings are trained on only if they were made from the captions in the data."""
+"""Caption embeddings are checked against the captions in the data."""
 
 import json
 import os
@@ -36,7 +36,7 @@ MAKER = EmbeddingMaker("model", "weights", "tokenizer", (2,))
 
 @pytest.fixture
 def sets(tmp_path: Path) -> list[str]:
-    """Overrides for copies of the world's data and embeddings, to be spoilt."""
+    """Overrides for modifiable copies of the world's data and embeddings."""
     shutil.copytree(tiny_world() / "embed", tmp_path / "embed")
     return [
         f"data.data_dir={copied_data(tmp_path)}",
@@ -52,20 +52,20 @@ def config_of(tmp_path: Path, sets: list[str], stage: int = 2) -> Config:
 
 
 def check_run(tmp_path: Path, sets: list[str], stage: int = 2) -> CaptionCheck:
-    """What a run would find of its embeddings."""
+    """Return the caption check of a run."""
     config = config_of(tmp_path, sets, stage)
     return check_caption_embeddings(config, open_conversations(config.data))
 
 
 def checked(tmp_path: Path, sets: list[str], stage: int = 2) -> list[str]:
-    """What a run would say of its embeddings, all of which are right or unknown."""
+    """Return the messages of a run's caption check, which must find no mismatch."""
     lines, wrong_rows = check_run(tmp_path, sets, stage)
     assert wrong_rows == {}
     return lines
 
 
 def change_rows(tmp_path: Path, change: object, file: str = IMAGES) -> list[dict]:
-    """Write what `change` makes of the rows of an annotation file; the rows before."""
+    """Replace an annotation file's rows by `change` of them; return the rows before."""
     path = tmp_path / "data" / file
     rows = json.loads(path.read_text())
     path.write_text(json.dumps(change(rows)))
@@ -73,42 +73,40 @@ def change_rows(tmp_path: Path, change: object, file: str = IMAGES) -> list[dict
 
 
 def rotated(rows: list[dict]) -> list[dict]:
-    """Every row with the next one's caption."""
+    """Return every row with the previous one's caption."""
     captions = [row["caption"] for row in rows]
     return [row | {"caption": captions[i - 1]} for i, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_embeddings_of_the_captions_in_the_data_pass_without_a_word(
+def test_caption_check_passes_matching_embeddings_silently(
     tmp_path: Path, sets: list[str], stage: int
 ) -> None:
     assert checked(tmp_path, sets, stage) == []
 
 
-def test_embeddings_of_other_captions_are_an_error_whose_command_makes_them_right(
+def test_caption_check_error_names_the_command_that_repairs(
     tmp_path: Path, sets: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = change_rows(tmp_path, rotated)
     with pytest.raises(UserError) as raised:
         checked(tmp_path, sets)
-    said = str(raised.value)
+    message = str(raised.value)
     changed = [i for i, row in enumerate(rotated(rows)) if row != rows[i]]
     row, first = changed[0], rows[changed[0]]
-    assert f"{tmp_path / 'embed'}/{first['image_name']}.npy was made from the caption" in said
-    assert f"row {row} (the first is 0) of {tmp_path / 'data' / IMAGES}" in said
+    assert f"{tmp_path / 'embed'}/{first['image_name']}.npy was made from the caption" in message
+    assert f"row {row} (the first is 0) of {tmp_path / 'data' / IMAGES}" in message
     for caption in (first["caption"], rows[row - 1]["caption"]):
-        assert repr(caption.lower().strip(".")) in said.lower().replace(".'", "'")
-    assert f"{len(changed)} of {ROWS} rows" in said
-    command = shlex.split(said.split("`")[1])
+        assert repr(caption.lower().strip(".")) in message.lower().replace(".'", "'")
+    assert f"{len(changed)} of {ROWS} rows" in message
+    command = shlex.split(message.split("`")[1])
     assert command[:2] == ["python", "process_embeddings.py"]
     monkeypatch.setattr(sys, "argv", command[1:])
     process_embeddings.main()
     assert checked(tmp_path, sets) == []
 
 
-def test_a_single_letter_of_a_caption_is_seen_and_its_row_is_to_be_skipped(
-    tmp_path: Path, sets: list[str]
-) -> None:
+def test_caption_check_one_letter_difference_skips_the_row(tmp_path: Path, sets: list[str]) -> None:
     change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "a red circlf"}])
     (line,), wrong_rows = check_run(tmp_path, sets)
     assert re.search(
@@ -118,7 +116,7 @@ def test_a_single_letter_of_a_caption_is_seen_and_its_row_is_to_be_skipped(
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
+def test_training_skips_a_few_mismatched_captions(
     tmp_path: Path, sets: list[str], processes: int
 ) -> None:
     change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "another"}])
@@ -133,13 +131,13 @@ def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
     assert run.metrics[-1]["skipped"] == len(run.skipped)
 
 
-def test_more_wrong_rows_than_a_run_may_skip_are_an_error(tmp_path: Path, sets: list[str]) -> None:
+def test_caption_check_too_many_mismatches_raise(tmp_path: Path, sets: list[str]) -> None:
     change_rows(tmp_path, lambda rows: [row | {"caption": "no"} for row in rows[:2]] + rows[2:])
     with pytest.raises(UserError, match=rf"made from the caption .* 2 of {ROWS} rows"):
         check_run(tmp_path, sets)
 
 
-def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
+def test_training_and_check_data_refuse_mismatched_captions(
     tmp_path: Path, sets: list[str]
 ) -> None:
     rows = change_rows(tmp_path, rotated)
@@ -147,14 +145,14 @@ def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
     assert "was made from the caption" in TinyRun(tmp_path / "two", 2, sets, world=2).fail()
     run = TinyRun(tmp_path, 2, sets)
     assert "was made from the caption" in run.fail()
-    code, said, _ = check(run, "--decode", "0")
+    code, message, _ = check(run, "--decode", "0")
     assert code == 1
-    assert f"mini_image_dec: {right} of {ROWS} usable" in said
-    assert said.count("was made from the caption") == 5
-    assert "mini_audio_dec: 7 of 7 usable" in said
+    assert f"mini_image_dec: {right} of {ROWS} usable" in message
+    assert message.count("was made from the caption") == 5
+    assert "mini_audio_dec: 7 of 7 usable" in message
 
 
-def test_embeddings_without_records_are_taken_with_a_word_and_sampled_by_check_data(
+def test_caption_check_warns_without_records_and_check_data_samples(
     tmp_path: Path, sets: list[str]
 ) -> None:
     embeddings = tmp_path / "embed"
@@ -165,16 +163,16 @@ def test_embeddings_without_records_are_taken_with_a_word_and_sampled_by_check_d
             change_rows(tmp_path, rotated)
         (line,) = checked(tmp_path, sets)
         assert f"{ROWS} of {ROWS} image caption embeddings have no record" in line
-        code, said, _ = check(TinyRun(tmp_path, 2, sets), "mini_image_dec", "--decode", "0")
+        code, message, _ = check(TinyRun(tmp_path, 2, sets), "mini_image_dec", "--decode", "0")
         assert code == wrong
-        assert f"{ROWS} caption embeddings have no record" in said
-        assert (said.count("is not what the text encoder of decoders.image.path") >= 4) == wrong
+        assert f"{ROWS} caption embeddings have no record" in message
+        assert (message.count("is not what the text encoder of decoders.image.path") >= 4) == wrong
     gone = TinyRun(tmp_path, 2, [*sets, f"decoders.image.path={tmp_path / 'gone'}"])
-    code, said, _ = check(gone, "mini_image_dec", "--decode", "0")
-    assert code == 0 and "could not be compared" in said
+    code, message, _ = check(gone, "mini_image_dec", "--decode", "0")
+    assert code == 0 and "could not be compared" in message
 
 
-def test_embeddings_of_another_text_encoder_or_tokenizer_are_an_error(
+def test_caption_check_other_text_encoder_or_tokenizer_raises(
     tmp_path: Path, sets: list[str]
 ) -> None:
     build_mini_decoder("image", tmp_path / "other", 2, ["a small red circle on the left"], TINY)
@@ -190,14 +188,14 @@ def test_embeddings_of_another_text_encoder_or_tokenizer_are_an_error(
     assert checked(tmp_path, sets) == []
 
 
-def test_a_decoder_that_is_not_at_hand_is_said_to_be_uncompared(
+def test_caption_check_missing_decoder_is_reported_as_unchecked(
     tmp_path: Path, sets: list[str]
 ) -> None:
     (line,) = checked(tmp_path, [*sets, f"decoders.image.path={tmp_path / 'gone'}"])
     assert "could not be checked" in line and "gone" in line
 
 
-def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
+def test_caption_check_two_captions_for_one_medium_are_detected(
     tmp_path: Path, sets: list[str]
 ) -> None:
     def named_alike(rows: list[dict]) -> list[dict]:
@@ -224,7 +222,7 @@ def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
     assert wrong_rows.keys() == {"mini_request"}
 
 
-def test_captions_are_compared_again_when_records_or_rows_change(
+def test_compare_captions_repeats_when_records_or_rows_change(
     tmp_path: Path, sets: list[str]
 ) -> None:
     sets = [*sets, "data.datasets=[mini_image_dec]"]
@@ -247,7 +245,7 @@ def test_captions_are_compared_again_when_records_or_rows_change(
     assert compare() == 0
 
 
-def test_replacing_that_is_cut_short_leaves_no_record_of_the_caption_before(
+def test_embedding_store_interrupted_replacement_drops_the_old_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["a.png", "b.png"]
@@ -276,7 +274,7 @@ def test_replacing_that_is_cut_short_leaves_no_record_of_the_caption_before(
     store.close()
 
 
-def test_the_latest_record_counts_whichever_rank_wrote_it(tmp_path: Path) -> None:
+def test_embedding_store_latest_record_wins_across_ranks(tmp_path: Path) -> None:
     for rank, caption in ((1, "old"), (0, "new")):
         store = EmbeddingStore(tmp_path, "image", MAKER, rank=rank, replace=True)
         store.write(["a.png"], [caption], torch.zeros(1, 2))
@@ -287,7 +285,7 @@ def test_the_latest_record_counts_whichever_rank_wrote_it(tmp_path: Path) -> Non
     assert read_captions(tmp_path, "image") == {"a.png": "new"}
 
 
-def test_a_batch_of_embeddings_is_flushed_and_renamed_before_it_is_recorded(
+def test_embedding_store_flushes_and_renames_before_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, done = EmbeddingStore(tmp_path, "image", MAKER), []
@@ -311,7 +309,7 @@ def test_a_batch_of_embeddings_is_flushed_and_renamed_before_it_is_recorded(
 
 
 @pytest.mark.parametrize("rest", ["", "{" * 10, "{" * 200_000])
-def test_an_unfinished_last_line_of_a_list_is_dropped(tmp_path: Path, rest: str) -> None:
+def test_embedding_records_incomplete_last_line_is_dropped(tmp_path: Path, rest: str) -> None:
     listing = tmp_path / "captions.image.rank0.jsonl"
     for kept in ("", '{"name": "a.png", "caption": "a"}\n'):
         listing.write_text(kept + rest)
@@ -319,7 +317,7 @@ def test_an_unfinished_last_line_of_a_list_is_dropped(tmp_path: Path, rest: str)
         assert listing.read_text() == kept
 
 
-def test_a_store_that_cannot_be_read_lets_other_processes_write(
+def test_embedding_store_failed_open_releases_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
@@ -329,7 +327,7 @@ def test_a_store_that_cannot_be_read_lets_other_processes_write(
     EmbeddingStore(tmp_path, "image", MAKER).close()
 
 
-def test_two_writers_of_one_list_exclude_each_other(tmp_path: Path) -> None:
+def test_embedding_store_second_writer_is_refused(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "image", MAKER)
     with pytest.raises(UserError, match="another process is writing image embeddings"):
         EmbeddingStore(tmp_path, "image", MAKER)
@@ -338,7 +336,7 @@ def test_two_writers_of_one_list_exclude_each_other(tmp_path: Path) -> None:
     EmbeddingStore(tmp_path, "image", MAKER).close()
 
 
-def test_a_damaged_line_of_a_list_is_named(tmp_path: Path) -> None:
+def test_embedding_records_damaged_line_is_named(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "image", MAKER)
     store.write(["a.png", "b.png"], ["a", "b"], torch.zeros(2, 2))
     store.close()

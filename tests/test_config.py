@@ -1,4 +1,4 @@
-"""The configuration: every shipped YAML is whole, and what is wrong is named with the right key."""
+"""Configuration: shipped YAML files load, and errors name the right key."""
 
 import runpy
 import sys
@@ -27,7 +27,7 @@ SHIPPED = sorted(
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("stage", [None, *STAGES])
-def test_every_shipped_yaml_passes_the_schema(name: str, stage: int | None) -> None:
+def test_shipped_configs_pass_the_schema(name: str, stage: int | None) -> None:
     config = load_config(name, stage)
     if stage is not None:
         assert config.training.trainable and config.data.datasets
@@ -35,7 +35,7 @@ def test_every_shipped_yaml_passes_the_schema(name: str, stage: int | None) -> N
         assert project_path(config.training.deepspeed_config).is_file()
 
 
-def test_the_published_figures_are_the_default_of_7b() -> None:
+def test_config_7b_has_the_published_defaults() -> None:
     config = load_config("7b", 3)
     assert config.training.betas == (0.9, 0.95) and config.training.weight_decay == 1e-3
     assert config.training.alignment_loss_weights == {"image": 1, "video": 2, "audio": 1}
@@ -45,14 +45,14 @@ def test_the_published_figures_are_the_default_of_7b() -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
-def test_every_config_of_7b_trains_and_samples_as_published(name: str) -> None:
+def test_config_7b_variants_keep_published_training_and_sampling(name: str) -> None:
     config = load_config(name, 3)
     published = config.name == load_config("7b").name
     assert config.training.warmup_type == ("log" if published else "linear")
     assert config.generation.top_k == 50
 
 
-def test_layers_lie_over_each_other_in_order(tmp_path: Path) -> None:
+def test_config_layers_override_in_order(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("training: {epochs: 3, seed: 1}\nstage_2: {training: {seed: 2}}\n")
     assert load_config(str(own), 1).training.seed == 1
@@ -63,7 +63,7 @@ def test_layers_lie_over_each_other_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("training.learning_rat=1", "did you mean training.learning_rate?"),
         ("decoders.image.num_inference_stps=3", "did you mean decoders.image.num_inference_steps?"),
@@ -76,13 +76,13 @@ def test_layers_lie_over_each_other_in_order(tmp_path: Path) -> None:
         ("training.epochs", "write it as section.key=value"),
     ],
 )
-def test_a_wrong_key_or_value_is_named_with_what_is_right(override: str, said: str) -> None:
+def test_config_bad_override_names_the_valid_ones(override: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config("mini", 1, [override])
-    assert f"--set {override}" in str(error.value) and said in str(error.value)
+    assert f"--set {override}" in str(error.value) and message in str(error.value)
 
 
-def test_a_wrong_key_in_a_file_names_the_file(tmp_path: Path) -> None:
+def test_config_bad_key_names_the_file(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("stage_1:\n  training: {max_step: 3}\n")
     with pytest.raises(UserError) as error:
@@ -92,18 +92,16 @@ def test_a_wrong_key_in_a_file_names_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [("training: [", "is not YAML"), ("- a\n", "holds no keys")]
+    ("content", "message"), [("training: [", "is not YAML"), ("- a\n", "holds no keys")]
 )
-def test_a_file_that_is_no_configuration_is_refused(
-    tmp_path: Path, content: str, said: str
-) -> None:
+def test_config_invalid_file_is_refused(tmp_path: Path, content: str, message: str) -> None:
     own = tmp_path / "own.yaml"
     own.write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_config(str(own))
 
 
-def test_an_unknown_config_name_lists_the_shipped_ones() -> None:
+def test_config_unknown_name_lists_the_shipped_ones() -> None:
     with pytest.raises(UserError, match=r"give one of 7b, .*7b_24gb, .*mini or a YAML file"):
         load_config("maxi")
 
@@ -161,7 +159,7 @@ def value_at(config: Config, path: str) -> object:
 
 
 @pytest.mark.parametrize(("old", "new", "value"), RENAMED, ids=[old for old, _, _ in RENAMED])
-def test_earlier_keys_are_still_read_with_a_line_that_names_the_new_one(
+def test_renamed_keys_load_with_a_notice_of_the_new_key(
     old: str, new: str, value: object, capsys: pytest.CaptureFixture
 ) -> None:
     assert value_at(load_config("7b", 3, [old]), new) == value
@@ -171,7 +169,7 @@ def test_earlier_keys_are_still_read_with_a_line_that_names_the_new_one(
     assert f" is now called {new.removesuffix('.video')}" in line
 
 
-def test_earlier_keys_of_a_stages_section_are_read(tmp_path: Path) -> None:
+def test_renamed_keys_load_in_a_stage_section(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("stage_2: {training: {keep_states: true}, data: {workers: 3}}\n")
     assert load_config(str(own), 2).training.cache_hidden_states
@@ -179,19 +177,19 @@ def test_earlier_keys_of_a_stages_section_are_read(tmp_path: Path) -> None:
     assert not load_config(str(own), 1).training.cache_hidden_states
 
 
-def test_a_key_under_its_earlier_and_its_new_name_is_refused(tmp_path: Path) -> None:
+def test_renamed_key_given_twice_is_refused(tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
     own.write_text("data: {workers: 3, num_workers: 4}\n")
     with pytest.raises(UserError, match=r"workers is the earlier name of data\.num_workers"):
         load_config(str(own))
 
 
-def test_every_renamed_key_is_covered_here() -> None:
+def test_renamed_keys_are_all_covered() -> None:
     covered = {old.partition("=")[0].removesuffix("weights.video") for old, _, _ in RENAMED}
     assert {key.removesuffix("weights") for key in renamed_keys.RENAMED_KEYS} <= covered
 
 
-def test_the_printed_configuration_loads_as_itself(
+def test_print_config_output_loads_as_the_same_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train.py", "--stage", "2", "--set", "training.seed=7", "--print-config"]
@@ -206,16 +204,14 @@ def test_the_printed_configuration_loads_as_itself(
     assert config == load_config("mini", 2, ["training.seed=7", f"save_path={tmp_path}"])
 
 
-def test_the_configuration_reference_is_up_to_date() -> None:
-    """Else run `python -m nextgpt.tools.config_reference`."""
+def test_config_reference_is_up_to_date() -> None:
+    """If it fails, run `python -m nextgpt.tools.config_reference`."""
     assert REFERENCE.read_text(encoding="utf-8") == format_reference()
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.parametrize("stage", [None, *STAGES])
-def test_a_formatted_configuration_loads_as_the_same(
-    name: str, stage: int | None, tmp_path: Path
-) -> None:
+def test_format_config_round_trips(name: str, stage: int | None, tmp_path: Path) -> None:
     config = load_config(name, stage)
     (tmp_path / "resolved.yaml").write_text(format_config(config), encoding="utf-8")
     assert load_config(str(tmp_path / "resolved.yaml")) == config
@@ -228,12 +224,13 @@ ENTRIES = [
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_print_config_prints_the_resolved_configuration_without_required_arguments(
+def test_print_config_needs_no_required_arguments(
     entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     words = ["--config", "7b", "--print-config", "--set", "generation.top_k=7"]
     monkeypatch.setattr(sys, "argv", [f"{entry}.py", *words])
-    with pytest.raises(SystemExit, match="0"):
+    with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(PROJECT_ROOT / "code" / f"{entry}.py"), run_name="__main__")
+    assert ended.value.code == 0
     expected = load_config("7b", overrides=["generation.top_k=7"]).model_dump(mode="json")
     assert yaml.safe_load(capsys.readouterr().out) == expected

@@ -1,17 +1,17 @@
-"""Tuned parameters written anew."""
+"""Conversion of delta files."""
 
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_parts import model_to_published
 
 from nextgpt import convert_delta
 from nextgpt.common.cli import run_cli
 from nextgpt.model.delta import load_delta, read_delta, write_delta
 from nextgpt.model.trainable import NEEDED_TO_ANSWER, tuned_parameters
 from parity_tools import PARITY
-from tiny_parts import model_to_published
 from tiny_system import tiny_model
 
 
@@ -21,7 +21,7 @@ def convert(*arguments: object) -> None:
         run_cli(convert_delta.main)
 
 
-def test_a_published_file_becomes_a_half_as_large_one_that_fits_the_same_model(
+def test_convert_delta_halves_a_published_file_for_the_same_model(
     tmp_path: Path,
 ) -> None:
     published = tmp_path / "pytorch_model.pt"
@@ -40,7 +40,7 @@ def test_a_published_file_becomes_a_half_as_large_one_that_fits_the_same_model(
     load_delta(tiny_model(lora=True), after, required={"input_projection", "vocabulary", "lora"})
 
 
-def test_nothing_is_written_where_there_is_nothing_to_convert(
+def test_convert_delta_without_need_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -50,7 +50,7 @@ def test_nothing_is_written_where_there_is_nothing_to_convert(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_published_file_comes_back_from_ours_bit_by_bit(tmp_path: Path) -> None:
+def test_convert_delta_restores_the_published_file_bit_for_bit(tmp_path: Path) -> None:
     published = PARITY / "delta_stage3_tiny.pt"
     convert(published, tmp_path / "ours", "--dtype", "float32")
     convert("--to", "published", tmp_path / "ours", tmp_path / "theirs")
@@ -61,7 +61,7 @@ def test_a_published_file_comes_back_from_ours_bit_by_bit(tmp_path: Path) -> Non
         assert torch.equal(after[name], tensor.float()), name
 
 
-def test_what_was_tuned_with_new_rows_alone_is_published_with_the_language_models(
+def test_convert_delta_to_published_adds_the_base_vocabulary(
     tmp_path: Path,
 ) -> None:
     model = tiny_model(lora=True)
@@ -77,7 +77,7 @@ def test_what_was_tuned_with_new_rows_alone_is_published_with_the_language_model
     load_delta(model, read_delta(tmp_path / "theirs"), required=NEEDED_TO_ANSWER)
 
 
-def test_other_signal_tokens_than_the_published_are_not_published(
+def test_convert_delta_refuses_unpublished_signal_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shipped = Path(__file__).parent.parent / "ckpt/delta_ckpt/nextgpt/mini_tiva_v0"
@@ -87,7 +87,7 @@ def test_other_signal_tokens_than_the_published_are_not_published(
     assert not (tmp_path / "out").exists()
 
 
-def test_another_language_model_than_the_tuned_one_is_refused(
+def test_convert_delta_refuses_another_language_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model(lora=False)

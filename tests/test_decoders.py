@@ -1,4 +1,4 @@
-"""The decoders and the caption encoders against the diffusers pipelines they stand for."""
+"""Decoders and text encoders against the diffusers pipelines."""
 
 import json
 import shutil
@@ -33,26 +33,26 @@ LENGTH = {"image": {}, "video": {"num_frames": 3}, "audio": {"audio_length_in_s"
 
 
 def pipeline(modality: Modality) -> DiffusionPipeline:
-    """The diffusers pipeline, loaded as diffusers' manual says."""
+    """Load the diffusers pipeline as its manual describes."""
     pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
     return pipeline_class.from_pretrained(tiny_decoder(modality), dtype=torch.float32)
 
 
 def decode(modality: Modality, options: DiffusionSettings = OPTIONS, scale: float = 1.0) -> Output:
-    """The first caption, decoded from its embedding."""
+    """Decode the first caption from its embedding."""
     folder = str(tiny_decoder(modality))
     embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS[:1])
     return build_decoder(modality, folder, CPU).decode(embeddings * scale, options)[0]
 
 
 def values(output: Output) -> np.ndarray:
-    """The numbers of an output, pixels as 0..255."""
+    """Return an output's values, pixels as 0..255."""
     array = output[0] if isinstance(output, Frames | Sound) else np.asarray(output)
     return array.astype(np.float64)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_caption_encoder_equals_pipelines_encode_prompt(modality: Modality) -> None:
+def test_text_encoder_equals_the_pipelines_encode_prompt(modality: Modality) -> None:
     encoder = TextEncoder(modality, str(tiny_decoder(modality)), CPU)
     found = encoder.encode(CAPTIONS)
     pipe = pipeline(modality)
@@ -64,16 +64,14 @@ def test_caption_encoder_equals_pipelines_encode_prompt(modality: Modality) -> N
     assert not torch.allclose(found[0], found[1])
 
 
-def test_sound_captions_have_unit_length() -> None:
+def test_text_encoder_audio_embeddings_have_unit_norm() -> None:
     encoder = TextEncoder("audio", str(tiny_decoder("audio")), CPU)
     torch.testing.assert_close(encoder.encode(CAPTIONS).norm(dim=-1), torch.ones(2))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_captions_embedding_decodes_as_its_prompt(
-    modality: Modality, guidance_scale: float
-) -> None:
+def test_decoder_caption_embeds_equal_the_prompt(modality: Modality, guidance_scale: float) -> None:
     options = DiffusionSettings(**{**vars(OPTIONS), "guidance_scale": guidance_scale})
     found = values(decode(modality, options))
     expected = pipeline(modality)(
@@ -92,7 +90,7 @@ def test_captions_embedding_decodes_as_its_prompt(
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_batch_equals_samples_with_their_own_seeds(modality: Modality) -> None:
+def test_decoder_batch_equals_single_samples_with_their_seeds(modality: Modality) -> None:
     folder = str(tiny_decoder(modality))
     decoder = build_decoder(modality, folder, CPU)
     embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS)
@@ -102,7 +100,7 @@ def test_batch_equals_samples_with_their_own_seeds(modality: Modality) -> None:
     np.testing.assert_allclose(values(both[1]), values(second[0]), atol=atol)
 
 
-def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
+def test_initial_noise_is_shared_across_frames_as_configured() -> None:
     noise = initial_noise(
         (2, 8, 4, 40, 40), 0.9, [torch.Generator().manual_seed(s) for s in (5, 6)]
     )
@@ -121,20 +119,18 @@ def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
 
 
 def _change(video: Frames) -> float:
-    """How much a frame differs from the one before it."""
+    """Return the mean absolute difference of consecutive frames."""
     return float(np.abs(np.diff(video.frames.astype(float), axis=0)).mean())
 
 
-def test_length_of_a_sounds_embedding_does_not_matter() -> None:
+def test_decoder_ignores_the_norm_of_audio_embeddings() -> None:
     np.testing.assert_allclose(
         values(decode("audio")), values(decode("audio", scale=7.0)), atol=1e-6
     )
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_same_seed_gives_the_same_file_and_another_another(
-    modality: Modality, tmp_path: Path
-) -> None:
+def test_decoder_output_depends_on_the_seed_alone(modality: Modality, tmp_path: Path) -> None:
     outputs = [
         decode(modality, DiffusionSettings(**{**vars(OPTIONS), "seed": seed})) for seed in (5, 5, 6)
     ]
@@ -147,7 +143,7 @@ def test_same_seed_gives_the_same_file_and_another_another(
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_progress_reaches_the_end_and_can_stop_the_decoding(modality: Modality) -> None:
+def test_decoder_callback_sees_every_step_and_can_stop(modality: Modality) -> None:
     decoder = build_decoder(modality, str(tiny_decoder(modality)), CPU)
     embeddings = torch.zeros(1, *SHAPES[modality])
     seen: list[tuple[int, int]] = []
@@ -162,7 +158,7 @@ def test_progress_reaches_the_end_and_can_stop_the_decoding(modality: Modality) 
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_an_offloaded_decoder_makes_the_same_and_leaves_the_device_even_when_stopped(
+def test_decoder_offload_keeps_outputs_and_frees_the_device_when_stopped(
     modality: Modality, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cpu", 0)  # the same as without a number, but told apart by name
@@ -196,7 +192,7 @@ def test_an_offloaded_decoder_makes_the_same_and_leaves_the_device_even_when_sto
     assert all(places == 2 * ["cpu:0", "cpu"] for places in moves.values())
 
 
-def test_kinds_and_sizes_of_what_comes_out() -> None:
+def test_decoder_outputs_have_the_expected_types_and_shapes() -> None:
     image, video, sound = (decode(modality) for modality in MODALITIES)
     assert isinstance(image, Image.Image)
     assert image.size == (16, 16)  # the pipeline's own size
@@ -209,7 +205,7 @@ def test_kinds_and_sizes_of_what_comes_out() -> None:
     assert wide.frames.shape == (3, 24, 32, 3)
 
 
-def test_embedding_of_another_shape_is_an_input_error() -> None:
+def test_decoder_wrong_embedding_shape_raises() -> None:
     decoder = build_decoder("image", str(tiny_decoder("image")), CPU)
     with pytest.raises(UserError, match=r"\(12, 32\), not \(77, 768\)"):
         decoder.decode(torch.zeros(1, 77, 768))
@@ -218,7 +214,7 @@ def test_embedding_of_another_shape_is_an_input_error() -> None:
 @pytest.mark.parametrize(
     "options", [{"height": 100}, {"num_inference_steps": 0}, {"num_frames": 0}]
 )
-def test_wrong_option_is_named(options: dict[str, int]) -> None:
+def test_decoder_wrong_option_is_named(options: dict[str, int]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         DiffusionSettings(**options)
 
@@ -232,7 +228,7 @@ def test_wrong_option_is_named(options: dict[str, int]) -> None:
         "text_encoder/model.safetensors",
     ],
 )
-def test_missing_file_is_named(file: str, tmp_path: Path) -> None:
+def test_decoder_missing_file_is_named(file: str, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny_decoder("image"), folder)
     (folder / file).unlink()
@@ -240,7 +236,7 @@ def test_missing_file_is_named(file: str, tmp_path: Path) -> None:
         TextEncoder("image", str(folder), CPU)
 
 
-def test_caption_encoder_needs_nothing_but_tokenizer_and_text_encoder(tmp_path: Path) -> None:
+def test_text_encoder_needs_only_tokenizer_and_text_encoder_files(tmp_path: Path) -> None:
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(tiny_decoder("video") / part, tmp_path / part)
     encoder = TextEncoder("video", str(tmp_path), CPU)
@@ -251,7 +247,7 @@ def test_caption_encoder_needs_nothing_but_tokenizer_and_text_encoder(tmp_path: 
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])
-def test_folders_in_the_published_layout_load_the_same(modality: Modality, tmp_path: Path) -> None:
+def test_decoder_folders_in_published_layout_load(modality: Modality, tmp_path: Path) -> None:
     folder = tmp_path / "published"
     shutil.copytree(tiny_decoder(modality), folder)
     tokenizer = folder / "tokenizer"
@@ -270,7 +266,7 @@ def test_folders_in_the_published_layout_load_the_same(modality: Modality, tmp_p
     assert torch.equal(found, expected)
 
 
-def test_names_that_the_hub_no_longer_has_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_decoder_hub_names_that_moved_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     assert resolve_model_path("runwayml/stable-diffusion-v1-5") == name
     assert "gone from the hub" in capsys.readouterr().out
@@ -279,7 +275,7 @@ def test_names_that_the_hub_no_longer_has_are_mapped(capsys: pytest.CaptureFixtu
         resolve_model_path("../no/such/folder")
 
 
-def test_builder_gives_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:
+def test_decoder_builder_is_deterministic(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         build_mini_decoder("image", tmp_path / name, seed, CAPTIONS[:1], TINY)
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -288,7 +284,7 @@ def test_builder_gives_the_same_weights_for_the_same_seed(tmp_path: Path) -> Non
     assert (tmp_path / "b" / weights).read_bytes() != first
 
 
-def test_video_file_plays_in_browsers_and_keeps_its_frames(tmp_path: Path) -> None:
+def test_video_writer_keeps_frames_in_a_browser_format(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 15 * 17).reshape(15, 17)  # odd sides
     frames = np.stack([np.full((15, 17, 3), level) + ramp[..., None] for level in (0, 9)])
     video = Frames(frames.clip(0, 255).astype(np.uint8), 8)
@@ -301,7 +297,7 @@ def test_video_file_plays_in_browsers_and_keeps_its_frames(tmp_path: Path) -> No
     assert np.abs(read[:, :15, :17].astype(float) - video.frames).mean() < 4
 
 
-def test_sound_file_is_16_bit_and_clipped(tmp_path: Path) -> None:
+def test_audio_writer_clips_to_16_bit(tmp_path: Path) -> None:
     save_medium(Sound(np.array([0, 0.5, -3], np.float32), 16000), tmp_path / "x.wav")
     with wave.open(str(tmp_path / "x.wav")) as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 16000)
@@ -309,7 +305,7 @@ def test_sound_file_is_16_bit_and_clipped(tmp_path: Path) -> None:
     assert samples.tolist() == [0, 16384, -32767]
 
 
-def test_failed_write_leaves_the_older_file(tmp_path: Path) -> None:
+def test_media_writer_failure_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.wav"
     path.write_bytes(b"older")
     with pytest.raises(TypeError):

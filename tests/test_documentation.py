@@ -136,7 +136,7 @@ def flags(words: list[str]) -> set[str]:
 
 @pytest.fixture
 def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
-    """What flags a program takes, as its own `--help` says."""
+    """Return the flags in a program's `--help`."""
 
     def ask(file: Path) -> set[str]:
         if file.suffix == ".sh":
@@ -146,17 +146,16 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
         monkeypatch.setattr(sys, "argv", [str(file), "--help"])
         if file.parent.name == "benchmarks":  # they import each other
             monkeypatch.syspath_prepend(str(file.parent))
-        with pytest.raises(SystemExit, match="0"):
+        with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(file), run_name="__main__")
+        assert ended.value.code == 0
         return set(re.findall(r"--[\w-]+", capsys.readouterr().out))
 
     return ask
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_every_command_runs_a_file_that_is_there_with_flags_that_it_takes(
-    document: Path, help_of: Callable
-) -> None:
+def test_commands_run_existing_programs_with_valid_flags(document: Path, help_of: Callable) -> None:
     known: dict[Path, set[str]] = {}
     for folder, words in commands(document):
         file, arguments = program(folder, words)
@@ -167,16 +166,19 @@ def test_every_command_runs_a_file_that_is_there_with_flags_that_it_takes(
             assert flags(arguments) <= known[file], words
 
 
-def test_every_flag_that_the_documents_name_is_some_programs(help_of: Callable) -> None:
+def test_flags_in_documents_belong_to_a_program(help_of: Callable) -> None:
     known = OTHERS_FLAGS.union(*(help_of(ROOT / name) for name in PROGRAMS))
-    for document in (*READMES, *DOCS):
-        prose = without_blocks(document)
-        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose))
-        assert named - known == set(), document
+    named = {
+        document: set(re.findall(r"(?<![\w-])--[a-z][\w-]*", without_blocks(document)))
+        for document in (*READMES, *DOCS)
+    }
+    assert all(named[readme] for readme in READMES)
+    for document, flags_in_prose in named.items():
+        assert flags_in_prose <= known, document
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_every_configuration_named_in_a_command_loads(document: Path) -> None:
+def test_configs_in_commands_load(document: Path) -> None:
     for _, words in commands(document):
         options = dict(pairwise(words))
         overrides = [after for word, after in pairwise(words) if word == "--set"]
@@ -185,7 +187,7 @@ def test_every_configuration_named_in_a_command_loads(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
-def test_every_relative_link_and_anchor_resolves(document: Path) -> None:
+def test_links_and_anchors_resolve(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for target in [*re.findall(r"\]\(([^)]+)\)", text), *re.findall(r'src="([^"]+)"', text)]:
         if "://" in target:
@@ -197,7 +199,7 @@ def test_every_relative_link_and_anchor_resolves(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", [*READMES, *DOCS], ids=name_of)
-def test_every_path_in_the_repository_exists(document: Path) -> None:
+def test_paths_in_documents_exist(document: Path) -> None:
     """Paths from the root: those in prose, of programs in its commands, and of the tests."""
     text = document.read_text(encoding="utf-8")
     roots = "|".join(TRACKED_ROOTS)
@@ -208,7 +210,7 @@ def test_every_path_in_the_repository_exists(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", [*READMES, *WRITTEN_DOCS], ids=name_of)
-def test_every_configuration_key_in_prose_exists(document: Path) -> None:
+def test_config_keys_in_prose_exist(document: Path) -> None:
     config = load_config("7b", 1).model_dump()
     sections = "|".join(name for name, value in config.items() if isinstance(value, dict))
     for key in set(re.findall(rf"`((?:{sections})\.[a-z_.0-9]+)", without_blocks(document))):
@@ -220,7 +222,7 @@ def test_every_configuration_key_in_prose_exists(document: Path) -> None:
             value = value[name]
 
 
-def test_every_message_in_the_troubleshooting_table_is_in_the_code() -> None:
+def test_troubleshooting_messages_are_in_the_code() -> None:
     files = [*ROOT.glob("code/**/*.py"), *ROOT.glob("scripts/*.sh")]
     source = "\n".join(file.read_text(encoding="utf-8") for file in files)
     source = re.sub(r'"\s*f?"', "", source)  # literals that are continued on the next line
@@ -234,15 +236,16 @@ def test_every_message_in_the_troubleshooting_table_is_in_the_code() -> None:
 
 
 @pytest.mark.parametrize("readme", READMES, ids=name_of)
-def test_the_readme_is_short_and_links_every_page(readme: Path) -> None:
+def test_readme_is_short_and_links_every_page(readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 200
+    assert commands(readme) and blocks(readme, "python")
     pages = {name_of(page).replace(".zh-CN", "") for page in DOCS}
     assert pages <= {target.partition("#")[0] for target in links_in(text)}
 
 
 @pytest.mark.parametrize("pair", [READMES, COURSE], ids=["readme", "course"])
-def test_both_languages_have_the_same_sections_commands_links_and_numbers(pair: list[Path]) -> None:
+def test_translations_have_the_same_sections_commands_links_and_numbers(pair: list[Path]) -> None:
     for language in ("bash", "python"):
         assert blocks(pair[0], language) == blocks(pair[1], language)
     english, chinese = (sections_of(document) for document in pair)
@@ -255,7 +258,7 @@ def test_both_languages_have_the_same_sections_commands_links_and_numbers(pair: 
         ), one[:40]
 
 
-def test_the_documents_python_uses_existing_names() -> None:
+def test_python_snippets_use_existing_names() -> None:
     for block in [block for document in (*READMES, *DOCS) for block in blocks(document, "python")]:
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom):
@@ -263,7 +266,7 @@ def test_the_documents_python_uses_existing_names() -> None:
                 assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
-def test_no_file_sets_an_import_path() -> None:
+def test_import_paths_are_set_nowhere() -> None:
     """The package is installed; only tests' child processes need a path, to the tests' helpers."""
     word = re.compile("PYTHON" + "PATH|sys" + r"\.path\b")
     files = [*DOCUMENTS, *ROOT.glob("scripts/*.sh"), ROOT / ".ci/run"]
@@ -277,7 +280,7 @@ def test_no_file_sets_an_import_path() -> None:
     assert found == ["tests/conftest.py"]
 
 
-def test_every_data_set_of_the_course_has_its_document() -> None:
+def test_data_sets_of_the_course_are_documented() -> None:
     described = {document.parent for document in PREPARE}
     wanted = {
         (ROOT / "data" / entry.annotation).parent
@@ -288,12 +291,13 @@ def test_every_data_set_of_the_course_has_its_document() -> None:
 
 
 @pytest.mark.parametrize("document", PREPARE, ids=name_of)
-def test_every_example_record_is_read_as_its_data_set(document: Path, tmp_path: Path) -> None:
+def test_example_records_are_readable(document: Path, tmp_path: Path) -> None:
     sets = {
         name: entry
         for name, entry in CATALOG.items()
         if (ROOT / "data" / entry.annotation).parent == document.parent
     }
+    assert sets
     text = document.read_text(encoding="utf-8")
     assert blocks(document, "json")
     for name, entry in sets.items():
@@ -305,7 +309,7 @@ def test_every_example_record_is_read_as_its_data_set(document: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["alpaca", "llava", "videochat"])
-def test_a_raw_example_becomes_the_example_beside_it(kind: str, tmp_path: Path) -> None:
+def test_raw_examples_convert_to_the_documented_rows(kind: str, tmp_path: Path) -> None:
     document = ROOT / "data/IT_data/T+X-T_data" / kind / "prepare.md"
     raw, output = tmp_path / "raw.json", tmp_path / "out.json"
     raw.write_text(blocks(document, "json raw")[0])
@@ -315,7 +319,7 @@ def test_a_raw_example_becomes_the_example_beside_it(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", CAPTION_FILES)
-def test_a_caption_snippet_lists_the_media_that_are_there(
+def test_caption_snippets_list_the_existing_media(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, row = CAPTION_FILES[name]

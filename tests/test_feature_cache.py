@@ -1,4 +1,4 @@
-"""Features are found by content, survive other processes, and are never another encoder's."""
+"""The feature cache: keyed by content and encoder, shared by processes."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.shard_members import medium_state
 from nextgpt.media.transforms import PREPROCESSING_VERSIONS
 from nextgpt.training.media_features import FeatureCaches
-from tiny_parts import tiny_overrides, write_tiny_parts
+from tiny_components import tiny_overrides, write_tiny_components
 
 WIDTH = 8
 
@@ -36,13 +36,11 @@ def media(tmp_path: Path) -> list[Path]:
 
 
 def put(cache: FeatureCache, *features: tuple[Path, np.ndarray]) -> None:
-    """Keep the feature of each file as it is now."""
+    """Store the feature of each file's current content."""
     cache.put_many([(cache.identify(path), vector) for path, vector in features])
 
 
-def test_a_feature_comes_back_bit_by_bit_also_in_a_new_process(
-    media: list[Path], tmp_path: Path
-) -> None:
+def test_feature_cache_is_bit_exact_across_processes(media: list[Path], tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
     assert cache.get(media[0]) is None
     put(cache, *((path, feature(i)) for i, path in enumerate(media)))
@@ -53,9 +51,7 @@ def test_a_feature_comes_back_bit_by_bit_also_in_a_new_process(
         np.testing.assert_array_equal(again.get(str(media[0])), feature(0))
 
 
-def test_a_copy_finds_the_feature_and_a_changed_file_does_not(
-    media: list[Path], tmp_path: Path
-) -> None:
+def test_feature_cache_is_keyed_by_content(media: list[Path], tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
     put(cache, (media[0], feature(0)))
     copy = tmp_path / "copy.bin"
@@ -69,12 +65,12 @@ def test_a_copy_finds_the_feature_and_a_changed_file_does_not(
 
 
 def decoded(path: Path) -> torch.Tensor:
-    """A decoder: the file's first byte."""
+    """Decode a file to its first byte."""
     return torch.tensor([path.read_bytes()[0]])
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_file_replaced_while_it_is_decoded_keeps_features_of_its_own_content(
+def test_feature_cache_file_replaced_while_decoding_is_keyed_correctly(
     media: list[Path], tmp_path: Path, in_place: bool
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
@@ -99,7 +95,7 @@ def test_a_file_replaced_while_it_is_decoded_keeps_features_of_its_own_content(
     assert cache.get(copy) is None
 
 
-def test_a_file_replaced_after_decoding_gets_no_feature_of_the_one_before(
+def test_feature_cache_file_replaced_after_decoding_is_a_miss(
     media: list[Path], tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
@@ -109,8 +105,8 @@ def test_a_file_replaced_after_decoding_gets_no_feature_of_the_one_before(
     assert cache.get(media[0]) is None
 
 
-def test_a_file_written_a_moment_ago_is_hashed_again(media: list[Path], tmp_path: Path) -> None:
-    """A second change within the clock's tick leaves its state as it was."""
+def test_feature_cache_recent_file_is_hashed_again(media: list[Path], tmp_path: Path) -> None:
+    """A second change within the clock's tick leaves size and times unchanged."""
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
     content = cache.identify(media[0])
     cache.put_many([(content, feature(0))])
@@ -121,7 +117,7 @@ def test_a_file_written_a_moment_ago_is_hashed_again(media: list[Path], tmp_path
         assert state != content.state and cache.get(media[0]) is None
 
 
-def test_a_file_that_never_stops_changing_and_a_broken_one_are_media_errors(
+def test_feature_cache_changing_or_broken_file_is_a_media_error(
     media: list[Path], tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
@@ -143,7 +139,7 @@ def test_a_file_that_never_stops_changing_and_a_broken_one_are_media_errors(
     assert tries == [media[0]] * 3 + [media[1]]
 
 
-def test_another_encoder_has_features_of_its_own(media: list[Path], tmp_path: Path) -> None:
+def test_feature_cache_is_separate_per_encoder(media: list[Path], tmp_path: Path) -> None:
     put(FeatureCache(tmp_path, "one", WIDTH), (media[0], feature(0)))
     other = FeatureCache(tmp_path, "other", WIDTH + 1)
     assert other.get(media[0]) is None
@@ -151,10 +147,10 @@ def test_another_encoder_has_features_of_its_own(media: list[Path], tmp_path: Pa
         FeatureCache(tmp_path, "one", WIDTH + 1).get(media[0])
 
 
-def test_another_version_of_the_preprocessing_has_features_of_its_own(
+def test_feature_cache_is_separate_per_preprocessing_version(
     media: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tiny_parts(tmp_path)
+    write_tiny_components(tmp_path)
     overrides = [*tiny_overrides(tmp_path), f"data.cache_dir={tmp_path / 'cache'}"]
     config = load_config("7b", 1, overrides)
     before = FeatureCaches(config)
@@ -166,7 +162,7 @@ def test_another_version_of_the_preprocessing_has_features_of_its_own(
     assert after["audio"].get(media[0]) is None
 
 
-def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
+def test_feature_cache_refuses_wrong_features_missing_media_and_damage(
     media: list[Path], tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
@@ -181,7 +177,7 @@ def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
         FeatureCache(tmp_path / "bad", "encoder", WIDTH).get(media[0])
 
 
-def test_a_forked_process_opens_a_connection_of_its_own(media: list[Path], tmp_path: Path) -> None:
+def test_feature_cache_reconnects_after_fork(media: list[Path], tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
     put(cache, (media[0], feature(0)))
     child = os.fork()
@@ -208,7 +204,7 @@ for n in range(first, first + 100000):
 """
 
 
-def test_writers_side_by_side_and_killed_in_a_write_lose_nothing_that_was_said_to_be_kept(
+def test_feature_cache_concurrent_and_killed_writers_lose_nothing_committed(
     tmp_path: Path,
 ) -> None:
     writers = [
@@ -219,14 +215,14 @@ def test_writers_side_by_side_and_killed_in_a_write_lose_nothing_that_was_said_t
         )
         for first in (0, 1_000_000)
     ]
-    said = [int(writer.stdout.readline()) for writer in writers]  # both are at work
+    committed = [int(writer.stdout.readline()) for writer in writers]  # both are at work
     time.sleep(0.5)
     for writer in writers:
         writer.send_signal(signal.SIGKILL)
     for writer in writers:
-        said += [int(line) for line in writer.communicate()[0].split()]
+        committed += [int(line) for line in writer.communicate()[0].split()]
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
-    assert len(said) > 10
-    for n in said:
+    assert len(committed) > 10
+    for n in committed:
         np.testing.assert_array_equal(cache.get(tmp_path / f"{n}.medium"), np.full(WIDTH, n))
-    put(cache, (tmp_path / f"{said[0]}.medium", feature(0)))
+    put(cache, (tmp_path / f"{committed[0]}.medium", feature(0)))

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tiny_parts import tiny_overrides, write_tiny_parts
+from tiny_components import tiny_overrides, write_tiny_components
 from tiny_run import TinyRun
 
 CODE = Path(__file__).resolve().parent.parent / "code"
@@ -90,7 +90,7 @@ def is_upward(one: Import) -> bool:
     return one.room != room and imported >= layer
 
 
-def test_every_room_has_a_layer() -> None:
+def test_rooms_all_have_a_layer() -> None:
     rooms = {path.relative_to(CODE).parts[0] for path in CODE.rglob("*.py") if path.parent != CODE}
     assert rooms == set(LAYER_OF)
 
@@ -103,7 +103,7 @@ def test_imports_run_downwards() -> None:
     assert not removed, removed
 
 
-def test_only_the_entries_of_the_mini_world_import_it() -> None:
+def test_mini_world_is_imported_by_its_entries_only() -> None:
     entries = {one.file for one in package_imports(CODE) if one.room == "mini_world"}
     assert {file for file in entries if "/" not in file} == MINI_WORLD_ENTRIES
 
@@ -120,7 +120,7 @@ def test_only_the_entries_of_the_mini_world_import_it() -> None:
         ("config/a.py", "def f():\n    from nextgpt.model import b", "nextgpt.model"),
     ],
 )
-def test_checker_finds_upward_imports(
+def test_import_checker_finds_upward_imports(
     file: str, statement: str, imported: str, tmp_path: Path
 ) -> None:
     files = {
@@ -171,30 +171,30 @@ def run_without_mini_world(entry: str, *arguments: str) -> subprocess.CompletedP
     )
 
 
-def test_the_hook_makes_the_mini_world_unimportable() -> None:
+def test_import_hook_blocks_the_mini_world() -> None:
     done = run_without_mini_world("evaluate", "--help")
     assert done.returncode != 0 and "imported: nextgpt.mini_world" in done.stderr
 
 
-def test_checkpoints_are_reported_without_the_mini_world() -> None:
+def test_prepare_checkpoints_runs_without_the_mini_world() -> None:
     done = run_without_mini_world("prepare_checkpoints", "--config", "7b")
     assert "Traceback" not in done.stderr and "language_model" in done.stdout, done.stderr
 
 
-def test_memory_is_estimated_without_the_mini_world(tmp_path: Path) -> None:
+def test_memory_estimate_runs_without_the_mini_world(tmp_path: Path) -> None:
     done = run_without_mini_world("train", *TinyRun(tmp_path, 1).arguments, "--plan")
     assert done.returncode == 0 and "GB" in done.stdout, done.stderr
 
 
-def test_a_stage_is_trained_without_the_mini_world(tmp_path: Path) -> None:
+def test_training_runs_without_the_mini_world(tmp_path: Path) -> None:
     run = TinyRun(tmp_path, 1, sets=["training.max_steps=2"])
     done = run_without_mini_world("train", *run.arguments)
     assert done.returncode == 0, done.stderr
     assert len(run.losses) == 2 and run.delta
 
 
-def test_the_server_starts_without_the_mini_world(tmp_path: Path) -> None:
-    write_tiny_parts(tmp_path)
+def test_server_starts_without_the_mini_world(tmp_path: Path) -> None:
+    write_tiny_components(tmp_path)
     sets = [word for override in tiny_overrides(tmp_path) for word in ("--set", override)]
     delta = str(tmp_path / "tuned" / "stage_3")
     done = run_without_mini_world("demo_app", "--config", "7b", *sets, "--nextgpt_ckpt_path", delta)

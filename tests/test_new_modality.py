@@ -1,4 +1,4 @@
-"""A fourth modality takes one registration, and no change to a file of the package."""
+"""A fourth modality needs one registration and no change of the package."""
 
 from pathlib import Path
 
@@ -16,15 +16,15 @@ from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.trainable import set_trainable
 from nextgpt.serving.sampling_settings import setting_specs
 from nextgpt.training.media_features import BatchEncoder, FeatureCaches
+from tiny_components import favour, tiny_overrides
 from tiny_decoders import tiny_decoder
-from tiny_parts import favour, tiny_overrides
 
 IMAGE_ADAPTER = "nextgpt.model.decoders:StableDiffusionDecoder"
 DEPTH = ModalitySpec("depth", "DEP", "depth map", ".png", "image/png", IMAGE_ADAPTER)
 DECODER = {"signal_tokens": 3, "prompt_embeds_shape": [12, 32], "num_inference_steps": 1}
 
 
-def test_a_registered_modality_trains_and_answers(
+def test_registered_modality_trains_and_answers(
     tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     register_modality(DEPTH)

@@ -1,10 +1,11 @@
-"""Losses and gradients are the published system's, on its recorded small parts."""
+"""Losses and gradients equal the published system's on recorded small components."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_parts import model_to_published
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nextgpt.common.errors import UserError
@@ -18,7 +19,6 @@ from nextgpt.model.trainable import TRAINABLE_GROUPS, count_parameters, set_trai
 from parity.recipe import recipe_tensor
 from parity_tools import PARITY, cases, relative_error
 from test_conversation import CASE_NAMES
-from tiny_parts import model_to_published
 from tiny_system import recorded_batch, tiny_config, tiny_model
 
 
@@ -36,7 +36,7 @@ def weighted_loss(losses: Losses, video_weight: float) -> torch.Tensor:
     return total
 
 
-def test_batches_are_padded_and_masked_as_recorded() -> None:
+def test_batch_padding_and_masks_equal_the_recorded() -> None:
     for case in CASE_NAMES:
         batch = recorded_batch(case)
         recorded = cases()[f"{case}.attention_mask"]
@@ -48,7 +48,7 @@ def test_batches_are_padded_and_masked_as_recorded() -> None:
 
 @pytest.mark.parametrize("whole_vocabulary", [True, False])
 @pytest.mark.parametrize("case", CASE_NAMES)
-def test_losses_and_gradients_are_the_published_ones(case: str, whole_vocabulary: bool) -> None:
+def test_losses_and_gradients_equal_the_published(case: str, whole_vocabulary: bool) -> None:
     model, losses = losses_of(case, whole_vocabulary=whole_vocabulary)
     loss = weighted_loss(losses, video_weight=2.0 if case == "stage3.video" else 1.0)
     assert relative_error(loss, cases()[f"{case}.loss"]) < 1e-5
@@ -59,7 +59,10 @@ def test_losses_and_gradients_are_the_published_ones(case: str, whole_vocabulary
     loss.backward()
     embedding = model.language_model.get_input_embeddings()
     assert (embedding.weight.grad is not None) == whole_vocabulary
-    assert embedding.new_rows.grad is not None
+    assert embedding.new_rows.grad.any()
+    recorded = {name.removeprefix(f"{case}.") for name in cases() if name.startswith(f"{case}.")}
+    gradients = {"1": "grad_llama_proj", "2": "grad_fc_in", "3": "lora_A_grad_norms"}
+    assert (gradients[case[5]] in recorded) == (modality in MODALITIES)
     if f"{case}.grad_llama_proj" in cases():
         grad = model.input_projection.weight.grad
         assert relative_error(grad, cases()[f"{case}.grad_llama_proj"]) < 1e-4
@@ -71,8 +74,8 @@ def test_losses_and_gradients_are_the_published_ones(case: str, whole_vocabulary
         assert relative_error(torch.stack(norms), cases()[f"{case}.lora_A_grad_norms"]) < 1e-4
 
 
-def test_a_batch_without_a_target_has_no_text_loss_and_finite_gradients() -> None:
-    """All of an answer's words may have been cut to fit."""
+def test_losses_without_text_labels_are_finite() -> None:
+    """Truncation may remove all labels of an answer."""
     model = tiny_model(lora=False)
     batch = recorded_batch("stage1.image")
     batch.labels.fill_(IGNORE_INDEX)
@@ -84,7 +87,7 @@ def test_a_batch_without_a_target_has_no_text_loss_and_finite_gradients() -> Non
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_output_projections_give_the_recorded_embeddings(modality: str) -> None:
+def test_output_projections_equal_the_recorded(modality: str) -> None:
     projection = tiny_model(lora=False).output_projections[modality]
     recorded = {
         k: cases()[f"output_projection.{modality}.{k}"] for k in ("hidden", "embeds", "out")
@@ -94,7 +97,7 @@ def test_output_projections_give_the_recorded_embeddings(modality: str) -> None:
 
 
 def published_file(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The recorded stage 3 file, completed by the recipe as its notes say."""
+    """Write the recorded stage 3 file, completed by the recipe."""
     tensors = torch.load(PARITY / "delta_stage3_tiny.pt", weights_only=True)
     for name, shape in json.loads((PARITY / "delta_keys_tiny.json").read_text()).items():
         if name not in tensors:
@@ -107,7 +110,7 @@ def empty_model() -> NextGPT:
     return build_model(tiny_config(), torch.float32, lora=True, output_projections=True)
 
 
-def test_the_published_file_loads_and_is_written_back_name_by_name(tmp_path: Path) -> None:
+def test_published_delta_round_trips_name_by_name(tmp_path: Path) -> None:
     folder, tensors = published_file(tmp_path)
     model = empty_model()
     report = load_delta(model, read_delta(folder), required=set(TRAINABLE_GROUPS))
@@ -118,7 +121,7 @@ def test_the_published_file_loads_and_is_written_back_name_by_name(tmp_path: Pat
         assert torch.equal(written[name], tensor.float()), name
 
 
-def test_a_published_file_with_wrong_names_or_shapes_is_refused_with_their_list(
+def test_published_delta_with_wrong_names_or_shapes_lists_them(
     tmp_path: Path,
 ) -> None:
     folder, tensors = published_file(tmp_path)
@@ -134,7 +137,7 @@ def test_a_published_file_with_wrong_names_or_shapes_is_refused_with_their_list(
     assert "output_projections.audio.fc.weight: shape (512, 64), expected (512, 128)" in message
 
 
-def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
+def test_published_7b_delta_has_the_models_names_and_shapes() -> None:
     """On the meta device, so that 7 billion parameters cost no memory."""
     config = load_config("7b")
     model = build_on_meta(config, LlamaConfig(), base_tokens=32000, lora=True)
@@ -143,8 +146,8 @@ def test_names_and_shapes_of_the_published_7b_file_are_the_models() -> None:
     assert {name: list(tensor.shape) for name, tensor in written.items()} == recorded
 
 
-def test_the_tuned_parts_have_the_published_parameter_counts() -> None:
-    """The paper's figures, in millions; the vocabulary's rows are counted apart there."""
+def test_trainable_groups_have_the_published_parameter_counts() -> None:
+    """In millions, from the paper, which counts the vocabulary separately."""
     config = load_config("7b")
     model = build_on_meta(config, LlamaConfig(), base_tokens=32000, lora=True)
     counts = {part: size / 1e6 for part, (size, _) in count_parameters(model).items()}
@@ -156,7 +159,7 @@ def test_the_tuned_parts_have_the_published_parameter_counts() -> None:
         assert round(trained / 1e6, 2) == published[modality]
 
 
-def test_a_merged_vicuna_with_a_padding_row_is_read_with_the_published_ids(tmp_path: Path) -> None:
+def test_merged_vicuna_with_padding_row_keeps_the_published_ids(tmp_path: Path) -> None:
     """Vicuna v0 has 32001 rows for 32000 tokens; the published new ids begin at 32000."""
     padded = LlamaForCausalLM.from_pretrained(PARITY / "llama_tiny")
     padded.resize_token_embeddings(1001)
@@ -171,7 +174,7 @@ def test_a_merged_vicuna_with_a_padding_row_is_read_with_the_published_ids(tmp_p
     assert torch.equal(model_to_published(model)[head], tensors[head].float())
 
 
-def test_a_delta_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_delta_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     write_delta({"input_projection.bias": torch.zeros(128)}, 32000, tmp_path / "delta.safetensors")
     with pytest.raises(UserError, match="32000 tokens, this one has 1000"):
         load_delta(empty_model(), read_delta(tmp_path), required=set())

@@ -1,4 +1,4 @@
-"""What the repository ships answers as it is, and is small enough."""
+"""The shipped components and tuned parameters: size and answers."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from nextgpt.mini_world.mini_decoders import DECODER_FOLDERS
 from nextgpt.mini_world.scoreboard.items import QUICK
 from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, mean_accuracy, measure
 from nextgpt.model.delta import DELTA_FILE, read_delta
-from test_mini_parts import megabytes_to_ship
+from test_mini_components import megabytes_to_ship
 
 CONFIG = load_config("mini")
 TUNED = project_path(CONFIG.save_path)
@@ -25,7 +25,7 @@ def shipped() -> Assistant:
     return Assistant.from_config(CONFIG, TUNED)
 
 
-def test_every_frozen_part_but_the_language_model_is_there_and_small() -> None:
+def test_shipped_components_are_complete_and_small() -> None:
     assert len(FROZEN) == len(COMPONENTS) - 1
     assert all((folder / TRAINING_RECORD).is_file() for folder in FROZEN)
     assert megabytes_to_ship(*FROZEN) <= 60
@@ -33,7 +33,7 @@ def test_every_frozen_part_but_the_language_model_is_there_and_small() -> None:
     assert read_delta(TUNED).source.name == DELTA_FILE
 
 
-def test_shipped_parameters_answer_in_words_pictures_and_sounds(
+def test_shipped_model_answers_with_text_image_and_audio(
     shipped: Assistant, tmp_path: Path
 ) -> None:
     board = measure(shipped, EvaluationSettings(("T→I", "T→A", "I→T"), 4), tmp_path)
@@ -42,6 +42,6 @@ def test_shipped_parameters_answer_in_words_pictures_and_sounds(
 
 
 @pytest.mark.slow
-def test_shipped_parameters_are_any_to_any(shipped: Assistant, tmp_path: Path) -> None:
+def test_shipped_model_is_any_to_any(shipped: Assistant, tmp_path: Path) -> None:
     board = measure(shipped, EvaluationSettings(QUICK, 40, seed=1), tmp_path)
     assert mean_accuracy(board.cells, QUICK) >= 0.9

@@ -1,4 +1,4 @@
-"""Tiny real diffusion pipelines: the mini world's builders with small sizes."""
+"""Tiny diffusion pipelines: the mini world's builders with small sizes."""
 
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ CAPTIONS = ["a small red circle on the left", "two big drums, at the top of the 
 
 @cache
 def tiny_decoder(modality: Modality) -> Path:
-    """The folder of a tiny pipeline, built once. Shared between tests: do not write into it."""
+    """Build a tiny pipeline once; return its folder. Shared between tests: do not modify."""
     folder = Path(mkdtemp(prefix="tiny_decoder_")) / modality
     build_mini_decoder(modality, folder, seed=1, captions=CAPTIONS[:1], config=TINY)
     return folder

@@ -1,4 +1,4 @@
-"""The published system on the recorded small parts: built by the real builder, filled by recipe."""
+"""The published system on the recorded small components, with weights by recipe."""
 
 import copy
 import json
@@ -29,7 +29,7 @@ TINY_OVERRIDES = [
 
 
 def tiny_config(stage: int | None = None, overrides: list[str] | None = None) -> Config:
-    """The published configuration with the recorded small language model and encoder."""
+    """Load the published configuration with the recorded small language model and encoder."""
     return load_config("7b", stage, TINY_OVERRIDES + (overrides or []))
 
 
@@ -38,7 +38,7 @@ def tiny_encoder() -> PromptBuilder:
 
 
 def tiny_model(*, lora: bool) -> NextGPT:
-    """The model of the recorded cases in float32: every tuned tensor by its published name."""
+    """Return the model of the recorded cases in float32 with recipe weights."""
     return copy.deepcopy(_filled_model(lora))
 
 
@@ -57,7 +57,7 @@ def _filled_model(lora: bool) -> NextGPT:
 
 @torch.no_grad()
 def randomise_adapters(model: NextGPT) -> None:
-    """Let the adapters, which begin by adding nothing, add a great deal."""
+    """Randomize the adapters' zero-initialized B matrices."""
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             parameter.normal_()
@@ -66,7 +66,7 @@ def randomise_adapters(model: NextGPT) -> None:
 def ask(
     question: str, answer: str, shown: Media | None = None, made: Media | None = None
 ) -> tuple[Turn, Turn]:
-    """One round, with a medium before the question or after the answer."""
+    """Return one round, with a medium before the question or after the answer."""
     return (
         Turn("human", (*([shown] if shown else []), Text(question))),
         Turn("assistant", (Text(answer), *([made] if made else []))),
@@ -74,7 +74,7 @@ def ask(
 
 
 def recorded_conversation(case: str, row: int) -> Conversation:
-    """The conversation behind row `row` of the recorded case, e.g. `stage2.video`."""
+    """Return the conversation of row `row` of the recorded case, e.g. `stage2.video`."""
     stage, kind = case.split(".")
     if stage == "stage3":
         question, answer = TEXTS["conv"][row]
@@ -92,7 +92,7 @@ def recorded_conversation(case: str, row: int) -> Conversation:
 
 
 def recorded_batch(case: str) -> Batch:
-    """The batch of the recorded case, with the recorded features and caption embeddings."""
+    """Return the batch of the recorded case with its features and caption embeddings."""
     kind = case.split(".")[1]
     encoder = tiny_encoder()
     shown = "image" if kind in ("image_to_text", "multiturn") else kind

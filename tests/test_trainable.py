@@ -1,4 +1,4 @@
-"""What does not train is in evaluation mode, whoever calls `train`; what trains drops out."""
+"""Frozen groups stay in evaluation mode; trainable groups have dropout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ DROPOUT = "language_model.lora_dropout=0.1"
 
 
 def model_of(stage: int, *sets: str) -> NextGPT:
-    """A stage's model with adapters that say something and a language model that would drop out."""
+    """Build a stage's model with random adapters and dropout in the language model."""
     config = tiny_config(stage, [DROPOUT, *sets])
     torch.manual_seed(0)
     model = build_model(config, torch.float32, lora=True, output_projections=True)
@@ -39,13 +39,13 @@ def batch() -> Batch:
 
 
 def differs(model: NextGPT) -> bool:
-    """Whether two forward passes over the same batch give other losses."""
+    """Return whether two forward passes over the same batch give different losses."""
     with torch.no_grad():
         return model(batch()).text.item() != model(batch()).text.item()
 
 
 def saved_tensors(model: NextGPT) -> int:
-    """How many tensors a forward pass saves for the backward pass."""
+    """Return the number of tensors that a forward pass saves for the backward pass."""
     saved: list[torch.Tensor] = []
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def saved_tensors(model: NextGPT) -> int:
 
 
 def quantized(model: NextGPT) -> list[nn.Module]:
-    """The layers whose matrices bitsandbytes holds."""
+    """Return the bitsandbytes layers."""
     kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
     return [module for module in model.modules() if isinstance(module, kinds)]
 
@@ -77,7 +77,7 @@ def after_a_warm_start(model: NextGPT) -> None:
 
 @pytest.mark.parametrize("between", [NextGPT.train, after_evaluation, after_a_warm_start])
 @pytest.mark.parametrize("stage", STAGES)
-def test_dropout_is_active_in_what_trains_and_nowhere_else(
+def test_dropout_is_active_in_trainable_groups_only(
     stage: int, between: Callable[[NextGPT], object]
 ) -> None:
     model = model_of(stage)
@@ -90,7 +90,7 @@ def test_dropout_is_active_in_what_trains_and_nowhere_else(
         between(model)
 
 
-def test_layers_that_recompute_activations_keep_doing_so_without_dropout() -> None:
+def test_dropout_disabled_keeps_activation_checkpointing() -> None:
     model = model_of(1, "training.activation_checkpointing=true")
     layers = model.language_model.model.layers
     assert all(layer.training and layer.gradient_checkpointing for layer in layers)
@@ -100,7 +100,7 @@ def test_layers_that_recompute_activations_keep_doing_so_without_dropout() -> No
 
 @pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
 @pytest.mark.parametrize("kind", ["8bit", "4bit"])
-def test_quantized_matrices_let_gradients_through_after_a_pass_without_dropout(kind: str) -> None:
+def test_dropout_disabled_keeps_gradients_through_quantized_weights(kind: str) -> None:
     gradients = []
     for warm_start in (False, True):
         model = model_of(1, f"language_model.quantization={kind}")
@@ -115,7 +115,7 @@ def test_quantized_matrices_let_gradients_through_after_a_pass_without_dropout(k
     assert gradients[0].any() and torch.equal(*gradients)
 
 
-def test_measuring_a_centre_draws_no_dropout() -> None:
+def test_whitening_uses_no_dropout() -> None:
     centres = []
     for seed in (1, 2):
         model = model_of(3, "output_projection.whiten_inputs=true")
@@ -126,7 +126,7 @@ def test_measuring_a_centre_draws_no_dropout() -> None:
     assert centres[0].any() and torch.equal(*centres)
 
 
-def test_stage_4_reads_frozen_adapters_without_dropout_resumed_or_not(tmp_path: Path) -> None:
+def test_stage_4_disables_dropout_of_frozen_adapters(tmp_path: Path) -> None:
     start = ["--init-from", str(trained(3).folder)]
     sets = ["training.save_steps=1", "training.epochs=9", "training.max_steps=6"]
     sets.append("training.cache_hidden_states=false")

@@ -1,4 +1,4 @@
-"""Vicuna from LLaMA and its delta: the sum, its files, what is refused, what it costs."""
+"""Merging Vicuna from LLaMA and its delta: sum, files, errors, memory."""
 
 import shutil
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("delta_kind", ["safetensors", "bin"])
 @pytest.mark.parametrize(("base_kind", "base_shards"), [("bin", 3), ("safetensors", 1)])
-def test_the_merged_model_is_the_sum_of_whole_models_with_a_zero_row_appended(
+def test_merge_vicuna_adds_complete_models_with_a_zero_row_appended(
     base_kind: Format, base_shards: int, delta_kind: Format, tmp_path: Path
 ) -> None:
     llama = write_llama(tmp_path / "llama", base_kind, base_shards)
@@ -53,7 +53,7 @@ def test_the_merged_model_is_the_sum_of_whole_models_with_a_zero_row_appended(
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
 
 
-def test_the_result_has_llamas_tokenizer_and_leaves_nothing_beside_it(
+def test_merge_vicuna_copies_the_tokenizer_and_leaves_no_other_files(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     words = ["--base", pair[0], "--delta", pair[1], "--out", tmp_path / "out"]
@@ -66,7 +66,7 @@ def test_the_result_has_llamas_tokenizer_and_leaves_nothing_beside_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["delta", "llama", "out"]
 
 
-def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def corrupt(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
     tensors = {n: t.clone() for n, t in map_folder(folder).items()}
     tensors[name] = change(tensors[name])
     for file in folder.glob("*.safetensors*"):
@@ -74,32 +74,32 @@ def spoil(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def set_figure(folder: Path, key: str, value: object) -> None:
-    figures = LlamaConfig.from_pretrained(folder)
-    setattr(figures, key, value)
-    figures.save_pretrained(folder)
+def set_config_value(folder: Path, key: str, value: object) -> None:
+    llama_config = LlamaConfig.from_pretrained(folder)
+    setattr(llama_config, key, value)
+    llama_config.save_pretrained(folder)
 
 
 HEAD = "lm_head.weight"
 FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "LLaMA-2 as the base": (
-        lambda b, d: set_figure(b, "max_position_embeddings", 4096), "not of LLaMA-1"),
+        lambda b, d: set_config_value(b, "max_position_embeddings", 4096), "not of LLaMA-1"),
     "the delta as the base": (
         lambda b, d: [shutil.copy(f, b) for f in d.glob("*.safetensors")], "give LLaMA-1 itself"),
     "a merged model as the delta": (
         lambda b, d: [f.unlink() for f in d.glob("*.safetensors")]
         and write_weights(d, map_folder(b)), "merged already"),
     "a delta without the row for padding": (
-        lambda b, d: spoil(d, HEAD, lambda t: t[:-1].clone()),
+        lambda b, d: corrupt(d, HEAD, lambda t: t[:-1].clone()),
         r"lm_head.weight: shape \(1000, 128\) in the delta, expected \(1001, 128\)"),
     "a delta of another size": (
-        lambda b, d: spoil(d, "model.layers.1.mlp.up_proj.weight", lambda t: t[:, :-1].clone()),
+        lambda b, d: corrupt(d, "model.layers.1.mlp.up_proj.weight", lambda t: t[:, :-1].clone()),
         r"shape \(256, 127\) in the delta, expected \(256, 128\)"),
     "a missing file": (
         lambda b, d: (b / "model-00002-of-00002.safetensors").unlink(),
         "not there: model-00002-of-00002.safetensors"),
     "a delta that overflows": (
-        lambda b, d: spoil(d, HEAD, lambda t: torch.full_like(t, torch.inf)), "not finite"),
+        lambda b, d: corrupt(d, HEAD, lambda t: torch.full_like(t, torch.inf)), "not finite"),
     "no tokenizer": (
         lambda b, d: [f.unlink() for f in b.glob("tokenizer*")], "tokenizer.json or"),
     "no folder": (lambda b, d: shutil.rmtree(d), "is not a folder"),
@@ -107,7 +107,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_what_does_not_belong_together_is_named_and_nothing_is_written(
+def test_merge_vicuna_mismatch_is_named_and_nothing_written(
     fault: str, pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     break_it, word = FAULTS[fault]
@@ -117,7 +117,7 @@ def test_what_does_not_belong_together_is_named_and_nothing_is_written(
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_a_folder_is_neither_merged_with_itself_nor_overwritten(pair: tuple[Path, Path]) -> None:
+def test_merge_vicuna_refuses_same_folder_and_overwriting(pair: tuple[Path, Path]) -> None:
     base, delta = pair
     with pytest.raises(UserError, match="both as LLaMA-1 and as the delta"):
         merge_vicuna(base, base, base.with_name("out"))
@@ -126,22 +126,22 @@ def test_a_folder_is_neither_merged_with_itself_nor_overwritten(pair: tuple[Path
 
 
 def memory(key: str) -> int:
-    """A figure of this process in bytes: VmRSS is what it holds, VmHWM the most it held."""
+    """Return this process's memory in bytes: VmRSS is current, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def test_memory_follows_the_size_of_a_written_file_and_not_of_the_model(tmp_path: Path) -> None:
-    """LLaMA, delta and sum of one written file: of a 200 MB model in files of 10 MB, some 40 MB."""
-    figures = LlamaConfig.from_pretrained(LLAMA)
+def test_merge_vicuna_memory_is_bounded_by_one_output_file(tmp_path: Path) -> None:
+    """LLaMA, delta and sum of one output file: about 40 MB for a 200 MB model in 10 MB files."""
+    llama_config = LlamaConfig.from_pretrained(LLAMA)
     tall = torch.ones(4 * MEGABYTE // 128, 128).half()  # 8 MB
     llama = write_llama(tmp_path / "llama")
     shutil.copytree(tmp_path / "llama", tmp_path / "large")
-    figures.intermediate_size = len(tall)
-    figures.num_hidden_layers = 8
-    figures.save_pretrained(tmp_path / "large")
+    llama_config.intermediate_size = len(tall)
+    llama_config.num_hidden_layers = 8
+    llama_config.save_pretrained(tmp_path / "large")
     large = {name: t for name, t in llama.items() if ".layers." not in name}
-    for layer in range(figures.num_hidden_layers):
+    for layer in range(llama_config.num_hidden_layers):
         for name in (n for n in llama if ".layers.0." in n):
             wide = tall if "mlp" in name else llama[name]
             shaped = wide.T.contiguous() if "down_proj" in name else wide

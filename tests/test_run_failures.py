@@ -1,4 +1,4 @@
-"""A run that fails ends: all its processes within seconds, the cause said once, a bad exit code."""
+"""A failing run ends all processes within seconds, reports its cause once, and exits non-zero."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LONG = ["training.epochs=1000", "training.max_steps=20000", "data.num_workers=2"
 
 
 def _train_failing(*given: Any) -> None:
-    """A process whose third step raises what `fault.json` names, in the ranks it names."""
+    """Train; the third step raises the error of `fault.json` on the ranks of `fault.json`."""
     import torch
     import torch.distributed as dist
 
@@ -53,7 +53,7 @@ def _train_failing(*given: Any) -> None:
 
 
 def _train_without_coming(*given: Any) -> None:
-    """A process that ends, as rank 1, before it has connected to process 0, which waits for 3 s."""
+    """Train; rank 1 exits before it connects to process 0, which waits for 3 s."""
     import tiny_run
     from nextgpt.common import watchdog
 
@@ -69,7 +69,7 @@ def _train_without_coming(*given: Any) -> None:
 
 
 def _train_unlike(*given: Any) -> None:
-    """A process that, as rank 1, finds no precision for its GPU, before anything is gathered."""
+    """Train; rank 1 raises an error when it chooses its precision."""
     import tiny_run
     from nextgpt.common.errors import UserError
     from nextgpt.training import trainer
@@ -90,7 +90,7 @@ Start = Callable[..., TinyRun]
 
 @pytest.fixture
 def start_run(tmp_path: Path) -> Iterator[Start]:
-    """Starts a long run, whose processes end with the test, however that ends."""
+    """Start a long run whose processes are killed after the test."""
     runs: list[TinyRun] = []
 
     def start(world: int, target: Callable[..., None]) -> TinyRun:
@@ -104,17 +104,17 @@ def start_run(tmp_path: Path) -> Iterator[Start]:
 
 
 def failing_run(start: Start, folder: Path, error: str, ranks: list[int], world: int) -> TinyRun:
-    """Started, to fail."""
+    """Start a run that raises `error` on `ranks`."""
     (folder / "fault.json").write_text(json.dumps({"error": error, "ranks": ranks}))
     return start(world, _train_failing)
 
 
 def family(run: TinyRun) -> list[psutil.Process]:
-    """The processes of a run after two steps: the ranks first, their two loader processes last.
+    """Return a run's processes after two steps: ranks, decode workers, two loader workers a rank.
 
     Between are those that decode for either.
     """
-    until(lambda: len(run.metrics) >= 2 or not run.processes[0].is_alive())
+    wait_until(lambda: len(run.metrics) >= 2 or not run.processes[0].is_alive())
     ranks = [psutil.Process(process.pid) for process in run.processes]
     children = [child for rank in ranks for child in rank.children(recursive=True)]
     loaders = [child for child in children if child.name() == "pt_data_worker"]
@@ -130,7 +130,7 @@ def assert_gone(processes: list[psutil.Process], seconds: float = SECONDS) -> No
 
 
 def _kill_all(script: subprocess.Popen) -> None:
-    """End what a launch script that still runs has started, and then itself."""
+    """Kill a launch script's processes and the script, if it still runs."""
     if script.poll() is None:
         processes = psutil.Process(script.pid).children(recursive=True)
         for process in processes:
@@ -140,7 +140,7 @@ def _kill_all(script: subprocess.Popen) -> None:
         script.wait()
 
 
-def until(reached: Callable[[], Any], seconds: float = 120) -> None:
+def wait_until(reached: Callable[[], Any], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not reached():
         assert time.monotonic() < end
@@ -151,7 +151,7 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("error", "said", "code", "ranks", "world"),
+    ("error", "message", "code", "ranks", "world"),
     [
         pytest.param(*case, marks=SLOW)
         for case in (
@@ -171,8 +171,14 @@ SLOW = pytest.mark.slow
         )
     ],
 )
-def test_an_exception_in_a_step_ends_all_processes_and_is_said_once(
-    start_run: Start, tmp_path: Path, error: str, said: str, code: int, ranks: list[int], world: int
+def test_exception_in_a_step_ends_all_processes_and_is_reported_once(
+    start_run: Start,
+    tmp_path: Path,
+    error: str,
+    message: str,
+    code: int,
+    ranks: list[int],
+    world: int,
 ) -> None:
     run = failing_run(start_run, tmp_path, error, ranks, world)
     processes = family(run)
@@ -180,12 +186,12 @@ def test_an_exception_in_a_step_ends_all_processes_and_is_said_once(
     assert_gone(processes)
     assert run.wait() == code
     assert {process.exitcode for process in run.processes} == {code}
-    assert run.outputs.count(said) == 1
+    assert run.outputs.count(message) == 1
     assert run.outputs.count("Traceback") <= (2 if error == "SystemExit" else 1)
 
 
 @pytest.mark.parametrize(("world", "killed"), [(2, 1), pytest.param(2, 0, marks=SLOW)])
-def test_the_others_end_when_a_process_is_killed_and_say_which(
+def test_killed_process_ends_the_others_which_name_it(
     start_run: Start, tmp_path: Path, world: int, killed: int
 ) -> None:
     run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
@@ -202,7 +208,7 @@ def test_the_others_end_when_a_process_is_killed_and_say_which(
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_before_it_connects_is_named_and_ends_the_run(start_run: Start) -> None:
+def test_process_that_dies_before_connecting_is_named_and_ends_the_run(start_run: Start) -> None:
     run = start_run(2, _train_without_coming)
     assert run.wait() == 2
     assert run.outputs.count("did not connect to process 0 within 3 s: 1") == 1
@@ -210,7 +216,7 @@ def test_a_process_that_dies_before_it_connects_is_named_and_ends_the_run(start_
 
 
 @pytest.mark.slow
-def test_an_error_before_the_training_begins_ends_all_processes(start_run: Start) -> None:
+def test_error_before_training_ends_all_processes(start_run: Start) -> None:
     run = start_run(2, _train_unlike)
     assert [run.wait(), run.processes[1].exitcode] == [2, 2]
     assert run.outputs.count(CAUSE) == 1
@@ -218,7 +224,7 @@ def test_an_error_before_the_training_begins_ends_all_processes(start_run: Start
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
-def test_a_killed_loader_process_ends_the_run(start_run: Start, tmp_path: Path, world: int) -> None:
+def test_killed_loader_worker_ends_the_run(start_run: Start, tmp_path: Path, world: int) -> None:
     run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
     processes = family(run)
     processes[-1].kill()
@@ -228,7 +234,7 @@ def test_a_killed_loader_process_ends_the_run(start_run: Start, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_loader_processes_die_with_a_run_that_is_killed(start_run: Start, tmp_path: Path) -> None:
+def test_loader_workers_end_with_a_killed_run(start_run: Start, tmp_path: Path) -> None:
     run = failing_run(start_run, tmp_path, "RuntimeError", [], 1)
     processes = family(run)
     processes[0].kill()
@@ -237,14 +243,14 @@ def test_loader_processes_die_with_a_run_that_is_killed(start_run: Start, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["process", "loader"])
-def test_the_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
+def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
     run = TinyRun(tmp_path, 1, LONG, ["--include", "localhost:0,1"])
     environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
     command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
     with (tmp_path / "output").open("w+") as output:
         script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
-            until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
+            wait_until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
             started = psutil.Process(script.pid).children(recursive=True)
             trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
             ranks = [one for one in trainers if "deepspeed" not in " ".join(one.cmdline())]
@@ -256,7 +262,7 @@ def test_the_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: s
             code = script.wait(5)
         finally:
             _kill_all(script)
-    said = (tmp_path / "output").read_text()
-    assert code != 0, said
+    message = (tmp_path / "output").read_text()
+    assert code != 0, message
     cause = "is killed by signal: Killed" if kind == "loader" else "ended without an error message"
-    assert said.count(cause) == 1, said
+    assert message.count(cause) == 1, message

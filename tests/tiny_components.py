@@ -1,4 +1,4 @@
-"""A whole system of tiny parts on disk, to be chosen by overrides of the configuration."""
+"""Tiny components on disk, selected by configuration overrides."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -38,7 +38,7 @@ _PROJECTION = {
 
 
 def tiny_overrides(folder: Path) -> list[str]:
-    """What to `--set` over config 7b to run on the parts in `folder`."""
+    """Return the overrides of config 7b for the components in `folder`."""
     lengths = {
         "image": {"height": TINY.image_size, "width": TINY.image_size},
         "video": {"height": TINY.image_size, "width": TINY.image_size, "num_frames": 3},
@@ -63,7 +63,7 @@ def tiny_overrides(folder: Path) -> list[str]:
     ]
 
 
-def write_tiny_parts(folder: Path, favoured: Sequence[int] = ()) -> None:
+def write_tiny_components(folder: Path, favoured: Sequence[int] = ()) -> None:
     """Write the encoder and, to `folder`/tuned/stage_3, tuned parameters with LoRA.
 
     Args:
@@ -76,7 +76,7 @@ def write_tiny_parts(folder: Path, favoured: Sequence[int] = ()) -> None:
 
 
 def write_tiny_delta(path: Path, favoured: Sequence[int] = ()) -> None:
-    """The recorded tuned parameters, but output projections for the tiny decoders."""
+    """Write the recorded tuned parameters with output projections for the tiny decoders."""
     model = tiny_model(lora=True)
     hidden = model.language_model.config.hidden_size
     torch.manual_seed(0)
@@ -91,12 +91,12 @@ def write_tiny_delta(path: Path, favoured: Sequence[int] = ()) -> None:
 
 @torch.no_grad()
 def favour(model: NextGPT, favoured: Sequence[int], strength: float = 25.0) -> None:
-    """Lengthen the head's rows of the new tokens `favoured`: now and then they win."""
+    """Scale the head's rows of the new tokens `favoured`, so that they are sampled often."""
     model.language_model.get_output_embeddings().new_rows[list(favoured)] *= strength
 
 
 def script_language_model(folder: Path, answer: Sequence[int]) -> list[str]:
-    """A language model that always answers with the ids `answer`, no id twice; its overrides.
+    """Write a language model that always generates the distinct ids `answer`; return overrides.
 
     Attention and feed-forward layers add nothing; the tokens of the prompt's end and of the answer
     have directions of their own, and the head leads from each to the next. The folder gets tuned

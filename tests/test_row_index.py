@@ -1,4 +1,4 @@
-"""The row index: made once, in bounded memory, by one process of several, and never stale."""
+"""The row index: built once, in bounded memory, by one of several processes, never stale."""
 
 import json
 import pickle
@@ -29,7 +29,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_row_comes_back_and_is_checked_once(file: Path, tmp_path: Path) -> None:
+def test_row_index_returns_every_row_and_validates_once(file: Path, tmp_path: Path) -> None:
     checked = []
 
     def note(record: dict, row: int) -> Conversation:
@@ -45,7 +45,7 @@ def test_every_row_comes_back_and_is_checked_once(file: Path, tmp_path: Path) ->
     assert pickle.loads(pickle.dumps(again))[7] == ROWS[7]  # noqa: S301
 
 
-def test_a_changed_file_or_reader_or_a_damaged_index_makes_a_new_one(
+def test_row_index_is_rebuilt_when_file_or_reader_changes_or_damaged(
     file: Path, tmp_path: Path
 ) -> None:
     index = open_index(file, tmp_path, accept, "v1")
@@ -58,9 +58,7 @@ def test_a_changed_file_or_reader_or_a_damaged_index_makes_a_new_one(
     assert len(open_index(file, tmp_path, accept, "v1")) == 5
 
 
-def test_the_digest_follows_rows_and_their_order_and_nothing_else(
-    file: Path, tmp_path: Path
-) -> None:
+def test_row_index_digest_depends_on_rows_and_order_only(file: Path, tmp_path: Path) -> None:
     def digest(rows: list[dict], **layout: object) -> str:
         file.write_text(json.dumps(rows, **layout))
         index = open_index(file, tmp_path, lambda *_: EMPTY, "v1")
@@ -78,7 +76,7 @@ def test_the_digest_follows_rows_and_their_order_and_nothing_else(
     assert digest(rows, separators=(", ", ": "), indent=None) == found
 
 
-def test_a_refused_row_or_an_empty_file_leaves_nothing_behind(file: Path, tmp_path: Path) -> None:
+def test_row_index_failed_build_leaves_no_files(file: Path, tmp_path: Path) -> None:
     def refuse(record: dict, row: int) -> Conversation:
         if row == 5000:
             raise UserError("row 5000 is wrong")
@@ -95,7 +93,7 @@ def test_a_refused_row_or_an_empty_file_leaves_nothing_behind(file: Path, tmp_pa
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+def test_row_index_memory_is_bounded(tmp_path: Path) -> None:
     file = tmp_path / "long.json"
     file.write_text("[" + ",".join(json.dumps({"text": "x" * 1000}) for _ in range(40_000)) + "]")
     tracemalloc.start()
@@ -106,7 +104,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     assert peak < 16e6 < file.stat().st_size
 
 
-def test_processes_that_start_together_make_it_once(file: Path, tmp_path: Path) -> None:
+def test_row_index_is_built_once_by_concurrent_processes(file: Path, tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from nextgpt.dataset.row_index import open_index\n"
         "from nextgpt.conversation.messages import Conversation\n"
@@ -117,5 +115,5 @@ def test_processes_that_start_together_make_it_once(file: Path, tmp_path: Path) 
     )
     command = [sys.executable, "-c", script, str(file), str(tmp_path / "cache")]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    told = sorted(process.communicate(timeout=60)[0].split() for process in started)
-    assert told == [["0", "10000", "9999.png"]] * 2 + [["10000", "10000", "9999.png"]]
+    printed = sorted(process.communicate(timeout=60)[0].split() for process in started)
+    assert printed == [["0", "10000", "9999.png"]] * 2 + [["10000", "10000", "9999.png"]]

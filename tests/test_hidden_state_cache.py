@@ -1,4 +1,4 @@
-"""States that are read once give the losses of reading them every time; and their limits."""
+"""The hidden-state cache gives the losses of computing states every time; its limits."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 
 from nextgpt.callbacks import build_callbacks
 from nextgpt.callbacks.hidden_state_cache import HiddenStateCache
+from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import STAGES, load_config
 from nextgpt.conversation.batch import Batch
 from nextgpt.model.build import build_model
@@ -21,7 +22,7 @@ ALONE = ["training.trainable=[output_projections]", "training.max_steps=12", "tr
 
 
 def run(folder: Path, *sets: str, world: int = 1) -> TinyRun:
-    """Stage 2 on the tiny stage 1."""
+    """Return a run of stage 2 on the tiny stage 1."""
     flags = ["--init-from", str(trained(1).folder)]
     return TinyRun(folder, 2, [*ALONE, *sets], flags, world)
 
@@ -50,13 +51,11 @@ SINGLY = ["training.global_batch_size=4", "training.micro_batch_size=1"]  # some
         ["data.datasets=[mini_request,mini_mosit,mini_text]", *SINGLY],
     ],
 )
-def test_kept_states_give_the_losses_of_states_read_every_time(
-    sets: list[str], tmp_path: Path
-) -> None:
-    kept = run(tmp_path / "kept", "training.cache_hidden_states=true", *sets).finish().metrics
-    read = run(tmp_path / "read", *sets).finish().metrics
-    assert len(kept) == 12  # some captions come more than once
-    for one, other in zip(kept, read, strict=True):
+def test_hidden_state_cache_keeps_the_losses(sets: list[str], tmp_path: Path) -> None:
+    with_cache = run(tmp_path / "kept", "training.cache_hidden_states=true", *sets).finish().metrics
+    without_cache = run(tmp_path / "read", *sets).finish().metrics
+    assert len(with_cache) == 12  # some captions come more than once
+    for one, other in zip(with_cache, without_cache, strict=True):
         assert one["text_loss"] is None
         assert other["text_loss"] > 0
         names = {name for name in one if name.startswith("alignment_")}
@@ -65,7 +64,7 @@ def test_kept_states_give_the_losses_of_states_read_every_time(
         assert one["loss"] == pytest.approx(sum(one[name] or 0 for name in names), rel=1e-4)
 
 
-def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
+def test_hidden_state_cache_on_two_processes_equals_one(tmp_path: Path) -> None:
     alone = run(tmp_path / "alone", "training.cache_hidden_states=true").finish().metrics
     both = run(tmp_path / "both", "training.cache_hidden_states=true", world=2).finish().metrics
     assert [line["loss"] for line in both] == pytest.approx(
@@ -74,7 +73,7 @@ def test_two_processes_on_kept_states_agree_with_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("centred", ["false", "true"])
-def test_under_zero_3_processes_that_lack_different_states_read_in_step(
+def test_hidden_state_cache_under_zero_3_keeps_processes_in_step(
     tmp_path: Path, centred: str
 ) -> None:
     sets = [*SINGLY, "data.datasets=[mini_request,mini_mosit,mini_text]", "training.max_steps=30"]
@@ -82,36 +81,44 @@ def test_under_zero_3_processes_that_lack_different_states_read_in_step(
     alone = run(tmp_path / "alone", *sets).finish().metrics
     divided = ["training.cache_hidden_states=true", zero(3, tmp_path)]
     both = run(tmp_path / "both", *sets, *divided, world=2).finish()
+    compared: set[str] = set()
     for one, other in zip(both.metrics, alone, strict=True):
         names = [name for name in one if name.startswith("alignment_")]
+        assert names == [name for name in other if name.startswith("alignment_")]
+        compared.update(names)
         assert all(one[name] == pytest.approx(other[name], rel=1e-3) for name in names)
-    assert len(both.losses) == 30
+    assert len(both.losses) == 30 and len(compared) == len(MODALITIES)
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_states_without_room_are_computed_again_and_counted(tmp_path: Path, world: int) -> None:
+def test_hidden_state_cache_beyond_its_limit_recomputes_and_counts(
+    tmp_path: Path, world: int
+) -> None:
     sets = ["training.cache_hidden_states=true", "training.hidden_state_cache_gb=3.0e-5"]
     small = run(tmp_path / "small", *sets, world=world).finish()
     large = run(tmp_path / "large", "training.cache_hidden_states=true").finish()
     assert small.losses == pytest.approx(large.losses, rel=1e-4)
-    told = re.search(r"cache: (\d+) conv.* too small (\d+) times", small.output)
-    kept, again = told.groups()
+    match = re.search(r"cache: (\d+) conv.* too small (\d+) times", small.output)
+    with_cache, again = match.groups()
     seen = 12 * 8  # conversations
-    assert 1 <= int(kept) < 30 and seen - 2 * int(kept) < int(again) + int(kept) <= seen
+    assert (
+        1 <= int(with_cache) < 30
+        and seen - 2 * int(with_cache) < int(again) + int(with_cache) <= seen
+    )
     assert small.output.count("hidden-state cache:") == 1
     assert "hidden-state cache:" in large.output and "too small" not in large.output
 
 
-def test_one_epoch_keeps_no_states(tmp_path: Path) -> None:
+def test_hidden_state_cache_is_unused_for_one_epoch(tmp_path: Path) -> None:
     sets = ["training.cache_hidden_states=true", "training.epochs=1", "training.max_steps=2"]
     once = run(tmp_path / "once", *sets).finish()
     assert "off, one epoch needs no state twice" in once.output
     assert "hidden-state cache:" not in once.output
-    read = run(tmp_path / "read", "training.epochs=1", "training.max_steps=2").finish()
-    assert once.metrics == read.metrics
+    without_cache = run(tmp_path / "read", "training.epochs=1", "training.max_steps=2").finish()
+    assert once.metrics == without_cache.metrics
 
 
-def test_no_shipped_configuration_of_7b_caches_states_and_the_mini_system_does() -> None:
+def test_hidden_state_cache_is_configured_for_the_mini_system_only() -> None:
     for name in SHIPPED:
         cached = [
             stage
@@ -124,7 +131,7 @@ def test_no_shipped_configuration_of_7b_caches_states_and_the_mini_system_does()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # folded in, and not
-def test_frozen_adapters_with_dropout_leave_kept_states_as_they_are(dtype: torch.dtype) -> None:
+def test_hidden_state_cache_ignores_dropout_of_frozen_adapters(dtype: torch.dtype) -> None:
     config = tiny_config(4, ["language_model.lora_dropout=0.1"])
     batch = some_batch()
     readings = []
@@ -147,29 +154,22 @@ def test_frozen_adapters_with_dropout_leave_kept_states_as_they_are(dtype: torch
         (["data.packed_seq_length=128"], "one conversation a row"),
     ],
 )
-def test_what_cannot_be_kept_is_refused(tmp_path: Path, sets: list[str], fault: str) -> None:
+def test_hidden_state_cache_unsupported_settings_are_refused(
+    tmp_path: Path, sets: list[str], fault: str
+) -> None:
     assert fault in run(tmp_path, "training.cache_hidden_states=true", *sets).fail()
 
 
-def test_media_behind_the_last_run_of_a_row_are_not_read() -> None:
+def test_hidden_state_cache_accepts_media_behind_the_last_signal_span() -> None:
     config = tiny_config(4, ["input_projection.tokens_per_medium=4"])
     model = build_model(config, torch.float32, lora=False, output_projections=True)
-    batch = Batch(
-        input_ids=torch.arange(60).view(2, 30),
-        attention_mask=torch.ones(2, 30, dtype=torch.int64),
-        labels=torch.full((2, 30), -100),
-        media_positions=torch.tensor(
-            [[0, 1], [1, 18]]
-        ),  # the second begins before the other row's end
-        features=torch.randn(2, 32),
-        signal_spans={"image": torch.tensor([[0, 16], [1, 5]])},  # four tokens each
-    )
+    batch = some_batch()
     model.requires_grad_(False)
     cache = HiddenStateCache(config.training)
     cache.attach(model)
     cached = cache.signal_states(batch)
     embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
-    read = model.gather_signal_states(
+    without_cache = model.gather_signal_states(
         "image", batch.signal_spans["image"], model.last_hidden_states(embeddings), embeddings
     )
-    torch.testing.assert_close(cached["image"], read)
+    torch.testing.assert_close(cached["image"], without_cache)

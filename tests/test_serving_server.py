@@ -1,4 +1,4 @@
-"""The demo's server from outside: OpenAI's package, Gradio's client, crowds and attackers."""
+"""The server over HTTP: OpenAI's client, Gradio's client, limits and attacks."""
 
 import asyncio
 import base64
@@ -14,20 +14,10 @@ import httpx
 import psutil
 import pytest
 from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from openai import BadRequestError, InternalServerError
 
 import hostile_decoders
-from demo_server import (
-    PHOTO,
-    WORDS,
-    Running,
-    openai,
-    picture,
-    running_demo,
-    scripted_assistant,
-    user,
-    wait_until,
-)
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
@@ -37,6 +27,20 @@ from nextgpt.serving.middleware import COOKIE, MAX_JSON
 from nextgpt.serving.sampling_settings import setting_specs
 from nextgpt.serving.scheduler import Event, Finished, Job
 from parity_tools import MEDIA
+from serving_harness import (
+    EVERYTHING,
+    PHOTO,
+    WORDS,
+    Running,
+    image_part,
+    openai,
+    running_server,
+    scripted_assistant,
+    scripted_ids,
+    user,
+    wait_until,
+)
+from tiny_system import tiny_encoder
 
 SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
 
@@ -48,16 +52,16 @@ def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
 
 @pytest.fixture(scope="module")
 def demo(assistant: Assistant) -> Iterator[Running]:
-    with running_demo(assistant) as running:
+    with running_server(assistant) as running:
         yield running
 
 
-def sound() -> dict:
+def audio_part() -> dict:
     data = base64.b64encode((MEDIA / "tone_16k.wav").read_bytes()).decode()
     return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
 
 
-def video() -> dict:
+def video_part() -> dict:
     data = base64.b64encode((MEDIA / "move_wide.mp4").read_bytes()).decode()
     return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
 
@@ -68,9 +72,9 @@ def opened(url: str) -> bytes:
     return base64.b64decode(body)
 
 
-def test_openais_package_gets_words_and_all_media_in_their_places(demo: Running) -> None:
+def test_openai_client_receives_text_and_media_in_order(demo: Running) -> None:
     reply = openai(demo).chat.completions.create(
-        model="any", messages=[user("all of it", picture(), sound(), video())], seed=3
+        model="any", messages=[user("all of it", image_part(), audio_part(), video_part())], seed=3
     )
     message = reply.choices[0].message
     assert message.content == "\n".join(WORDS)
@@ -83,17 +87,17 @@ def test_openais_package_gets_words_and_all_media_in_their_places(demo: Running)
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
 
 
-def test_openais_package_lists_the_model_that_is_served(demo: Running) -> None:
+def test_openai_client_lists_the_served_model(demo: Running) -> None:
     (model,) = openai(demo).models.list()
     assert model.id == demo.queue.assistant.config.name
 
 
-def test_a_stream_holds_the_same_as_the_whole_and_rounds_go_on(demo: Running) -> None:
-    asked = {"model": "any", "messages": [user("all of it", picture())], "seed": 4}
+def test_openai_stream_equals_the_completion_over_rounds(demo: Running) -> None:
+    asked = {"model": "any", "messages": [user("all of it", image_part())], "seed": 4}
     whole = openai(demo).chat.completions.create(**asked).choices[0].message
     text, parts = "", {}
-    told = {"stream": True, "stream_options": {"include_usage": True}}
-    *chunks, last = openai(demo).chat.completions.create(**asked, **told)
+    response = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last = openai(demo).chat.completions.create(**asked, **response)
     assert last.usage.completion_tokens > 30 and not last.choices
     assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) > 1
     for chunk in chunks:
@@ -103,7 +107,7 @@ def test_a_stream_holds_the_same_as_the_whole_and_rounds_go_on(demo: Running) ->
             parts[part.pop("index")] = part
     assert text == whole.content
     assert parts == {i: p for i, p in enumerate(whole.parts) if p["type"] != "text"}
-    again = [user("all of it", picture()), whole.model_dump(), user("more", sound())]
+    again = [user("all of it", image_part()), whole.model_dump(), user("more", audio_part())]
     answer = openai(demo).chat.completions.create(model="any", messages=again)
     assert answer.choices[0].message.content == "\n".join(WORDS)
     assert answer.usage.prompt_tokens > 60  # signal runs of the first answer were read again
@@ -136,7 +140,9 @@ BAD = {
 
 @pytest.mark.parametrize("fault", BAD)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_bad_request_is_refused_with_a_reason(demo: Running, fault: str, stream: bool) -> None:
+def test_openai_bad_request_is_refused_with_a_reason(
+    demo: Running, fault: str, stream: bool
+) -> None:
     body, word = BAD[fault]
     reply = httpx.post(f"{demo.address}/v1/chat/completions", json=body | {"stream": stream})
     assert word in reply.text and '"error"' in reply.text
@@ -149,7 +155,7 @@ def test_a_bad_request_is_refused_with_a_reason(demo: Running, fault: str, strea
             )
 
 
-def test_other_content_types_and_names_of_the_server_are_refused(demo: Running) -> None:
+def test_server_refuses_other_content_types_and_host_names(demo: Running) -> None:
     address = f"{demo.address}/v1/chat/completions"
     plain = httpx.post(address, content=json.dumps({"messages": [user("a")]}))
     assert plain.status_code == 400 and "Content-Type" in plain.text
@@ -157,13 +163,13 @@ def test_other_content_types_and_names_of_the_server_are_refused(demo: Running) 
     assert other.status_code == 400
 
 
-def test_nothing_is_left_of_a_completion(demo: Running) -> None:
-    openai(demo).chat.completions.create(model="any", messages=[user("a", picture())])
+def test_openai_completion_leaves_no_files(demo: Running) -> None:
+    openai(demo).chat.completions.create(model="any", messages=[user("a", image_part())])
     wait_until(lambda: not demo.queue.pending)
     assert not list(demo.sessions.folder.glob("*/*/*"))
 
 
-def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_path: Path) -> None:
+def test_gradio_client_chats_over_rounds_and_receives_files(demo: Running, tmp_path: Path) -> None:
     one = Client(demo.address, verbose=False, download_files=str(tmp_path))
     asked = {"text": "all of it", "files": [handle_file(str(PHOTO))], "settings": {"seed": 3}}
     first = one.predict(**asked, api_name="/chat")
@@ -172,7 +178,8 @@ def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_
     assert contents[0] == b"\x89PNG" and contents[2] == b"RIFF" and len(contents) == 3
     uploads = {*demo.folder.rglob(PHOTO.name)} - {*demo.sessions.folder.rglob("*")}
     assert not uploads  # the session has its own copy
-    assert first["tokens"][-1] == "</s>" or len(first["tokens"]) > 30
+    assert len(first["tokens"]) == len(scripted_ids(*EVERYTHING))
+    assert first["tokens"][-1] == tiny_encoder().tokenizer.convert_ids_to_tokens(333)
     second = one.predict(text="more", files=[], settings={}, api_name="/chat")
     assert second["text"] == first["text"]
     session = next(s for s in demo.sessions._open.values() if len(s.rounds) == 2)
@@ -181,22 +188,22 @@ def test_gradios_client_chats_over_rounds_and_gets_the_files(demo: Running, tmp_
     ]  # fmt: skip
     assert one.predict(api_name="/forget") == "cleared"
     assert not session.rounds and not session.folder.exists()
-    with pytest.raises(Exception, match="steps_image 0: give 1 to 100"):
+    with pytest.raises(AppError, match="steps_image 0: give 1 to 100"):
         one.predict(text="a", files=[], settings={"steps_image": 0}, api_name="/chat")
 
 
-def test_the_pages_knobs_are_refused_beyond_their_ranges_by_name(demo: Running) -> None:
+def test_gradio_settings_out_of_range_are_refused_by_name(demo: Running) -> None:
     options = GenerationSettings.from_config(demo.queue.assistant.config)
     values = {knob.name: knob.default for knob in setting_specs(options)} | {"seed": -1}
     with httpx.Client(base_url=demo.address, timeout=30) as page:
         for name, value in (("steps_image", 10_000), ("temperature", -1), ("seed", 2**40)):
             turned = (values | {name: value}).values()
-            told = pressed_enter(page, [{"text": "a", "files": []}, *turned])
-            assert f"{name} {value}: give" in told and not demo.queue.pending
+            response = pressed_enter(page, [{"text": "a", "files": []}, *turned])
+            assert f"{name} {value}: give" in response and not demo.queue.pending
 
 
 def pressed_enter(page: httpx.Client, data: list) -> str:
-    """What the page is told when its box is sent with these values, as its own script does it."""
+    """Return the page's response to submitting its textbox with these values."""
     parts = page.get("/config").json()["dependencies"]
     sends = [part["id"] for part in parts if part["targets"] and part["targets"][0][1] == "submit"]
     asked = {"data": data, "fn_index": sends[0], "session_hash": "tab"}
@@ -204,7 +211,7 @@ def pressed_enter(page: httpx.Client, data: list) -> str:
     return page.get("/gradio_api/queue/data", params={"session_hash": "tab"}).text
 
 
-def test_a_file_of_the_server_cannot_be_shown_or_fetched(demo: Running, tmp_path: Path) -> None:
+def test_server_files_are_neither_shown_nor_fetched(demo: Running, tmp_path: Path) -> None:
     own = demo.folder / "sessions" / "x.png"
     own.parent.mkdir(exist_ok=True)
     own.write_bytes(PHOTO.read_bytes())
@@ -212,14 +219,14 @@ def test_a_file_of_the_server_cannot_be_shown_or_fetched(demo: Running, tmp_path
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
         asked = {"data": ["a", [file], {}]}
         call = httpx.post(f"{demo.address}/gradio_api/call/chat", json=asked).json()["event_id"]
-        told = httpx.get(f"{demo.address}/gradio_api/call/chat/{call}", timeout=30).text
-        assert "event: error" in told and "event: complete" not in told
-        assert "://" not in path or "not a URL" in told
+        response = httpx.get(f"{demo.address}/gradio_api/call/chat/{call}", timeout=30).text
+        assert "event: error" in response and "event: complete" not in response
+        assert "://" not in path or "not a URL" in response
         for address in (f"/gradio_api/file={path}", f"/gradio_api/file/{path}", f"/media/{path}"):
             assert httpx.get(demo.address + address).status_code in (403, 404)
 
 
-def test_files_go_out_to_the_visitor_whose_they_are_and_to_nobody_else(demo: Running) -> None:
+def test_media_urls_serve_their_owner_only(demo: Running) -> None:
     with httpx.Client(base_url=demo.address) as ada, httpx.Client(base_url=demo.address) as bob:
         ada.get("/")
         bob.get("/")
@@ -250,9 +257,7 @@ def test_files_go_out_to_the_visitor_whose_they_are_and_to_nobody_else(demo: Run
     "/gradio_api/file/etc/passwd", "/gradio_api/file=/etc/passwd", "/gradio_api/file=../etc/passwd",
     "//gradio_api/file=/etc/passwd", "/static/../gradio_api/proxy=https://huggingface.co/",
 ])  # fmt: skip
-def test_what_gradio_brings_and_the_demo_does_not_use_is_not_there(
-    demo: Running, path: str
-) -> None:
+def test_gradio_unused_get_routes_are_removed(demo: Running, path: str) -> None:
     assert httpx.get(demo.address + path).status_code == 404
 
 
@@ -260,7 +265,7 @@ def test_what_gradio_brings_and_the_demo_does_not_use_is_not_there(
     "stream/1", "stream/1/close", "component_server", "process_recording", "vibe-edit", "api/chat",
     "profiling/clear", "run-history/connect",
 ])  # fmt: skip
-def test_what_gradio_takes_and_the_demo_does_not_use_is_not_there(demo: Running, path: str) -> None:
+def test_gradio_unused_post_routes_are_removed(demo: Running, path: str) -> None:
     assert httpx.post(f"{demo.address}/gradio_api/{path}", json={}).status_code == 404
 
 
@@ -269,21 +274,21 @@ def test_what_gradio_takes_and_the_demo_does_not_use_is_not_there(demo: Running,
     "/svelte/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/static//etc/passwd", "/assets/%2fetc%2fpasswd",
     "/media/..%2f..%2fetc/passwd", "/media/x/%2fetc%2fpasswd",
 ])  # fmt: skip
-def test_no_folder_of_the_server_leads_out_of_itself(demo: Running, path: str) -> None:
+def test_static_folders_refuse_path_traversal(demo: Running, path: str) -> None:
     reply = httpx.get(httpx.URL(demo.address, raw_path=path.encode()))
     assert "root:" not in reply.text and reply.status_code in (403, 404)
 
 
 @pytest.fixture
 def hostile_files() -> Iterator[None]:
-    """Workers of one test alone."""
+    """Start and end the test without decode workers."""
     decode_worker._pool.close()
     yield
     decode_worker._pool.close()
 
 
 def workers() -> list[psutil.Process]:
-    """The decode workers of this process that are alive."""
+    """Return this process's live decode workers."""
     alive = []
     for one in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):  # gone, or as good as
@@ -294,10 +299,10 @@ def workers() -> list[psutil.Process]:
 @pytest.mark.parametrize(
     "where", ["nextgpt.serving.limits.find_modality", "nextgpt.media.transforms.read_pixels"]
 )
-def test_a_medium_that_crashes_the_decoder_costs_that_request_alone(
+def test_decoder_crash_costs_one_request(
     where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
-    asked = {"model": "any", "messages": [user("what is it?", picture(MEDIA / "gray.png"))]}
+    asked = {"model": "any", "messages": [user("what is it?", image_part(MEDIA / "gray.png"))]}
     demo.queue.assistant._features.clear()
     with monkeypatch.context() as patch:
         patch.setattr(where, hostile_decoders.crash)
@@ -310,12 +315,12 @@ def test_a_medium_that_crashes_the_decoder_costs_that_request_alone(
 @pytest.mark.parametrize(
     "where", ["nextgpt.serving.limits.find_modality", "nextgpt.media.transforms.read_pixels"]
 )
-def test_who_goes_away_ends_the_decoder_of_what_hangs(
+def test_client_disconnect_kills_a_hanging_decoder(
     where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
     monkeypatch.setattr(where, hostile_decoders.hang)
     demo.queue.assistant._features.clear()
-    asked = {"messages": [user("what is it?", picture())]}
+    asked = {"messages": [user("what is it?", image_part())]}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=2)
     wait_until(lambda: not demo.queue.pending, seconds=5)
@@ -324,9 +329,7 @@ def test_who_goes_away_ends_the_decoder_of_what_hangs(
 
 
 @pytest.mark.parametrize("channels", [8, 9])
-def test_a_sound_of_eight_channels_is_heard_and_the_server_lives(
-    demo: Running, channels: int
-) -> None:
+def test_audio_of_eight_channels_is_accepted(demo: Running, channels: int) -> None:
     head = struct.pack("<HHIIHH", 1, channels, 16000, 16000 * 2 * channels, 2 * channels, 16)
     data = bytes(2 * channels * 500)
     wav = b"RIFF" + struct.pack("<I", 36 + len(data)) + b"WAVEfmt " + struct.pack("<I", 16) + head
@@ -337,14 +340,14 @@ def test_a_sound_of_eight_channels_is_heard_and_the_server_lives(
     assert reply.choices[0].message.content == "\n".join(WORDS)
 
 
-def test_an_upload_that_is_too_large_is_refused_on_its_way(demo: Running) -> None:
+def test_upload_too_large_is_refused_while_streaming(demo: Running) -> None:
     with httpx.Client(base_url=demo.address) as ada:
         files = {"files": ("a.bin", b"\0" * 51_000_000)}
         reply = ada.post("/gradio_api/upload", files=files, timeout=60)
     assert reply.status_code == 413
 
 
-def test_an_upload_of_more_than_a_message_may_hold_is_refused_before_it_is_read(
+def test_upload_beyond_the_message_limit_is_refused_unread(
     demo: Running,
 ) -> None:
     kind = {"Content-Type": "multipart/form-data; boundary=b"}
@@ -360,7 +363,7 @@ def test_an_upload_of_more_than_a_message_may_hold_is_refused_before_it_is_read(
 @pytest.mark.parametrize("path", [
     "run/chat", "run/send", "call/chat", "call/v2/chat", "queue/join", "cancel", "reset",
 ])  # fmt: skip
-def test_what_is_no_upload_may_be_a_megabyte_long(demo: Running, path: str) -> None:
+def test_request_body_limit_of_page_routes_is_one_megabyte(demo: Running, path: str) -> None:
     kind = {"Content-Type": "application/json"}
     connection = http.client.HTTPConnection(demo.address.removeprefix("http://"), timeout=5)
     address = f"/gradio_api/{path}"
@@ -374,18 +377,18 @@ def test_what_is_no_upload_may_be_a_megabyte_long(demo: Running, path: str) -> N
     assert len(content) == MAX_JSON and reply.status_code != 413
 
 
-def test_a_request_of_the_api_may_be_longer_than_one_of_the_page(demo: Running) -> None:
-    asked = {"messages": [user("what?", picture())], "ignored": "a" * (2 * MAX_JSON)}
+def test_request_body_limit_of_the_api_is_larger(demo: Running) -> None:
+    asked = {"messages": [user("what?", image_part())], "ignored": "a" * (2 * MAX_JSON)}
     reply = httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=60)
     assert reply.is_success
 
 
-def test_files_that_hang_in_their_checks_do_not_hold_the_desk(
+def test_file_checks_that_hang_do_not_block_the_queue(
     demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
     monkeypatch.setattr("nextgpt.serving.limits.find_modality", hostile_decoders.hang)
     demo.queue.assistant._features.clear()
-    asked = {"messages": [user("what is it?", picture())]}
+    asked = {"messages": [user("what is it?", image_part())]}
     options = GenerationSettings.from_config(demo.queue.assistant.config)
     shown = Conversation((Turn("human", (Media("image", path=str(PHOTO)), Text("what?"))),))
     folder = demo.folder / "desk"
@@ -415,12 +418,12 @@ def test_files_that_hang_in_their_checks_do_not_hold_the_desk(
     assert {attack.result().status_code for attack in attacks} == {400}
 
 
-def test_media_that_take_long_to_decode_end_their_answer(
+def test_media_decoding_timeout_ends_the_answer(
     demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
     monkeypatch.setattr("nextgpt.media.transforms.read_pixels", hostile_decoders.hang)
     demo.queue.assistant._features.clear()
-    asked = {"model": "any", "messages": [user("what is it?", picture())]}
+    asked = {"model": "any", "messages": [user("what is it?", image_part())]}
     with monkeypatch.context() as patch:
         patch.setattr("nextgpt.serving.scheduler.MAX_DECODING_SECONDS", 1)
         with pytest.raises(BadRequestError, match="the media take more than 1 s to decode"):
@@ -430,12 +433,13 @@ def test_media_that_take_long_to_decode_end_their_answer(
         openai(demo).chat.completions.create(**asked)
 
 
-def test_nothing_is_uploaded_when_the_room_is_taken(
+def test_upload_is_refused_when_the_disk_quota_is_used(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nextgpt.serving.sessions.MAX_BYTES_OF_FILES", -1)
+    before = set(demo.sessions._uploads)
     reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
-    assert reply.status_code == 507 and not demo.sessions._uploads.get("a.png")
+    assert reply.status_code == 507 and set(demo.sessions._uploads) == before
     with pytest.raises(InternalServerError, match="too many files") as refused:
-        openai(demo).chat.completions.create(model="any", messages=[user("a", picture())])
+        openai(demo).chat.completions.create(model="any", messages=[user("a", image_part())])
     assert refused.value.status_code == 503

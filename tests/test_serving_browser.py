@@ -1,4 +1,4 @@
-"""The demo's page in headless Chromium: what people do, and what they then see and hear."""
+"""The page in headless Chromium."""
 
 import base64
 import shutil
@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
-from demo_server import (
+from nextgpt.mini_world.page_files import EXAMPLES
+from nextgpt.serving.examples import read_examples
+from serving_harness import (
     EVERYTHING,
     PHOTO,
     WORDS,
     Running,
-    running_demo,
+    running_server,
     scripted_assistant,
     wait_until,
 )
-from nextgpt.mini_world.page_files import EXAMPLES
-from nextgpt.serving.examples import read_examples
 
 pytestmark = pytest.mark.browser
 CHROMIUM = [
@@ -52,30 +52,32 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-def served(factory: pytest.TempPathFactory, said: tuple[str, ...], steps: int) -> Iterator[Running]:
-    with running_demo(scripted_assistant(factory.mktemp("scripted"), said, steps)) as running:
+def served(
+    factory: pytest.TempPathFactory, script: tuple[str, ...], steps: int
+) -> Iterator[Running]:
+    with running_server(scripted_assistant(factory.mktemp("scripted"), script, steps)) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Always answers with all kinds, and slowly enough to be watched."""
+def media_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server that answers with all modalities, slowly."""
     yield from served(tmp_path_factory, EVERYTHING, 150)
 
 
 @pytest.fixture(scope="module")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     yield from served(tmp_path_factory, WORDS, 2)
 
 
 @pytest.fixture(scope="module")
-def musician(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def audio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     yield from served(tmp_path_factory, (WORDS[0], "audio"), 2)
 
 
 @pytest.fixture
 def visitor(browser: Browser) -> Iterator[BrowserContext]:
-    """Somebody with a browser of their own, whose tabs are closed in the end."""
+    """A browser context, closed after the test."""
     with browser.new_context() as context:
         yield context
 
@@ -99,7 +101,7 @@ def send(page: Page, text: str, *files: Path) -> None:
 
 
 def turn(page: Page, knob: str, value: str) -> None:
-    """Type into a knob's field until its slider follows: just unfolded, it may lose what comes."""
+    """Fill a setting's field until its slider follows: just unfolded, it may lose input."""
     field = page.locator(f"#setting_{knob} input[type=number]")
     slider = page.locator(f"#setting_{knob} input[type=range]")
     for _ in range(20):
@@ -111,7 +113,7 @@ def turn(page: Page, knob: str, value: str) -> None:
 
 
 def answered(page: Page, rounds: int = 1) -> None:
-    """Wait until so many answers are complete."""
+    """Wait until this many answers are complete."""
     expect(page.locator("#chat details.why")).to_have_count(rounds)
     expect(page.locator("#box .submit-button")).to_be_visible()
 
@@ -130,10 +132,10 @@ def said_by(page: Page, who: str) -> str:
     return "\n".join(page.locator(f"#chat .{who}-row").all_inner_texts())
 
 
-def test_a_plain_question_gets_words_and_their_explanation(
-    visitor: BrowserContext, talker: Running
+def test_page_answers_a_text_question_with_an_explanation(
+    visitor: BrowserContext, text_server: Running
 ) -> None:
-    page = opened(visitor, talker)
+    page = opened(visitor, text_server)
     send(page, "<Image>/etc/passwd</Image> **who** are you?")
     answered(page)
     assert "<Image>/etc/passwd</Image> **who** are you?" in said_by(page, "user")
@@ -146,8 +148,8 @@ def test_a_plain_question_gets_words_and_their_explanation(
     assert page.locator("#chat video, #chat audio, #chat figure img").count() == 0
 
 
-def test_a_picture_in_and_a_sound_out(visitor: BrowserContext, musician: Running) -> None:
-    page = opened(visitor, musician)
+def test_page_answers_an_image_with_audio(visitor: BrowserContext, audio_server: Running) -> None:
+    page = opened(visitor, audio_server)
     send(page, "What does it sound like?", PHOTO)
     answered(page)
     shown = page.locator("#chat figure.image img")
@@ -156,10 +158,10 @@ def test_a_picture_in_and_a_sound_out(visitor: BrowserContext, musician: Running
     assert downloaded(page, "audio").startswith(b"RIFF")
 
 
-def test_text_in_and_all_media_out_each_with_its_bar_and_a_second_round(
-    visitor: BrowserContext, everything: Running
+def test_page_shows_all_media_with_progress_over_two_rounds(
+    visitor: BrowserContext, media_server: Running
 ) -> None:
-    page = opened(visitor, everything)
+    page = opened(visitor, media_server)
     send(page, "all of it")
     bars = page.locator("#chat .making progress")
     expect(bars).to_have_count(3)
@@ -183,19 +185,19 @@ def test_text_in_and_all_media_out_each_with_its_bar_and_a_second_round(
     send(page, "and again")
     answered(page, rounds=2)
     assert page.locator("#chat video").count() == 2
-    session = next(s for s in everything.sessions._open.values() if len(s.rounds) == 2)
+    session = next(s for s in media_server.sessions._open.values() if len(s.rounds) == 2)
     assert len(session.turns()) == 4
 
 
-def test_stop_in_the_middle_retry_edit_and_clear(
-    visitor: BrowserContext, everything: Running
+def test_page_stops_retries_edits_and_clears(
+    visitor: BrowserContext, media_server: Running
 ) -> None:
-    page = opened(visitor, everything)
+    page = opened(visitor, media_server)
     send(page, "all of it")
     expect(page.locator("#chat .making progress").first).to_be_visible()
     page.locator("#box .stop-button").click()
     expect(page.locator("#chat p.note", has_text="stopped")).to_be_visible()
-    wait_until(lambda: not everything.queue.pending)
+    wait_until(lambda: not media_server.queue.pending)
     page.locator("#chat details.why summary").click()
     expect(page.locator("#chat details.why")).to_contain_text("[IMG0]")
     expect(page.locator("#chat details.why")).not_to_contain_text("Seconds")
@@ -224,12 +226,12 @@ def test_stop_in_the_middle_retry_edit_and_clear(
     expect(page.locator("#chat details.why")).to_have_count(0)
 
 
-def test_a_broken_file_is_named_and_the_message_stays_in_the_box(
-    visitor: BrowserContext, talker: Running, tmp_path: Path
+def test_page_names_a_broken_file_and_keeps_the_message(
+    visitor: BrowserContext, text_server: Running, tmp_path: Path
 ) -> None:
     broken = tmp_path / "notes.mp4"
     broken.write_text("no video at all")
-    page = opened(visitor, talker)
+    page = opened(visitor, text_server)
     send(page, "what is in it?", broken)
     expect(page.locator("#chat p.fault")).to_contain_text(
         "notes.mp4: neither a picture nor a video"
@@ -245,10 +247,10 @@ def test_a_broken_file_is_named_and_the_message_stays_in_the_box(
     answered(page)
 
 
-def test_pictures_are_pasted_and_dropped_into_the_box(
-    visitor: BrowserContext, talker: Running
+def test_page_accepts_pasted_and_dropped_images(
+    visitor: BrowserContext, text_server: Running
 ) -> None:
-    page = opened(visitor, talker)
+    page = opened(visitor, text_server)
     box, shown = page.locator("#box textarea"), page.locator("#box .thumbnail-item")
     held = page.evaluate_handle(HOLDS_FILE, base64.b64encode(PHOTO.read_bytes()).decode())
     box.evaluate(
@@ -264,10 +266,10 @@ def test_pictures_are_pasted_and_dropped_into_the_box(
     assert page.locator("#chat .user-row figure.image img").count() == 2
 
 
-def test_each_chip_fills_the_box_with_words_and_its_file(
-    visitor: BrowserContext, talker: Running
+def test_page_example_chips_fill_the_textbox_with_text_and_file(
+    visitor: BrowserContext, text_server: Running
 ) -> None:
-    page = opened(visitor, talker)
+    page = opened(visitor, text_server)
     for example in reversed(read_examples(EXAMPLES)):
         page.reload()  # two have the same words
         page.get_by_role("button", name=example.name, exact=True).click()
@@ -278,8 +280,8 @@ def test_each_chip_fills_the_box_with_words_and_its_file(
     assert page.locator("#chat figure.image img").evaluate("image => image.naturalWidth") == 64
 
 
-def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running) -> None:
-    page = opened(visitor, musician)
+def test_page_uses_settings_and_seed(visitor: BrowserContext, audio_server: Running) -> None:
+    page = opened(visitor, audio_server)
     page.get_by_role("button", name="Settings").click()
     turn(page, "steps_audio", "7")
     page.locator("#setting_seed input").fill("123")
@@ -287,13 +289,15 @@ def test_the_knobs_and_the_seed_count(visitor: BrowserContext, musician: Running
     send(page, "play")
     answered(page)
     expect(page.locator("#chat details.why")).to_contain_text("Seed 123")
-    (session,) = (s for s in musician.sessions._open.values() if s.rounds)
+    (session,) = (s for s in audio_server.sessions._open.values() if s.rounds)
     assert session.rounds[0].answer.steps[0] == (7, 7)
 
 
-def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Running) -> None:
+def test_page_records_from_microphone_and_camera(
+    visitor: BrowserContext, text_server: Running
+) -> None:
     visitor.grant_permissions(["camera", "microphone"])
-    page = opened(visitor, talker)
+    page = opened(visitor, text_server)
     page.get_by_label("Record audio").click()
     page.get_by_label("Start recording").click()
     page.wait_for_timeout(1500)  # of sound
@@ -317,10 +321,10 @@ def test_microphone_and_camera_fill_the_box(visitor: BrowserContext, talker: Run
     assert plays(page.locator("#chat .user-row video")) > 0.5  # or without end
 
 
-def test_a_narrow_window_shows_all_and_dark_is_dark(
-    visitor: BrowserContext, everything: Running
+def test_page_fits_narrow_windows_and_dark_mode(
+    visitor: BrowserContext, media_server: Running
 ) -> None:
-    page = opened(visitor, everything, width=360)
+    page = opened(visitor, media_server, width=360)
     send(page, "all of it, on a telephone, in a message that is longer than one line of it")
     answered(page)
     for fold in ("Camera", "Settings"):
@@ -338,24 +342,24 @@ def test_a_narrow_window_shows_all_and_dark_is_dark(
     page.wait_for_function(f"light => {background} !== light", arg=light)
 
 
-def test_a_closed_tab_frees_its_work_and_its_files(
-    visitor: BrowserContext, everything: Running
+def test_page_closed_tab_frees_work_and_files(
+    visitor: BrowserContext, media_server: Running
 ) -> None:
-    wait_until(lambda: len(everything.sessions) == 0)
-    page = opened(visitor, everything)
+    wait_until(lambda: len(media_server.sessions) == 0)
+    page = opened(visitor, media_server)
     send(page, "all of it")
     expect(page.locator("#chat .making progress").first).to_be_visible()
-    assert everything.queue.pending
+    assert media_server.queue.pending
     page.close()
-    wait_until(lambda: not everything.queue.pending, seconds=10)
-    wait_until(lambda: len(everything.sessions) == 0, seconds=10)
-    assert not list(everything.sessions.folder.iterdir())
+    wait_until(lambda: not media_server.queue.pending, seconds=10)
+    wait_until(lambda: len(media_server.sessions) == 0, seconds=10)
+    assert not list(media_server.sessions.folder.iterdir())
 
 
-def test_two_tabs_are_two_conversations_and_the_second_sees_its_place(
-    visitor: BrowserContext, everything: Running
+def test_page_tabs_are_separate_conversations_with_queue_positions(
+    visitor: BrowserContext, media_server: Running
 ) -> None:
-    first, second = opened(visitor, everything), opened(visitor, everything)
+    first, second = opened(visitor, media_server), opened(visitor, media_server)
     send(first, "mine")
     expect(first.locator("#chat .making progress").first).to_be_visible()
     send(second, "yours")

@@ -1,4 +1,4 @@
-"""How samples share micro batches, rows and processes changes neither gradients nor each other."""
+"""Gradients do not depend on micro batches, packing or processes; packed samples are isolated."""
 
 import copy
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ WIDTH = 32  # of a recorded feature
 
 
 def recorded_samples() -> list[Example]:
-    """All recorded conversations and one without media: 24 samples of many lengths."""
+    """Return all recorded conversations and two without media: 24 samples of many lengths."""
     conversations = [recorded_conversation(case, row) for case in CASE_NAMES for row in (0, 1)]
     conversations += [Conversation(ask("Why?", answer)) for answer in ("So.", "It rains. " * 9)]
     samples = []
@@ -39,7 +39,7 @@ def recorded_samples() -> list[Example]:
 
 @pytest.fixture(scope="module")
 def model() -> NextGPT:
-    """The recorded model, with smaller output projections; all that can be trained is free."""
+    """The recorded model with smaller output projections; all groups train."""
     model = tiny_model(lora=True)
     torch.manual_seed(0)
     for modality, recorded in model.output_projections.items():
@@ -59,9 +59,9 @@ def model() -> NextGPT:
 def step_gradient(
     model: NextGPT, samples: list[Example], world: int, size: int, row_length: int | None
 ) -> torch.Tensor:
-    """The gradient of a step over `world` processes in micro batches of `size`, as DeepSpeed's.
+    """Compute the gradient of a step over `world` processes in micro batches of `size`.
 
-    Which is the mean over all processes' micro batches of the gradients of the engine's losses.
+    As DeepSpeed: the mean over all micro batches of the gradients of the engine's losses.
     """
     shares = [samples[rank::world] for rank in range(world)]
     batches = [
@@ -94,7 +94,7 @@ def at_once(model: NextGPT) -> torch.Tensor:
 
 @pytest.mark.parametrize("row_length", [None, 300])
 @pytest.mark.parametrize(("world", "size"), [(1, 1), (1, 3), (1, 8), (2, 4), (3, 2), (4, 6)])
-def test_gradients_are_the_same_for_every_split_of_a_batch(
+def test_gradients_equal_for_every_split_of_a_batch(
     model: NextGPT, at_once: torch.Tensor, world: int, size: int, row_length: int | None
 ) -> None:
     found = step_gradient(model, recorded_samples(), world, size, row_length)
@@ -110,7 +110,7 @@ def texts(*answers: str) -> list[EncodedPrompt]:
 
 
 def packed(encoded: list[EncodedPrompt], row_length: int) -> tuple[Batch, list[tuple[int, int]]]:
-    """The batch of `encoded`, packed, and the row and offset of each."""
+    """Return the packed batch of `encoded`, and the row and offset of each."""
     examples = [Example(one, [], []) for one in encoded]
     batch = collate(examples, pad_id=2, feature_width=WIDTH, packed_seq_length=row_length)
     return batch, pack_first_fit([len(one.input_ids) for one in encoded], row_length)
@@ -130,7 +130,7 @@ def reader(request: pytest.FixtureRequest) -> NextGPT:
 
 
 @torch.no_grad()
-def test_packed_samples_are_read_as_they_are_alone(reader: NextGPT) -> None:
+def test_packing_equals_one_sample_per_row(reader: NextGPT) -> None:
     encoded = texts("It rains.", "The sun shines on the lake.", "So.", "Because of the wind.")
     together, places = packed(encoded, row_length=120)
     assert len(together.input_ids) < len(encoded)
@@ -144,7 +144,7 @@ def test_packed_samples_are_read_as_they_are_alone(reader: NextGPT) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("changed", [0, 1, 2])
-def test_packed_samples_do_not_see_each_other(reader: NextGPT, changed: int) -> None:
+def test_packing_isolates_samples_in_a_row(reader: NextGPT, changed: int) -> None:
     encoded = texts("The sun shines on the lake.", "It rains in the hills.", "Because of the wind.")
     batch, places = packed(encoded, row_length=1000)
     assert len(batch.input_ids) == 1

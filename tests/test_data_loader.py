@@ -1,4 +1,4 @@
-"""The loader's processes: started for a block, and ended with it; others are let alone."""
+"""Data loader workers start and end with their block; other processes are unaffected."""
 
 import json
 import multiprocessing
@@ -17,12 +17,12 @@ CONTEXT = multiprocessing.get_context("fork")
 
 
 def samples() -> ExampleDataset:
-    """Never asked for one."""
+    """Return a data set that is never indexed."""
     encoder = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
     return ExampleDataset([], encoder, 10, {}, None, {})  # type: ignore[arg-type]
 
 
-def test_loader_processes_end_with_their_block_and_others_do_not() -> None:
+def test_loader_workers_end_with_their_block_only() -> None:
     other = CONTEXT.Process(target=time.sleep, args=(600,), daemon=True)
     other.start()
     try:
@@ -39,7 +39,7 @@ def test_loader_processes_end_with_their_block_and_others_do_not() -> None:
             one.join()
 
 
-def test_loader_processes_of_a_start_that_fails_halfway_end(
+def test_loader_workers_of_a_failed_start_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail_after_start(loader: DataLoader) -> None:
@@ -54,7 +54,7 @@ def test_loader_processes_of_a_start_that_fails_halfway_end(
     assert not multiprocessing.active_children()
 
 
-def test_a_decoding_process_whose_loader_is_gone_ends_in_silence() -> None:
+def test_decode_worker_of_a_dead_loader_ends_silently() -> None:
     request = [["nextgpt.media.decoding", "read_pixels"], ["missing.png"], "missing.png", [10, 10]]
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "nextgpt.media.decode_worker", str(os.getpid())],

@@ -1,4 +1,4 @@
-"""Makes the README's screenshots of a running demo: python tests/demo_screenshots.py [ADDRESS]."""
+"""Take the README's screenshots of a server: `python tests/serving_screenshots.py [ADDRESS]`."""
 
 import shutil
 import sys
@@ -11,7 +11,7 @@ CHROMIUM = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-sync"]
 MOST = 120_000  # milliseconds of an answer
 
 
-def ask_example(page: Page, name: str, answers: int) -> None:
+def send_example(page: Page, name: str, answers: int) -> None:
     """Send an example, and wait until its answer is complete."""
     page.get_by_role("button", name=name, exact=True).click()
     expect(page.locator("#box textarea")).not_to_have_value("")
@@ -20,7 +20,7 @@ def ask_example(page: Page, name: str, answers: int) -> None:
 
 
 def main() -> None:
-    """A conversation in light, an answer on its way in dark, and a telephone."""
+    """Take a finished conversation, a running answer in dark mode, and a narrow window."""
     address = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:7860"
     ASSETS.mkdir(exist_ok=True)
     with sync_playwright() as playwright:
@@ -28,7 +28,7 @@ def main() -> None:
         browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM)
         page = browser.new_page(viewport={"width": 920, "height": 1250})
         page.goto(address)
-        ask_example(page, "T→T+I+V+A", 1)
+        send_example(page, "T→T+I+V+A", 1)
         page.locator("#chat details.why summary").click()
         page.wait_for_timeout(1000)
         page.add_style_tag(content="#chat { height: 1900px !important; max-height: none; }")
@@ -48,7 +48,7 @@ def main() -> None:
         expect(page.locator("#chat details.why")).to_have_count(1, timeout=MOST)
         page = browser.new_page(viewport={"width": 375, "height": 760})
         page.goto(address)
-        ask_example(page, "T+I→T+A", 1)
+        send_example(page, "T+I→T+A", 1)
         page.screenshot(path=ASSETS / "demo_phone.png")
         browser.close()
 

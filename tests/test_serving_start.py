@@ -1,4 +1,4 @@
-"""The demo as a process: by default on the loopback, from the shipped parts, tidy in the end."""
+"""The server as a process: defaults, shipped components, shutdown and cleanup."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import httpx
 import psutil
 import pytest
 
-from demo_server import free_port, wait_until
 from nextgpt import demo_app
 from nextgpt.config.schema import Config
+from serving_harness import free_port, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = json.loads((ROOT / "code/mini_world/demo_examples/cases.json").read_text(encoding="utf-8"))[
@@ -31,7 +31,7 @@ CASE = json.loads((ROOT / "code/mini_world/demo_examples/cases.json").read_text(
         ),
     ],
 )
-def test_without_arguments_it_is_the_mini_system_on_the_loopback(
+def test_demo_app_defaults_to_the_mini_system_on_loopback(
     arguments: list[str], expected: tuple, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = []
@@ -47,7 +47,7 @@ def test_without_arguments_it_is_the_mini_system_on_the_loopback(
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[tuple[str, psutil.Popen]]:
-    """The course's command on a free port, with temporary files of its own."""
+    """The course's command on a free port, with a separate temporary folder."""
     port = free_port()
     command = ["bash", "scripts/app.sh", "--server_port", str(port)]
     process = psutil.Popen(command, cwd=ROOT / "code", env=os.environ | {"TMPDIR": str(tmp_path)})
@@ -65,7 +65,7 @@ def processor_seconds(process: psutil.Process) -> float:
 
 
 def ask(address: str, text: str) -> list[str]:
-    """The kinds of an answer's parts."""
+    """Return the types of an answer's parts."""
     asked = {"messages": [{"role": "user", "content": text}], "seed": 1}
     reply = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=300).json()
     return [part["type"] for part in reply["choices"][0]["message"]["parts"]]
@@ -79,10 +79,10 @@ def answers(address: str) -> bool:
 
 
 @pytest.mark.slow
-def test_the_courses_command_serves_the_shipped_system_and_leaves_nothing_behind(
+def test_demo_app_serves_the_shipped_system_and_cleans_up(
     started: tuple[str, psutil.Popen], tmp_path: Path
 ) -> None:
-    """Its seconds are the processor's: beside other programs a clock says more than it takes."""
+    """Times are CPU time, which does not depend on other programs."""
     address, process = started
     wait_until(lambda: answers(address), seconds=300)
     assert "text" in ask(address, "Hello!")
@@ -109,7 +109,7 @@ from fastapi.routing import APIRoute
 
 import nextgpt.serving.server
 from nextgpt.config.loader import load_config
-from demo_server import scripted_assistant
+from serving_harness import scripted_assistant
 
 how, folder, port = sys.argv[1:]
 build_app = nextgpt.serving.server.build_app
@@ -140,7 +140,7 @@ nextgpt.serving.server.serve(load_config("mini"), Path("none"), "127.0.0.1", int
 
 @pytest.fixture
 def scene(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, psutil.Popen]]]:
-    """Starts servers, and ends them."""
+    """Start servers and end them after the test."""
     processes = []
 
     def start(how: str) -> tuple[str, psutil.Popen]:
@@ -161,7 +161,7 @@ def scene(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, psutil.Popen]]]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["loop", "queue", "not"])
-def test_a_server_that_is_stuck_still_ends_when_it_is_told(
+def test_demo_app_that_hangs_still_ends_on_signal(
     how: str, scene: Callable[[str], tuple[str, psutil.Popen]], tmp_path: Path
 ) -> None:
     address, process = scene(how)
@@ -177,7 +177,7 @@ def test_a_server_that_is_stuck_still_ends_when_it_is_told(
 
 
 @pytest.mark.slow
-def test_what_a_killed_server_left_is_removed_by_the_next_and_what_is_used_is_not(
+def test_demo_app_removes_folders_of_killed_servers_only(
     scene: Callable[[str], tuple[str, psutil.Popen]], tmp_path: Path
 ) -> None:
     killed, running = scene("not"), scene("not")

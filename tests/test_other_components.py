@@ -1,4 +1,4 @@
-"""Another language model and other decoders by configuration alone: all stages, and an answer."""
+"""Another language model and other decoders by configuration: all stages and an answer."""
 
 import re
 import shutil
@@ -26,31 +26,31 @@ from tiny_run import TinyRun, tiny_world
 from tiny_system import tiny_model
 
 SIGNALS: dict[Modality, int] = {"image": 3, "video": 5, "audio": 2}
-FIGURES = replace(TINY, text_width=48, text_tokens=10, audio_embed_dim=24)
+OTHER = replace(TINY, text_width=48, text_tokens=10, audio_embed_dim=24)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
 def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The overrides that choose a model with grouped queries and its own template, and decoders."""
+    """Overrides for a grouped-query language model with a chat template, and for decoders."""
     folder = tmp_path_factory.mktemp("other")
     tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
     tokenizer.chat_template = ZEPHYR
     tokenizer.save_pretrained(folder / "language_model")
-    figures = LlamaConfig(
+    llama_config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=96, intermediate_size=80, num_hidden_layers=2,
         num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=request.param,
     )  # fmt: skip
     torch.manual_seed(0)
-    LlamaForCausalLM(figures).save_pretrained(folder / "language_model")
-    picture = [FIGURES.text_tokens, FIGURES.text_width]
-    shapes = {"image": picture, "video": picture, "audio": [FIGURES.audio_embed_dim]}
+    LlamaForCausalLM(llama_config).save_pretrained(folder / "language_model")
+    picture = [OTHER.text_tokens, OTHER.text_width]
+    shapes = {"image": picture, "video": picture, "audio": [OTHER.audio_embed_dim]}
     sets = [
         f"language_model.path={folder / 'language_model'}",
         "language_model.prompt_format=tokenizer",
         "data.caption_embeddings=online",
     ]
     for modality in MODALITIES:
-        build_mini_decoder(modality, folder / modality, 1, CAPTIONS[:1], FIGURES)
+        build_mini_decoder(modality, folder / modality, 1, CAPTIONS[:1], OTHER)
         sets.append(f"decoders.{modality}.path={folder / modality}")
         sets.append(f"decoders.{modality}.prompt_embeds_shape={shapes[modality]}")
         sets.append(f"decoders.{modality}.signal_tokens={SIGNALS[modality]}")
@@ -59,12 +59,12 @@ def other(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def stages(other: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[TinyRun]:
-    """All stages on those parts, one after the other."""
+    """Runs of all stages on those components."""
     path = tmp_path_factory.mktemp("stages")
     return [TinyRun(path, stage, other).finish() for stage in (1, 2, 3, 4)]
 
 
-def test_all_stages_train_it(stages: list[TinyRun]) -> None:
+def test_other_components_train_in_all_stages(stages: list[TinyRun]) -> None:
     for run in stages:
         assert len(run.losses) == 4 and run.metrics[-1]["skipped"] == 0
     rows = {n: t.shape for n, t in stages[-1].delta.items() if n.endswith("new_rows")}
@@ -80,7 +80,9 @@ def config_of(run: TinyRun) -> Config:
 
 @pytest.mark.parametrize("modality", MODALITIES)
 @torch.no_grad()
-def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: Modality) -> None:
+def test_other_components_answer_with_their_decoders_media(
+    stages: list[TinyRun], modality: Modality
+) -> None:
     assistant = Assistant.from_config(config_of(stages[-1]), stages[-1].folder)
     signals = assistant.prompt_builder.signals
     row = assistant.model.language_model.get_output_embeddings().new_rows[
@@ -101,21 +103,21 @@ def test_it_answers_with_media_of_its_decoders(stages: list[TinyRun], modality: 
     ]
 
 
-def test_its_tuned_parameters_are_refused_by_another(stages: list[TinyRun]) -> None:
+def test_other_components_delta_is_refused_by_another_model(stages: list[TinyRun]) -> None:
     delta = read_delta(stages[-1].folder)
     with pytest.raises(UserError, match=r"input_projection.bias: shape \(96,\), expected \(128,\)"):
         load_delta(tiny_model(lora=True), delta, {"input_projection"})
 
 
-def test_embeddings_of_another_decoder_are_refused_with_maker_or_both_shapes(
+def test_other_decoder_embeddings_are_refused_with_decoder_or_shapes(
     stages: list[TinyRun], other: list[str], tmp_path: Path
 ) -> None:
     precomputed = [*other, "data.caption_embeddings=precomputed"]
     start = ["--init-from", str(stages[0].folder)]
-    said = TinyRun(tmp_path, 2, precomputed, start).fail()
-    assert re.search(r"the \w+ embeddings in .*embed were made by .*, whose text encoder", said)
+    message = TinyRun(tmp_path, 2, precomputed, start).fail()
+    assert re.search(r"the \w+ embeddings in .*embed were made by .*, whose text encoder", message)
     records = shutil.ignore_patterns("captions.*", "embeddings.*", ".*")
     shutil.copytree(tiny_world() / "embed", tmp_path / "embed", ignore=records)
     unrecorded = [*precomputed, f"data.caption_embedding_dir={tmp_path / 'embed'}"]
-    said = TinyRun(tmp_path / "unrecorded", 2, unrecorded, start).fail()
-    assert re.search(r"shape \((12, 32|16,)\), expected \((10, 48|24,)\)", said)
+    message = TinyRun(tmp_path / "unrecorded", 2, unrecorded, start).fail()
+    assert re.search(r"shape \((12, 32|16,)\), expected \((10, 48|24,)\)", message)

@@ -1,4 +1,4 @@
-"""What is written as JSON can be read by every reader of JSON."""
+"""Written JSON is valid for every reader."""
 
 import ast
 import json
@@ -11,20 +11,20 @@ from nextgpt.common.json_io import to_json
 CODE = Path(__file__).parent.parent / "code"
 
 
-def test_numbers_that_json_has_not_become_null() -> None:
+def test_to_json_writes_non_finite_numbers_as_null() -> None:
     value = {"a": [1.5, float("nan")], "b": {"c": (float("inf"), -float("inf"), 2)}}
     written = to_json(value, indent=1)
     assert json.loads(written) == {"a": [1.5, None], "b": {"c": [None, None, 2]}}
     assert to_json("ä", ensure_ascii=False) == '"ä"'
 
 
-def test_what_json_has_not_is_refused() -> None:
+def test_to_json_refuses_unsupported_types() -> None:
     with pytest.raises(TypeError):
         to_json({"path": Path("x")})
 
 
-def test_json_is_written_by_one_function_alone() -> None:
-    """Another `json.dump` could write `NaN` again, which browsers and most languages refuse."""
+def test_json_is_written_by_one_module_only() -> None:
+    """Another `json.dump` could write `NaN`, which browsers and most languages refuse."""
     writers = {
         file.relative_to(CODE).as_posix()
         for file in CODE.rglob("*.py")

@@ -1,4 +1,4 @@
-"""Features that are kept for good are the same to the bit wherever their media are first met."""
+"""Cached features are bit-exact wherever their media are first encoded."""
 
 import sqlite3
 from pathlib import Path
@@ -7,7 +7,7 @@ from tiny_run import TinyRun, trained
 
 
 def cached_features(folder: Path, *sets: str) -> dict[bytes, bytes]:
-    """What stage 2 in bf16 on dialogues with media leaves in an empty cache, by content."""
+    """Run stage 2 in bf16 with an empty cache; return the cached features by content."""
     cache = folder / "cache"
     sets = (
         *sets,
@@ -20,7 +20,7 @@ def cached_features(folder: Path, *sets: str) -> dict[bytes, bytes]:
         return dict(database.execute("SELECT digest, vector FROM feature"))
 
 
-def test_media_first_met_in_a_warm_start_get_the_features_they_get_in_a_step(
+def test_media_features_are_the_same_in_warm_start_and_training_step(
     tmp_path: Path,
 ) -> None:
     stepped = cached_features(tmp_path / "stepped")

@@ -65,7 +65,7 @@ def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_step")
-def test_components_are_small_and_reuse_modules_of_each_other(tmp_path: Path) -> None:
+def test_components_are_small_and_share_modules(tmp_path: Path) -> None:
     out = tmp_path / "parts"
     build_components(ComponentBuilder(out, tmp_path / "work", seed=0), TRAINED)
     record = json.loads((out / DECODER_FOLDERS["audio"] / TRAINING_RECORD).read_text())
@@ -102,7 +102,7 @@ def test_encoder_features_have_the_configured_width(components: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [build_clip_tokenizer, build_roberta_tokenizer])
-def test_captions_of_all_splits_fit_and_training_words_are_one_token(make: type) -> None:
+def test_tokenizer_fits_all_captions_and_has_one_token_per_training_word(make: type) -> None:
     captions = tokenizer_captions()
     tokenizer = make(captions, MINI_DECODERS.text_tokens)
     rng = np.random.default_rng(1)
@@ -120,7 +120,7 @@ def test_captions_of_all_splits_fit_and_training_words_are_one_token(make: type)
     assert not split
 
 
-def test_failed_build_leaves_no_folder(tmp_path: Path) -> None:
+def test_component_build_failure_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         build_mini_decoder("image", tmp_path / "x", 0, [None], TINY)  # type: ignore[list-item]
     assert not list(tmp_path.iterdir())

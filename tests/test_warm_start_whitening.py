@@ -1,10 +1,11 @@
-"""Output projections that subtract the mean of what comes in: measured once, saved, foldable."""
+"""Whitened output projections: measured once, saved, folded into the published layout."""
 
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_parts import model_to_published
 
 from nextgpt.callbacks.warm_start import whiten
 from nextgpt.common.modality import MODALITIES
@@ -13,51 +14,51 @@ from nextgpt.model.build import build_model
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.output_projection import OutputProjection
 from nextgpt.model.upstream_checkpoint import published_to_delta
-from tiny_parts import model_to_published
 from tiny_run import TinyRun, same, trained
 
-CENTRED = "output_projection.whiten_inputs=true"
+WHITENED = "output_projection.whiten_inputs=true"
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """Stage 2 with centred projections, from the usual stage 1."""
+    """Stage 2 with whitened projections, from the default stage 1."""
     start = ["--init-from", str(trained(1).folder)]
-    return TinyRun(tmp_path_factory.mktemp("centred"), 2, [CENTRED], start).finish()
+    return TinyRun(tmp_path_factory.mktemp("centred"), 2, [WHITENED], start).finish()
 
 
 def centres(run: TinyRun) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in run.delta.items() if name.endswith(".centre")}
 
 
-def test_every_new_projection_is_centred_and_keeps_its_centre_through_stage_3(
+def test_whitening_applies_to_new_projections_and_persists_to_stage_3(
     run: TinyRun, tmp_path: Path
 ) -> None:
     assert len(centres(run)) == len(MODALITIES)
     assert all(centre.any() for centre in centres(run).values())
-    later = TinyRun(tmp_path, 3, [CENTRED], ["--init-from", str(run.folder)]).finish()
+    later = TinyRun(tmp_path, 3, [WHITENED], ["--init-from", str(run.folder)]).finish()
     assert same(centres(run), centres(later))
 
 
-def test_two_processes_measure_the_centres_that_one_measures(run: TinyRun, tmp_path: Path) -> None:
+def test_whitening_on_two_processes_equals_one(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
-    both = TinyRun(tmp_path, 2, [CENTRED], start, world=2).finish()
+    both = TinyRun(tmp_path, 2, [WHITENED], start, world=2).finish()
+    assert centres(both).keys() == centres(run).keys() != set()
     for name, centre in centres(run).items():
         torch.testing.assert_close(centres(both)[name], centre, rtol=1e-4, atol=1e-5)
     # The whitening's weakest directions depend on the order in which states are added up.
     assert both.losses == pytest.approx(run.losses, rel=1e-3)
 
 
-def test_a_resumed_run_measures_the_same_centres_again(run: TinyRun, tmp_path: Path) -> None:
+def test_whitening_on_resume_is_the_same(run: TinyRun, tmp_path: Path) -> None:
     start = ["--init-from", str(trained(1).folder)]
-    broken = TinyRun(tmp_path, 2, [CENTRED, "training.save_steps=1"], start)
+    broken = TinyRun(tmp_path, 2, [WHITENED, "training.save_steps=1"], start)
     broken.kill_when(lambda: "step_000002" in broken.checkpoints)
-    resumed = TinyRun(tmp_path, 2, [CENTRED, "training.save_steps=1"], ["--resume"]).finish()
+    resumed = TinyRun(tmp_path, 2, [WHITENED, "training.save_steps=1"], ["--resume"]).finish()
     assert same(run.delta, resumed.delta)
 
 
-def test_states_come_in_with_the_mean_that_was_measured_taken_away() -> None:
-    figures = {
+def test_whitening_subtracts_the_measured_mean() -> None:
+    sizes = {
         "d_model": 8,
         "encoder_layers": 1,
         "decoder_layers": 1,
@@ -65,14 +66,14 @@ def test_states_come_in_with_the_mean_that_was_measured_taken_away() -> None:
         "dim_feedforward": 8,
     }
     torch.manual_seed(0)
-    plain = OutputProjection(16, prompt_embeds_shape=(3, 4), **figures)
-    centred = OutputProjection(16, prompt_embeds_shape=(3, 4), **figures, whiten_inputs=True)
-    centred.load_state_dict(plain.state_dict() | {"centre": torch.full((16,), 3.0)})
+    plain = OutputProjection(16, prompt_embeds_shape=(3, 4), **sizes)
+    whitened = OutputProjection(16, prompt_embeds_shape=(3, 4), **sizes, whiten_inputs=True)
+    whitened.load_state_dict(plain.state_dict() | {"centre": torch.full((16,), 3.0)})
     hidden, embeddings = torch.randn(2, 5, 2, 16)
-    torch.testing.assert_close(centred(hidden + 3, embeddings), plain(hidden, embeddings))
+    torch.testing.assert_close(whitened(hidden + 3, embeddings), plain(hidden, embeddings))
 
 
-def test_the_first_layer_begins_by_seeing_what_varies_and_not_what_is_large() -> None:
+def test_whitening_scales_the_first_layer_by_variance() -> None:
     torch.manual_seed(0)
     deviations = torch.tensor([100.0, 10.0, 1.0, 1e-3, 1e-3, 1e-3])
     turned, _ = torch.linalg.qr(torch.randn(6, 6))
@@ -86,9 +87,7 @@ def test_the_first_layer_begins_by_seeing_what_varies_and_not_what_is_large() ->
 
 @pytest.mark.parametrize("count", [2, 20, 40, 63, 64, 65])
 @pytest.mark.parametrize("alike", [1, 4])
-def test_from_few_states_or_repeated_ones_the_first_layer_stays_bounded(
-    count: int, alike: int
-) -> None:
+def test_whitening_of_few_or_repeated_states_is_bounded(count: int, alike: int) -> None:
     torch.manual_seed(0)
     deviations = 100 * 0.9 ** torch.arange(200)
     turned, _ = torch.linalg.qr(torch.randn(200, 200))
@@ -100,14 +99,14 @@ def test_from_few_states_or_repeated_ones_the_first_layer_stays_bounded(
     assert layer.weight[: count - 1].any(dim=1).all() and not layer.weight[count - 1 :].any()
 
 
-def test_one_state_leaves_the_first_layer_as_it_is() -> None:
+def test_whitening_of_one_state_keeps_the_first_layer() -> None:
     layer = torch.nn.Linear(200, 128)
     before = layer.weight.detach().clone()
     whiten(layer, torch.zeros(1, 200))
     assert torch.equal(layer.weight, before)
 
 
-def test_the_published_layout_has_the_centre_in_the_bias(run: TinyRun) -> None:
+def test_whitening_is_folded_into_the_published_bias(run: TinyRun) -> None:
     overrides = [word for flag, word in pairwise(run.arguments) if flag == "--set"]
     config = load_config("7b", 2, overrides)
     model = build_model(config, torch.float32, lora=True, output_projections=True)

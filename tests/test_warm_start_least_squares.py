@@ -1,4 +1,4 @@
-"""The measured start of the input projection."""
+"""Least-squares initialization of the input projection."""
 
 import weakref
 from collections.abc import Iterator
@@ -13,16 +13,16 @@ from nextgpt.config.loader import load_config
 from nextgpt.conversation.batch import Batch
 from nextgpt.conversation.prompt import IGNORE_INDEX
 from nextgpt.model.build import build_model
-from tiny_parts import tiny_overrides
+from tiny_components import tiny_overrides
 from tiny_run import TinyRun, trained
 
 IDS = torch.arange(3)
 
 
-def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
+def test_least_squares_recovers_a_linear_map_with_the_requested_spread() -> None:
     torch.manual_seed(0)
-    law, given = torch.randn(6, 9), torch.randn(4000, 6)
-    wanted = given @ law + 5
+    linear_map, given = torch.randn(6, 9), torch.randn(4000, 6)
+    wanted = given @ linear_map + 5
     moments = Moments.zeros(6, 9)
     for part in range(0, 4000, 1000):
         moments.add(given[part : part + 1000], wanted[part : part + 1000])
@@ -32,15 +32,13 @@ def test_the_fit_finds_a_linear_law_and_gives_it_the_spread_asked_for() -> None:
     deviation = (found - found.mean(dim=0)).square().sum(dim=1).mean().sqrt()
     assert abs(deviation - 30) < 0.5
     direction = torch.nn.functional.cosine_similarity(
-        weight.float().flatten(), law.flatten(), dim=0
+        weight.float().flatten(), linear_map.flatten(), dim=0
     )
     assert direction > 0.999
 
 
 @pytest.mark.parametrize("places", [1, 3])
-def test_each_place_of_a_medium_is_put_among_its_share_of_the_captions_words(
-    tmp_path: Path, places: int
-) -> None:
+def test_least_squares_assigns_each_place_its_words(tmp_path: Path, places: int) -> None:
     overrides = [*tiny_overrides(tmp_path), f"input_projection.tokens_per_medium={places}"]
     config = load_config("7b", overrides=overrides)
     torch.manual_seed(0)
@@ -55,24 +53,26 @@ def test_each_place_of_a_medium_is_put_among_its_share_of_the_captions_words(
     batch = Batch(ids, torch.ones_like(ids), targets, slots, features)
     init_input_projection(model, [batch])
     embed = model.language_model.get_input_embeddings()
-    said = embed(ids[:4, places + 2 :]).unflatten(1, (places, -1)).mean(dim=2)  # (4, places, H)
+    caption_means = (
+        embed(ids[:4, places + 2 :]).unflatten(1, (places, -1)).mean(dim=2)
+    )  # (4, places, H)
     found = model.embed(ids, slots, features)[:4, 1 : places + 1]
-    found, said = found - found.mean(dim=0), said - said.mean(dim=0)
-    likeness = torch.nn.functional.cosine_similarity(found[:, None], said[None], dim=-1)
+    found, caption_means = found - found.mean(dim=0), caption_means - caption_means.mean(dim=0)
+    likeness = torch.nn.functional.cosine_similarity(found[:, None], caption_means[None], dim=-1)
     for place in range(places):
         assert likeness[:, :, place].argmax(dim=1).tolist() == [0, 1, 2, 3]
         assert likeness[:, :, place].diagonal().min() > 0.99
 
 
 def media_and_captions(count: int, width: int) -> Batch:
-    """Conversations that show a medium and say three words of it."""
+    """Return conversations with a medium and a caption of three tokens."""
     ids = torch.randint(3, 50, (count, 6))
     targets = torch.where(torch.arange(6) < 3, IGNORE_INDEX, ids)
     slots = torch.stack([torch.arange(count), torch.ones(count, dtype=torch.int64)], dim=1)
     return Batch(ids, torch.ones_like(ids), targets, slots, torch.randn(count, width))
 
 
-def test_the_fit_holds_on_to_no_medium_it_has_seen(tmp_path: Path) -> None:
+def test_least_squares_releases_processed_media(tmp_path: Path) -> None:
     config = load_config("7b", overrides=tiny_overrides(tmp_path))
     model = build_model(config, torch.float32, lora=False, output_projections=False)
     freed: list[int] = []
@@ -86,16 +86,17 @@ def test_the_fit_holds_on_to_no_medium_it_has_seen(tmp_path: Path) -> None:
             assert len(freed) >= number  # all but the last, which the caller may still hold
 
     init_input_projection(model, batches())
+    assert sorted(freed) == [0, 1, 2, 3, 4]
 
 
-def test_a_fit_to_no_media_is_refused(tmp_path: Path) -> None:
+def test_least_squares_without_media_is_refused(tmp_path: Path) -> None:
     config = load_config("7b", overrides=tiny_overrides(tmp_path))
     model = build_model(config, torch.float32, lora=False, output_projections=False)
     with pytest.raises(UserError, match="show no medium"):
         init_input_projection(model, [media_and_captions(0, config.encoder.width)])
 
 
-def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:
+def test_least_squares_initializes_stage_1(tmp_path: Path) -> None:
     sets = ["training.max_steps=1", "training.learning_rate=1e-9"]
     fitted = TinyRun(
         tmp_path / "fitted", 1, [*sets, "input_projection.init=least_squares"]
@@ -106,7 +107,7 @@ def test_stage_1_fits_a_new_projection(tmp_path: Path) -> None:
     assert not torch.allclose(fitted.delta[name], plain.delta[name], atol=1e-3)
 
 
-def test_two_processes_fit_the_projection_that_one_fits(tmp_path: Path) -> None:
+def test_least_squares_on_two_processes_equals_one(tmp_path: Path) -> None:
     sets = ["training.max_steps=1", "training.learning_rate=1e-9"]
     sets.append("input_projection.init=least_squares")
     alone = TinyRun(tmp_path / "alone", 1, sets).finish()
@@ -114,7 +115,7 @@ def test_two_processes_fit_the_projection_that_one_fits(tmp_path: Path) -> None:
     torch.testing.assert_close(both.delta, alone.delta, rtol=1e-3, atol=1e-4)
 
 
-def test_a_later_stage_keeps_the_projection_that_it_is_given(tmp_path: Path) -> None:
+def test_least_squares_keeps_a_loaded_projection(tmp_path: Path) -> None:
     sets = ["input_projection.init=least_squares", "training.trainable=[output_projections]"]
     later = TinyRun(tmp_path, 2, sets, ["--init-from", str(trained(1).folder)]).finish()
     before, after = trained(1).delta, later.delta

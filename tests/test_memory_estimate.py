@@ -1,4 +1,4 @@
-"""`train.py --plan`: what it says of memory is what is measured, and what DeepSpeed divides."""
+"""The memory estimate (`train.py --plan`) against measured memory and DeepSpeed's partitioning."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ PASSING = ("gradients", "activations")
 
 
 def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
-    """Bytes that the allocator hands out at once in a real forward and backward pass."""
+    """Return the peak of allocated bytes in a real forward and backward pass."""
     trains = config.training.trainable
     parts = {"lora": stage >= 3, "output_projections": "output_projections" in trains}
     model = build_model(config, dtype, **parts)
@@ -62,7 +62,7 @@ def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
 
 
 def passing(plan: MemoryEstimate) -> float:
-    """Bytes at the worst moment of what a step makes and leaves: gradients and activations."""
+    """Return the bytes of gradients and activations at the peak of a step."""
     return plan.peak - sum(size for use, size in plan.on_device.items() if use not in PASSING)
 
 
@@ -70,7 +70,7 @@ def passing(plan: MemoryEstimate) -> float:
 @pytest.mark.parametrize(
     ("stage", "more"), [(1, []), (2, []), (3, []), (4, []), (4, [*KEPT, "training.epochs=2"])]
 )
-def test_activations_are_planned_as_measured(
+def test_memory_estimate_activations_equal_the_measured(
     stage: int, more: list[str], checkpointing: str
 ) -> None:
     sets = [
@@ -87,7 +87,7 @@ def test_activations_are_planned_as_measured(
 
 
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
-def test_activations_of_the_mini_model_are_planned_as_measured(checkpointing: str) -> None:
+def test_memory_estimate_mini_activations_equal_the_measured(checkpointing: str) -> None:
     sets = [f"training.activation_checkpointing={checkpointing}", "data.packed_seq_length=512"]
     sets += ["training.precision=bf16", "data.max_seq_length=128", "training.global_batch_size=4"]
     config = load_config("mini", 3, sets)
@@ -96,18 +96,18 @@ def test_activations_of_the_mini_model_are_planned_as_measured(checkpointing: st
 
 
 def planned_with(tmp_path: Path, processes: int, **zero: object) -> MemoryEstimate:
-    """Stage 3 of the tiny system with this in DeepSpeed's JSON."""
+    """Estimate stage 3 of the tiny system with these ZeRO settings."""
     settings = tmp_path / "settings.json"
     settings.write_text(json.dumps({"zero_optimization": zero}))
     sets = [f"training.deepspeed_config={settings}", "training.global_batch_size=8"]
     return estimate_memory(tiny_config(3, sets), 3, processes)
 
 
-def test_zero_divides_what_it_says(tmp_path: Path) -> None:
-    whole = planned_with(tmp_path, 4, stage=0)
-    trained = sum(trains for _, trains in whole.groups.values())
+def test_memory_estimate_zero_divides_its_share(tmp_path: Path) -> None:
+    undivided = planned_with(tmp_path, 4, stage=0)
+    trained = sum(trains for _, trains in undivided.groups.values())
     moments = "optimizer (Adam's two moments)"
-    assert whole.on_device[moments] == 8 * trained
+    assert undivided.on_device[moments] == 8 * trained
     for stage, optimizer, gradients, weights in ((1, 4, 1, 1), (2, 4, 4, 1), (3, 4, 4, 4)):
         plan = planned_with(tmp_path, 4, stage=stage)
         assert plan.on_device[moments] == 8 * trained / optimizer
@@ -115,24 +115,24 @@ def test_zero_divides_what_it_says(tmp_path: Path) -> None:
         assert plan.on_device["weights that train"] == 4 * trained / weights
 
 
-def test_an_offloaded_optimizer_is_in_the_machines_memory(tmp_path: Path) -> None:
+def test_memory_estimate_offloaded_optimizer_counts_as_host_memory(tmp_path: Path) -> None:
     plan = planned_with(tmp_path, 1, stage=2, offload_optimizer={"device": "cpu"})
     assert not any("optimizer" in use for use in plan.on_device)
     assert any("optimizer" in use for use in plan.in_memory)
 
 
-def test_offloaded_weights_are_in_the_machines_memory(tmp_path: Path) -> None:
+def test_memory_estimate_offloaded_weights_count_as_host_memory(tmp_path: Path) -> None:
     plan = planned_with(tmp_path, 2, stage=3, offload_param={"device": "cpu"})
     assert not any(use.startswith("weights that") for use in plan.on_device)
     assert plan.in_memory["weights that stay frozen"] > 0
 
 
-def test_serving_takes_all_parts_whatever_the_stage_trains() -> None:
+def test_memory_estimate_serving_loads_all_components() -> None:
     first, third = (estimate_memory(tiny_config(stage), stage, 1).serving for stage in (1, 3))
     assert first == third and first["projections, adapters, new rows"] > 0
 
 
-def test_buffers_are_those_of_deepspeeds_json(tmp_path: Path) -> None:
+def test_memory_estimate_buffers_follow_the_deepspeed_config(tmp_path: Path) -> None:
     buffer = "buffer for gradients (reduce_bucket_size)"
     small = planned_with(tmp_path, 1, stage=2, reduce_bucket_size=1000)
     assert small.on_device[buffer] == 4000
@@ -141,17 +141,17 @@ def test_buffers_are_those_of_deepspeeds_json(tmp_path: Path) -> None:
     assert buffer not in planned_with(tmp_path, 1, stage=2, contiguous_gradients=False).on_device
 
 
-def test_kept_states_are_counted_in_the_machines_memory_up_to_their_limit() -> None:
-    kept = "hidden-state cache (hidden_state_cache_gb)"
+def test_memory_estimate_hidden_state_cache_counts_up_to_its_limit() -> None:
+    cache = "hidden-state cache (hidden_state_cache_gb)"
     sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=3"]
     plan = estimate_memory(tiny_config(4, sets), 4, 2)
-    assert plan.in_memory[kept] == 3e9 and plan.memory_peak >= sum(plan.in_memory.values())
+    assert plan.in_memory[cache] == 3e9 and plan.memory_peak >= sum(plan.in_memory.values())
     for once in ([*sets, "training.epochs=1"], []):
-        assert kept not in estimate_memory(tiny_config(4, once), 4, 2).in_memory
-    assert estimate_memory(load_config("mini", 4), 4, 1).in_memory[kept] == 1e9
+        assert cache not in estimate_memory(tiny_config(4, once), 4, 2).in_memory
+    assert estimate_memory(load_config("mini", 4), 4, 1).in_memory[cache] == 1e9
 
 
-def test_each_loader_process_has_one_that_decodes() -> None:
+def test_memory_estimate_loader_workers_each_have_a_decode_worker() -> None:
     use = "decoding processes, at most"
     for workers, count in ((0, 1), (3, 3)):
         plan = estimate_memory(tiny_config(1, [f"data.num_workers={workers}"]), 1, 1)
@@ -160,7 +160,7 @@ def test_each_loader_process_has_one_that_decodes() -> None:
     assert use not in estimate_memory(captions_alone, 2, 1).in_memory
 
 
-def test_the_machines_memory_is_compared_with_what_all_processes_need(
+def test_memory_estimate_compares_host_memory_with_all_processes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     card = SimpleNamespace(name="a card", total_memory=80e9, major=8, minor=0)
@@ -170,43 +170,43 @@ def test_the_machines_memory_is_compared_with_what_all_processes_need(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
     sets = [*KEPT, "training.epochs=2", "training.hidden_state_cache_gb=40"]
     plan = estimate_memory(tiny_config(4, sets), 4, 4)
-    for gigabytes, told in ((256, "fits"), (128, "room for 2 of 4 processes")):
+    for gigabytes, report in ((256, "fits"), (128, "room for 2 of 4 processes")):
         memory = SimpleNamespace(total=gigabytes * 1e9)
         monkeypatch.setattr(
             "nextgpt.tools.memory_report.psutil.virtual_memory", lambda memory=memory: memory
         )
-        assert f"this machine's memory ({gigabytes} GB): {told}" in format_memory_estimate(plan)
+        assert f"this machine's memory ({gigabytes} GB): {report}" in format_memory_estimate(plan)
 
 
-def test_stage_4_is_planned_with_the_adapters_it_loads() -> None:
+def test_memory_estimate_stage_4_includes_loaded_adapters() -> None:
     plan = estimate_memory(load_config("7b", 4), 4, 8)
     assert plan.groups["lora"] == (33_554_432, 0)
     assert plan.loading == pytest.approx(2 * 6_738_415_616 + 4 * 133_901_568, rel=1e-3)
 
 
-def test_the_encoder_is_planned_where_conversations_may_show_media() -> None:
+def test_memory_estimate_includes_the_encoder_if_media_are_read() -> None:
     encoder = "encoder, until all features are cached"
     planned = [encoder in estimate_memory(tiny_config(s), s, 1).on_device for s in (1, 2, 3, 4)]
     assert planned == [True, False, True, True]
 
 
-def test_the_published_system_is_planned_without_its_files() -> None:
+def test_memory_estimate_7b_needs_no_files() -> None:
     plan = estimate_memory(load_config("7b", 3), 3, 8)
     assert plan.groups["input_projection"] == (4_198_400, 4_198_400)
     assert plan.on_device["weights that stay frozen"] == pytest.approx(13.5e9, rel=0.01)
-    told = format_memory_estimate(plan)
-    assert "a GPU of 24 GB (24 GB): fits" in told
-    assert "decoder, video: not here, as published" in told
+    report = format_memory_estimate(plan)
+    assert "a GPU of 24 GB (24 GB): fits" in report
+    assert "decoder, video: not here, as published" in report
     assert sum(plan.serving.values()) == pytest.approx(24.6e9, rel=0.01)
 
 
-def test_what_is_too_large_for_a_card_is_said() -> None:
+def test_memory_estimate_reports_what_exceeds_the_gpu() -> None:
     sets = ["training.micro_batch_size=8", "training.activation_checkpointing=false"]
-    told = format_memory_estimate(estimate_memory(load_config("7b", 3, sets), 3, 1))
-    assert "a GPU of 24 GB (24 GB): does not fit" in told
+    report = format_memory_estimate(estimate_memory(load_config("7b", 3, sets), 3, 1))
+    assert "a GPU of 24 GB (24 GB): does not fit" in report
 
 
-def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
+def test_memory_estimate_reads_no_weights(tmp_path: Path) -> None:
     folder = tmp_path / "figures_alone"
     folder.mkdir()
     for file in (PARITY / "llama_tiny").iterdir():
@@ -215,7 +215,7 @@ def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
     assert estimate_memory(tiny_config(3, [f"language_model.path={folder}"]), 3, 1).peak > 0
 
 
-def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
+def test_memory_estimate_unsupported_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--plan 0"):
         estimate_memory(tiny_config(3), 3, 0)
     with pytest.raises(UserError, match="cannot be shared equally by 3"):
@@ -227,7 +227,7 @@ def test_what_cannot_be_planned_is_said(tmp_path: Path) -> None:
         estimate_memory(tiny_config(3, missing), 3, 1)
 
 
-def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path) -> None:
+def test_plan_flag_prints_the_estimate_without_training(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "code/train.py", "--stage", "2", "--plan", "2"]
     done = subprocess.run(
         [*command, "--save_path", tmp_path / "none"], capture_output=True, text=True, check=True
@@ -240,7 +240,7 @@ def test_the_command_prints_the_plan_and_trains_nothing(tmp_path: Path) -> None:
     ("name", "processes", "card"),
     [("7b_24gb", 1, 24), ("7b_80gb", 1, 80), ("7b_8x80gb", 8, 80), ("7b_2_nodes", 16, 80)],
 )
-def test_the_shipped_hardware_configurations_fit_what_they_are_for(
+def test_memory_estimate_shipped_configs_fit_their_hardware(
     name: str, processes: int, card: int
 ) -> None:
     plan = estimate_memory(load_config(name, 3), 3, processes)

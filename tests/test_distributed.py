@@ -1,4 +1,4 @@
-"""The processes of a run give each other what one of them has computed."""
+"""Results computed on rank 0 and broadcast."""
 
 import os
 from multiprocessing import get_context
@@ -16,7 +16,7 @@ def refuse() -> None:
 
 
 def member(rank: int, meeting: Path, found: Queue) -> None:
-    """One of two processes: what it is given, and the error that it is given."""
+    """Run one of two processes; report its result and its error."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     given = compute_on_rank_0(os.getpid)
     try:
@@ -26,7 +26,7 @@ def member(rank: int, meeting: Path, found: Queue) -> None:
     dist.destroy_process_group()
 
 
-def test_what_the_first_process_computes_or_refuses_is_every_processs(tmp_path: Path) -> None:
+def test_first_process_broadcasts_its_result_or_error(tmp_path: Path) -> None:
     spawn = get_context("spawn")
     found = spawn.Queue()
     members = [

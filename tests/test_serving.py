@@ -1,4 +1,4 @@
-"""The demo's rooms one by one: limits, knobs, sessions, what is drawn, the bank of captions."""
+"""Serving modules: limits, sampling settings, sessions, chat view, caption bank."""
 
 import asyncio
 import struct
@@ -48,7 +48,7 @@ OPTIONS = GenerationSettings.from_config(load_config("mini"))
 
 
 def png_of_size(path: Path, width: int, height: int) -> Path:
-    """A PNG that claims to be this large in its header, a few bytes long."""
+    """Write a PNG of a few bytes with this size in its header."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + data))
@@ -76,7 +76,7 @@ def sound_of_length(path: Path, seconds: int) -> Path:
 
 
 def sound_of_lies(path: Path, packets: int) -> Path:
-    """A silent sound whose packets, of 1024 samples each, say that they are one sample long."""
+    """Write silent audio whose packets of 1024 samples each have a duration of one sample."""
     silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
     silence.sample_rate = 48_000
     with av.open(str(path), "w", format="mp4") as container:
@@ -126,9 +126,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_beyond_a_limit_is_refused_by_its_name_and_never_its_path(
-    kind: str, tmp_path: Path
-) -> None:
+def test_limits_refuse_by_file_name_without_path(kind: str, tmp_path: Path) -> None:
     make, word = REFUSED[kind]
     with pytest.raises(MediaError, match=word) as refused:
         check_medium(make(tmp_path), "my file")
@@ -139,7 +137,7 @@ def test_what_is_beyond_a_limit_is_refused_by_its_name_and_never_its_path(
 @pytest.mark.parametrize(
     ("reader", "file"), [(Image, "portrait.jpg"), (av, "tone_16k.wav"), (av, "move_wide.mp4")]
 )
-def test_a_file_that_vanishes_amid_the_check_is_refused_by_its_name(
+def test_limits_file_removed_during_the_check_is_refused_by_name(
     reader: Any, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = written(tmp_path / "a", (MEDIA / file).read_bytes())
@@ -155,7 +153,7 @@ def test_a_file_that_vanishes_amid_the_check_is_refused_by_its_name(
     assert str(tmp_path) not in str(refused.value)
 
 
-def test_a_file_that_vanishes_after_its_check_is_refused_by_its_name(
+def test_limits_file_removed_after_the_check_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = Sessions(tmp_path).get("tab", "ada")
@@ -165,7 +163,7 @@ def test_a_file_that_vanishes_after_its_check_is_refused_by_its_name(
     assert str(tmp_path) not in str(refused.value)
 
 
-def test_checks_run_one_at_a_time_for_a_visitor_and_leave_a_worker_to_the_desk(
+def test_limits_checks_run_one_per_visitor_and_leave_a_worker_free(
     tmp_path: Path,
 ) -> None:
     sessions = Sessions(tmp_path)
@@ -199,7 +197,7 @@ def test_checks_run_one_at_a_time_for_a_visitor_and_leave_a_worker_to_the_desk(
     sessions.end_checks()
 
 
-def test_sessions_may_be_opened_while_files_are_looked_up(tmp_path: Path) -> None:
+def test_sessions_open_during_file_lookup(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
 
     class Opening(str):  # another thread's work at the worst moment
@@ -215,7 +213,7 @@ def test_sessions_may_be_opened_while_files_are_looked_up(tmp_path: Path) -> Non
     assert len(sessions) == 2
 
 
-def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
+def test_limits_refuse_animations_of_many_large_frames(tmp_path: Path) -> None:
     with av.open(str(tmp_path / "a.mp4"), "w") as container:
         stream = container.add_stream("libx264", rate=60, options={"preset": "ultrafast"})
         stream.width = stream.height = 2048
@@ -230,11 +228,11 @@ def test_a_bomb_of_many_large_frames_is_refused(tmp_path: Path) -> None:
         with pytest.raises(MediaError, match="too many frames"):
             find_modality(tmp_path / "a.mp4", "bomb")
         patch.setattr("nextgpt.serving.limits.MAX_FRAME_PIXELS", 1000)
-        with pytest.raises(MediaError, match="too many"):
+        with pytest.raises(MediaError, match="pixels a frame are too many"):
             find_modality(tmp_path / "a.mp4", "bomb")
 
 
-def test_a_video_of_too_many_small_frames_is_refused(
+def test_limits_refuse_videos_of_too_many_frames(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nextgpt.serving.limits.MAX_FRAMES", 20)
@@ -243,7 +241,7 @@ def test_a_video_of_too_many_small_frames_is_refused(
         find_modality(video_of_length(tmp_path / "a.mp4", 21), "it")
 
 
-def test_kinds_are_told_by_content_not_by_name(tmp_path: Path) -> None:
+def test_find_modality_uses_content_not_name(tmp_path: Path) -> None:
     wrong = {
         "image": written(tmp_path / "a.mp4", (MEDIA / "portrait.jpg").read_bytes()),
         "audio": written(tmp_path / "a.png", (MEDIA / "tone_16k.wav").read_bytes()),
@@ -253,7 +251,7 @@ def test_kinds_are_told_by_content_not_by_name(tmp_path: Path) -> None:
         assert check_medium(path, "it") == modality
 
 
-def test_every_knob_is_turned_within_its_range_and_refused_beyond() -> None:
+def test_sampling_settings_accept_their_range_only() -> None:
     for knob in setting_specs(OPTIONS):
         for value in (knob.low, knob.high, knob.default):
             apply_settings(OPTIONS, {knob.name: value})
@@ -269,14 +267,14 @@ def test_every_knob_is_turned_within_its_range_and_refused_beyond() -> None:
         apply_settings(OPTIONS, {"steps_image": 2.5})
 
 
-def test_seeds() -> None:
+def test_sampling_settings_parse_seeds() -> None:
     assert check_seed(-1) is None and check_seed(None) is None and check_seed(7) == 7
     for seed in (-2, 2**31, 1.5, "7"):
         with pytest.raises(UserError, match="seed"):
             check_seed(seed)
 
 
-def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> None:
+def test_session_copies_shown_files_and_removes_them_on_close(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
     session = sessions.get("tab", "ada")
     turn = session.build_turn("what is it?", [(MEDIA / "portrait.jpg", "../../etc/my pass wd.jpg")])
@@ -295,7 +293,7 @@ def test_a_session_copies_what_is_shown_and_takes_it_with_it(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "%2e%2e/x", "..", "", "."])
-def test_no_media_address_leads_out_of_the_own_session(name: str, tmp_path: Path) -> None:
+def test_session_media_paths_stay_in_their_folder(name: str, tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
     session = sessions.get("tab", "ada")
     session.new_folder()
@@ -306,12 +304,12 @@ def test_no_media_address_leads_out_of_the_own_session(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["", "..", "/", "a/b/../c.png", "c.png", "\0c.png", "x" * 300])
-def test_file_names_are_made_safe(name: str) -> None:
+def test_session_file_names_are_sanitized(name: str) -> None:
     safe = safe_name(name)
     assert safe and "/" not in safe and not safe.startswith(".") and len(safe) <= 60
 
 
-def test_silent_sessions_and_old_uploads_are_swept(tmp_path: Path) -> None:
+def test_sessions_sweep_removes_idle_sessions_and_old_uploads(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
     session = sessions.get("tab", "ada")
     session.new_folder()
@@ -324,7 +322,7 @@ def test_silent_sessions_and_old_uploads_are_swept(tmp_path: Path) -> None:
     assert not sessions.has_access(str(upload), "ada")
 
 
-def test_a_sweep_takes_what_a_closed_sessions_answer_still_wrote(tmp_path: Path) -> None:
+def test_sessions_sweep_removes_late_files_of_closed_sessions(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
     left, kept = sessions.get("left", "ada"), sessions.get("kept", "ada")
     sessions.close("left", "ada")
@@ -334,7 +332,7 @@ def test_a_sweep_takes_what_a_closed_sessions_answer_still_wrote(tmp_path: Path)
     assert [*sessions.folder.iterdir()] == [kept.folder]
 
 
-def test_files_that_go_while_the_room_is_measured_do_not_count(
+def test_sessions_disk_usage_skips_files_removed_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions = Sessions(tmp_path)
@@ -344,7 +342,7 @@ def test_files_that_go_while_the_room_is_measured_do_not_count(
     sessions.sweep(idle=-1)
 
 
-def test_an_upload_is_removed_when_the_last_who_may_use_it_gives_it_back(tmp_path: Path) -> None:
+def test_upload_is_removed_with_its_last_owner(tmp_path: Path) -> None:
     sessions = Sessions(tmp_path)
     upload = written(sessions.new_upload("a.png"), b"x")
     for visitor in ("ada", "bob"):
@@ -358,7 +356,7 @@ def test_an_upload_is_removed_when_the_last_who_may_use_it_gives_it_back(tmp_pat
     assert own.exists()  # it goes with its session
 
 
-def test_a_reply_grows_event_by_event(tmp_path: Path) -> None:
+def test_answer_state_grows_event_by_event(tmp_path: Path) -> None:
     reply = AnswerState(seed=3)
     turn = Turn("assistant", (Text("Sure"), Media("image"), Media("audio")))
     assert reply.parts == ()
@@ -385,7 +383,7 @@ TYPED = [
 
 
 @pytest.mark.parametrize("typed", TYPED)
-def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
+def test_chat_view_escapes_user_text(typed: str, tmp_path: Path) -> None:
     session = Sessions(tmp_path).get("tab", "ada")
     human = session.build_turn(typed, [])
     assert human.parts == (Text(typed),)
@@ -400,7 +398,7 @@ def test_what_is_typed_stays_text(typed: str, tmp_path: Path) -> None:
     assert rounds == [0, 0, 1]
 
 
-def test_tokens_in_the_explanation_are_escaped_and_runs_are_marked() -> None:
+def test_explanation_escapes_tokens_and_marks_signal_spans() -> None:
     names = ("Ġ<b>", "[IMG0]", "[IMG1]", "</s>")
     reply = AnswerState(5, turn=Turn("assistant", (Text("<b>"), Media("image"))), token_names=names)
     reply.finished = Finished(((("a <i>red</i> circle", 0.25),),), {"image": 1.5})
@@ -410,7 +408,7 @@ def test_tokens_in_the_explanation_are_escaped_and_runs_are_marked() -> None:
     assert "a &lt;i&gt;red&lt;/i&gt; circle" in html and "1.50" in html and "Seed 5" in html
 
 
-def test_what_ended_early_is_explained_as_far_as_it_came() -> None:
+def test_explanation_covers_unfinished_answers() -> None:
     reply = AnswerState(5, text="Su")
     assert explanation_html(reply) == ""
     reply.update(
@@ -424,7 +422,7 @@ def test_what_ended_early_is_explained_as_far_as_it_came() -> None:
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])
-def test_a_captions_own_embedding_is_nearest_to_it(modality: str) -> None:
+def test_nearest_captions_finds_the_embedded_caption(modality: str) -> None:
     encoder = TextEncoder(modality, str(tiny_decoder(modality)), torch.device("cpu"))
     captions = CaptionBank.from_file(BANK).captions[modality]
     assert len(captions) == {"image": 480, "video": 2880, "audio": 36}[modality]
@@ -438,12 +436,12 @@ def test_a_captions_own_embedding_is_nearest_to_it(modality: str) -> None:
         torch.testing.assert_close(found, encoder.encode([captions[index]]))
 
 
-def test_the_caption_bank_is_what_its_script_writes(tmp_path: Path) -> None:
+def test_caption_bank_equals_its_scripts_output(tmp_path: Path) -> None:
     write_caption_bank(tmp_path / "bank.json")
     assert (tmp_path / "bank.json").read_bytes() == BANK.read_bytes()
 
 
-def test_without_a_caption_bank_no_nearest_captions_are_shown(tmp_path: Path) -> None:
+def test_nearest_captions_are_optional(tmp_path: Path) -> None:
     assert load_config("7b").serving.caption_bank is None
     assert load_config("7b").serving.examples is None
     turn = Turn("assistant", (Media("image"),))
@@ -465,33 +463,33 @@ def test_serving_does_not_import_the_mini_world() -> None:
     assert "mini_world" not in modules.stdout
 
 
-def test_the_examples_are_the_four_cases_with_files_that_pass_the_limits() -> None:
+def test_examples_cover_four_cases_within_the_limits() -> None:
     examples = read_examples(EXAMPLES)
     assert [e.name for e in examples] == ["T+I→T+A", "T+V→T+A", "T+I→T+I+V", "T→T+I+V+A"]
     kinds = [check_medium(e.file, "it") if e.file else None for e in examples]
     assert kinds == ["image", "video", "image", None]
 
 
-def test_a_session_of_many_rounds_reads_only_what_was_answered(tmp_path: Path) -> None:
+def test_session_of_many_rounds_reads_answered_turns_only(tmp_path: Path) -> None:
     session = Session("ada", tmp_path / "s")
-    said = [Turn("human", (Text(str(i)),)) for i in range(3)]
+    questions = [Turn("human", (Text(str(i)),)) for i in range(3)]
     session.rounds = [
-        Round(said[0], AnswerState(0, text="zero", stopped=True)),
-        Round(said[1], AnswerState(0, error="broken")),
-        Round(said[2], AnswerState(0, text="two")),
+        Round(questions[0], AnswerState(0, text="zero", stopped=True)),
+        Round(questions[1], AnswerState(0, error="broken")),
+        Round(questions[2], AnswerState(0, text="two")),
     ]
     zero, two = (Turn("assistant", (Text(word),)) for word in ("zero", "two"))
-    assert session.turns() == (said[0], zero, said[2], two)
+    assert session.turns() == (questions[0], zero, questions[2], two)
 
 
-def test_sounds_of_the_model_pass_the_limits(tmp_path: Path) -> None:
+def test_limits_accept_generated_audio(tmp_path: Path) -> None:
     save_medium(Sound(np.zeros(16000, np.float32), 16000), tmp_path / "a.wav")
     assert check_medium(tmp_path / "a.wav", "it") == "audio"
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert check_medium(tmp_path / "a.png", "it") == "image"
 
 
-def test_folders_of_processes_that_are_gone_are_removed_and_no_others(
+def test_temporary_folders_of_dead_processes_alone_are_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -511,7 +509,7 @@ def test_folders_of_processes_that_are_gone_are_removed_and_no_others(
     assert (elsewhere / "visitors.png").exists() and (tmp_path / "other" / "visitors.png").exists()
 
 
-def test_a_folder_that_another_start_removes_before_it_is_locked_is_made_anew(
+def test_temporary_folder_removed_before_locking_is_recreated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Many at once at one desk, those who leave, what fails in the middle, and the memory of it."""
+"""Concurrent requests, disconnects, failures during an answer, and memory use."""
 
 import asyncio
 import gc
@@ -17,18 +17,6 @@ import pytest
 from gradio_client import handle_file
 from openai import BadRequestError, InternalServerError
 
-from demo_server import (
-    PHOTO,
-    Running,
-    babbling_assistant,
-    client,
-    openai,
-    picture,
-    running_demo,
-    scripted_assistant,
-    user,
-    wait_until,
-)
 from nextgpt.common.errors import UserError
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.generation.assistant import Assistant
@@ -38,6 +26,18 @@ from nextgpt.media.writing import Output, save_medium
 from nextgpt.serving.handlers import Handlers
 from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, setting_specs
 from nextgpt.serving.scheduler import Finished, Job, QueuePosition
+from serving_harness import (
+    PHOTO,
+    Running,
+    client,
+    image_part,
+    openai,
+    running_server,
+    sampling_assistant,
+    scripted_assistant,
+    user,
+    wait_until,
+)
 
 SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
 
@@ -49,43 +49,45 @@ def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
 
 @pytest.fixture(scope="module")
 def demo(assistant: Assistant) -> Iterator[Running]:
-    with running_demo(assistant) as running:
+    with running_server(assistant) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def babbler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running_demo(babbling_assistant(tmp_path_factory.mktemp("babbler"))) as running:
+def sampling_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running_server(sampling_assistant(tmp_path_factory.mktemp("sampling"))) as running:
         yield running
 
 
-def test_sixteen_at_once_never_mix(babbler: Running, tmp_path: Path) -> None:
-    """Each gets, of two rounds, the very words and media that it would have got alone."""
+def test_server_keeps_sixteen_concurrent_conversations_separate(
+    sampling_server: Running, tmp_path: Path
+) -> None:
+    """Over two rounds, each receives the same text and media as alone."""
 
     def talk(number: int) -> list[tuple[str, list[str], list[bytes]]]:
-        one = client(babbler)
-        told = []
+        one = client(sampling_server)
+        answers = []
         for text in (f"tell me of {number}", f"and of {number * 7}"):
             answer = one.predict(text=text, files=[], settings={"seed": number}, api_name="/chat")
             media = [Path(file).read_bytes() for file in answer["files"]]
-            told.append((answer["text"], answer["tokens"], media))
-        return told
+            answers.append((answer["text"], answer["tokens"], media))
+        return answers
 
     with ThreadPoolExecutor(16) as pool:
         together = list(pool.map(talk, range(16)))
     assert len({str(one) for one in together}) == 16
-    assistant = babbler.queue.assistant
+    assistant = sampling_server.queue.assistant
     options = GenerationSettings.from_config(assistant.config)
     shown = 0
     for number in (0, 5, 15):
         turns: tuple[Turn, ...] = ()
-        for text, told in zip(
+        for text, answers in zip(
             (f"tell me of {number}", f"and of {number * 7}"), together[number], strict=True
         ):
             turns += (Turn("human", (Text(text),)),)
             alone = assistant.chat(Conversation(turns), seed=number, settings=options)
             media = [saved(output, tmp_path) for output in alone.outputs]
-            assert told == (alone.text, alone.token_names, media)
+            assert answers == (alone.text, alone.token_names, media)
             shown += len(media)
             turns += (alone.turn,)
     assert shown
@@ -96,15 +98,15 @@ def saved(output: Output, folder: Path) -> bytes:
     return (folder / "medium").read_bytes()
 
 
-def job(running: Running, **figures: int) -> Job:
+def job(running: Running, **overrides: int) -> Job:
     options = GenerationSettings.from_config(running.queue.assistant.config)
     decode = {m: replace(one, num_inference_steps=100) for m, one in options.decode.items()}
-    said = Conversation((Turn("human", (Text("all of it"),)),))
-    return Job(said, replace(options, decode=decode), 0, running.folder / "desk")
+    prompt = Conversation((Turn("human", (Text("all of it"),)),))
+    return Job(prompt, replace(options, decode=decode), 0, running.folder / "desk")
 
 
-def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assistant) -> None:
-    with running_demo(assistant) as running:
+def test_queue_reports_positions_and_drops_leavers(assistant: Assistant) -> None:
+    with running_server(assistant) as running:
 
         async def follow(one: Job, seen: list) -> None:
             async for event in running.queue.answer(one):
@@ -132,14 +134,16 @@ def test_the_line_tells_places_and_who_leaves_it_frees_the_place(assistant: Assi
         asyncio.run(scene())
 
 
-def test_a_line_that_is_too_long_is_told(demo: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queue_refuses_requests_beyond_its_limit(
+    demo: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nextgpt.serving.scheduler.MAX_PENDING", 0)
     with pytest.raises(InternalServerError, match="try again later") as refused:
         openai(demo).chat.completions.create(model="any", messages=[user("a")])
     assert refused.value.status_code == 503
 
 
-def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> None:
+def test_request_sent_while_the_tab_closes_is_dropped(demo: Running) -> None:
     options = GenerationSettings.from_config(demo.queue.assistant.config)
     handlers = Handlers(demo.queue, demo.sessions, options)
     session = demo.sessions.get("tab", "ada")
@@ -148,15 +152,15 @@ def test_what_is_sent_while_the_tab_closes_is_not_answered(demo: Running) -> Non
         asyncio.run(handlers.accept(session, "a", []))
 
 
-def test_what_is_read_while_the_conversation_is_cleared_is_not_answered(
+def test_request_loading_files_while_the_chat_clears_is_dropped(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = demo.sessions.get("tab", "ada")
     show = session.build_turn
 
-    def show_late(*said: Any) -> Turn:
+    def show_late(*prompt: Any) -> Turn:
         session.clear()
-        return show(*said)
+        return show(*prompt)
 
     monkeypatch.setattr(session, "build_turn", show_late)
     options = GenerationSettings.from_config(demo.queue.assistant.config)
@@ -166,18 +170,18 @@ def test_what_is_read_while_the_conversation_is_cleared_is_not_answered(
     assert not session.rounds
 
 
-def test_answers_come_at_both_ends_of_the_knobs(assistant: Assistant) -> None:
+def test_settings_work_at_both_ends_of_their_ranges(assistant: Assistant) -> None:
     options = GenerationSettings.from_config(assistant.config)
     knobs = setting_specs(options)
     low = {knob.name: knob.low for knob in knobs if knob.name != "max_new_tokens"}
     quick = [knob for knob in knobs if knob.group == "Words" or knob.label == "guidance"]
     for values in (low, {knob.name: knob.high for knob in quick}):
         turned = apply_settings(options, values)
-        said = Conversation((Turn("human", (Text("all of it"),)),))
-        assert len(assistant.chat(said, seed=SEED_LIMIT, settings=turned).outputs) == 3
+        prompt = Conversation((Turn("human", (Text("all of it"),)),))
+        assert len(assistant.chat(prompt, seed=SEED_LIMIT, settings=turned).outputs) == 3
 
 
-def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
+def test_stop_ends_generation_soon(demo: Running) -> None:
     one = job(demo)
 
     async def scene() -> None:
@@ -194,22 +198,23 @@ def test_a_stop_in_the_middle_ends_the_work_soon(demo: Running) -> None:
     assert not (one.folder / "audio_3.wav").exists()
 
 
-def test_a_failing_decoder_ends_that_answer_with_a_message_and_the_server_goes_on(
+def test_decoder_failure_ends_one_answer_with_a_message(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError(f"secret of {demo.folder}")
 
     decoder = demo.queue.assistant.load_decoder("video")
-    monkeypatch.setattr(decoder.pipeline, "unet", None)
+    monkeypatch.setattr(decoder.pipeline.unet, "forward", fail)
     asked = {"model": "any", "messages": [user("all of it")]}
-    with pytest.raises(InternalServerError, match="internal error"):
+    with pytest.raises(InternalServerError, match="internal error") as failed:
         openai(demo).chat.completions.create(**asked)
+    assert str(demo.folder) not in str(failed.value)
     monkeypatch.undo()
     assert openai(demo).chat.completions.create(**asked).choices[0].message.content
 
 
-def test_a_part_that_cannot_be_loaded_is_no_fault_of_the_one_who_asks(
+def test_component_load_failure_is_reported_as_a_server_error(
     demo: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assistant = demo.queue.assistant
@@ -222,20 +227,20 @@ def test_a_part_that_cannot_be_loaded_is_no_fault_of_the_one_who_asks(
     assert failed.value.status_code == 500
 
 
-def test_a_conversation_that_is_too_long_is_the_askers_fault(demo: Running) -> None:
+def test_prompt_beyond_the_context_is_a_client_error(demo: Running) -> None:
     with pytest.raises(BadRequestError, match="the language model holds"):
         openai(demo).chat.completions.create(model="any", messages=[user("a " * 9000)])
 
 
-def test_a_broken_picture_ends_that_answer_with_its_name(demo: Running, tmp_path: Path) -> None:
+def test_broken_image_ends_the_answer_with_its_name(demo: Running, tmp_path: Path) -> None:
     broken = tmp_path / "half.jpg"
     broken.write_bytes(PHOTO.read_bytes()[:2000])
     with pytest.raises(BadRequestError, match="not readable as an image") as refused:
-        openai(demo).chat.completions.create(model="any", messages=[user("a", picture(broken))])
+        openai(demo).chat.completions.create(model="any", messages=[user("a", image_part(broken))])
     assert str(demo.folder) not in str(refused.value)
 
 
-def test_a_client_that_goes_away_frees_the_desk(demo: Running) -> None:
+def test_client_disconnect_frees_the_queue(demo: Running) -> None:
     asked = {"messages": [user("all of it")], "stream": True} | SLOW
     with httpx.stream("POST", f"{demo.address}/v1/chat/completions", json=asked) as reply:
         lines = reply.iter_lines()
@@ -245,7 +250,7 @@ def test_a_client_that_goes_away_frees_the_desk(demo: Running) -> None:
     wait_until(lambda: not any(k.startswith("v1") for k in demo.sessions._open), seconds=5)
 
 
-def test_a_client_that_does_not_wait_for_the_whole_frees_the_desk(demo: Running) -> None:
+def test_client_partial_read_frees_the_queue(demo: Running) -> None:
     asked = {"messages": [user("all of it")]} | SLOW
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=0.5)
@@ -255,10 +260,10 @@ def test_a_client_that_does_not_wait_for_the_whole_frees_the_desk(demo: Running)
 
 
 @pytest.mark.slow
-def test_memory_stays_flat_over_200_requests(babbler: Running) -> None:
+def test_server_memory_stays_flat_over_200_requests(sampling_server: Running) -> None:
     process = psutil.Process(os.getpid())
 
-    one = client(babbler)
+    one = client(sampling_server)
 
     def ask(number: int) -> None:
         if number % 2:
@@ -266,8 +271,8 @@ def test_memory_stays_flat_over_200_requests(babbler: Running) -> None:
             one.predict(f"number {number}", shown, {"seed": number}, api_name="/chat")
             one.predict(api_name="/forget")
             return
-        openai(babbler).chat.completions.create(
-            model="any", messages=[user(f"number {number}", picture())], seed=number
+        openai(sampling_server).chat.completions.create(
+            model="any", messages=[user(f"number {number}", image_part())], seed=number
         )
 
     grown = []

@@ -1,4 +1,4 @@
-"""Adapters that change no more are folded into the weights under them."""
+"""LoRA adapters merged into their base weights."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tiny_system import tiny_config
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_folded_adapters_give_the_same_states_and_leave_half_precision_weights_alone(
+def test_merge_lora_keeps_outputs_and_leaves_half_precision_weights(
     dtype: torch.dtype,
 ) -> None:
     model = build_model(tiny_config(3), dtype, lora=True, output_projections=False).eval()

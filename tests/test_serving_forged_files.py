@@ -1,6 +1,6 @@
-"""Forged file objects: no function of the page gives a visitor a file that is not the visitor's.
+"""Forged file objects: no function of the page returns another visitor's or a server's file.
 
-The functions are found in the page itself, so that those of later days are tried too.
+The functions are listed from the page itself, so that new ones are covered.
 """
 
 import json
@@ -19,9 +19,9 @@ import gradio as gr
 import httpx
 import pytest
 
-from demo_server import PHOTO, Running, running_demo, scripted_assistant
 from nextgpt.serving.guarded_blocks import file_paths
 from nextgpt.serving.middleware import COOKIE
+from serving_harness import PHOTO, Running, running_server, scripted_assistant
 
 SECRET = b"a secret of somebody else"  # behind a real picture, which Gradio would also convert
 META = {"_type": "gradio.FileData"}
@@ -30,13 +30,13 @@ UPLOADED = "/gradio_api/upload"
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with running_demo(scripted_assistant(tmp_path_factory.mktemp("scripted"), ("Sure",))) as demo:
+    with running_server(scripted_assistant(tmp_path_factory.mktemp("scripted"), ("Sure",))) as demo:
         yield demo
 
 
 @dataclass
 class Attacker:
-    """A visitor with a session, in which Gradio has replaced components by updates already."""
+    """A visitor with a session in which updates have already replaced Gradio components."""
 
     http: httpx.Client
     demo: Running
@@ -52,12 +52,12 @@ class Attacker:
         return path
 
     def run(self, function: int, data: list) -> str:
-        """What a function answers when it is called at once, whatever its name."""
+        """Return a function's response to a direct call by its index."""
         asked = {"data": data, "fn_index": function, "session_hash": self.tab}
         return self.http.post("/gradio_api/run/any", json=asked).text
 
     def queue(self, function: int, data: list) -> str:
-        """What it answers by the way that the page takes."""
+        """Return its response through the page's queue."""
         asked = {"data": data, "fn_index": function, "session_hash": self.tab}
         joined = self.http.post("/gradio_api/queue/join", json=asked)
         if joined.is_error:
@@ -65,14 +65,14 @@ class Attacker:
         return self.http.get("/gradio_api/queue/data", params={"session_hash": self.tab}).text
 
     def call(self, name: str, data: list) -> str:
-        """What it answers by its API name."""
+        """Return its response by API name."""
         joined = self.http.post(f"/gradio_api/call/{name}", json={"data": data})
         if joined.is_error:
             return joined.text
         return self.http.get(f"/gradio_api/call/{name}/{joined.json()['event_id']}").text
 
     def call_by_parameters(self, name: str, data: dict[str, Any]) -> str:
-        """What it answers by its API name and its parameters' names."""
+        """Return its response by API name and parameter names."""
         joined = self.http.post(f"/gradio_api/call/v2/{name}", json=data)
         if joined.is_error:
             return joined.text
@@ -91,7 +91,7 @@ def attacker(demo: Running) -> Iterator[Attacker]:
 
 
 def defaults(function: Any) -> list:
-    """Inputs that a function accepts, as far as the page tells."""
+    """Return valid inputs of a function, from the page's default values."""
     values: list = []
     for block in function.inputs:
         if isinstance(block, gr.MultimodalTextbox):
@@ -102,13 +102,13 @@ def defaults(function: Any) -> list:
 
 
 def places(function: Any) -> list[int]:
-    """The inputs in which something is forged: the first of each kind, and every one of an API."""
+    """Return the inputs to forge: the first of each component type, and every API input."""
     kinds = [type(block).__name__ for block in function.inputs]
     return [i for i, kind in enumerate(kinds) if kind == "Api" or kinds.index(kind) == i]
 
 
 def forms(path: str) -> list[Any]:
-    """Everything that might be taken for the file at `path`."""
+    """Return every value that may be interpreted as the file at `path`."""
     file = {"path": path, "meta": META}
     return [
         file,
@@ -177,17 +177,17 @@ FORGED: dict[str, Forger] = {
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_no_function_of_the_page_takes_a_forged_file(
+def test_page_functions_refuse_forged_files(
     kind: str, demo: Running, attacker: Attacker, tmp_path: Path
 ) -> None:
-    """Each kind in its plain form and in one of the others, each of which has its turn."""
+    """Try each kind in its plain form and in one of the others, in rotation."""
     other = 1 + list(FORGED).index(kind) % (len(forms("")) - 1)
     try_forged_file(kind, [0, other], demo, attacker, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FORGED)
-def test_no_function_of_the_page_takes_a_forged_file_in_any_form(
+def test_page_functions_refuse_forged_files_in_every_form(
     kind: str, demo: Running, attacker: Attacker, tmp_path: Path
 ) -> None:
     try_forged_file(kind, range(len(forms(""))), demo, attacker, tmp_path)
@@ -196,7 +196,7 @@ def test_no_function_of_the_page_takes_a_forged_file_in_any_form(
 def try_forged_file(
     kind: str, chosen: Iterable[int], demo: Running, attacker: Attacker, tmp_path: Path
 ) -> None:
-    """Give a forged file in the chosen forms to every function, and look for what it did."""
+    """Pass a forged file in the chosen forms to every function, and check for leaks."""
     path = FORGED[kind](demo, tmp_path, attacker.upload())
     fetched: set[str] = set()
     for index, function in demo.page.fns.items():
@@ -210,10 +210,10 @@ def try_forged_file(
                 # The page's ways differ before the function only: one form is enough for them.
                 for way in ways if number == 0 else ways[:1]:
                     start = time.monotonic()
-                    told = way(data)
+                    response = way(data)
                     assert time.monotonic() - start < 10, (function.name, form)
-                    refused(told, path, tmp_path, demo)
-                    fetched |= offered(told)
+                    refused(response, path, tmp_path, demo)
+                    fetched |= offered(response)
     for address in {path, *fetched}:
         reply = attacker.http.get(f"/gradio_api/file={quote(address)}")
         assert SECRET not in reply.content and b"root:" not in reply.content, address
@@ -228,25 +228,25 @@ def try_forged_file(
 
 
 def forged_data(function: Any, inputs: list, form: Any) -> Iterator[list]:
-    """The inputs with `form` in each of them in turn; alone where the function has none."""
+    """Yield the inputs with `form` at each place in turn; `form` alone if there are no inputs."""
     if not inputs:
         yield [form]
     for place in places(function):
         yield [*inputs[:place], form, *inputs[place + 1 :]]
 
 
-def refused(told: str, path: str, folder: Path, demo: Running) -> None:
-    """A forged path comes back neither as content nor as a file, and no folder is named."""
-    assert "root:" not in told and "PATH=" not in told
+def refused(response: str, path: str, folder: Path, demo: Running) -> None:
+    """Check that a response holds no secret content and its errors name no folder."""
+    assert "root:" not in response and "PATH=" not in response
     for hidden in (folder, Path.cwd(), demo.folder):
-        for error in re.findall(r'"error": ?("(?:[^"\\]|\\.)*")', told):
+        for error in re.findall(r'"error": ?("(?:[^"\\]|\\.)*")', response):
             assert str(hidden) not in error, error
 
 
-def offered(told: str) -> set[str]:
-    """The paths of all files that an answer holds."""
+def offered(response: str) -> set[str]:
+    """Return the paths of all files in a response."""
     found: set[str] = set()
-    for line in told.splitlines():
+    for line in response.splitlines():
         try:
             found |= {*file_paths(json.loads(line.removeprefix("data:")))}
         except ValueError:
@@ -255,32 +255,34 @@ def offered(told: str) -> set[str]:
 
 
 def known_secrets(demo: Running) -> set[str]:
-    """Where the victims' own files are."""
+    """Return the paths of the victims' files."""
     return {path for path in demo.sessions._uploads if path.endswith("a.png")} | {
         str(path) for path in demo.sessions.folder.rglob("a.png")
     }
 
 
-def test_api_parameters_by_name_take_no_forged_file(demo: Running, attacker: Attacker) -> None:
-    for name, endpoint in attacker.http.get("/gradio_api/info").json()["named_endpoints"].items():
+def test_api_parameters_by_name_refuse_forged_files(demo: Running, attacker: Attacker) -> None:
+    endpoints = attacker.http.get("/gradio_api/info").json()["named_endpoints"]
+    assert "/chat" in endpoints
+    for name, endpoint in endpoints.items():
         parameters = [one["parameter_name"] for one in endpoint["parameters"]]
         for parameter in parameters:
             for form in forms("/etc/passwd"):
                 data: dict[str, Any] = {"text": "", "files": [], "settings": {}} | {parameter: form}
                 asked = {key: value for key, value in data.items() if key in parameters}
-                told = attacker.call_by_parameters(name.strip("/"), asked)
-                assert "root:" not in told
+                response = attacker.call_by_parameters(name.strip("/"), asked)
+                assert "root:" not in response
     assert attacker.http.get("/gradio_api/file=/etc/passwd").status_code == 404
 
 
-def test_a_function_with_files_takes_the_visitors_own(demo: Running, attacker: Attacker) -> None:
+def test_page_functions_accept_the_visitors_files(demo: Running, attacker: Attacker) -> None:
     attaching = [i for i, fn in demo.page.fns.items() if fn.name == "_attach"]
     assert len(attaching) == 2
     for index in attaching:
         first, second = attacker.upload("first.png"), attacker.upload("second.png")
         box = {"text": "see", "files": [{"path": first, "meta": META}]}
-        told = attacker.run(index, [box, {"path": second, "meta": META}])
-        assert {first, second} == offered(told)
+        response = attacker.run(index, [box, {"path": second, "meta": META}])
+        assert {first, second} == offered(response)
         for path in (first, second):
             reply = attacker.http.get(f"/gradio_api/file={path}")
             assert reply.content == PHOTO.read_bytes()
@@ -288,10 +290,8 @@ def test_a_function_with_files_takes_the_visitors_own(demo: Running, attacker: A
         assert [file["path"] for file in again["files"]] == [first]
 
 
-def test_an_address_is_not_fetched_after_the_box_was_replaced(
-    demo: Running, attacker: Attacker
-) -> None:
-    """An update makes a new box for the session, without what was changed of the first."""
+def test_textbox_replacement_fetches_no_url(demo: Running, attacker: Attacker) -> None:
+    """An update creates a new textbox for the session, without patches of the first."""
     send = next(i for i, fn in demo.page.fns.items() if fn.name == "send")
     file = {"path": f"{demo.address}/config", "meta": META}
     inputs = [{"text": "a", "files": [file]}, *defaults(demo.page.fns[send])[1:]]
@@ -300,21 +300,25 @@ def test_an_address_is_not_fetched_after_the_box_was_replaced(
     assert not [path for path in demo.folder.rglob("config*") if path.is_file()]
 
 
-def test_messages_name_the_file_and_not_its_folder(attacker: Attacker, demo: Running) -> None:
-    for index in (i for i, fn in demo.page.fns.items() if fn.name in ("send", "_attach", "chat")):
+def test_error_messages_name_the_file_without_its_folder(attacker: Attacker, demo: Running) -> None:
+    receiving = [i for i, fn in demo.page.fns.items() if fn.name in ("send", "_attach", "chat")]
+    assert len(receiving) >= 4  # `_attach` twice
+    for index in receiving:
         inputs = defaults(demo.page.fns[index])
         inputs[-1] = {"path": "/srv/private/photo.png", "meta": META}
-        told = attacker.run(index, inputs)
-        assert "photo.png: not a file that you uploaded here" in told and "private" not in told
+        response = attacker.run(index, inputs)
+        assert (
+            "photo.png: not a file that you uploaded here" in response and "private" not in response
+        )
 
 
-def test_a_cookie_that_this_server_did_not_issue_is_replaced(demo: Running) -> None:
+def test_cookie_not_issued_by_the_server_is_replaced(demo: Running) -> None:
     for cookie in ("x", "v1 chatcmpl-1", "a" * 31):
         reply = httpx.get(demo.address, headers={"Cookie": f"{COOKIE}={cookie}"})
         assert len(reply.cookies[COOKIE]) == 32
 
 
-def test_another_visitor_cannot_close_a_conversation(demo: Running, attacker: Attacker) -> None:
+def test_session_cannot_be_closed_by_another_visitor(demo: Running, attacker: Attacker) -> None:
     session = demo.sessions.get("victim's conversation", "victim")
     closing = next(i for i, fn in demo.page.fns.items() if fn.name == "close")
     asked = {"data": [], "fn_index": closing, "session_hash": "victim's conversation"}

@@ -1,4 +1,4 @@
-"""A demo that runs: tiny real parts, a real server on a free port of the loopback."""
+"""A running server with tiny components on a free loopback port, and requests to it."""
 
 import base64
 import os
@@ -23,7 +23,7 @@ from nextgpt.serving.scheduler import InferenceQueue
 from nextgpt.serving.server import build_app
 from nextgpt.serving.sessions import Sessions
 from parity_tools import MEDIA
-from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
+from tiny_components import script_language_model, tiny_overrides, write_tiny_components
 from tiny_system import tiny_encoder
 
 PHOTO = MEDIA / "portrait.jpg"
@@ -31,11 +31,11 @@ WORDS = ("Sure", "the music")
 EVERYTHING = (WORDS[0], "image", "video", WORDS[1], "audio")
 
 
-def scripted_ids(*said: str) -> list[int]:
-    """Ids of an answer, its end included; what is a modality's name stands for its medium."""
+def scripted_ids(*script: str) -> list[int]:
+    """Return the token ids of an answer and its stop token; a modality's name is a signal span."""
     encoder = tiny_encoder()
     ids = []
-    for one in said:
+    for one in script:
         if one in MODALITIES:
             ids += encoder.signals.span(one)
         else:
@@ -43,10 +43,12 @@ def scripted_ids(*said: str) -> list[int]:
     return [*ids, 333]
 
 
-def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: int = 2) -> Assistant:
-    """Always says the same, with media of its own seed."""
-    write_tiny_parts(folder)
-    overrides = script_language_model(folder, scripted_ids(*said))
+def scripted_assistant(
+    folder: Path, script: Sequence[str] = EVERYTHING, steps: int = 2
+) -> Assistant:
+    """Return an assistant that always generates `script`."""
+    write_tiny_components(folder)
+    overrides = script_language_model(folder, scripted_ids(*script))
     overrides += [
         "serving.examples=code/mini_world/demo_examples",
         "serving.caption_bank=code/mini_world/caption_bank.json",
@@ -57,9 +59,9 @@ def scripted_assistant(folder: Path, said: Sequence[str] = EVERYTHING, steps: in
     )
 
 
-def babbling_assistant(folder: Path) -> Assistant:
-    """Says what the seed and the prompt make it say, with media here and there."""
-    write_tiny_parts(folder, favoured=range(38))
+def sampling_assistant(folder: Path) -> Assistant:
+    """Return an assistant whose answers depend on prompt and seed, some with media."""
+    write_tiny_components(folder, favoured=range(38))
     overrides = [*tiny_overrides(folder), "generation.top_p=1.0", "generation.max_new_tokens=20"]
     return Assistant.from_config(
         load_config("7b", overrides=overrides), folder / "tuned" / "stage_3"
@@ -68,7 +70,7 @@ def babbling_assistant(folder: Path) -> Assistant:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that answers, and its inside."""
+    """A running server and its internal objects."""
 
     address: str
     queue: InferenceQueue
@@ -84,7 +86,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_demo(assistant: Assistant) -> Iterator[Running]:
+def running_server(assistant: Assistant) -> Iterator[Running]:
     """Serve `assistant` until the block ends."""
     port = free_port()
     before = os.environ.get("GRADIO_TEMP_DIR")
@@ -118,7 +120,7 @@ def running_demo(assistant: Assistant) -> Iterator[Running]:
 
 
 def wait_until(true: Callable[[], object], seconds: float = 30) -> None:
-    """Wait until calling `true` gives something true."""
+    """Poll `true` until it returns a true value."""
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"
@@ -136,7 +138,7 @@ def user(*parts: dict | str) -> dict:
     }
 
 
-def picture(path: Path = PHOTO) -> dict:
+def image_part(path: Path = PHOTO) -> dict:
     data = base64.b64encode(path.read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
 
