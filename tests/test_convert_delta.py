@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_parts import model_to_published
 
 from nextgpt import convert_delta
 from nextgpt.common.cli import run_cli
 from nextgpt.model.delta import load_delta, read_delta, write_delta
 from nextgpt.model.trainable import NEEDED_TO_ANSWER, tuned_parameters
 from parity_tools import PARITY
+from tiny_components import model_to_published
 from tiny_system import tiny_model
 
 

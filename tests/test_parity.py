@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_parts import model_to_published
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nextgpt.common.errors import UserError
@@ -19,6 +18,7 @@ from nextgpt.model.trainable import TRAINABLE_GROUPS, count_parameters, set_trai
 from parity.recipe import recipe_tensor
 from parity_tools import PARITY, cases, relative_error
 from test_conversation import CASE_NAMES
+from tiny_components import model_to_published
 from tiny_system import recorded_batch, tiny_config, tiny_model
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from tiny_parts import model_to_published
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -29,6 +28,7 @@ from nextgpt.tools.weights.merge import merge_vicuna
 from nextgpt.tools.weights.registry import SOURCES
 from parity_tools import PARITY
 from test_weights_merge import memory, set_config_value
+from tiny_components import model_to_published
 from tiny_decoders import TINY, tiny_decoder
 from tiny_vicuna import write_delta, write_llama, write_weights
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_parts import model_to_published
 
 from nextgpt.callbacks.warm_start import whiten
 from nextgpt.common.modality import MODALITIES
@@ -14,6 +13,7 @@ from nextgpt.model.build import build_model
 from nextgpt.model.delta import load_delta, read_delta
 from nextgpt.model.output_projection import OutputProjection
 from nextgpt.model.upstream_checkpoint import published_to_delta
+from tiny_components import model_to_published
 from tiny_run import TinyRun, same, trained
 
 WHITENED = "output_projection.whiten_inputs=true"
