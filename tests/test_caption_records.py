@@ -22,7 +22,7 @@ from nextgpt.dataset.caption_embeddings import EmbeddingMaker, EmbeddingStore
 from nextgpt.dataset.caption_records import compare_captions
 from nextgpt.dataset.conversations import open_conversations
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
-from nextgpt.training.caption_check import CaptionCheck, check_caption_embeddings
+from nextgpt.training.run_inputs import CaptionCheck, check_caption_embeddings
 from test_check_data import check
 from test_training import copied_data
 from tiny_decoders import TINY

@@ -26,7 +26,7 @@ def test_loader_processes_end_with_their_block_and_others_do_not() -> None:
     other = CONTEXT.Process(target=time.sleep, args=(600,), daemon=True)
     other.start()
     try:
-        with load_batches(samples(), iter([]), 1, 8, workers=2):
+        with load_batches(samples(), iter([]), 1, 8, num_workers=2):
             own = [one for one in multiprocessing.active_children() if one is not other]
             assert len(own) == 2
             later = CONTEXT.Process(target=time.sleep, args=(600,), daemon=True)
@@ -48,7 +48,7 @@ def test_loader_processes_of_a_start_that_fails_halfway_end(
 
     own_iter = DataLoader.__iter__
     monkeypatch.setattr(DataLoader, "__iter__", fail_after_start)
-    loaded = load_batches(samples(), iter([]), 1, 8, workers=2)
+    loaded = load_batches(samples(), iter([]), 1, 8, num_workers=2)
     with pytest.raises(OSError, match="no more processes"), loaded:
         raise AssertionError("it has started")
     assert not multiprocessing.active_children()

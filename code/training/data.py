@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count, islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -40,14 +41,11 @@ class ExampleDataset(Dataset[Example]):
     """Map-style dataset: `dataset[name, row]` is that sample, or the next usable one.
 
     Attributes:
-        conversations: the data sets.
-        prompt_builder: encodes conversations.
         max_seq_length: tokens of a conversation.
-        caches: of features, by modality; one is opened when a medium of its modality is met.
-        prompt_embeds_shapes: of the precomputed caption embeddings; None: captions are encoded
-            online.
-        wrong_rows: by data set the rows whose embeddings are of other captions, (N,) int64,
-            ascending; they are skipped.
+        caches: of features, by modality.
+        prompt_embeds_shapes: of caption embeddings; None: captions are encoded online.
+        wrong_rows: by data set the rows to skip, whose embeddings are of other captions: (N,)
+            int64, ascending.
     """
 
     conversations: ConversationDataset
@@ -85,7 +83,13 @@ class ExampleDataset(Dataset[Example]):
             )
         prompt = self.prompt_builder.encode(self.conversations[name, row], self.max_seq_length)
         features = [self._feature(medium) for _, medium in prompt.media_positions]
-        caption_embeds = [self._caption_embeds(medium) for _, medium in prompt.signal_spans]
+        shapes = self.prompt_embeds_shapes
+        caption_embeds = [
+            read_embedding(Path(medium.embedding), shapes[medium.modality])
+            if shapes is not None and medium.embedding
+            else None
+            for _, medium in prompt.signal_spans
+        ]
         return Example(prompt, features, caption_embeds, skipped)
 
     def _feature(self, medium: Media) -> Tensor | UnencodedMedium:
@@ -94,11 +98,6 @@ class ExampleDataset(Dataset[Example]):
         if isinstance(found, DecodedMedium):
             return UnencodedMedium(medium.modality, found.views, found.content)
         return torch.from_numpy(found)
-
-    def _caption_embeds(self, medium: Media) -> Tensor | None:
-        if self.prompt_embeds_shapes is None or not medium.embedding:
-            return None
-        return read_embedding(Path(medium.embedding), self.prompt_embeds_shapes[medium.modality])
 
 
 def collate_by_length(
@@ -127,15 +126,11 @@ def rank_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[list[Sample]]:
-    """A rank's samples of each global batch, from number `first_step` up to `steps`."""
-    step = first_step
-    while step < steps:
-        epoch, start = divmod(step, schedule.steps_per_epoch)
-        for global_batch in schedule.batches(epoch, start):
-            yield split_for_rank(global_batch, rank, world, length)
-            step += 1
-            if step == steps:
-                return
+    """Yield a rank's samples of each global batch, from number `first_step` up to `steps`."""
+    epoch, start = divmod(first_step, schedule.steps_per_epoch)
+    epochs = chain([schedule.batches(epoch, start)], map(schedule.batches, count(epoch + 1)))
+    for global_batch in islice(chain.from_iterable(epochs), max(0, steps - first_step)):
+        yield split_for_rank(global_batch, rank, world, length)
 
 
 @contextmanager
@@ -151,23 +146,19 @@ def load_batches(
 
     Those processes are killed when the block ends, however it does: they ignore the signals by
     which Python and the data loader would end them, and would be waited for in vain.
-
-    The loader's seeds come from its own generator: the global random state, on which exact resume
-    rests, does not depend on when the loader started.
     """
-    collate_fn = partial(
-        collate_by_length,
-        size=micro_batch_size,
-        pad_id=examples.prompt_builder.tokenizer.eos_token_id,
-        feature_width=feature_width,
-        packed_seq_length=packed_seq_length,
-    )
     loader = DataLoader(
         examples,
         batch_sampler=order,
         num_workers=num_workers,
-        collate_fn=collate_fn,
-        generator=torch.Generator(),
+        collate_fn=partial(
+            collate_by_length,
+            size=micro_batch_size,
+            pad_id=examples.prompt_builder.tokenizer.eos_token_id,
+            feature_width=feature_width,
+            packed_seq_length=packed_seq_length,
+        ),
+        generator=torch.Generator(),  # leaves the global random state as it is, for exact resume
         worker_init_fn=partial(_start_worker, os.getpid()),
     )
     others = set(multiprocessing.active_children())
@@ -179,8 +170,7 @@ def load_batches(
             own = set(multiprocessing.active_children()) - others
         yield batches
     finally:
-        if own:
-            _kill_workers(own)
+        _kill_and_join(own)
 
 
 def _start_worker(parent: int, _: int) -> None:
@@ -190,8 +180,9 @@ def _start_worker(parent: int, _: int) -> None:
     die_with_parent(parent)
 
 
-def _kill_workers(workers: Set[BaseProcess]) -> None:
-    """Kill a loader's processes and wait for them."""
+def _kill_and_join(workers: Set[BaseProcess]) -> None:
+    if not workers:
+        return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise at their end
     for worker in workers:
         worker.kill()
