@@ -22,7 +22,7 @@ from nextgpt.dataset.caption_embeddings import EmbeddingMaker, EmbeddingStore
 from nextgpt.dataset.caption_records import compare_captions
 from nextgpt.dataset.conversations import open_conversations
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
-from nextgpt.training.run_inputs import CaptionCheck, check_caption_embeddings
+from nextgpt.training.run_inputs import check_caption_embeddings
 from test_check_data import check
 from test_training import copied_data
 from tiny_decoders import TINY
@@ -50,7 +50,9 @@ def config_of(tmp_path: Path, sets: list[str], stage: int = 2) -> Config:
     return load_config("7b", stage, overrides)
 
 
-def check_run(tmp_path: Path, sets: list[str], stage: int = 2) -> CaptionCheck:
+def check_run(
+    tmp_path: Path, sets: list[str], stage: int = 2
+) -> tuple[list[str], dict[str, np.ndarray]]:
     """What a run would find of its embeddings."""
     config = config_of(tmp_path, sets, stage)
     return check_caption_embeddings(config, open_conversations(config.data))

@@ -104,7 +104,7 @@ def collate(
     feature_width: int,
     packed_seq_length: int | None = None,
 ) -> Batch:
-    """The batch of `examples`.
+    """Collate `examples` into a batch.
 
     Args:
         pad_id: token of the padding.

@@ -117,14 +117,12 @@ class CheckpointManager:
             )
         return True
 
-    def record_inputs(self, inputs: RunInputs) -> None:
-        """Write the inputs of a run; on rank 0, at its start."""
-        write_inputs(inputs, self._inputs)
-
-    def write_config(self) -> None:
-        """Write the resolved configuration; on rank 0, at the start of a run."""
+    def record_start(self, inputs: RunInputs | None) -> None:
+        """Write the resolved configuration and, unless recorded, the inputs; on rank 0."""
         with atomic_write(self.path / "config.yaml") as partial:
             partial.write_text(f"stage: {self.stage}\n{format_config(self.config)}")
+        if inputs is not None:
+            write_inputs(inputs, self._inputs)
 
     def clear(self) -> None:
         """Remove checkpoints and partial saves of an earlier run."""
@@ -149,12 +147,10 @@ class CheckpointManager:
             engine.save(partial)
             if is_first:
                 state = {
-                    "step": step,
-                    "world": dist.get_world_size(),
-                    "counted": counted,
+                    "step": step, "world": dist.get_world_size(), "counted": counted,
                     "config": self.config.model_dump(mode="json"),
                     "init_from": self.init_from and str(self.init_from),
-                }
+                }  # fmt: skip
                 (partial / "run.json").write_text(to_json(state, indent=1))
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -175,8 +171,7 @@ class CheckpointManager:
 
     def _saved(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        found = self.checkpoints.glob("step_*")
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        return sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name[5:]))
 
 
 def read_run_state(checkpoint: Path) -> dict:

@@ -56,7 +56,7 @@ def micro_batch_size(training: TrainingConfig, world: int) -> int:
     """The largest divisor of a rank's samples that is not above the configured size.
 
     Raises:
-        UserError: the global batch cannot be divided by the ranks.
+        UserError: the global batch is not a multiple of the ranks.
     """
     per_rank, rest = divmod(training.global_batch_size, world)
     if rest:
@@ -185,8 +185,8 @@ class TrainEngine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the exact state into `folder`; all ranks take part."""
-        no_more = {"exclude_frozen_parameters": True, "save_latest": False}
-        self.engine.save_checkpoint(str(folder), _STATE, **no_more)
+        options = {"exclude_frozen_parameters": True, "save_latest": False}
+        self.engine.save_checkpoint(str(folder), _STATE, **options)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -221,10 +221,9 @@ class TrainEngine:
 
         DeepSpeed averages over ranks and micro batches; the factor undoes that.
         """
-        loss = losses.text / max(counts.tokens, 1)
+        loss, weights = losses.text / max(counts.tokens, 1), self.training.alignment_loss_weights
         for modality, total in losses.alignment.items():
-            weight = self.training.alignment_loss_weights[modality]
-            loss = loss + weight * total / counts.signal_spans[modality]
+            loss = loss + weights[modality] * total / counts.signal_spans[modality]
         return loss * self.world * self.accumulation + losses.unused
 
     def _reduce_finite(self, sums: torch.Tensor) -> list[float]:
@@ -264,7 +263,7 @@ class TrainEngine:
 
 def _load_trainable(src: dict[str, torch.Tensor], dst: NextGPT) -> None:
     """Load saved parameters, which must be exactly those that train."""
-    trained = [name for name, parameter in dst.named_parameters() if parameter.requires_grad]
+    trained = [name for name, p in dst.named_parameters() if p.requires_grad]
     faults = compare_state_dicts(dst.state_dict(), src, required=trained)
     refuse_faults("the checkpoint", faults, "another model's? remove it")
     dst.load_state_dict(src, strict=False)

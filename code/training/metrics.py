@@ -21,12 +21,9 @@ _MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checke
 
 
 class MetricsLogger:
-    """The logs of one run; lines of steps after `first_step` are dropped when they are opened.
+    """The logs of one run in `folder`; opening them drops lines of steps after `first_step`.
 
     Args:
-        folder: of the logs.
-        rank: of this process.
-        first_step, steps: of the run.
         counted: `samples`, `skipped` and `cut_tokens` of all ranks so far.
     """
 

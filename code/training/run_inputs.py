@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Set
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,24 +50,20 @@ def identify_inputs(
     """Identify by content what a run with this configuration is built from.
 
     Args:
-        dataset: the run's data sets.
         predecessor: file of the delta that the run starts from.
 
     Raises:
         UserError: a file cannot be read, or changes meanwhile.
     """
-    digests = DigestCache(project_path(config.data.cache_dir))
-    outputs = output_modalities(dataset, project_path(config.data.cache_dir))
+    cache_dir = project_path(config.data.cache_dir)
+    digests, outputs = DigestCache(cache_dir), output_modalities(dataset, cache_dir)
     online = config.data.caption_embeddings == "online"
+    files = {name: str(source.annotation) for name, source in dataset.sources.items()}
     return {
         "predecessor": predecessor
         and {"file": str(predecessor), "digest": digests.digest(predecessor)},
         "datasets": {
-            name: {
-                "file": str(dataset.sources[name].annotation),
-                "rows": len(index),
-                "digest": index.digest,
-            }
+            name: {"file": files[name], "rows": len(index), "digest": index.digest}
             for name, index in dataset.indexes.items()
         },
         "caption_embeddings": {} if online else _identify_embeddings(config, dataset, outputs),
@@ -78,8 +74,8 @@ def identify_inputs(
 
 def write_inputs(inputs: RunInputs, file: Path) -> None:
     """Write the result of `identify_inputs`."""
-    with atomic_write(file) as aside:
-        aside.write_text(to_json(inputs, indent=1) + "\n", encoding="utf-8")
+    with atomic_write(file) as partial:
+        partial.write_text(to_json(inputs, indent=1) + "\n", encoding="utf-8")
 
 
 def read_inputs(file: Path) -> RunInputs | None:
@@ -182,23 +178,16 @@ def _identify_frozen(
     return identities
 
 
-class CaptionCheck(NamedTuple):
-    """Result of `check_caption_embeddings`.
-
-    Attributes:
-        lines: what could not be checked, and which rows will be skipped.
-        wrong_rows: by data set the rows whose embeddings are of other captions, (N,) int64,
-            ascending; data sets without any are left out.
-    """
-
-    lines: list[str]
-    wrong_rows: dict[str, np.ndarray]
-
-
-def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> CaptionCheck:
+def check_caption_embeddings(
+    config: Config, dataset: ConversationDataset
+) -> tuple[list[str], dict[str, np.ndarray]]:
     """Check that the embeddings belong to the captions and to the configured text encoders.
 
     A few embeddings of other captions are skipped like other unusable samples.
+
+    Returns:
+        Lines on what could not be checked and what is skipped; by data set with any, the rows whose
+        embeddings are of other captions, (N,) int64, ascending.
 
     Raises:
         UserError: more than `MAX_SKIPPED_SHARE` of a data set's embeddings are of other captions
@@ -221,7 +210,7 @@ def check_caption_embeddings(config: Config, dataset: ConversationDataset) -> Ca
             for modality, count in finding.unrecorded.items()
             if count
         ]
-    return CaptionCheck(lines + check_makers(config, dataset), wrong_rows)
+    return lines + check_makers(config, dataset), wrong_rows
 
 
 def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[str, CaptionFinding]:
@@ -235,10 +224,10 @@ def find_wrong_captions(config: Config, dataset: ConversationDataset) -> dict[st
 
 
 def check_makers(config: Config, dataset: ConversationDataset) -> list[str]:
-    """Check that the embeddings come from the text encoders of the configured decoders.
+    """Check that the embeddings come from the configured decoders' text encoders.
 
     Returns:
-        lines on what could not be checked.
+        Lines on what could not be checked.
 
     Raises:
         UserError: they come from another one.

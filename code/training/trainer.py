@@ -79,12 +79,9 @@ class Trainer:
     """Trains one stage, in every process of an initialised process group.
 
     Attributes:
-        step: optimizer steps taken.
-        total_steps: of the whole run.
-        examples: the stage's samples.
-        schedule: which samples make up which global batch.
-        checkpoints: the stage's folder.
-        checkpoint: what the run is resumed from.
+        step, total_steps: optimizer steps taken, and of the whole run.
+        examples, schedule: the stage's samples, and which make up which global batch.
+        checkpoints, checkpoint: the stage's folder, and what the run is resumed from.
         delta: tuned parameters that the run starts from.
         model, engine, metrics: as their classes document.
     """
@@ -121,9 +118,7 @@ class Trainer:
         torch.manual_seed(training.seed + self.rank)  # dropout differs between ranks
         counted = self.restore_checkpoint()
         if self.rank == 0:
-            folder.write_config()
-            if not recorded:
-                folder.record_inputs(self.identify_inputs())
+            folder.record_start(None if recorded else self.identify_inputs())
         logs = options.log_path / folder.path.name if options.log_path else folder.path / "log"
         self.metrics = MetricsLogger(logs, self.rank, self.step, self.total_steps, counted)
         with closing(self.metrics):
@@ -149,10 +144,8 @@ class Trainer:
             for line in lines:
                 print_rank_0(line)
         builder, caches = build_prompt_builder(config), FeatureCaches(config)
-        max_length = config.data.max_seq_length
-        self.examples = ExampleDataset(
-            conversations, builder, max_length, caches, shapes, wrong_rows
-        )
+        length = config.data.max_seq_length
+        self.examples = ExampleDataset(conversations, builder, length, caches, shapes, wrong_rows)
         size, sizes = training.global_batch_size, conversations.sizes
         self.schedule = BatchSchedule(sizes, size, config.data.batching, training.seed)
         self.total_steps = self.schedule.steps_per_epoch * training.epochs
@@ -288,12 +281,10 @@ class Trainer:
 
 
 def configure_trainable(model: NextGPT, config: Config) -> None:
-    """Set what trains, the modules' modes and activation checkpointing, in place.
-
-    Where output projections alone train, no gradient passes through the language model: it stores
-    no activations, and must not be asked to recompute them for a gradient of its inputs.
-    """
+    """Set what trains, the modules' modes and activation checkpointing, in place."""
     trainable = config.training.trainable
+    # Where output projections alone train, no gradient passes through the language model: it stores
+    # no activations, and must not be asked to recompute them for a gradient of its inputs.
     if config.training.activation_checkpointing and set(trainable) != {"output_projections"}:
         model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     whole = config.language_model.trainable_embeddings == "full"
