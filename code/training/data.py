@@ -14,6 +14,7 @@ from functools import partial
 from itertools import chain, count, islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,22 +101,17 @@ class ExampleDataset(Dataset[Example]):
         return torch.from_numpy(found)
 
 
-def collate_by_length(
-    examples: Sequence[Example],
-    size: int,
-    pad_id: int,
-    feature_width: int,
-    packed_seq_length: int | None = None,
-) -> list[Batch]:
+def collate_by_length(examples: Sequence[Example], size: int, **options: Any) -> list[Batch]:
     """Micro batches of `size` examples of similar length, for little padding.
 
     Losses are averaged over the whole step, so it does not matter which examples share a batch.
+
+    Args:
+        options: of `collate`.
     """
     ordered = sorted(examples, key=lambda example: len(example.prompt.input_ids))
-    return [
-        collate(ordered[start : start + size], pad_id, feature_width, packed_seq_length)
-        for start in range(0, len(ordered), size)
-    ]
+    starts = range(0, len(ordered), size)
+    return [collate(ordered[start : start + size], **options) for start in starts]
 
 
 def rank_batches(
@@ -170,7 +166,8 @@ def load_batches(
             own = set(multiprocessing.active_children()) - others
         yield batches
     finally:
-        _kill_and_join(own)
+        if own:
+            _kill_and_join(own)
 
 
 def _start_worker(parent: int, _: int) -> None:
@@ -181,8 +178,6 @@ def _start_worker(parent: int, _: int) -> None:
 
 
 def _kill_and_join(workers: Set[BaseProcess]) -> None:
-    if not workers:
-        return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise at their end
     for worker in workers:
         worker.kill()
