@@ -273,7 +273,8 @@ def _build_optimizer(
     model: NextGPT, training: TrainingConfig, *, offloads: bool
 ) -> torch.optim.Optimizer:
     """AdamW (DeepSpeed's `Adam`), a parameter group per learning rate."""
-    rates, groups = training.group_learning_rates, {}
+    rates: dict[str | None, float] = {**training.group_learning_rates}
+    groups: dict[float, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = rates.get(group_of(name), training.learning_rate)

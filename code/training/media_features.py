@@ -68,9 +68,9 @@ class BatchEncoder:
             for index, (modality, views, content) in batch.unencoded_media.items():
                 # One by one: a feature's last bits depend on the others in its batch, and a resumed
                 # run meets media in other batches.
-                features = self.media_encoder.encode(modality, views[None].to(self.device))
-                batch.features[index] = features[0].float()
-                computed[modality].append((content, batch.features[index].cpu().numpy()))
+                feature = self.media_encoder.encode(modality, views[None].to(self.device))[0]
+                batch.features[index] = feature.float()
+                computed[modality].append((content, feature.float().cpu().numpy()))
             for modality, captions in batch.unencoded_captions.items():
                 if modality not in self._text_encoders:
                     path = resolve_model_path(self.config.decoders[modality].path)
