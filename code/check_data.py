@@ -15,8 +15,8 @@ import sys
 from nextgpt.common.cli import run_cli
 from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
 from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
-from nextgpt.tools.validate_data import check_datasets
-from nextgpt.training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
+from nextgpt.tools.validate_data import check_datasets, compare_unrecorded
+from nextgpt.training.run_inputs import check_makers, find_wrong_captions
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from nextgpt.dataset.conversations import open_conversations
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
 from nextgpt.tools import embedding_store
 from nextgpt.tools.embedding_store import EmbeddingStore
-from nextgpt.training.caption_check import CaptionCheck, check_caption_embeddings
+from nextgpt.training.run_inputs import check_caption_embeddings
 from test_check_data import check
 from test_training import copied_data
 from tiny_decoders import TINY
@@ -51,7 +51,9 @@ def config_of(tmp_path: Path, sets: list[str], stage: int = 2) -> Config:
     return load_config("7b", stage, overrides)
 
 
-def check_run(tmp_path: Path, sets: list[str], stage: int = 2) -> CaptionCheck:
+def check_run(
+    tmp_path: Path, sets: list[str], stage: int = 2
+) -> tuple[list[str], dict[str, set[int]]]:
     """Return the caption check of a run."""
     config = config_of(tmp_path, sets, stage)
     return check_caption_embeddings(config, open_conversations(config.data))

@@ -21,11 +21,11 @@ def _train_keeping_gradients(*given: Any) -> None:
     import torch.distributed as dist
 
     import tiny_run
-    from nextgpt.training.engine import StepResult, TrainEngine
+    from nextgpt.training.engine import StepMetrics, TrainEngine
 
     own_step = TrainEngine.step
 
-    def step(engine: TrainEngine, *arguments: Any) -> StepResult:
+    def step(engine: TrainEngine, *arguments: Any) -> StepMetrics:
         result = own_step(engine, *arguments)
         beta = engine.training.betas[0]
         gradients = {

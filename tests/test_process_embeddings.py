@@ -74,7 +74,7 @@ def test_embeddings_equal_those_encoded_during_training(tmp_path: Path) -> None:
     file = written(tmp_path, [record])
     encoded = tiny_encoder().encode(read_record(record, "caption_out", file, 0))
     batch = collate([Example(encoded, [], [None])], pad_id=0, feature_width=4)
-    assert batch.unencoded.captions == {"image": [record["caption"]]}
+    assert batch.unencoded_captions == {"image": [record["caption"]]}
     assert list(iter_captions(file, "image")) == [("a.png", record["caption"])]
 
 

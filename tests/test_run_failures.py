@@ -28,7 +28,7 @@ def _train_failing(*given: Any) -> None:
 
     import tiny_run
     from nextgpt.common.errors import UserError
-    from nextgpt.training.engine import StepResult, TrainEngine
+    from nextgpt.training.engine import StepMetrics, TrainEngine
 
     fault = json.loads(given[2].with_name("fault.json").read_text())
     errors = {
@@ -41,7 +41,7 @@ def _train_failing(*given: Any) -> None:
     }
     own_step, steps = TrainEngine.step, iter(range(1, 10**6))
 
-    def step(engine: TrainEngine, *arguments: Any) -> StepResult:
+    def step(engine: TrainEngine, *arguments: Any) -> StepMetrics:
         if next(steps) == 3 and dist.get_rank() in fault["ranks"]:
             while not given[2].with_name("now").exists():
                 time.sleep(0.02)

@@ -4,7 +4,7 @@ from nextgpt.callbacks.hidden_state_cache import HiddenStateCache, caches_hidden
 from nextgpt.callbacks.warm_start import LeastSquaresInit, WhiteningInit
 from nextgpt.common.distributed import print_rank_0
 from nextgpt.config.schema import Config
-from nextgpt.training.callback import TrainerCallback
+from nextgpt.training.trainer import TrainerCallback
 
 
 def build_callbacks(config: Config) -> list[TrainerCallback]:

@@ -26,8 +26,7 @@ from nextgpt.conversation.batch import Batch
 from nextgpt.model.language_model import merge_lora
 from nextgpt.model.nextgpt import LanguageModelOutput, NextGPT
 from nextgpt.model.trainable import dropout_disabled
-from nextgpt.training.callback import TrainerCallback
-from nextgpt.training.trainer import Trainer
+from nextgpt.training.trainer import Trainer, TrainerCallback
 
 ROWS_PER_PASS = 16  # of similar length; the shorter ones are padded
 _ENTRY_BYTES = 1000  # overhead of Python and torch per conversation, about

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d
 
 from nextgpt.callbacks.hidden_state_cache import HiddenStateCache, compute_signal_states
-from nextgpt.common.distributed import all_gather_object, all_reduce_tensors
+from nextgpt.common.distributed import all_gather_object, all_reduce_tensors, print_rank_0
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.conversation.batch import Batch
 from nextgpt.conversation.prompt import IGNORE_INDEX
 from nextgpt.model.nextgpt import NextGPT
-from nextgpt.training.callback import TrainerCallback
-from nextgpt.training.trainer import Trainer
+from nextgpt.training.trainer import Trainer, TrainerCallback
 
 _RIDGE = 3e-3  # of the features' mean variance, times their number
 _WHITENING_STEPS = 16
@@ -39,7 +38,7 @@ class LeastSquaresInit(TrainerCallback):
     def on_train_begin(self, trainer: Trainer) -> None:
         """Fit the projection, unless the run is resumed or starts from a trained one."""
         if trainer.starts_new("input_projection"):
-            trainer.log("fitting the input projection")
+            print_rank_0("fitting the input projection")
             init_input_projection(trainer.model.to(trainer.device), trainer.first_batches())
 
 

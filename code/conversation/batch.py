@@ -1,8 +1,9 @@
 """Examples (encoded conversations and their media), collated into batches of tensors."""
 
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +13,7 @@ from nextgpt.conversation.prompt import IGNORE_INDEX, EncodedPrompt
 
 
 class UnencodedMedium(NamedTuple):
-    """An input medium that the media encoder has not encoded yet.
-
-    Attributes:
-        modality: of the medium.
-        views: tensor that the encoder takes.
-        content: key of the feature cache.
-    """
+    """An input medium to be encoded: the encoder's input, and the key in the feature cache."""
 
     modality: Modality
     views: Tensor
@@ -51,29 +46,6 @@ class Example:
     skipped: list[SkippedSample] = field(default_factory=list)
 
 
-@dataclass
-class Unencoded:
-    """Inputs of a batch that the frozen encoders have not encoded yet.
-
-    Attributes:
-        media: by row of `Batch.features`, which holds zeros there.
-        captions: by modality, in the order of `Batch.signal_spans`; `Batch.caption_embeds` lacks
-            these modalities.
-    """
-
-    media: dict[int, UnencodedMedium] = field(default_factory=dict)
-    captions: dict[Modality, list[str | None]] = field(default_factory=dict)
-
-
-@dataclass
-class SampleCounts:
-    """Samples of a batch: how many there are, tokens cut off to fit, samples skipped."""
-
-    samples: int = 0
-    cut_tokens: int = 0
-    skipped: list[SkippedSample] = field(default_factory=list)
-
-
 @dataclass(eq=False)
 class Batch:
     """B rows of L tokens: one conversation each, or several packed one after the other.
@@ -89,8 +61,11 @@ class Batch:
         caption_embeds: by modality (R, *prompt_embeds_shape) float32, targets of the projections.
         position_ids: (B, L) int64 of packed rows: 0 starts another conversation, which does not
             attend to those before it; None where each row is one conversation.
-        unencoded: what `features` and `caption_embeds` still lack; see `training.media_features`.
-        counts: of the samples.
+        unencoded_media: by row of `features`, which is 0 there; see `training.media_features`.
+        unencoded_captions: of `signal_spans`, by modality that `caption_embeds` lacks.
+        num_samples: conversations.
+        cut_tokens: number of text tokens removed by truncation.
+        skipped: samples that were replaced.
     """
 
     input_ids: Tensor
@@ -101,8 +76,11 @@ class Batch:
     signal_spans: dict[Modality, Tensor] = field(default_factory=dict)
     caption_embeds: dict[Modality, Tensor] = field(default_factory=dict)
     position_ids: Tensor | None = None
-    unencoded: Unencoded = field(default_factory=Unencoded)
-    counts: SampleCounts = field(default_factory=SampleCounts)
+    unencoded_media: dict[int, UnencodedMedium] = field(default_factory=dict)
+    unencoded_captions: dict[Modality, list[str | None]] = field(default_factory=dict)
+    num_samples: int = 0
+    cut_tokens: int = 0
+    skipped: list[SkippedSample] = field(default_factory=list)
 
     @property
     def num_label_tokens(self) -> int:
@@ -111,13 +89,13 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; what is unencoded stays on the CPU."""
-        moved = {}
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device)
-            elif isinstance(value, dict):
-                moved[name] = {modality: one.to(device) for modality, one in value.items()}
-        return replace(self, **moved)
+
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: move(item) for key, item in value.items()}
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        return replace(self, **move(vars(self)))
 
 
 def collate(
@@ -126,7 +104,7 @@ def collate(
     feature_width: int,
     packed_seq_length: int | None = None,
 ) -> Batch:
-    """The batch of `examples`.
+    """Collate `examples` into a batch.
 
     Args:
         pad_id: token of the padding.
@@ -146,9 +124,7 @@ def collate(
     labels = torch.full_like(input_ids, IGNORE_INDEX)
     position_ids = torch.arange(columns).repeat(rows, 1)
     media: list[tuple[int, int]] = []
-    spans: dict[Modality, list[tuple[int, int]]] = {}
-    captions: dict[Modality, list[str | None]] = {}
-    targets: dict[Modality, list[Tensor | None]] = {}
+    outputs: dict[Modality, list] = defaultdict(list)
     for example, (row, first), length in zip(examples, offsets, lengths, strict=True):
         prompt, span = example.prompt, slice(first, first + length)
         input_ids[row, span] = torch.tensor(prompt.input_ids)
@@ -156,43 +132,35 @@ def collate(
         labels[row, span] = torch.tensor(prompt.labels)
         position_ids[row, span] -= first
         media += [(row, first + position) for position, _ in prompt.media_positions]
-        for (position, medium), target in zip(
-            prompt.signal_spans, example.caption_embeds, strict=True
-        ):
+        targets = zip(prompt.signal_spans, example.caption_embeds, strict=True)
+        for (position, medium), target in targets:
             if medium.caption or medium.embedding:  # without either there is no alignment loss
-                spans.setdefault(medium.modality, []).append((row, first + position))
-                captions.setdefault(medium.modality, []).append(medium.caption)
-                targets.setdefault(medium.modality, []).append(target)
+                outputs[medium.modality].append(((row, first + position), medium.caption, target))
 
-    features = torch.zeros(len(media), feature_width)
-    unencoded = Unencoded()
-    for index, feature in enumerate(one for example in examples for one in example.features):
-        if isinstance(feature, UnencodedMedium):
-            unencoded.media[index] = feature
-        else:
-            features[index] = feature
-    caption_embeds = {}
-    for modality, of_modality in targets.items():
-        if any(target is None for target in of_modality):
-            unencoded.captions[modality] = captions[modality]
-        else:
-            caption_embeds[modality] = torch.stack(of_modality)
-    return Batch(
+    batch = Batch(
         input_ids,
         attention_mask,
         labels,
         torch.tensor(media, dtype=torch.int64).view(-1, 2),
-        features,
-        {modality: torch.tensor(of_modality) for modality, of_modality in spans.items()},
-        caption_embeds,
-        None if packed_seq_length is None else position_ids,
-        unencoded,
-        SampleCounts(
-            len(examples),
-            sum(example.prompt.cut_tokens for example in examples),
-            [sample for example in examples for sample in example.skipped],
-        ),
+        torch.zeros(len(media), feature_width),
+        position_ids=None if packed_seq_length is None else position_ids,
+        num_samples=len(examples),
+        cut_tokens=sum(example.prompt.cut_tokens for example in examples),
+        skipped=[sample for example in examples for sample in example.skipped],
     )
+    for index, feature in enumerate(one for example in examples for one in example.features):
+        if isinstance(feature, UnencodedMedium):
+            batch.unencoded_media[index] = feature
+        else:
+            batch.features[index] = feature
+    for modality, of_modality in outputs.items():
+        spans, captions, embeds = zip(*of_modality, strict=True)
+        batch.signal_spans[modality] = torch.tensor(spans)
+        if any(embed is None for embed in embeds):
+            batch.unencoded_captions[modality] = list(captions)
+        else:
+            batch.caption_embeds[modality] = torch.stack(embeds)
+    return batch
 
 
 def pack_first_fit(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from nextgpt.common.distributed import print_rank_0
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write, rename_durably
 from nextgpt.common.json_io import to_json
@@ -43,23 +44,16 @@ _PATHS = ("encoder.path", "language_model.path", "decoders.*.path", "training.de
 
 
 class CheckpointManager:
-    """Reads and writes one stage's folder, on every rank.
-
-    Args:
-        path: the folder.
-        stage: 1 to 4.
-        config: of this run.
+    """Reads and writes one stage's folder `path`, on every rank.
 
     Attributes:
+        delta: file of the trained parameters.
         init_from: delta that the run started from, recorded in its checkpoints.
     """
 
-    init_from: Path | None = None
-
     def __init__(self, path: Path, stage: int, config: Config) -> None:
-        self.path = path
-        self.stage = stage
-        self.config = config
+        self.path, self.stage, self.config = path, stage, config
+        self.init_from: Path | None = None
         self.delta = path / DELTA_FILE
         self.checkpoints = path / "checkpoints"
         self._inputs = self.checkpoints / INPUTS_FILE
@@ -72,14 +66,14 @@ class CheckpointManager:
                 configuration.
         """
         saved = self._saved()
-        if saved and not resume and not restart:
-            raise UserError(
-                f"{self.path} holds an unfinished run (at {saved[-1].name}): give --resume to "
-                "continue it or --restart to discard it"
-            )
         if not saved or restart:
             return None
         checkpoint = saved[-1]
+        if not resume:
+            raise UserError(
+                f"{self.path} holds an unfinished run (at {checkpoint.name}): give --resume to "
+                "continue it or --restart to discard it"
+            )
         state, world = read_run_state(checkpoint), dist.get_world_size()
         if state["world"] != world:
             raise UserError(
@@ -96,11 +90,8 @@ class CheckpointManager:
             )
         return checkpoint
 
-    def check_inputs(self, now: RunInputs, checkpoint: Path) -> str | None:
-        """Compare the inputs of a resumed run with those it started from.
-
-        Returns:
-            a warning, where there is no record of them.
+    def check_inputs(self, now: RunInputs, checkpoint: Path) -> bool:
+        """Compare the inputs of a resumed run with those it started from; False: not recorded.
 
         Raises:
             UserError: something differs; names what.
@@ -113,26 +104,25 @@ class CheckpointManager:
                     f"{checkpoint} is of a run that started from {started_from}, not from "
                     f"{self.init_from}: give the same, or --restart"
                 )
-            return (
+            print_rank_0(
                 f"warning: {self._inputs} is missing (an older version started the run): whether "
                 "predecessor, data, embeddings and frozen models are the same cannot be checked"
             )
+            return False
         if changed := compare_inputs(before, now):
             listed = "\n  ".join(changed)
             raise UserError(
                 f"{checkpoint} is of a run with other inputs:\n  {listed}\nRestore those, or give "
                 "--restart to discard the run"
             )
-        return None
+        return True
 
-    def record_inputs(self, inputs: RunInputs) -> None:
-        """Write the inputs of a run; on rank 0, at its start."""
-        write_inputs(inputs, self._inputs)
-
-    def write_config(self) -> None:
-        """Write the resolved configuration; on rank 0, at the start of a run."""
-        with atomic_write(self.path / "config.yaml") as aside:
-            aside.write_text(f"stage: {self.stage}\n{format_config(self.config)}")
+    def record_start(self, inputs: RunInputs | None) -> None:
+        """Write the resolved configuration and, unless recorded, the inputs; on rank 0."""
+        with atomic_write(self.path / "config.yaml") as partial:
+            partial.write_text(f"stage: {self.stage}\n{format_config(self.config)}")
+        if inputs is not None:
+            write_inputs(inputs, self._inputs)
 
     def clear(self) -> None:
         """Remove checkpoints and partial saves of an earlier run."""
@@ -145,7 +135,7 @@ class CheckpointManager:
             UserError: the disk is full; the checkpoint before is still there.
         """
         final = self.checkpoints / f"step_{step:06d}"
-        partial = self.checkpoints / f".step_{step:06d}.partial"
+        partial = self.checkpoints / f".{final.name}.partial"
         if final.is_dir():
             return
         is_first = dist.get_rank() == 0
@@ -156,9 +146,11 @@ class CheckpointManager:
             partial.mkdir(parents=True, exist_ok=True)
             engine.save(partial)
             if is_first:
-                state = {"step": step, "world": dist.get_world_size(), "counted": counted}
-                state["config"] = self.config.model_dump(mode="json")
-                state["init_from"] = self.init_from and str(self.init_from)
+                state = {
+                    "step": step, "world": dist.get_world_size(), "counted": counted,
+                    "config": self.config.model_dump(mode="json"),
+                    "init_from": self.init_from and str(self.init_from),
+                }  # fmt: skip
                 (partial / "run.json").write_text(to_json(state, indent=1))
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -179,8 +171,7 @@ class CheckpointManager:
 
     def _saved(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        found = self.checkpoints.glob("step_*")
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+        return sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name[5:]))
 
 
 def read_run_state(checkpoint: Path) -> dict:

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count, islice
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,13 +40,10 @@ class ExampleDataset(Dataset[Example]):
     """Map-style dataset: `dataset[name, row]` is that sample, or the next usable one.
 
     Attributes:
-        conversations: the data sets.
-        prompt_builder: encodes conversations.
         max_seq_length: tokens of a conversation.
-        caches: of features, by modality; one is opened when a medium of its modality is met.
-        prompt_embeds_shapes: of the precomputed caption embeddings; None: captions are encoded
-            online.
-        wrong_rows: by data set the rows whose embeddings are of other captions; they are skipped.
+        caches: of features, by modality.
+        prompt_embeds_shapes: of caption embeddings; None: captions are encoded online.
+        wrong_rows: by data set the rows to skip, whose embeddings are of other captions.
     """
 
     conversations: ConversationDataset
@@ -82,7 +81,13 @@ class ExampleDataset(Dataset[Example]):
             )
         prompt = self.prompt_builder.encode(self.conversations[name, row], self.max_seq_length)
         features = [self._feature(medium) for _, medium in prompt.media_positions]
-        caption_embeds = [self._caption_embeds(medium) for _, medium in prompt.signal_spans]
+        shapes = self.prompt_embeds_shapes
+        caption_embeds = [
+            read_embedding(Path(medium.embedding), shapes[medium.modality])
+            if shapes is not None and medium.embedding
+            else None
+            for _, medium in prompt.signal_spans
+        ]
         return Example(prompt, features, caption_embeds, skipped)
 
     def _feature(self, medium: Media) -> Tensor | UnencodedMedium:
@@ -92,28 +97,18 @@ class ExampleDataset(Dataset[Example]):
             return UnencodedMedium(medium.modality, found.views, found.content)
         return torch.from_numpy(found)
 
-    def _caption_embeds(self, medium: Media) -> Tensor | None:
-        if self.prompt_embeds_shapes is None or not medium.embedding:
-            return None
-        return read_embedding(Path(medium.embedding), self.prompt_embeds_shapes[medium.modality])
 
-
-def collate_by_length(
-    examples: Sequence[Example],
-    size: int,
-    pad_id: int,
-    feature_width: int,
-    packed_seq_length: int | None = None,
-) -> list[Batch]:
+def collate_by_length(examples: Sequence[Example], size: int, **options: Any) -> list[Batch]:
     """Micro batches of `size` examples of similar length, for little padding.
 
     Losses are averaged over the whole step, so it does not matter which examples share a batch.
+
+    Args:
+        options: of `collate`.
     """
     ordered = sorted(examples, key=lambda example: len(example.prompt.input_ids))
-    return [
-        collate(ordered[start : start + size], pad_id, feature_width, packed_seq_length)
-        for start in range(0, len(ordered), size)
-    ]
+    starts = range(0, len(ordered), size)
+    return [collate(ordered[start : start + size], **options) for start in starts]
 
 
 def rank_batches(
@@ -124,15 +119,11 @@ def rank_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Iterator[list[Sample]]:
-    """A rank's samples of each global batch, from number `first_step` up to `steps`."""
-    step = first_step
-    while step < steps:
-        epoch, start = divmod(step, schedule.steps_per_epoch)
-        for global_batch in schedule.batches(epoch, start):
-            yield split_for_rank(global_batch, rank, world, length)
-            step += 1
-            if step == steps:
-                return
+    """Yield a rank's samples of each global batch, from number `first_step` up to `steps`."""
+    epoch, start = divmod(first_step, schedule.steps_per_epoch)
+    epochs = chain([schedule.batches(epoch, start)], map(schedule.batches, count(epoch + 1)))
+    for global_batch in islice(chain.from_iterable(epochs), max(0, steps - first_step)):
+        yield split_for_rank(global_batch, rank, world, length)
 
 
 @contextmanager
@@ -148,23 +139,19 @@ def load_batches(
 
     Those processes are killed when the block ends, however it does: they ignore the signals by
     which Python and the data loader would end them, and would be waited for in vain.
-
-    The loader's seeds come from its own generator: the global random state, on which exact resume
-    rests, does not depend on when the loader started.
     """
-    collate_fn = partial(
-        collate_by_length,
-        size=micro_batch_size,
-        pad_id=examples.prompt_builder.tokenizer.eos_token_id,
-        feature_width=feature_width,
-        packed_seq_length=packed_seq_length,
-    )
     loader = DataLoader(
         examples,
         batch_sampler=order,
         num_workers=num_workers,
-        collate_fn=collate_fn,
-        generator=torch.Generator(),
+        collate_fn=partial(
+            collate_by_length,
+            size=micro_batch_size,
+            pad_id=examples.prompt_builder.tokenizer.eos_token_id,
+            feature_width=feature_width,
+            packed_seq_length=packed_seq_length,
+        ),
+        generator=torch.Generator(),  # leaves the global random state as it is, for exact resume
         worker_init_fn=partial(_start_worker, os.getpid()),
     )
     others = set(multiprocessing.active_children())
@@ -177,7 +164,7 @@ def load_batches(
         yield batches
     finally:
         if own:
-            _kill_workers(own)
+            _kill_and_join(own)
 
 
 def _start_worker(parent: int, _: int) -> None:
@@ -187,8 +174,7 @@ def _start_worker(parent: int, _: int) -> None:
     die_with_parent(parent)
 
 
-def _kill_workers(workers: Set[BaseProcess]) -> None:
-    """Kill a loader's processes and wait for them."""
+def _kill_and_join(workers: Set[BaseProcess]) -> None:
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise at their end
     for worker in workers:
         worker.kill()

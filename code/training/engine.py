@@ -1,15 +1,15 @@
 """The training engine: optimizer steps over all ranks with DeepSpeed, exact checkpoints.
 
 DeepSpeed's JSON sets how the optimizer is sharded (ZeRO stage, offload). Batch size, precision,
-clipping, optimizer and schedule come from the run. Trainable parameters, their gradients and all
-reductions are float32; the frozen language model and matrix products use the run's precision
-(autocast).
+clipping, optimizer and schedule come from the run. Trainable parameters, gradients and reductions
+are float32; the frozen language model and matrix products use the run's precision (autocast).
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from math import isfinite, log
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
+from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from nextgpt.common.errors import UserError
@@ -34,7 +35,13 @@ _SET_BY_RUN = (
     "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
     "communication_data_type", "data_types",
 )  # fmt: skip
-_STATE = "state"  # DeepSpeed's tag: the folder of its files inside a checkpoint
+_STATE = "state"  # DeepSpeed's tag: a folder of a checkpoint
+
+# Of one step before its update, averaged over all ranks' tokens and spans: `loss`, the weighted
+# sum; `text_loss`, None where the language model did not run; `alignment_MODALITY` of those with
+# spans; `learning_rate`, of groups without their own; `gradient_norm`, None without ZeRO and where
+# an overflow skipped the step; `loss_scale` in fp16; `tokens`, the number with a text loss.
+StepMetrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -45,34 +52,11 @@ class StepCounts:
     signal_spans: dict[Modality, int]
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Losses of one step before its update, averaged over all ranks' tokens and spans.
-
-    Attributes:
-        loss: the weighted sum.
-        text_loss: cross entropy per token; None where the language model did not run.
-        tokens: number with a text loss.
-        alignment: by modality the alignment loss per span.
-        learning_rate: of the parameters without a rate of their own group.
-        gradient_norm: None where an overflow skipped the step, and without ZeRO.
-        loss_scale: factor of this step's losses; None but in fp16.
-    """
-
-    loss: float
-    text_loss: float | None
-    tokens: int
-    alignment: dict[Modality, float]
-    learning_rate: float
-    gradient_norm: float | None
-    loss_scale: float | None
-
-
 def micro_batch_size(training: TrainingConfig, world: int) -> int:
     """The largest divisor of a rank's samples that is not above the configured size.
 
     Raises:
-        UserError: the global batch cannot be divided by the ranks.
+        UserError: the global batch is not a multiple of the ranks.
     """
     per_rank, rest = divmod(training.global_batch_size, world)
     if rest:
@@ -85,7 +69,7 @@ def micro_batch_size(training: TrainingConfig, world: int) -> int:
 
 
 def read_deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
-    """DeepSpeed's JSON.
+    """Read DeepSpeed's JSON.
 
     Raises:
         UserError: it cannot be read, or sets what comes from the run.
@@ -125,9 +109,7 @@ class TrainEngine:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.training = training
-        self.device = device
-        self.dtype = dtype
+        self.training, self.device, self.dtype = training, device, dtype
         self.world = dist.get_world_size()
         self.micro_batch_size = micro_batch_size(training, self.world)
         self.accumulation = training.global_batch_size // self.world // self.micro_batch_size
@@ -154,7 +136,7 @@ class TrainEngine:
         """The wrapped model."""
         return self.engine.module
 
-    def step(self, batches: list[Batch], counts: StepCounts) -> StepResult:
+    def step(self, batches: list[Batch], counts: StepCounts) -> StepMetrics:
         """One optimizer step over this rank's `batches`; `counts` are of all ranks.
 
         In fp16 a step whose gradients overflow is skipped, and the loss scale is halved.
@@ -174,9 +156,8 @@ class TrainEngine:
             sums[0] += losses.tokens
             if index + 1 == len(batches):
                 tokens, text_total, *alignment_totals = self._reduce_finite(sums)
-                self._check_unsharded_gradients()
             self.engine.step()
-        scale = self.loss_scale and self.loss_scale.scale
+        scale = {"loss_scale": self.loss_scale.scale} if self.loss_scale else {}
         # ZeRO skips the step, on all ranks, if the norm of the reduced gradients is not finite.
         overflowed = self.engine.zero_optimization() and self.engine.optimizer.overflow
         if self.loss_scale:
@@ -192,21 +173,20 @@ class TrainEngine:
             if counts.signal_spans[modality]
         }
         weights = self.training.alignment_loss_weights
-        return StepResult(
-            loss=text_loss + sum(weights[m] * value for m, value in alignment.items()),
-            text_loss=text_loss if tokens else None,
-            tokens=int(tokens),
-            alignment=alignment,
-            learning_rate=rate,
-            gradient_norm=None if norm is None else float(norm),
-            loss_scale=scale,
-        )
+        return {
+            "loss": text_loss + sum(weights[m] * value for m, value in alignment.items()),
+            "text_loss": text_loss if tokens else None,
+            **{f"alignment_{modality}": value for modality, value in alignment.items()},
+            "learning_rate": rate,
+            "gradient_norm": None if norm is None else float(norm),
+            **scale,
+            "tokens": int(tokens),
+        }
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the exact state into `folder`; all ranks take part."""
-        self.engine.save_checkpoint(
-            str(folder), tag=_STATE, exclude_frozen_parameters=True, save_latest=False
-        )
+        options = {"exclude_frozen_parameters": True, "save_latest": False}
+        self.engine.save_checkpoint(str(folder), _STATE, **options)
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -220,9 +200,7 @@ class TrainEngine:
         Raises:
             UserError: it is of another model or other ranks.
         """
-        path, _ = self.engine.load_checkpoint(
-            str(folder), tag=_STATE, custom_load_fn=_load_trainable
-        )
+        path, _ = self.engine.load_checkpoint(str(folder), _STATE, custom_load_fn=_load_trainable)
         if path is None:
             raise UserError(f"{folder} cannot be read: remove it to resume from an older one")
         random = load_file(folder / f"random_{dist.get_rank()}.safetensors")
@@ -243,39 +221,30 @@ class TrainEngine:
 
         DeepSpeed averages over ranks and micro batches; the factor undoes that.
         """
-        loss = losses.text / max(counts.tokens, 1)
+        loss, weights = losses.text / max(counts.tokens, 1), self.training.alignment_loss_weights
         for modality, total in losses.alignment.items():
-            weight = self.training.alignment_loss_weights[modality]
-            loss = loss + weight * total / counts.signal_spans[modality]
+            loss = loss + weights[modality] * total / counts.signal_spans[modality]
         return loss * self.world * self.accumulation + losses.unused
 
     def _reduce_finite(self, sums: torch.Tensor) -> list[float]:
-        """`sums` over all ranks, checked before the update that they could spoil."""
+        """All-reduce `sums`, and check losses and gradients before the update."""
         dist.all_reduce(sums)
         totals = sums.tolist()
-        if not all(math.isfinite(total) for total in totals):
+        if not all(map(isfinite, totals)):
             raise UserError("the loss is not finite: lower the learning rate or look at the data")
+        if not self.engine.zero_optimization():
+            # DeepSpeed would apply them. Accumulated and averaged, they are the same on all ranks.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if not torch.nn.utils.get_total_norm(gradients).isfinite():
+                raise non_finite_gradient(self.dtype)
         return totals
-
-    def _check_unsharded_gradients(self) -> None:
-        """Without ZeRO, DeepSpeed applies gradients that are not finite: refuse them here.
-
-        They are accumulated and averaged already, and so the same on all ranks.
-        """
-        if self.engine.zero_optimization():
-            return
-        norm = torch.nn.utils.get_total_norm(
-            [p.grad for p in self.model.parameters() if p.grad is not None]
-        )
-        if not torch.isfinite(norm):
-            raise non_finite_gradient(self.dtype)
 
     def _settings(self, dtype: torch.dtype) -> dict:
         """DeepSpeed's JSON, completed from the run's configuration."""
         settings = read_deepspeed_config(self.training)
         if self.device.type == "cpu":  # the optimizer is on the CPU already
-            settings.get("zero_optimization", {}).pop("offload_optimizer", None)
-            settings.get("zero_optimization", {}).pop("offload_param", None)
+            for key in ("offload_optimizer", "offload_param"):
+                settings.get("zero_optimization", {}).pop(key, None)
         return settings | {
             "train_batch_size": self.training.global_batch_size,
             "train_micro_batch_size_per_gpu": self.micro_batch_size,
@@ -294,7 +263,7 @@ class TrainEngine:
 
 def _load_trainable(src: dict[str, torch.Tensor], dst: NextGPT) -> None:
     """Load saved parameters, which must be exactly those that train."""
-    trained = [name for name, parameter in dst.named_parameters() if parameter.requires_grad]
+    trained = [name for name, p in dst.named_parameters() if p.requires_grad]
     faults = compare_state_dicts(dst.state_dict(), src, required=trained)
     refuse_faults("the checkpoint", faults, "another model's? remove it")
     dst.load_state_dict(src, strict=False)
@@ -304,26 +273,21 @@ def _build_optimizer(
     model: NextGPT, training: TrainingConfig, *, offloads: bool
 ) -> torch.optim.Optimizer:
     """AdamW (DeepSpeed's `Adam`), a parameter group per learning rate."""
-    groups: dict[float, list] = {}
+    rates: dict[str | None, float] = {**training.group_learning_rates}
+    groups: dict[float, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(_peak_rate(name, training), []).append(parameter)
-    rates = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
-    arguments = {
-        "betas": training.betas,
-        "eps": training.adam_epsilon,
-        "weight_decay": training.weight_decay,
-    }
-    if offloads:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(rates, **arguments)
-    return torch.optim.AdamW(rates, fused=True, **arguments)
-
-
-def _peak_rate(name: str, training: TrainingConfig) -> float:
-    rates = training.group_learning_rates
-    if ".lora_B." in name and "lora_B" in rates:
-        return rates["lora_B"]
-    return rates.get(group_of(name), training.learning_rate)
+            rate = rates.get(group_of(name), training.learning_rate)
+            if ".lora_B." in name:
+                rate = rates.get("lora_B", rate)
+            groups.setdefault(rate, {"params": [], "lr": rate})["params"].append(parameter)
+    build = deepspeed.ops.adam.DeepSpeedCPUAdam if offloads else partial(AdamW, fused=True)
+    return build(
+        list(groups.values()),
+        betas=training.betas,
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+    )
 
 
 def learning_rate_schedule(
@@ -336,20 +300,15 @@ def learning_rate_schedule(
     the peak in the last warm-up step and is above 0 in the first.
 
     Args:
-        steps: of the whole run.
-        warmup_ratio: fraction of them with a rising rate.
-        warmup_type: shape of the rise.
+        steps: of the whole run; `warmup_ratio` of them have a rising rate.
     """
-    if warmup_type == "log":
-        warmup_steps = max(10, int(warmup_ratio * steps))
-    else:
-        warmup_steps = max(1, round(warmup_ratio * steps))
+    is_log = warmup_type == "log"
+    rising = warmup_ratio * steps
+    warmup_steps = max(10, int(rising)) if is_log else max(1, round(rising))
 
     def factor(step: int) -> float:
         if step >= warmup_steps:
             return max(0.0, (steps - step) / max(1, steps - warmup_steps))
-        if warmup_type == "log":
-            return math.log(step + 1) / math.log(warmup_steps)
-        return (step + 1) / warmup_steps
+        return log(step + 1) / log(warmup_steps) if is_log else (step + 1) / warmup_steps
 
     return factor

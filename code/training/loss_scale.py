@@ -10,7 +10,6 @@ from nextgpt.common.errors import UserError
 
 _INITIAL = 2.0**12
 _GROWTH_INTERVAL = 500  # steps without overflow after which the scale is doubled
-_STATE = "loss_scale"
 
 
 def non_finite_gradient(dtype: torch.dtype) -> UserError:
@@ -22,11 +21,8 @@ def non_finite_gradient(dtype: torch.dtype) -> UserError:
 class LossScale:
     """Factor of the losses, which keeps small gradients above 0 in fp16.
 
-    Args:
-        optimizer: DeepSpeed's, of ZeRO 1 to 3.
-
     Raises:
-        UserError: it is another one.
+        UserError: the optimizer is not DeepSpeed's of ZeRO 1 to 3.
     """
 
     def __init__(self, optimizer: object) -> None:
@@ -34,11 +30,10 @@ class LossScale:
             raise UserError("training.precision fp16 needs ZeRO stage 1, 2 or 3: see dsconfig")
         self._optimizer = optimizer
         self._optimizer.torch_autocast_gradscaler = None
-        self._good_steps = 0
         self._set(_INITIAL)
 
-    def _set(self, scale: float) -> None:
-        self.scale = scale
+    def _set(self, scale: float, good_steps: int = 0) -> None:
+        self.scale, self._good_steps = scale, good_steps
         self._optimizer.override_loss_scale(scale)
 
     def update(self, overflowed: bool) -> None:
@@ -47,21 +42,19 @@ class LossScale:
         Raises:
             UserError: the scale is 1 already, so it is no overflow.
         """
-        self._good_steps = 0 if overflowed else self._good_steps + 1
+        self._good_steps += 1
+        if overflowed and self.scale == 1:
+            raise non_finite_gradient(torch.float16)
         if overflowed:
-            if self.scale == 1:
-                raise non_finite_gradient(torch.float16)
             self._set(self.scale / 2)
         elif self._good_steps == _GROWTH_INTERVAL:
-            self._good_steps = 0
             self._set(self.scale * 2)
 
     def state(self) -> dict[str, torch.Tensor]:
         """State for `load`."""
-        return {_STATE: torch.tensor([self.scale, self._good_steps], dtype=torch.float64)}
+        return {"loss_scale": torch.tensor([self.scale, self._good_steps], dtype=torch.float64)}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Restore a saved state."""
-        scale, good_steps = state[_STATE].tolist()
-        self._good_steps = int(good_steps)
-        self._set(scale)
+        scale, good_steps = state["loss_scale"].tolist()
+        self._set(scale, int(good_steps))

@@ -14,7 +14,7 @@ from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
-from nextgpt.conversation.batch import Batch, Unencoded, UnencodedMedium
+from nextgpt.conversation.batch import Batch
 from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.transforms import PREPROCESSING_VERSIONS
 from nextgpt.model.build import build_media_encoder
@@ -58,35 +58,25 @@ class BatchEncoder:
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        """`batch` on the device, with all features and caption embeddings."""
+        """`batch` on the device, with all features and caption embeddings in float32.
+
+        Without autocast, so that a feature is the same to the bit in a warm start and in a step.
+        """
         batch = batch.to(self.device)
         computed: dict[Modality, list] = defaultdict(list)
-        for index, medium in batch.unencoded.media.items():
-            # One by one: a feature's last bits depend on the others in its batch, and a resumed run
-            # meets media in other batches.
-            feature = self._encode_medium(medium)
-            batch.features[index] = feature
-            computed[medium.modality].append((medium.content, feature.cpu().numpy()))
+        with torch.autocast(self.device.type, enabled=False):
+            for index, (modality, views, content) in batch.unencoded_media.items():
+                # One by one: a feature's last bits depend on the others in its batch, and a resumed
+                # run meets media in other batches.
+                feature = self.media_encoder.encode(modality, views[None].to(self.device))[0]
+                batch.features[index] = feature.float()
+                computed[modality].append((content, feature.float().cpu().numpy()))
+            for modality, captions in batch.unencoded_captions.items():
+                if modality not in self._text_encoders:
+                    path = resolve_model_path(self.config.decoders[modality].path)
+                    self._text_encoders[modality] = TextEncoder(modality, path, self.device)
+                embeds = self._text_encoders[modality].encode(captions)
+                batch.caption_embeds[modality] = embeds.float()
         for modality, features in computed.items():
             self.caches[modality].put_many(features)
-        for modality, captions in batch.unencoded.captions.items():
-            with self._full_precision():
-                embeds = self._text_encoder(modality).encode(captions).float()
-            batch.caption_embeds[modality] = embeds
-        return replace(batch, unencoded=Unencoded())
-
-    def _encode_medium(self, medium: UnencodedMedium) -> torch.Tensor:
-        """The feature (E,) float32, the same to the bit in a warm start and in a step."""
-        views = medium.views[None].to(self.device)
-        with self._full_precision():
-            return self.media_encoder.encode(medium.modality, views)[0].float()
-
-    def _full_precision(self) -> torch.autocast:
-        """Products in the encoders' own dtype inside, whatever the caller's autocast."""
-        return torch.autocast(self.device.type, enabled=False)
-
-    def _text_encoder(self, modality: Modality) -> TextEncoder:
-        if modality not in self._text_encoders:
-            path = resolve_model_path(self.config.decoders[modality].path)
-            self._text_encoders[modality] = TextEncoder(modality, path, self.device)
-        return self._text_encoders[modality]
+        return replace(batch, unencoded_media={}, unencoded_captions={})

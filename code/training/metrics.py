@@ -15,18 +15,15 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.conversation.batch import SkippedSample
 from nextgpt.training.data import MAX_SKIPPED_SHARE
-from nextgpt.training.engine import StepResult
+from nextgpt.training.engine import StepMetrics
 
 _MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checked
 
 
 class MetricsLogger:
-    """The logs of one run; lines of steps after `first_step` are dropped when they are opened.
+    """The logs of one run in `folder`; opening them drops lines of steps after `first_step`.
 
     Args:
-        folder: of the logs.
-        rank: of this process.
-        first_step, steps: of the run.
         counted: `samples`, `skipped` and `cut_tokens` of all ranks so far.
     """
 
@@ -36,70 +33,56 @@ class MetricsLogger:
         folder.mkdir(parents=True, exist_ok=True)
         self.is_logging = rank == 0
         self.counted = counted
-        self._skipped_file = folder / "skipped.jsonl"
-        self._started = time.perf_counter()
-        if not self.is_logging:
-            return
         self._metrics_file = folder / "metrics.jsonl"
-        for file in (self._metrics_file, self._skipped_file):
-            _truncate(file, first_step)
-        # TensorBoard drops what earlier runs wrote of `purge_step` and all later steps.
-        self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
-        self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+        self._skipped_file = folder / "skipped.jsonl"
+        self._last_time = time.perf_counter()
+        if self.is_logging:
+            for file in (self._metrics_file, self._skipped_file):
+                _truncate(file, first_step)
+            # TensorBoard drops what earlier runs wrote of `purge_step` and all later steps.
+            self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
-    def list_skipped(self, step: int, skipped: list[SkippedSample]) -> None:
-        """Append the samples that this rank skipped in step number `step`."""
-        if skipped:
-            with self._skipped_file.open("a") as file:
-                lines = ({"step": step, **sample._asdict()} for sample in skipped)
-                file.writelines(to_json(line) + "\n" for line in lines)
-
-    def count(self, samples: int, skipped: int, cut_tokens: int) -> None:
-        """Add one step's samples of all ranks.
+    def count(self, step: int, skipped: list[SkippedSample], counts: dict[str, int]) -> None:
+        """List the samples that this rank skipped in step number `step`; add all ranks' `counts`.
 
         Raises:
             UserError: more than 5 % of a thousand or more samples were skipped.
         """
-        self.counted["samples"] += samples
-        self.counted["skipped"] += skipped
-        self.counted["cut_tokens"] += cut_tokens
-        total = self.counted["samples"] + self.counted["skipped"]
-        if total >= _MIN_SAMPLES and self.counted["skipped"] > MAX_SKIPPED_SHARE * total:
+        if skipped:
+            _append(self._skipped_file, [{"step": step, **one._asdict()} for one in skipped])
+        for key, value in counts.items():
+            self.counted[key] += value
+        num_skipped = self.counted["skipped"]
+        total = self.counted["samples"] + num_skipped
+        if total >= _MIN_SAMPLES and num_skipped > MAX_SKIPPED_SHARE * total:
             raise UserError(
-                f"{self.counted['skipped']} of {total} samples could not be used: see "
-                f"{self._skipped_file}, repair the data and --resume"
+                f"{num_skipped} of {total} samples could not be used: see {self._skipped_file}, "
+                "repair the data and --resume"
             )
 
-    def log(self, step: int, result: StepResult) -> None:
-        """Log the result of step number `step`, from 1."""
+    def log(self, step: int, metrics: StepMetrics) -> None:
+        """Log the metrics of step number `step`, from 1."""
         now = time.perf_counter()
-        seconds, self._started = now - self._started, now
+        seconds, self._last_time = now - self._last_time, now
         if not self.is_logging:
             return
         line = {
             "step": step,
-            "loss": result.loss,
-            "text_loss": result.text_loss,
-            **{f"alignment_{m}": value for m, value in result.alignment.items()},
-            "learning_rate": result.learning_rate,
-            "gradient_norm": result.gradient_norm,
-            **({} if result.loss_scale is None else {"loss_scale": result.loss_scale}),
-            "tokens": result.tokens,
+            **metrics,
             "seconds": round(seconds, 4),
-            "tokens_per_second": round(result.tokens / seconds, 1),
+            "tokens_per_second": round(metrics["tokens"] / seconds, 1),
             **self.counted,
         }
-        with self._metrics_file.open("a") as file:
-            file.write(to_json(line) + "\n")
+        _append(self._metrics_file, [line])
+        shown = {}
         for name, value in line.items():
             if name != "step" and value is not None:
                 self._board.add_scalar(name, value, step)
+                if name in ("loss", "text_loss") or name.startswith("alignment_"):
+                    shown[name.removeprefix("alignment_")] = f"{value:.3f}"
         self._board.flush()  # so that a killed run leaves the steps before its checkpoint
-        shown = {"loss": f"{result.loss:.3f}"}
-        if result.text_loss is not None:
-            shown["text"] = f"{result.text_loss:.3f}"
-        shown |= {modality: f"{value:.2f}" for modality, value in result.alignment.items()}
-        self._bar.set_postfix(shown | {"tok/s": f"{line['tokens_per_second']:.0f}"}, refresh=False)
+        self._bar.set_postfix(shown, tokens_per_second=line["tokens_per_second"], refresh=False)
         self._bar.update()
 
     def close(self) -> None:
@@ -109,10 +92,15 @@ class MetricsLogger:
             self._board.close()
 
 
+def _append(file: Path, lines: list[dict]) -> None:
+    with file.open("a") as stream:
+        stream.writelines(to_json(line) + "\n" for line in lines)
+
+
 def _truncate(file: Path, last_step: int) -> None:
     """Drop partial lines, and those of steps after `last_step`, which will be repeated."""
-    if not file.is_file():
-        return
-    lines = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    with atomic_write(file) as aside:
-        aside.write_text("".join(line for line in lines if json.loads(line)["step"] <= last_step))
+    if file.is_file():
+        lines = [line for line in file.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+        kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+        with atomic_write(file) as partial:
+            partial.write_text("".join(kept))
