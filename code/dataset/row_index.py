@@ -19,6 +19,7 @@ from tqdm import tqdm
 from nextgpt.common.errors import UserError
 from nextgpt.common.file_digests import FileState
 from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
 from nextgpt.common.locks import hold_lock
 from nextgpt.common.modality import Modality
 from nextgpt.conversation.messages import Conversation, Media
@@ -112,7 +113,7 @@ def _build(file: Path, path: Path, read: Read, source: str) -> None:
             outputs = read(record, row).outputs
             modalities.update(medium.modality for medium in outputs)
             digest.update(text.encode())
-            yield text, json.dumps([(m.modality, m.caption, m.embedding) for m in outputs])
+            yield text, to_json([(m.modality, m.caption, m.embedding) for m in outputs])
 
     schema = pa.schema([("row", pa.string()), ("outputs", pa.string())])
     rows, is_empty = columns(), True
@@ -122,6 +123,6 @@ def _build(file: Path, path: Path, read: Read, source: str) -> None:
             is_empty = False
         found = {"digest": digest.hexdigest(), "output_modalities": sorted(modalities)}
         end = pa.record_batch([[], []], schema=schema)
-        writer.write_batch(end, custom_metadata={_SUMMARY: json.dumps({"source": source, **found})})
+        writer.write_batch(end, custom_metadata={_SUMMARY: to_json({"source": source, **found})})
     if is_empty:
         raise UserError(f"{file} has no rows")
