@@ -3,7 +3,7 @@
     python benchmarks/caption_records.py [rows ...]
 
 Every figure is of a fresh process; `peak` is the most of private memory that it used beyond what it
-had before. The first start makes the tables, later ones read them.
+had before.
 """
 
 import multiprocessing
@@ -13,16 +13,11 @@ import threading
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from index import private_bytes, write_pairs
-
-from dataset.caption_embeddings import CaptionRecord
-from dataset.caption_records import compare_captions
-from dataset.catalog import DatasetSource
-from dataset.conversations import ConversationDataset
-from dataset.json_rows import iter_rows
+from nextgpt.dataset.caption_records import compare_captions
+from nextgpt.dataset.catalog import DatasetSource
+from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.dataset.json_stream import iter_rows
 
 
 def write_records(pairs: Path, folder: Path) -> None:
@@ -32,8 +27,8 @@ def write_records(pairs: Path, folder: Path) -> None:
     folder.mkdir()
     with (folder / "captions.image.rank0.jsonl").open("w") as out:
         for row, _ in iter_rows(pairs):
-            record = CaptionRecord(row["image_name"], row["caption"], 1)
-            out.write(json.dumps(record._asdict()) + "\n")
+            record = {"name": row["image_name"], "caption": row["caption"], "time_ns": 1}
+            out.write(json.dumps(record) + "\n")
 
 
 def measure(folder: Path) -> tuple[float, int]:
@@ -52,11 +47,11 @@ def measure(folder: Path) -> tuple[float, int]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begun = time.perf_counter()
-    found = compare_captions(dataset, folder / "cache", lambda *_: "")["pairs"]
+    found = compare_captions(dataset, lambda *_: "")["pairs"]
     seconds = time.perf_counter() - begun
     done.set()
     watcher.join()
-    assert not len(found.wrong_rows) and not found.unrecorded["image"]
+    assert not found.wrong_rows and not found.unrecorded["image"]
     return seconds, max(0, peak - before)
 
 

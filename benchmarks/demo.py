@@ -38,7 +38,9 @@ def ask(text: str) -> tuple[float, float, int]:
 
 def main() -> None:
     """Start a demo of one's own, ask it, end it, print."""
-    cases = json.loads((ROOT / "code/demo/examples/cases.json").read_text(encoding="utf-8"))
+    cases = json.loads(
+        (ROOT / "code/mini_world/demo_examples/cases.json").read_text(encoding="utf-8")
+    )
     text = next(case["text"] for case in cases if case["name"] == CASE)
     command = [sys.executable, str(ROOT / "code/demo_app.py"), "--server_port", str(PORT)]
     start = time.perf_counter()

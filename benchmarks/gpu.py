@@ -12,7 +12,6 @@ link timed; decoders whose folders are not there get random weights too, on disk
 import argparse
 import re
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -22,31 +21,29 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
-
+from nextgpt.common.cli import run_cli
+from nextgpt.common.device import choose_device, choose_dtype
+from nextgpt.common.distributed import init_process_group
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
+from nextgpt.config.schema import Config
+from nextgpt.conversation.batch import Batch
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.conversation.templates import TEMPLATES
+from nextgpt.generation import assistant as assistant_module
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.model.build import build_on_meta, signal_counts
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.tools.memory_estimate import full_batch
+from nextgpt.tools.weights.checks import load_language_model_config
+from nextgpt.training.engine import StepCounts, TrainEngine
+from nextgpt.training.trainer import configure_trainable
 from real_decoders import write_random_decoder
-
-import chat.assistant
-from chat.assistant import Assistant
-from chat.options import ChatOptions
-from checkpoints.checks import language_model_figures
-from config.entry import run_entry
-from config.errors import InputError
-from config.loader import load_config, project_path
-from config.schema import Config
-from conversation.batch import Batch
-from conversation.encoding import ConversationEncoder
-from conversation.parts import MODALITIES, Conversation, Text, Turn
-from conversation.signal_tokens import SignalTokens
-from conversation.templates import TEMPLATES
-from model.build import build_on_meta, signal_counts
-from model.device import choose_device, choose_dtype
-from model.nextgpt import NextGPT
-from training.agent import Agent, StepCounts
-from training.loop import free_what_trains
-from training.plan import full_batch
-from training.processes import start_processes
 
 # bf16 without sparsity, in FLOP/s (T4, V100: fp16); compare with your card's data sheet. The first
 # that fits counts.
@@ -61,13 +58,13 @@ TOKENIZER = Path(__file__).parent.parent / "tests" / "parity" / "llama_tiny"
 
 def random_model(config: Config, device: torch.device, *, lora: bool, outputs: bool) -> NextGPT:
     """The configured shapes with random weights, frozen ones in the run's precision."""
-    known = language_model_figures(config)
+    known = load_language_model_config(config)
     if known is None:
-        raise InputError(f"{config.language_model.path}: not there, and its shapes are not known")
+        raise UserError(f"{config.language_model.path}: not there, and its shapes are not known")
     model = build_on_meta(config, *known, lora=lora, output_projections=outputs)
-    model.language_model.set_attn_implementation(config.language_model.attention)
+    model.language_model.set_attn_implementation(config.language_model.attn_implementation)
     dtype = choose_dtype(config.training.precision, device)
-    free_what_trains(model, config)
+    configure_trainable(model, config)
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
@@ -81,30 +78,30 @@ def random_model(config: Config, device: torch.device, *, lora: bool, outputs: b
 
 def measure_stage(config: Config, stage: int, steps: int, device: torch.device) -> str:
     """One stage's row."""
-    trains = config.training.trains
+    trains = config.training.trainable
     model = random_model(
         config, device, lora="lora" in trains, outputs="output_projections" in trains
     )
     dtype = choose_dtype(config.training.precision, device)
-    agent = Agent(model, config.training, steps + 1, device, dtype)
-    batches = [random_batch(config, model, agent.micro_batch_size).to(device)]
-    batches *= agent.accumulation
+    engine = TrainEngine(model, config.training, steps + 1, device, dtype)
+    batches = [random_batch(config, model, engine.micro_batch_size).to(device)]
+    batches *= engine.accumulation
     tokens = sum(batch.input_ids.numel() for batch in batches)
-    runs = {m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in MODALITIES}
+    runs = {m: sum(len(batch.signal_spans.get(m, ())) for batch in batches) for m in MODALITIES}
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with FlopCounterMode(display=False) as counter:
-        agent.step(batches, StepCounts(tokens, runs))
+        engine.step(batches, StepCounts(tokens, runs))
     seconds = []
     for _ in range(steps):
         start = time.perf_counter()
-        agent.step(batches, StepCounts(tokens, runs))
+        engine.step(batches, StepCounts(tokens, runs))
         synchronize(device)
         seconds.append(time.perf_counter() - start)
     second = statistics.median(seconds)
     rate = counter.get_total_flops() / second
     return (
-        f"stage {stage}: {tokens} tokens a step of {len(batches)} x {agent.micro_batch_size} "
+        f"stage {stage}: {tokens} tokens a step of {len(batches)} x {engine.micro_batch_size} "
         f"conversations, {second:.3f} s, {tokens / second:,.0f} tokens a second, "
         f"{rate / 1e12:.2f} TFLOP/s{share_of_peak(rate, device)}{peak_memory(device)}"
     )
@@ -113,41 +110,41 @@ def measure_stage(config: Config, stage: int, steps: int, device: torch.device) 
 def random_batch(config: Config, model: NextGPT, micro: int) -> Batch:
     """A full micro batch of random ids."""
     batch = full_batch(config, model, micro)
-    vocabulary = model.own_vocabulary_size
+    vocabulary = model.base_vocabulary_size
     batch.input_ids = torch.randint(vocabulary, batch.input_ids.shape)
-    batch.targets = batch.input_ids.clone()
+    batch.labels = batch.input_ids.clone()
     batch.features = torch.randn(batch.features.shape)
-    batch.captions = {m: torch.randn(one.shape) for m, one in batch.captions.items()}
+    batch.caption_embeds = {m: torch.randn(one.shape) for m, one in batch.caption_embeds.items()}
     return batch
 
 
 def measure_answer(config: Config, device: torch.device) -> str:
     """A whole answer: words, then a picture, a video and a sound."""
     config = with_decoders(config, Path(tempfile.mkdtemp(prefix="random_decoders_")))
-    known = language_model_figures(config)
+    known = load_language_model_config(config)
     signals = SignalTokens(signal_counts(config), first_id=known[1])
-    template = TEMPLATES[config.language_model.template]
+    template = TEMPLATES[config.language_model.prompt_format]
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    encoder = ConversationEncoder(tokenizer, signals, template, config.input_projection.tokens)
+    encoder = PromptBuilder(tokenizer, signals, template, config.input_projection.tokens_per_medium)
     model = random_model(config, device, lora=True, outputs=True)
     assistant = Assistant(config, encoder, model, device, [])
-    options = replace(ChatOptions.from_config(config), max_new_tokens=WORDS, temperature=0)
-    write = chat.assistant.generate_answers
+    options = replace(GenerationSettings.from_config(config), max_new_tokens=WORDS, temperature=0)
+    write = assistant_module.generate_answers
 
     def write_and_call(*arguments: object, **keywords: object) -> list[list[int]]:
         """Random weights call for no media: what they write is followed by all three."""
         own = min(len(tokenizer), known[1])
         ids = [[one % own for one in row] for row in write(*arguments, **keywords)]
-        runs = [token for modality in MODALITIES for token in signals.run(modality)]
+        runs = [token for modality in MODALITIES for token in signals.span(modality)]
         return [row + runs for row in ids]
 
-    chat.assistant.generate_answers = write_and_call
+    assistant_module.generate_answers = write_and_call
     asked = Conversation((Turn("human", (Text("Show me all of it, and let me hear it."),)),))
     for modality in MODALITIES:
         assistant.load_decoder(modality)
-    assistant.chat(asked, seed=0, options=options)  # warms up
+    assistant.chat(asked, seed=0, settings=options)  # warms up
     start = time.perf_counter()
-    answer = assistant.chat(asked, seed=0, options=options)
+    answer = assistant.chat(asked, seed=0, settings=options)
     synchronize(device)
     whole = time.perf_counter() - start
     links = ", ".join(f"{link} {seconds:.2f} s" for link, seconds in answer.seconds.items())
@@ -195,7 +192,7 @@ def main() -> None:
     parser.add_argument("--answer", action="store_true", help="a whole answer, too")
     arguments = parser.parse_args()
     device = choose_device()
-    start_processes(device)
+    init_process_group(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
     print(f"{name}, torch {torch.__version__}, config {arguments.config}", flush=True)
     for stage in filter(None, arguments.stages.split(",")):
@@ -206,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

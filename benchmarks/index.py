@@ -14,10 +14,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "code"))
-
-from dataset.index import open_index
-from dataset.readers import read_record
+from nextgpt.conversation.messages import Conversation
+from nextgpt.dataset.readers import read_record
+from nextgpt.dataset.row_index import open_index
 
 _ROW = (
     '{"caption": "a small red circle on the left of a blue square, %d", "image_name": "%09d.jpg"}'
@@ -53,8 +52,7 @@ def measure(file: Path, cache: Path) -> tuple[float, int, int, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     begun = time.perf_counter()
-    check = partial(_check, file=file)
-    index = open_index(file, cache, check, "benchmark")
+    index = open_index(file, cache, partial(_read, file=file), "benchmark")
     seconds = time.perf_counter() - begun
     done.set()
     watcher.join()
@@ -65,8 +63,8 @@ def measure(file: Path, cache: Path) -> tuple[float, int, int, float]:
     return seconds, grown, max(peak - before, grown), (time.perf_counter() - begun) * 100
 
 
-def _check(record: dict, row: int, file: Path) -> None:
-    read_record(record, "caption_in", file, row)
+def _read(record: dict, row: int, file: Path) -> Conversation:
+    return read_record(record, "caption_in", file, row)
 
 
 def main() -> None:

@@ -23,11 +23,10 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
-from config.atomic import written_aside
-from conversation.parts import Modality
-from mini_world.mini_decoders import UNCHECKED
-from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
-from model.decoders import PIPELINES
+from nextgpt.common.io import atomic_write
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.mini_world.mini_decoders import NO_SAFETY_CHECKER
+from nextgpt.mini_world.mini_tokenizers import build_clip_tokenizer, build_roberta_tokenizer
 
 
 def _vae(channels: int, latents: int, widths: tuple[int, ...]) -> AutoencoderKL:
@@ -118,11 +117,16 @@ NETWORKS = {"image": image_networks, "video": video_networks, "audio": audio_net
 def write_random_decoder(modality: Modality, folder: Path) -> None:
     """Write the pipeline with random weights in half precision, in diffusers' format."""
     words = ["anything at all"]
-    tokenizer = roberta_tokenizer(words, 512) if modality == "audio" else clip_tokenizer(words, 77)
+    tokenizer = (
+        build_roberta_tokenizer(words, 512)
+        if modality == "audio"
+        else build_clip_tokenizer(words, 77)
+    )
     networks = NETWORKS[modality]()
-    unchecked = UNCHECKED if modality == "image" else {}
-    pipeline = PIPELINES[modality](
+    unchecked = NO_SAFETY_CHECKER if modality == "image" else {}
+    pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
+    pipeline = pipeline_class(
         tokenizer=tokenizer, scheduler=DDIMScheduler(), **networks, **unchecked
     )
-    with written_aside(folder) as aside, torch.no_grad():
+    with atomic_write(folder) as aside, torch.no_grad():
         pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)

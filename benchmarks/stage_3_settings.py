@@ -1,7 +1,8 @@
 """Compares settings of the mini system's third stage by what is learned about things never shown.
 
     python benchmarks/stage_3_settings.py --init-from DELTA --steps 60 "" \
-        "training.learning_rate=1e-3" "language_model.lora_targets=[q_proj,v_proj] training.seed=1"
+        "training.learning_rate=1e-3" \
+        "language_model.lora_target_modules=[q_proj,v_proj] training.seed=1"
 
 Each argument is a variant: settings as `--set` of train.py takes them, parted by spaces; an empty
 one is the configuration as it is. Each starts from the second stage's DELTA, trains on the mini
@@ -12,7 +13,6 @@ how it is worded, not what is seen. 60 steps take 6 minutes on a Zen 3 core, whi
 """
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,65 +20,66 @@ from tempfile import TemporaryDirectory
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
-
-from chat.requests import human_turn
-from config.entry import run_entry
-from config.loader import load_config, project_path
-from config.schema import Config
-from conversation.encoding import IGNORE
-from conversation.parts import MODALITIES, Conversation, Modality, Text, Turn
-from dataset.media import load_views
-from mini_world.album import Album, generator, write_medium
-from mini_world.questions import ask
-from model.build import build_conversation_encoder, build_media_encoder, build_model
-from model.delta import load_delta, read_delta
-from model.device import autocast_to, choose_device
-from model.nextgpt import NextGPT
-from model.parts import PARTS
-from training.loop import RunOptions, Trainer
-from training.processes import start_processes
-from training.samples import ReadySample, collate
+from nextgpt.callbacks import build_callbacks
+from nextgpt.common.cli import run_cli
+from nextgpt.common.device import autocast_to, choose_device
+from nextgpt.common.distributed import init_process_group
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
+from nextgpt.config.schema import Config
+from nextgpt.conversation.batch import Example, collate
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.conversation.prompt import IGNORE_INDEX
+from nextgpt.generation.requests import human_turn
+from nextgpt.media.transforms import load_views
+from nextgpt.mini_world.media_set import MediaSet, seeded_rng, write_medium
+from nextgpt.mini_world.questions import sample_question
+from nextgpt.model.build import build_media_encoder, build_model, build_prompt_builder
+from nextgpt.model.delta import load_delta, read_delta
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.trainable import TRAINABLE_GROUPS
+from nextgpt.training.trainer import RunOptions, Trainer
 
 SEED, ASKED, AT_ONCE = 77, 120, 20  # questions about each modality, and read at once
 _WORDING = 2  # tokens
 
 
 @torch.no_grad()
-def ask_validation(config: Config, folder: Path) -> dict[Modality, list[ReadySample]]:
+def ask_validation(config: Config, folder: Path) -> dict[Modality, list[Example]]:
     """Questions about things of held-out pairs in held-out words, with right answers."""
-    device, encoder = choose_device(), build_conversation_encoder(config)
+    device, encoder = choose_device(), build_prompt_builder(config)
     imagebind = build_media_encoder(config).to(device)
-    album = Album("settings", SEED, dict.fromkeys(MODALITIES, ASKED), split="validation")
-    rng = generator(SEED, "questions")
-    asked: dict[Modality, list[ReadySample]] = {modality: [] for modality in MODALITIES}
+    album = MediaSet("settings", SEED, dict.fromkeys(MODALITIES, ASKED), split="validation")
+    rng = seeded_rng(SEED, "questions")
+    asked: dict[Modality, list[Example]] = {modality: [] for modality in MODALITIES}
     for name, modality, thing in album:
         write_medium(folder / name, modality, thing, SEED)
-        question, answer = ask(thing, modality, rng, split="validation")
+        question, answer = sample_question(thing, modality, rng, split="validation")
         turns = (
             human_turn(question, {modality: [folder / name]}),
             Turn("assistant", (Text(answer),)),
         )
-        encoded = encoder.encode(Conversation(turns), config.data.max_length)
+        encoded = encoder.encode(Conversation(turns), config.data.max_seq_length)
         views = load_views(modality, folder / name)[None].to(device)
-        feature_E = imagebind.encode(modality, views)[0].float().cpu().numpy()
-        asked[modality].append(ReadySample(encoded, [feature_E], {}, []))
+        feature_E = imagebind.encode(modality, views)[0].float().cpu()
+        asked[modality].append(Example(encoded, [feature_E], []))
     return asked
 
 
 @torch.no_grad()
-def judge(trainer: Trainer, model: NextGPT, samples: list[ReadySample]) -> tuple[float, float]:
+def judge(trainer: Trainer, model: NextGPT, samples: list[Example]) -> tuple[float, float]:
     """Loss per token and the share of right answers, in the run's precision."""
     loss, tokens, right = 0.0, 0, 0
     for start in range(0, len(samples), AT_ONCE):
         some = samples[start : start + AT_ONCE]
-        batch = collate(some, pad_id=0, feature_width=trainer.config.encoder.width).batch
+        batch = collate(some, pad_id=0, feature_width=trainer.config.encoder.width)
         batch = batch.to(trainer.device)
-        wanted_BL = batch.targets[:, 1:]
-        told_BL = wanted_BL != IGNORE
+        wanted_BL = batch.labels[:, 1:]
+        told_BL = wanted_BL != IGNORE_INDEX
         with autocast_to(trainer.dtype, trainer.device):
-            embeddings = model.embed(batch.input_ids, batch.slots, batch.features)
-            hidden_BLH = model.read(embeddings, batch.attention_mask)[:, :-1]
+            embeddings = model.embed(batch.input_ids, batch.media_positions, batch.features)
+            hidden_BLH = model.last_hidden_states(embeddings, batch.attention_mask)[:, :-1]
             logits_NV = model.language_model.get_output_embeddings()(hidden_BLH[told_BL]).float()
         wanted_N = wanted_BL[told_BL]
         loss += float(F.cross_entropy(logits_NV, wanted_N, reduction="sum"))
@@ -89,17 +90,16 @@ def judge(trainer: Trainer, model: NextGPT, samples: list[ReadySample]) -> tuple
     return loss / tokens, right / len(samples)
 
 
-def try_settings(
-    settings: list[str], init_from: Path, asked: dict[Modality, list[ReadySample]]
-) -> str:
+def try_settings(settings: list[str], init_from: Path, asked: dict[Modality, list[Example]]) -> str:
     """Train with `settings`; what came of it, in words."""
-    trainer = Trainer(load_config("mini", 3, settings), RunOptions(3, init_from))
+    config = load_config("mini", 3, settings)
+    trainer = Trainer(config, RunOptions(3, init_from), build_callbacks(config))
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     model = build_model(trainer.config, trainer.dtype, lora=True, output_projections=True)
     delta = read_delta(project_path(trainer.config.save_path) / "stage_3")
-    load_delta(model, delta, set(PARTS))
+    load_delta(model, delta, set(TRAINABLE_GROUPS))
     model.to(trainer.device).eval()
     found = []
     for modality, samples in asked.items():
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--init-from", type=Path, required=True, help="the second stage's delta")
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
-    start_processes(choose_device())
+    init_process_group(choose_device())
     with TemporaryDirectory() as folder:
         asked = ask_validation(load_config("mini", 3), Path(folder))
         for number, variant in enumerate(arguments.variants):
@@ -125,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

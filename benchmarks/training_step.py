@@ -12,30 +12,24 @@ input embeddings alone. Printed are medians of seconds and of the ratios step by
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
-
-from config.entry import run_entry
-from config.loader import STAGES, load_config
-from conversation.batch import Batch
-from conversation.encoding import IGNORE
-from conversation.parts import MODALITIES
-from dataset.sampler import BatchPlan
-from model.build import resolve_model_path
-from model.device import choose_device
-from training.agent import Agent, StepCounts
-from training.features import BatchCompleter
-from training.loop import RunOptions, Trainer
-from training.processes import start_processes
-from training.samples import load_batches, shares
+from nextgpt.common.cli import run_cli
+from nextgpt.common.device import choose_device
+from nextgpt.common.distributed import init_process_group
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import STAGES, load_config
+from nextgpt.conversation.batch import Batch
+from nextgpt.model.loading import resolve_model_path
+from nextgpt.training.data import load_batches, rank_batches
+from nextgpt.training.engine import StepCounts, TrainEngine
+from nextgpt.training.media_features import BatchEncoder
+from nextgpt.training.trainer import RunOptions, Trainer
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -49,24 +43,19 @@ def seconds(call: Callable[[], object]) -> float:
 
 def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     """The micro batches of the first `count` steps of the stage, with all they need."""
-    samples = trainer.open_samples()
-    training, data = trainer.config.training, trainer.config.data
-    sizes = samples.conversations.sizes
-    plan = BatchPlan(sizes, training.global_batch_size, data.batching, training.seed)
-    order = shares(plan, 0, count, samples.conversations.length)
-    width = trainer.config.encoder.width
-    completer = BatchCompleter(trainer.config, samples.caches, trainer.device)
-    size = training.micro_batch_size
-    with load_batches(samples, order, size, width, 0, data.row_length) as ready:
-        return [
-            [completer.complete(one) for one in step] for step in itertools.islice(ready, count)
-        ]
+    trainer.open_dataset()
+    samples, config = trainer.examples, trainer.config
+    order = rank_batches(trainer.schedule, 0, count, samples.conversations.length)
+    completer = BatchEncoder(config, samples.caches, trainer.device)
+    size, row = config.training.micro_batch_size, config.data.packed_seq_length
+    with load_batches(samples, order, size, config.encoder.width, 0, row) as ready:
+        return [[completer.encode(one) for one in step] for step in itertools.islice(ready, count)]
 
 
 def counts_of(batches: list[Batch]) -> StepCounts:
     """Tokens and runs of one step."""
-    tokens = sum(int((batch.targets[:, 1:] != IGNORE).sum()) for batch in batches)
-    runs = {m: sum(len(batch.runs.get(m, ())) for batch in batches) for m in MODALITIES}
+    tokens = sum(batch.num_label_tokens for batch in batches)
+    runs = {m: sum(len(batch.signal_spans.get(m, ())) for batch in batches) for m in MODALITIES}
     return StepCounts(tokens, runs)
 
 
@@ -75,13 +64,11 @@ def measure(config_name: str, stage: int, steps: int) -> None:
     config = load_config(config_name, stage)
     trainer = Trainer(config, RunOptions(stage))
     all_batches = complete_batches(trainer, steps + 1)
-    torch.manual_seed(0)
-    agent = Agent(
-        trainer.make_model(delta=None), config.training, steps + 1, trainer.device, trainer.dtype
-    )
+    trainer.build_model()
+    engine = TrainEngine(trainer.model, config.training, steps + 1, trainer.device, trainer.dtype)
     path = resolve_model_path(config.language_model.path)
     bare = AutoModelForCausalLM.from_pretrained(
-        path, dtype=trainer.dtype, attn_implementation=config.language_model.attention
+        path, dtype=trainer.dtype, attn_implementation=config.language_model.attn_implementation
     ).to(trainer.device)
     last_id = bare.config.vocab_size - 1
 
@@ -93,14 +80,14 @@ def measure(config_name: str, stage: int, steps: int) -> None:
                 inputs_embeds=embeddings if trained else embeddings.requires_grad_(),
                 attention_mask=batch.attention_mask if batch.position_ids is None else None,
                 position_ids=batch.position_ids,
-                labels=batch.targets.clamp(max=last_id),
+                labels=batch.labels.clamp(max=last_id),
             ).loss.backward()
         bare.zero_grad(set_to_none=True)
 
     rows = []
     for batches in all_batches:
         counts = counts_of(batches)
-        ours = seconds(partial(agent.step, batches, counts))
+        ours = seconds(partial(engine.step, batches, counts))
         trained = seconds(partial(bare_step, batches, trained=True))
         frozen = seconds(partial(bare_step, batches, trained=False))
         tokens = sum(batch.input_ids.numel() for batch in batches)
@@ -121,10 +108,10 @@ def main() -> None:
     parser.add_argument("--config", default="mini")
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
-    start_processes(choose_device())
+    init_process_group(choose_device())
     for stage in STAGES[:3]:  # in the fourth the language model is left out
         measure(arguments.config, stage, arguments.steps)
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

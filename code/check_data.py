@@ -1,39 +1,39 @@
-"""Says whether a stage's data sets are ready: records, media and caption embeddings.
+"""Validates the data sets of a stage: records, media and caption embeddings.
 
     python check_data.py --config 7b --stage 1 [cc3m_enc ...]
 
-Every record is read and every file looked for, some media are decoded. Caption embeddings are
-compared with the captions that they were made from; of those without a record, some are computed
-again where the decoder is at hand. The exit code is 1 if any conversation could not be used; a run
-leaves such ones out, and ends when they are too many, or at once if captions and embeddings differ
-in more than 5 % of a data set.
+Checks every record and the existence of every file, and decodes some media. Compares the recorded
+captions of caption embeddings with the data; embeddings without a record are sampled and computed
+again if the decoder is installed. The exit code is 1 if any conversation is unusable; a training
+run skips such samples, and fails if there are too many, or if captions and embeddings differ in
+more than 5 % of a data set.
 """
 
 import argparse
 import sys
 
-from config.entry import run_entry
-from config.loader import STAGES, load_config
-from dataset.checking import check_datasets
-from dataset.conversations import caption_shapes, open_conversations
-from training.caption_check import check_makers, compare_unrecorded, find_wrong_captions
+from nextgpt.common.cli import run_cli
+from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
+from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
+from nextgpt.tools.validate_data import check_datasets, compare_unrecorded
+from nextgpt.training.run_inputs import check_makers, find_wrong_captions
 
 
 def main() -> None:
-    """Arguments in, a paragraph a data set out."""
-    parser = argparse.ArgumentParser(description="say whether data sets are ready")
-    parser.add_argument("datasets", nargs="*", help="names; none: all of the stage")
-    parser.add_argument("--config", default="7b", help="mini, 7b, or a YAML file")
+    """Print the findings of each data set."""
+    parser = argparse.ArgumentParser(description="validate data sets")
+    parser.add_argument("datasets", nargs="*", help="names; default: all of the stage")
+    add_config_arguments(parser, default="7b")
     parser.add_argument("--stage", type=int, choices=STAGES, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--decode", type=int, default=20, help="media of a data set to be decoded")
+    parser.add_argument(
+        "--decode", type=int, default=20, help="number of media to decode, of each data set"
+    )
     arguments = parser.parse_args()
-    overrides = list(arguments.set)
-    if arguments.datasets:
-        overrides.append(f"data.datasets=[{', '.join(arguments.datasets)}]")
-    config = load_config(arguments.config, arguments.stage, overrides)
-    aligned = "output_projections" in config.training.trains
-    shapes = caption_shapes(config) if aligned else None
+    datasets = ", ".join(arguments.datasets)
+    overrides = [f"data.datasets=[{datasets}]"] if datasets else []
+    config = load_config_from(arguments, arguments.stage, overrides)
+    aligned = "output_projections" in config.training.trainable
+    shapes = prompt_embeds_shapes(config) if aligned else None
     dataset, unusable = open_conversations(config.data), 0
     captions = find_wrong_captions(config, dataset) if shapes else {}
     compare_unrecorded(config, dataset, captions)
@@ -46,4 +46,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -1,31 +1,30 @@
-"""The demo in the browser: python demo_app.py, then http://127.0.0.1:7860."""
+"""Serve page and API: python demo_app.py, then http://127.0.0.1:7860."""
 
 import argparse
 from pathlib import Path
 
-from config.entry import run_entry
-from config.loader import load_config
-from demo.server import serve
+from nextgpt.common.cli import run_cli
+from nextgpt.config.loader import add_config_arguments, load_config_from
+from nextgpt.serving.server import serve
 
 
 def main() -> None:
-    """Arguments in, one call."""
-    parser = argparse.ArgumentParser(description="the demo in the browser", allow_abbrev=False)
-    parser.add_argument("--config", default="mini", help="mini, 7b or a YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    """Parse the arguments and serve."""
+    parser = argparse.ArgumentParser(description="serve page and API", allow_abbrev=False)
+    add_config_arguments(parser)
     parser.add_argument(
-        "--nextgpt_ckpt_path", type=Path, help="tuned parameters; else the last stage's"
+        "--nextgpt_ckpt_path", type=Path, help="tuned parameters; by default the last stage's"
     )
     parser.add_argument(
         "--server_name",
         default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 lets the whole network in",
+        help="address to listen on; 0.0.0.0 opens it to the network",
     )
     parser.add_argument("--server_port", type=int, default=7860)
     arguments = parser.parse_args()
-    config = load_config(arguments.config, overrides=arguments.set)
+    config = load_config_from(arguments)
     serve(config, arguments.nextgpt_ckpt_path, arguments.server_name, arguments.server_port)
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -1,4 +1,4 @@
-"""Makes Vicuna v0 of LLaMA-1 and the published delta, both in Hugging Face format.
+"""Merge LLaMA-1 and the published Vicuna v0 delta, both in Hugging Face format.
 
 python merge_vicuna.py --base llama-7b-hf --delta vicuna-7b-delta-v0 --out vicuna-7b-v0
 """
@@ -6,13 +6,14 @@ python merge_vicuna.py --base llama-7b-hf --delta vicuna-7b-delta-v0 --out vicun
 import argparse
 from pathlib import Path
 
-from checkpoints.merging import merge_vicuna
-from config.entry import run_entry
-from config.loader import load_config, project_path
+from nextgpt.common.cli import run_cli
+from nextgpt.common.paths import project_path
+from nextgpt.config.loader import load_config
+from nextgpt.tools.weights.merge import merge_vicuna
 
 
 def main() -> None:
-    """Arguments in, one folder out."""
+    """Merge, and print the output folder."""
     parser = argparse.ArgumentParser(description="add the Vicuna v0 delta to LLaMA-1")
     parser.add_argument("--base", type=Path, required=True, help="folder of LLaMA-1")
     parser.add_argument("--delta", type=Path, required=True, help="folder of the Vicuna v0 delta")
@@ -20,7 +21,7 @@ def main() -> None:
         "--out",
         type=Path,
         default=project_path(load_config("7b").language_model.path),
-        help="folder that gets Vicuna; by default where --config 7b looks for it",
+        help="output folder; default: the language model's path in --config 7b",
     )
     arguments = parser.parse_args()
     merge_vicuna(arguments.base, arguments.delta, arguments.out)
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

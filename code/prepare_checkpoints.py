@@ -1,4 +1,4 @@
-"""Says of each part of a configuration whether it is there and right, and fetches what is missing.
+"""Check the weights of a configuration's components and download missing ones.
 
 python prepare_checkpoints.py --config 7b
 python prepare_checkpoints.py --config 7b --fetch --only encoder video
@@ -8,23 +8,22 @@ import argparse
 import shlex
 import sys
 
-from checkpoints.preparing import prepare_checkpoints
-from checkpoints.sources import PART_NAMES
-from config.entry import run_entry
-from config.loader import load_config
+from nextgpt.common.cli import run_cli
+from nextgpt.config.loader import add_config_arguments, load_config_from
+from nextgpt.tools.weights.registry import PART_NAMES
+from nextgpt.tools.weights.report import prepare_checkpoints
 
 
 def main() -> None:
-    """Arguments in, one report out; code 1 if something is missing or wrong."""
+    """Print the report; exit with 1 if a component is missing or wrong."""
     parser = argparse.ArgumentParser(
-        description="check the frozen parts and the tuned parameters, and fetch what is missing"
+        description="check frozen components and tuned parameters, download missing ones"
     )
-    parser.add_argument("--config", default="mini", help="mini, 7b or a YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_config_arguments(parser)
     parser.add_argument("--only", nargs="+", choices=PART_NAMES, default=list(PART_NAMES))
-    parser.add_argument("--fetch", action="store_true", help="get what is missing")
+    parser.add_argument("--fetch", action="store_true", help="download what is missing")
     arguments = parser.parse_args()
-    config = load_config(arguments.config, overrides=arguments.set)
+    config = load_config_from(arguments)
     sets = [word for override in arguments.set for word in ("--set", override)]
     words = ["python", "prepare_checkpoints.py", "--config", arguments.config, *sets]
     command = shlex.join([*words, "--fetch", "--only"])
@@ -33,4 +32,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -1,10 +1,10 @@
-"""Computes caption embeddings ahead of training.
+"""Precomputes caption embeddings for training.
 
     python process_embeddings.py CAPTIONS.json [...] image|video|audio OUT_DIR MODEL
 
 Caption pairs in WebDataset shards are named by their folder.
 
-Starts on one process, or on several with `torchrun` or `deepspeed`. Goes on where it was stopped.
+Runs as one process, or as several with `torchrun` or `deepspeed`. Resumes where it was stopped.
 """
 
 import argparse
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from config.entry import run_entry
-from conversation.parts import MODALITIES
-from model.device import choose_device
-from training.embed_captions import embed_captions
+from nextgpt.common.cli import run_cli
+from nextgpt.common.device import choose_device
+from nextgpt.common.modality import MODALITIES
+from nextgpt.tools.embed_captions import embed_captions
 
 
 def main() -> None:
-    """Arguments in, one call a file."""
-    parser = argparse.ArgumentParser(description="compute the embeddings of captions")
+    """Parse the command line and embed each file."""
+    parser = argparse.ArgumentParser(description="precompute caption embeddings")
     files = "annotation files, or folders of shards"
     parser.add_argument("captions", type=Path, nargs="+", help=files)
     parser.add_argument("modality", choices=MODALITIES)
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("model", help="the decoder: a diffusers folder or a hub name")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", choices=["float16", "float32"])
-    again = "make embeddings of other captions again, instead of refusing them"
-    parser.add_argument("--replace", action="store_true", help=again)
+    replace = "recompute embeddings of other captions instead of refusing them"
+    parser.add_argument("--replace", action="store_true", help=replace)
     arguments = parser.parse_args()
     for annotation in arguments.captions:
         embed_captions(
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -4,31 +4,31 @@ import argparse
 import sys
 from pathlib import Path
 
-from config.entry import run_entry
-from config.loader import STAGES, load_config
-from training.loop import STOPPED_BY_SIGNAL, RunOptions, Trainer
-from training.watchdog import guarded_process_group
+from nextgpt.callbacks import build_callbacks
+from nextgpt.common.cli import run_cli
+from nextgpt.common.watchdog import guarded_process_group
+from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
+from nextgpt.training.trainer import STOPPED_BY_SIGNAL, RunOptions, Trainer
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; paths count from the current folder."""
+    """Parse the command line; paths are relative to the current folder."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", type=int, choices=STAGES, required=True)
-    parser.add_argument("--config", default="mini", help="mini, 7b, or a YAML file")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    add_config_arguments(parser)
     parser.add_argument("--save_path", type=Path, help="folder of the tuned parameters")
     parser.add_argument("--log_path", type=Path, help="folder of the logs")
     parser.add_argument("--init-from", type=Path, help="delta to start from, file or folder")
     unfinished = parser.add_mutually_exclusive_group()
-    unfinished.add_argument("--resume", action="store_true", help="go on with an unfinished run")
-    unfinished.add_argument("--restart", action="store_true", help="drop an unfinished run")
+    unfinished.add_argument("--resume", action="store_true", help="continue an unfinished run")
+    unfinished.add_argument("--restart", action="store_true", help="discard an unfinished run")
     parser.add_argument(
         "--plan",
         type=int,
         nargs="?",
         const=1,
         metavar="PROCESSES",
-        help="say what so many processes would need of memory, and end",
+        help="print how much memory this many processes need, and exit",
     )
     parser.add_argument("--model", choices=["nextgpt"], default="nextgpt")
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
@@ -36,17 +36,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Train the stage; exit code 143 when a signal ended it early."""
+    """Train the stage; exit code 143 when a signal stopped it early."""
     arguments = parse_arguments()
-    overrides = list(arguments.set)
-    if arguments.save_path:
-        overrides.append(f"save_path={arguments.save_path.resolve()}")
-    config = load_config(arguments.config, arguments.stage, overrides)
-    if arguments.plan is not None:
-        from training.plan import plan_stage  # these load what training can spare
-        from training.plan_report import format_plan
+    overrides = [f"save_path={arguments.save_path.resolve()}"] if arguments.save_path else []
+    config = load_config_from(arguments, arguments.stage, overrides)
+    if arguments.plan is not None:  # imports what training does not need
+        from nextgpt.tools.memory_estimate import estimate_memory
+        from nextgpt.tools.memory_report import format_memory_estimate
 
-        print(format_plan(plan_stage(config, arguments.stage, arguments.plan)))
+        print(format_memory_estimate(estimate_memory(config, arguments.stage, arguments.plan)))
         return
     options = RunOptions(
         arguments.stage,
@@ -56,10 +54,10 @@ def main() -> None:
         arguments.log_path and arguments.log_path.resolve(),
     )
     with guarded_process_group():
-        finished = Trainer(config, options).train()
+        finished = Trainer(config, options, build_callbacks(config)).train()
     if not finished:
         sys.exit(STOPPED_BY_SIGNAL)
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Embeds the captions of a mini world for its decoders: bash scripts/embed_mini.sh [FOLDER]
+# Computes the caption embeddings of a mini world: bash scripts/embed_mini.sh [FOLDER]
 set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
@@ -13,7 +13,7 @@ embed() { # modality, decoder
         "ckpt/pretrained_ckpt/$2" --replace
 }
 embed image mini_stable_diffusion &
-images=$!
+image_job=$!
 embed video mini_zeroscope
 embed audio mini_audioldm
-wait $images
+wait $image_job

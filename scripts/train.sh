@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains one stage with DeepSpeed: bash scripts/train.sh --stage 1 [arguments of code/train.py]
 # --include, --exclude, --hostfile, --num_nodes, --num_gpus, --master_addr and --master_port go to
-# the launcher; without them it starts one process, on the first GPU or on the CPU.
+# the launcher; by default it starts one process, on the first GPU or on the CPU.
 set -euo pipefail
 here=$(pwd)
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
@@ -33,20 +33,19 @@ esac
 
 case " ${launcher[*]-} " in
     *--master_port* | *--hostfile* | *--num_nodes*) ;;
-    *) launcher+=(--master_port $((20000 + $$ % 10000))) ;; # runs side by side keep apart
+    *) launcher+=(--master_port $((20000 + $$ % 10000))) ;; # for several runs on one machine
 esac
 
-# On a CPU the launcher counts this many places for processes.
+# On a CPU, the launcher's limit on the number of processes.
 export LOCAL_SIZE=${LOCAL_SIZE:-$(nproc --all)}
 if [ ! -e /dev/nvidia0 ] && [ ! -e /dev/kfd ] && [ ! -e /dev/dxg ]; then
-    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # which it would find out, and warn of
+    export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # it would detect this, with a warning
 fi
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # on a busy CPU, waiting threads give way
-export PYTHONPATH="$root/code${PYTHONPATH:+:$PYTHONPATH}"
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads yield the CPU
 cd "$here"
 
-# The launcher would give those who get a signal 30 s to save, or not hand it on at all. So it starts
-# in a session of its own, out of the terminal's reach, and signals go past it.
+# DeepSpeed's launcher forwards signals with a limit of 30 s, or not at all. It therefore runs in a
+# new session, which the terminal does not signal, and signals are sent to the processes directly.
 setsid deepspeed --log_level critical "${launcher[@]}" "$root/code/train.py" \
     ${arguments[@]+"${arguments[@]}"} &
 child=$!
@@ -56,7 +55,7 @@ stop() {
     if node=$(pgrep -P $child -f deepspeed.launcher.launch); then
         pkill -TERM -P "$node" || kill -TERM "$node"
     else
-        kill -TERM $child # on several machines it tells the others
+        kill -TERM $child # on several machines, the launcher forwards it
     fi
 }
 trap stop TERM INT HUP
@@ -67,6 +66,6 @@ done
 if [ $status -eq 0 ]; then
     status=$signalled
 elif [ $status -gt 128 ] && [ $signalled -eq 0 ]; then
-    echo "error: training was killed (exit code $status): is there too little memory?" >&2
+    echo "error: training was killed (exit code $status), perhaps for lack of memory: see --plan" >&2
 fi
 exit $status

@@ -1,23 +1,22 @@
 #!/usr/bin/env bash
-# Makes tuned parameters to ship (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the quickstart's stages, but
-# the third on ten times the data and in seven times the steps, with slow ones at the end. What is
-# given goes to train.sh:
-# bash scripts/tune_mini.sh --include localhost:0,1
-# Started again, it goes on where it stopped.
+# Trains the shipped delta (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the quickstart's stages, with ten
+# times the data and seven times the steps in stage 3, and a phase at a low learning rate at its end.
+# Arguments go to train.sh: bash scripts/tune_mini.sh --include localhost:0,1
+# Run again after an interruption, it resumes.
 set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
 bash scripts/install.sh
-export PATH="$root/.venv/bin:$PATH" PYTHONPATH="$root/code" OMP_WAIT_POLICY=passive
+export PATH="$root/.venv/bin:$PATH" OMP_WAIT_POLICY=passive
 tuned=ckpt/delta_ckpt/nextgpt/mini_tiva_v0
 runs=ckpt/build/tuned
 
-python -m mini_world.write_data --out data/mini_world
+python -m nextgpt.mini_world.write_data --out data/mini_world
 bash scripts/embed_mini.sh
-python -m mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11
-# No colours without a name: what learns long from them leaves those out that it never saw on a shape.
-# As much plain talk as all the rest: with less, one question of a hundred calls for a medium.
-python -m mini_world.write_data --out data/finishing/mini_world --scale 2 --seed 14 \
+python -m nextgpt.mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11
+# Without unnamed colours: a model trained on them for long omits colours that it never saw on a shape.
+# Half of it plain text: with less, one plain question in a hundred is answered with a medium.
+python -m nextgpt.mini_world.write_data --out data/finishing/mini_world --scale 2 --seed 14 \
     --unnamed_colours 0 --plain_talk 7000
 
 train() { # stage, folder of the runs, arguments
@@ -25,15 +24,15 @@ train() { # stage, folder of the runs, arguments
 }
 train 1 $runs "$@"
 train 2 $runs "$@"
-# Captions are encoded as they come: most of them are read once or never.
-train 3 $runs "$@" --set data.root=data/tuning --set data.caption_embeddings=online \
+# Captions are embedded online: most of them are used once or never.
+train 3 $runs "$@" --set data.data_dir=data/tuning --set data.caption_embeddings=online \
     --set training.max_steps=1500 \
-    --set training.learning_rate=1.2e-3 --set training.learning_rates.lora_B=1.2e-3
-finishing=(--set data.root=data/finishing --set data.caption_embeddings=online)
+    --set training.learning_rate=1.2e-3 --set training.group_learning_rates.lora_B=1.2e-3
+finishing=(--set data.data_dir=data/finishing --set data.caption_embeddings=online)
 train 3 $runs/finishing "$@" "${finishing[@]}" --init-from $runs/stage_3/delta.safetensors \
     --set training.max_steps=600 \
-    --set training.learning_rate=6.0e-4 --set training.learning_rates.lora_B=6.0e-4
-# From dialogues too: requests in words alone name everything, but captions of what was heard do not.
+    --set training.learning_rate=6.0e-4 --set training.group_learning_rates.lora_B=6.0e-4
+# Dialogues too: captions of requests in text name every attribute, captions of audio inputs do not.
 train 4 $runs/finishing "$@" "${finishing[@]}" --set data.datasets=[mini_request,mini_mosit] \
     --set training.epochs=4
 python code/convert_delta.py $runs/finishing/stage_4 $tuned

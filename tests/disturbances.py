@@ -1,6 +1,6 @@
-"""What happens to media on their way: noise, blur, JPEG, and what small diffusion models add.
+"""Disturbances of media: noise, blur, JPEG, and artefacts of small diffusion models.
 
-Each takes a medium and a generator, and gives a medium of the same kind.
+Each takes a medium and a random generator, and returns a medium of the same modality.
 """
 
 import io
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 from transformers.audio_utils import mel_filter_bank
 
-from model.media_files import Frames, Output, Sound
+from nextgpt.media.writing import Frames, Output, Sound
 
 Rng = np.random.Generator
 Disturbance = Callable[[Output, Rng], Output]
@@ -64,12 +64,12 @@ def _halved(pixels: np.ndarray, _: Rng) -> np.ndarray:
 
 
 def _tinted(pixels: np.ndarray, rng: Rng) -> np.ndarray:
-    """Each channel up to 12 % stronger or weaker, and up to 12 of 255 brighter or darker."""
+    """Scale each channel by up to 12 % and shift it by up to 12 of 255."""
     return _bytes((pixels - 128.0) * rng.uniform(0.88, 1.12, 3) + 128 + rng.uniform(-12, 12, 3))
 
 
 def _warped(pixels: np.ndarray, rng: Rng) -> np.ndarray:
-    """Up to 2 px aside, 8 % larger or smaller, and edges that wobble by half a pixel."""
+    """Shift by up to 2 px, scale by up to 8 %, and distort edges by half a pixel."""
     wobble = torch.from_numpy(0.5 * rng.standard_normal((1, 2, 8, 8)))
     wobble = interpolate(wobble, pixels.shape[:2], mode="bicubic")[0]
     axis = torch.linspace(-31.5, 31.5, 64, dtype=torch.float64)
@@ -82,7 +82,7 @@ def _warped(pixels: np.ndarray, rng: Rng) -> np.ndarray:
     return _bytes(warped[0].permute(1, 2, 0).numpy())
 
 
-PICTURES: dict[str, Disturbance] = {
+IMAGE_DISTURBANCES: dict[str, Disturbance] = {
     "noise": _to_pictures(_noise),
     "blur": _to_pictures(_blur),
     "jpeg": _to_pictures(_jpeg),
@@ -98,14 +98,14 @@ def _louder_or_softer(medium: Output, rng: Rng) -> Output:
 
 
 def _hiss(medium: Output, rng: Rng) -> Output:
-    """White noise, 20 dB below the sound."""
+    """Add white noise, 20 dB below the signal."""
     strength = np.sqrt(np.mean(medium.samples**2) / 100)
     noise = strength * rng.standard_normal(len(medium.samples))
     return Sound((medium.samples + noise).astype(np.float32), medium.rate)
 
 
 def _from_mel(medium: Output, rng: Rng) -> Output:
-    """Through 64 mel bands and back by Griffin and Lim (1984): phases lost, tones blurred."""
+    """Reconstruct from 64 mel bands by Griffin and Lim (1984): phases are lost, tones blurred."""
     return _griffin_lim(_log_mel(medium), rng, medium)
 
 
@@ -144,7 +144,7 @@ def _griffin_lim(log_mel: np.ndarray, rng: Rng, like: Output) -> Sound:
     return Sound(np.clip(samples.numpy(), -1, 1), like.rate)
 
 
-SOUNDS: dict[str, Disturbance] = {
+AUDIO_DISTURBANCES: dict[str, Disturbance] = {
     "loudness": _louder_or_softer,
     "hiss": _hiss,
     "from_mel": _from_mel,

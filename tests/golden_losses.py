@@ -1,30 +1,26 @@
-"""Records the losses of a seeded run of fifty steps of each stage: `python tests/golden_losses.py`.
+"""Record the losses of a seeded run of fifty steps of each stage: `python tests/golden_losses.py`.
 
 The runs are those of `tests/test_golden.py`: the real training entry on the tiny system, one
-process, float32. Record anew only when a change is meant to change what is learned, and say why.
+process, float32. Record again only after an intended numerical change, and give its reason.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "code"), str(ROOT / "tests")]
+from tiny_run import TinyRun
 
-from tiny_run import TinyRun  # noqa: E402  (the paths come first)
-
-GOLDEN = ROOT / "tests" / "golden_losses.json"
+GOLDEN = Path(__file__).parent / "golden_losses.json"
 STAGES = (1, 2, 3, 4)
 STEPS = 50
 
 
 def runs(save_path: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
-    """Each stage's name and the losses of all its steps, one stage starting from the one before."""
+    """Yield each stage's name and step losses; each stage starts from the previous one."""
     for stage in STAGES:
         sets = [f"training.max_steps={STEPS}", "training.precision=fp32", "training.epochs=50"]
-        sets += ["training.keep_states=true"] if stage == 4 else []
+        sets += ["training.cache_hidden_states=true"] if stage == 4 else []
         metrics = TinyRun(save_path, stage, sets=sets).finish().metrics
         kept = [
             {k: v for k, v in row.items() if v is not None and ("loss" in k or "align" in k)}
@@ -34,7 +30,7 @@ def runs(save_path: Path) -> Iterator[tuple[str, list[dict[str, float]]]]:
 
 
 def main() -> None:
-    """Run and write."""
+    """Run all stages and write the golden file."""
     with TemporaryDirectory() as folder:
         golden = dict(runs(Path(folder)))
     lines = [

@@ -1,33 +1,29 @@
-"""Records what preprocessing gives of a few files: `python tests/golden_preprocessing.py`.
+"""Record the preprocessed values of a few files: `python tests/golden_preprocessing.py`.
 
 Cached features are kept under the version of the preprocessing. When a change is meant to give
-other numbers, raise that modality's number in `dataset.media.PREPROCESSING_VERSIONS`, then record.
+other numbers, raise that modality's number in `PREPROCESSING_VERSIONS`, then record.
 """
 
 import json
-import sys
 from fractions import Fraction
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "code"), str(ROOT / "tests")]
+import av
+import numpy as np
+import torch
+from PIL import Image
 
-import av  # noqa: E402  (the paths come first)
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
+from nextgpt.common.modality import Modality
+from nextgpt.media.transforms import PREPROCESSING_VERSIONS, load_views
 
-from conversation.parts import Modality  # noqa: E402
-from dataset.media import PREPROCESSING_VERSIONS, load_views  # noqa: E402
-
-GOLDEN = ROOT / "tests" / "golden_preprocessing.json"
+GOLDEN = Path(__file__).parent / "golden_preprocessing.json"
 VALUES = 24  # of a file's views, spread evenly
 _UPSIDE_DOWN = 3  # EXIF's number
 
 
 def write_files(folder: Path) -> dict[str, tuple[Modality, Path]]:
-    """Lossless files of every kind that is treated in a way of its own, by name."""
+    """Write lossless files, one for each preprocessing path; return them by name."""
     files: dict[str, tuple[Modality, Path]] = {}
     pixels = _pixels(250, 340)
     pictures = {
@@ -60,7 +56,7 @@ def write_files(folder: Path) -> dict[str, tuple[Modality, Path]]:
 
 
 def measure(folder: Path) -> dict[str, dict]:
-    """By file: the version of its modality's preprocessing, shape, mean, and some values."""
+    """Return by file: preprocessing version, number of values, mean, mean square, some values."""
     measured = {}
     for name, (modality, path) in write_files(folder).items():
         views = load_views(modality, path).double().flatten()
@@ -76,7 +72,7 @@ def measure(folder: Path) -> dict[str, dict]:
 
 
 def _pixels(height: int, width: int, shift: int = 0) -> np.ndarray:
-    """A smooth picture (H, W, 3) uint8 that differs in each corner and colour."""
+    """Return a smooth image (H, W, 3) uint8 that differs in each corner and channel."""
     y, x = np.mgrid[:height, :width]
     waves = [np.sin((x + shift) / 23 + k) * np.cos(y / (17 + k)) * 100 + 128 for k in range(3)]
     return np.stack(waves, axis=-1).astype(np.uint8)
@@ -107,7 +103,7 @@ def _write_sound(path: Path, rate: int, channels: int, seconds: float) -> None:
 
 
 def main() -> None:
-    """Measure and write."""
+    """Measure all files and write the golden file."""
     with TemporaryDirectory() as folder:
         rows = measure(Path(folder)).items()
     lines = [f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows]

@@ -1,4 +1,4 @@
-"""What decoders may do to the process that runs them; named in calls of the decode worker."""
+"""Failure modes of decoders, called in the decode worker."""
 
 import ctypes
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from config.errors import MediaError
-from dataset.decoding import read_pixels, read_samples
+from nextgpt.common.errors import MediaError
+from nextgpt.media.decoding import read_pixels, read_samples
 
 
 def crash(*_: str) -> None:
@@ -20,12 +20,12 @@ def crash(*_: str) -> None:
 
 
 def abort(*_: str) -> None:
-    """As the C library does on a damaged heap."""
+    """Abort, as the C library does on heap corruption."""
     os.abort()
 
 
 def hang(*_: str) -> None:
-    """Wait for what never comes."""
+    """Sleep for 1000 s."""
     time.sleep(1000)
 
 
@@ -44,64 +44,64 @@ def read_samples_within(path: str, spare: int) -> tuple[np.ndarray, int]:
 
 
 def spin(*_: str) -> None:
-    """Compute without end, and let no other thread run."""
+    """Loop forever without releasing the GIL."""
     sys.setswitchinterval(1000)
     while True:
         pass
 
 
 def swell(*_: str) -> None:
-    """Take more and more memory."""
+    """Allocate memory without limit."""
     taken = []
     while True:
         taken.append(np.empty(1 << 27))
 
 
 def gorge(*_: str) -> int:
-    """Hold more than a GB for a moment; the worker's process id."""
+    """Allocate 1.2 GB for a moment; return the worker's process id."""
     np.ones(9 << 25, np.float32).fill(2)  # 1.2 GB
     return os.getpid()
 
 
 def garble(*_: str) -> None:
-    """Print into what should be an answer."""
+    """Print to the pipe of the results."""
     print("not an answer", flush=True)
     subprocess.run(["echo", "nor this"], check=True)
 
 
 def err(*_: str) -> None:
-    """A fault of the program."""
+    """Raise an error that is not a `MediaError`."""
     raise ZeroDivisionError("a fault of the program")
 
 
 def refuse(path: str) -> None:
-    """What a decoder does with a broken file."""
+    """Raise the `MediaError` of a broken file."""
     raise MediaError(f"{path}: broken")
 
 
 def same(value: object) -> object:
-    """What was given."""
+    """Return the argument."""
     return value
 
 
 def many(*_: str) -> tuple:
-    """Results of every kind."""
+    """Return results of every supported type."""
     turned = np.arange(6, dtype=np.uint8).reshape(2, 3).T
     return [turned, turned[::-1]], "text", 1.5, None, np.zeros((0, 2), np.float32)
 
 
 def own_id(*_: str) -> int:
-    """The worker's process id."""
+    """Return the worker's process id."""
     return os.getpid()
 
 
 def modules(*_: str) -> list[str]:
-    """What the worker has imported."""
+    """Return the names of the worker's imported modules."""
     return sorted(sys.modules)
 
 
 def pixels_or_crash(path: str) -> np.ndarray:
-    """A picture; one that is called so ends the process."""
+    """Read an image; crash if it is named crash.png."""
     if Path(path).name == "crash.png":
         crash(path)
     return read_pixels(path)

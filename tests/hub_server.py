@@ -1,4 +1,4 @@
-"""A web server of the tests: plain files with ranges, and as much of the hub as downloads need."""
+"""A local web server: plain files with ranges, and the part of the hub's API used by downloads."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ class Served:
         url: its address.
         sent: (path, bytes) of each file that was sent.
         ranges: whether it sends parts of files.
-        breaks_after: bytes of a file after which it hangs up; none: never.
+        breaks_after: bytes of a file after which it disconnects; never if None.
         content_type: of plain files.
     """
 
@@ -56,7 +56,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -110,7 +110,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _digest(path: Path) -> str:
-    """What the hub publishes of a file: SHA-256 of large ones, git's hash of others."""
+    """Return the digest that the hub publishes: SHA-256 of large files, git's hash of others."""
     content = path.read_bytes()
     if path.suffix in LARGE:
         return hashlib.sha256(content).hexdigest()

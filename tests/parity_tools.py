@@ -1,4 +1,4 @@
-"""What the parity tests share: recorded cases, weights by recipe, the measure of error."""
+"""Recorded cases, weights by recipe and the relative error of the parity tests."""
 
 from collections.abc import Iterator
 from functools import cache
@@ -16,12 +16,12 @@ MEDIA = PARITY / "media"
 
 @cache
 def cases() -> dict[str, torch.Tensor]:
-    """Every recorded input and output by its name. Shared between tests: do not write into them."""
+    """Load every recorded tensor by name. Shared between tests: do not modify."""
     return load_file(PARITY / "cases.safetensors")
 
 
 def recipe_state(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter's name, and its value by the recipe under the name `prefix` + name."""
+    """Yield each parameter's name and its recipe value under the name `prefix` + name."""
     for name, parameter in module.named_parameters():
         yield name, recipe_tensor(prefix + name, parameter.shape)
 
@@ -35,6 +35,6 @@ def fill_by_recipe(module: nn.Module, prefix: str = "") -> None:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The Euclidean length of the difference over the length of `expected`."""
+    """Return the Euclidean norm of the difference over the norm of `expected`."""
     found, expected = found.detach().double(), expected.detach().double()
     return ((found - expected).norm() / expected.norm()).item()

@@ -1,21 +1,17 @@
-"""Records what ImageBind huge gives with weights by recipe: `python tests/record_full_size.py`.
+"""Record ImageBind huge's features with weights by recipe: `python tests/record_full_size.py`.
 
-Nobody has published these numbers: this project's own encoder makes them, the one that gives the
-recorded numbers of the small one. They tell when something in the full size changes. 26 s on
+These numbers are not published: they are of this project's encoder, which reproduces the
+recorded features of the small one. They detect changes of the full size. 26 s on
 one core of a busy machine.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "code"))
-
-from conversation.parts import MODALITIES
-from model.imagebind.config import IMAGEBIND_HUGE
-from model.imagebind.encoder import ImageBind
+from nextgpt.common.modality import MODALITIES
+from nextgpt.model.imagebind.encoder import IMAGEBIND_HUGE, ImageBind
 from parity_tools import cases, fill_by_recipe
 
 RECORD = Path(__file__).with_name("full_size.safetensors")
@@ -23,7 +19,7 @@ RECORD = Path(__file__).with_name("full_size.safetensors")
 
 @torch.no_grad()
 def full_size_features() -> dict[str, torch.Tensor]:
-    """By modality the features (1, 1024) of the first recorded input."""
+    """Return by modality the features (1, 1024) of the first recorded input."""
     with torch.device("meta"):
         encoder = ImageBind(IMAGEBIND_HUGE)
     encoder = encoder.to_empty(device="cpu").eval()

@@ -1,4 +1,4 @@
-"""Caption embeddings are trained on only if they were made from the captions in the data."""
+"""Caption embeddings are checked against the captions in the data."""
 
 import json
 import os
@@ -13,20 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-import process_embeddings
-from config.errors import InputError
-from config.loader import load_config
-from config.schema import Config
-from dataset import caption_records
-from dataset.caption_embeddings import EmbeddingMaker, EmbeddingStore
-from dataset.caption_records import compare_captions
-from dataset.conversations import open_conversations
-from mini_world.mini_decoders import build_mini_decoder
+from nextgpt import process_embeddings
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.config.schema import Config
+from nextgpt.dataset.caption_embeddings import EmbeddingMaker, read_captions
+from nextgpt.dataset.caption_records import compare_captions
+from nextgpt.dataset.conversations import open_conversations
+from nextgpt.mini_world.mini_decoders import build_mini_decoder
+from nextgpt.tools import embedding_store
+from nextgpt.tools.embedding_store import EmbeddingStore
+from nextgpt.training.run_inputs import check_caption_embeddings
 from test_check_data import check
 from test_training import copied_data
 from tiny_decoders import TINY
 from tiny_run import TinyRun, tiny_world, trained
-from training.caption_check import CaptionCheck, check_caption_embeddings
 
 IMAGES = "mini_world/T-X_pair_data/image/image.json"
 ROWS = 36  # of that file
@@ -35,12 +36,12 @@ MAKER = EmbeddingMaker("model", "weights", "tokenizer", (2,))
 
 @pytest.fixture
 def sets(tmp_path: Path) -> list[str]:
-    """Overrides for copies of the world's data and embeddings, to be spoilt."""
+    """Overrides for modifiable copies of the world's data and embeddings."""
     shutil.copytree(tiny_world() / "embed", tmp_path / "embed")
     return [
-        f"data.root={copied_data(tmp_path)}",
-        f"data.embeddings={tmp_path / 'embed'}",
-        f"data.cache={tmp_path / 'cache'}",
+        f"data.data_dir={copied_data(tmp_path)}",
+        f"data.caption_embedding_dir={tmp_path / 'embed'}",
+        f"data.cache_dir={tmp_path / 'cache'}",
     ]
 
 
@@ -50,21 +51,23 @@ def config_of(tmp_path: Path, sets: list[str], stage: int = 2) -> Config:
     return load_config("7b", stage, overrides)
 
 
-def check_run(tmp_path: Path, sets: list[str], stage: int = 2) -> CaptionCheck:
-    """What a run would find of its embeddings."""
+def check_run(
+    tmp_path: Path, sets: list[str], stage: int = 2
+) -> tuple[list[str], dict[str, set[int]]]:
+    """Return the caption check of a run."""
     config = config_of(tmp_path, sets, stage)
     return check_caption_embeddings(config, open_conversations(config.data))
 
 
 def checked(tmp_path: Path, sets: list[str], stage: int = 2) -> list[str]:
-    """What a run would say of its embeddings, all of which are right or unknown."""
+    """Return the messages of a run's caption check, which must find no mismatch."""
     lines, wrong_rows = check_run(tmp_path, sets, stage)
     assert wrong_rows == {}
     return lines
 
 
 def change_rows(tmp_path: Path, change: object, file: str = IMAGES) -> list[dict]:
-    """Write what `change` makes of the rows of an annotation file; the rows before."""
+    """Replace an annotation file's rows by `change` of them; return the rows before."""
     path = tmp_path / "data" / file
     rows = json.loads(path.read_text())
     path.write_text(json.dumps(change(rows)))
@@ -72,54 +75,50 @@ def change_rows(tmp_path: Path, change: object, file: str = IMAGES) -> list[dict
 
 
 def rotated(rows: list[dict]) -> list[dict]:
-    """Every row with the next one's caption."""
+    """Return every row with the previous one's caption."""
     captions = [row["caption"] for row in rows]
     return [row | {"caption": captions[i - 1]} for i, row in enumerate(rows)]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_embeddings_of_the_captions_in_the_data_pass_without_a_word(
+def test_caption_check_passes_matching_embeddings_silently(
     tmp_path: Path, sets: list[str], stage: int
 ) -> None:
     assert checked(tmp_path, sets, stage) == []
 
 
-def test_embeddings_of_other_captions_are_an_error_whose_command_makes_them_right(
+def test_caption_check_error_names_the_command_that_repairs(
     tmp_path: Path, sets: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = change_rows(tmp_path, rotated)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UserError) as raised:
         checked(tmp_path, sets)
-    said = str(raised.value)
+    message = str(raised.value)
     changed = [i for i, row in enumerate(rotated(rows)) if row != rows[i]]
     row, first = changed[0], rows[changed[0]]
-    assert f"{tmp_path / 'embed'}/{first['image_name']}.npy was made from the caption" in said
-    assert f"row {row} (the first is 0) of {tmp_path / 'data' / IMAGES}" in said
+    assert f"{tmp_path / 'embed'}/{first['image_name']}.npy was made from the caption" in message
+    assert f"row {row} (the first is 0) of {tmp_path / 'data' / IMAGES}" in message
     for caption in (first["caption"], rows[row - 1]["caption"]):
-        assert repr(caption.lower().strip(".")) in said.lower().replace(".'", "'")
-    assert f"{len(changed)} of {ROWS} rows" in said
-    command = shlex.split(said.split("`")[1])
+        assert repr(caption.lower().strip(".")) in message.lower().replace(".'", "'")
+    assert f"{len(changed)} of {ROWS} rows" in message
+    command = shlex.split(message.split("`")[1])
     assert command[:2] == ["python", "process_embeddings.py"]
     monkeypatch.setattr(sys, "argv", command[1:])
     process_embeddings.main()
     assert checked(tmp_path, sets) == []
 
 
-def test_a_single_letter_of_a_caption_is_seen_and_its_row_is_to_be_skipped(
-    tmp_path: Path, sets: list[str]
-) -> None:
+def test_caption_check_one_letter_difference_skips_the_row(tmp_path: Path, sets: list[str]) -> None:
     change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "a red circlf"}])
     (line,), wrong_rows = check_run(tmp_path, sets)
     assert re.search(
         rf"1 of {ROWS} rows .* skipped, first: .*row {ROWS - 1} .*'a red circlf'", line
     )
-    assert {name: rows.tolist() for name, rows in wrong_rows.items()} == {
-        "mini_image_dec": [ROWS - 1]
-    }
+    assert wrong_rows == {"mini_image_dec": {ROWS - 1}}
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
+def test_training_skips_a_few_mismatched_captions(
     tmp_path: Path, sets: list[str], processes: int
 ) -> None:
     change_rows(tmp_path, lambda rows: [*rows[:-1], rows[-1] | {"caption": "another"}])
@@ -134,13 +133,13 @@ def test_a_run_skips_a_few_rows_whose_embeddings_are_of_other_captions(
     assert run.metrics[-1]["skipped"] == len(run.skipped)
 
 
-def test_more_wrong_rows_than_a_run_may_skip_are_an_error(tmp_path: Path, sets: list[str]) -> None:
+def test_caption_check_too_many_mismatches_raise(tmp_path: Path, sets: list[str]) -> None:
     change_rows(tmp_path, lambda rows: [row | {"caption": "no"} for row in rows[:2]] + rows[2:])
-    with pytest.raises(InputError, match=rf"made from the caption .* 2 of {ROWS} rows"):
+    with pytest.raises(UserError, match=rf"made from the caption .* 2 of {ROWS} rows"):
         check_run(tmp_path, sets)
 
 
-def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
+def test_training_and_check_data_refuse_mismatched_captions(
     tmp_path: Path, sets: list[str]
 ) -> None:
     rows = change_rows(tmp_path, rotated)
@@ -148,14 +147,14 @@ def test_a_run_and_check_data_refuse_embeddings_of_other_captions(
     assert "was made from the caption" in TinyRun(tmp_path / "two", 2, sets, world=2).fail()
     run = TinyRun(tmp_path, 2, sets)
     assert "was made from the caption" in run.fail()
-    code, said, _ = check(run, "--decode", "0")
+    code, message, _ = check(run, "--decode", "0")
     assert code == 1
-    assert f"mini_image_dec: {right} of {ROWS} usable" in said
-    assert said.count("was made from the caption") == 5
-    assert "mini_audio_dec: 7 of 7 usable" in said
+    assert f"mini_image_dec: {right} of {ROWS} usable" in message
+    assert message.count("was made from the caption") == 5
+    assert "mini_audio_dec: 7 of 7 usable" in message
 
 
-def test_embeddings_without_records_are_taken_with_a_word_and_sampled_by_check_data(
+def test_caption_check_warns_without_records_and_check_data_samples(
     tmp_path: Path, sets: list[str]
 ) -> None:
     embeddings = tmp_path / "embed"
@@ -166,39 +165,39 @@ def test_embeddings_without_records_are_taken_with_a_word_and_sampled_by_check_d
             change_rows(tmp_path, rotated)
         (line,) = checked(tmp_path, sets)
         assert f"{ROWS} of {ROWS} image caption embeddings have no record" in line
-        code, said, _ = check(TinyRun(tmp_path, 2, sets), "mini_image_dec", "--decode", "0")
+        code, message, _ = check(TinyRun(tmp_path, 2, sets), "mini_image_dec", "--decode", "0")
         assert code == wrong
-        assert f"{ROWS} caption embeddings have no record" in said
-        assert (said.count("is not what the text encoder of decoders.image.path") >= 4) == wrong
+        assert f"{ROWS} caption embeddings have no record" in message
+        assert (message.count("is not what the text encoder of decoders.image.path") >= 4) == wrong
     gone = TinyRun(tmp_path, 2, [*sets, f"decoders.image.path={tmp_path / 'gone'}"])
-    code, said, _ = check(gone, "mini_image_dec", "--decode", "0")
-    assert code == 0 and "could not be compared" in said
+    code, message, _ = check(gone, "mini_image_dec", "--decode", "0")
+    assert code == 0 and "could not be compared" in message
 
 
-def test_embeddings_of_another_text_encoder_or_tokenizer_are_an_error(
+def test_caption_check_other_text_encoder_or_tokenizer_raises(
     tmp_path: Path, sets: list[str]
 ) -> None:
     build_mini_decoder("image", tmp_path / "other", 2, ["a small red circle on the left"], TINY)
-    with pytest.raises(InputError, match=r"image embeddings in .*embed were made by .*another"):
+    with pytest.raises(UserError, match=r"image embeddings in .*embed were made by .*another"):
         checked(tmp_path, [*sets, f"decoders.image.path={tmp_path / 'other'}"])
     maker = tmp_path / "embed" / "embeddings.image.json"
     content = json.loads(maker.read_text())
     maker.write_text(json.dumps(content | {"tokenizer": "0" * 64}))
-    with pytest.raises(InputError, match=r"image embeddings in .*embed were made by .*another"):
+    with pytest.raises(UserError, match=r"image embeddings in .*embed were made by .*another"):
         checked(tmp_path, sets)
     del content["tokenizer"]  # as older versions recorded it
     maker.write_text(json.dumps(content))
     assert checked(tmp_path, sets) == []
 
 
-def test_a_decoder_that_is_not_at_hand_is_said_to_be_uncompared(
+def test_caption_check_missing_decoder_is_reported_as_unchecked(
     tmp_path: Path, sets: list[str]
 ) -> None:
     (line,) = checked(tmp_path, [*sets, f"decoders.image.path={tmp_path / 'gone'}"])
     assert "could not be checked" in line and "gone" in line
 
 
-def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
+def test_caption_check_two_captions_for_one_medium_are_detected(
     tmp_path: Path, sets: list[str]
 ) -> None:
     def named_alike(rows: list[dict]) -> list[dict]:
@@ -206,8 +205,8 @@ def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
 
     before = change_rows(tmp_path, named_alike)
     (line,), wrong_rows = check_run(tmp_path, sets)
-    assert re.search(rf"row {ROWS - 1} .*another row another one.*name of its own", line)
-    assert wrong_rows["mini_image_dec"].tolist() == [ROWS - 1]  # row 0 has the caption recorded
+    assert re.search(rf"row {ROWS - 1} .*another row another one.*unique name", line)
+    assert wrong_rows["mini_image_dec"] == {ROWS - 1}  # row 0 has the caption recorded
     change_rows(tmp_path, lambda _: before)
     own = [{"video_name": before[0]["image_name"], "caption": "a green drum"}]
     change_rows(tmp_path, lambda _: own, IMAGES.replace("image", "video"))
@@ -225,34 +224,30 @@ def test_a_medium_with_two_captions_is_seen_in_one_data_set_and_in_two(
     assert wrong_rows.keys() == {"mini_request"}
 
 
-def test_tables_are_made_once_and_again_when_records_or_rows_change(
-    tmp_path: Path, sets: list[str], monkeypatch: pytest.MonkeyPatch
+def test_compare_captions_repeats_when_records_or_rows_change(
+    tmp_path: Path, sets: list[str]
 ) -> None:
-    made = []
-    table = caption_records._table
-    monkeypatch.setattr(caption_records, "_table", lambda *a: made.append(1) or table(*a))
     sets = [*sets, "data.datasets=[mini_image_dec]"]
     config = config_of(tmp_path, sets)
 
     def compare() -> int:
-        dataset = open_conversations(config.data)
-        found = compare_captions(dataset, tmp_path / "cache", lambda *_: "")
+        found = compare_captions(open_conversations(config.data), lambda *_: "")
         return len(found["mini_image_dec"].wrong_rows)
 
-    assert [compare(), compare()] == [0, 0] and len(made) == 2
+    assert [compare(), compare()] == [0, 0]
     rows = change_rows(tmp_path, lambda rows: [*rows[:1], rows[1] | {"caption": "new"}, *rows[2:]])
-    assert compare() == 1 and len(made) == 3
+    assert compare() == 1
     listing = tmp_path / "embed" / "captions.image.rank0.jsonl"
     entry = {"name": rows[1]["image_name"], "caption": "new", "time_ns": 2**62}
     with listing.open("a") as file:
         file.write(json.dumps(entry) + "\n")
-    assert compare() == 0 and len(made) == 4
-    for kept in (tmp_path / "cache").glob("*.npz"):
+    assert compare() == 0
+    for kept in (tmp_path / "cache").glob("*.arrow"):
         kept.write_bytes(kept.read_bytes()[:100])
-    assert compare() == 0 and len(made) == 6
+    assert compare() == 0
 
 
-def test_replacing_that_is_cut_short_leaves_no_record_of_the_caption_before(
+def test_embedding_store_interrupted_replacement_drops_the_old_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["a.png", "b.png"]
@@ -281,7 +276,7 @@ def test_replacing_that_is_cut_short_leaves_no_record_of_the_caption_before(
     store.close()
 
 
-def test_the_latest_record_counts_whichever_rank_wrote_it(tmp_path: Path) -> None:
+def test_embedding_store_latest_record_wins_across_ranks(tmp_path: Path) -> None:
     for rank, caption in ((1, "old"), (0, "new")):
         store = EmbeddingStore(tmp_path, "image", MAKER, rank=rank, replace=True)
         store.write(["a.png"], [caption], torch.zeros(1, 2))
@@ -289,11 +284,10 @@ def test_the_latest_record_counts_whichever_rank_wrote_it(tmp_path: Path) -> Non
     store = EmbeddingStore(tmp_path, "image", MAKER, rank=2)
     assert store.has("a.png", "new")
     store.close()
-    table = caption_records._records_table(tmp_path, "image", tmp_path / "cache")
-    assert table["caption"].tolist() == [caption_records._digest("new")]
+    assert read_captions(tmp_path, "image") == {"a.png": "new"}
 
 
-def test_a_batch_of_embeddings_is_flushed_and_renamed_before_it_is_recorded(
+def test_embedding_store_flushes_and_renames_before_recording(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store, done = EmbeddingStore(tmp_path, "image", MAKER), []
@@ -317,7 +311,7 @@ def test_a_batch_of_embeddings_is_flushed_and_renamed_before_it_is_recorded(
 
 
 @pytest.mark.parametrize("rest", ["", "{" * 10, "{" * 200_000])
-def test_an_unfinished_last_line_of_a_list_is_dropped(tmp_path: Path, rest: str) -> None:
+def test_embedding_records_incomplete_last_line_is_dropped(tmp_path: Path, rest: str) -> None:
     listing = tmp_path / "captions.image.rank0.jsonl"
     for kept in ("", '{"name": "a.png", "caption": "a"}\n'):
         listing.write_text(kept + rest)
@@ -325,31 +319,30 @@ def test_an_unfinished_last_line_of_a_list_is_dropped(tmp_path: Path, rest: str)
         assert listing.read_text() == kept
 
 
-def test_a_store_that_cannot_be_read_lets_other_processes_write(
+def test_embedding_store_failed_open_releases_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.setattr(os, "SEEK_END", "broken")
-        (tmp_path / "captions.image.rank0.jsonl").touch()
+        patched.setattr(embedding_store, "read_captions", None)
         with pytest.raises(TypeError):
             EmbeddingStore(tmp_path, "image", MAKER)
     EmbeddingStore(tmp_path, "image", MAKER).close()
 
 
-def test_two_writers_of_one_list_exclude_each_other(tmp_path: Path) -> None:
+def test_embedding_store_second_writer_is_refused(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "image", MAKER)
-    with pytest.raises(InputError, match="another process is writing image embeddings"):
+    with pytest.raises(UserError, match="another process is writing image embeddings"):
         EmbeddingStore(tmp_path, "image", MAKER)
     EmbeddingStore(tmp_path, "image", MAKER, rank=1).close()
     store.close()
     EmbeddingStore(tmp_path, "image", MAKER).close()
 
 
-def test_a_damaged_line_of_a_list_is_named(tmp_path: Path) -> None:
+def test_embedding_records_damaged_line_is_named(tmp_path: Path) -> None:
     store = EmbeddingStore(tmp_path, "image", MAKER)
     store.write(["a.png", "b.png"], ["a", "b"], torch.zeros(2, 2))
     store.close()
     listing = tmp_path / "captions.image.rank0.jsonl"
     listing.write_text(listing.read_text().replace('{"name": "b', '{"nam\x00e": "b'))
-    with pytest.raises(InputError, match=r"captions\.image\.rank0\.jsonl: line 2 is damaged"):
+    with pytest.raises(UserError, match=r"captions\.image\.rank0\.jsonl: line 2 is damaged"):
         EmbeddingStore(tmp_path, "image", MAKER)

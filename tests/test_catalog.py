@@ -1,14 +1,14 @@
-"""Data sets are found by name, and their samples by data set and row."""
+"""Data sets by name, and their samples by data set and row."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from config.errors import InputError, MediaError
-from conversation.parts import Media, Text
-from dataset.catalog import resolve_entry
-from dataset.conversations import ConversationDataset
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.conversation.messages import Media, Text
+from nextgpt.dataset.catalog import resolve_entry
+from nextgpt.dataset.conversations import ConversationDataset
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_the_same_pairs_are_read_both_ways_with_absolute_paths(root: Path) -> None:
+def test_catalog_pairs_are_read_in_both_directions(root: Path) -> None:
     embed = root / "embed"
     sources = [resolve_entry(f"mini_image_{way}", root, embed) for way in ("enc", "dec")]
     dataset = ConversationDataset(sources, root / "cache")
@@ -35,26 +35,26 @@ def test_the_same_pairs_are_read_both_ways_with_absolute_paths(root: Path) -> No
     assert answer.parts == (Text("a ring"), medium)
 
 
-def test_a_missing_medium_is_one_samples_error(root: Path) -> None:
+def test_dataset_missing_medium_fails_one_sample(root: Path) -> None:
     dataset = ConversationDataset([resolve_entry("mini_image_enc", root, root)], root / "cache")
     with pytest.raises(MediaError, match=r"images/2\.png is missing: row 1"):
         dataset["mini_image_enc", 1]
 
 
-def test_a_wrong_record_ends_the_start(root: Path) -> None:
+def test_dataset_bad_record_raises_on_open(root: Path) -> None:
     source = resolve_entry("mini_image_enc", root, root)
     source.annotation.write_text('[{"caption": "a", "image_name": "1.png"}, {"caption": "b"}]')
-    with pytest.raises(InputError, match=r"image\.json: row 1 .*image_name"):
+    with pytest.raises(UserError, match=r"image\.json: row 1 .*image_name"):
         ConversationDataset([source], root / "cache")
 
 
-def test_an_unknown_name_says_the_nearest_and_all(root: Path) -> None:
-    with pytest.raises(InputError, match=r"'cc3m_end'.*'cc3m_enc' meant.*mosit_instruction"):
+def test_catalog_unknown_name_suggests_and_lists_names(root: Path) -> None:
+    with pytest.raises(UserError, match=r"'cc3m_end'.*'cc3m_enc' meant.*mosit_instruction"):
         resolve_entry("cc3m_end", root, root)
 
 
-def test_missing_annotations_are_named(root: Path) -> None:
-    with pytest.raises(InputError, match=r"cc3m_enc.*T-X_pair_data/cc3m/cc3m\.json is missing"):
+def test_catalog_missing_annotations_are_named(root: Path) -> None:
+    with pytest.raises(UserError, match=r"cc3m_enc.*T-X_pair_data/cc3m/cc3m\.json is missing"):
         resolve_entry("cc3m_enc", root, root)
-    with pytest.raises(InputError, match=r"mini_text\.json is missing: .*write_data"):
+    with pytest.raises(UserError, match=r"mini_text\.json is missing: .*write_data"):
         resolve_entry("mini_text", root, root)

@@ -1,15 +1,15 @@
-"""A language model's own chat template writes what its tokenizer writes."""
+"""The prompt format of a tokenizer's chat template."""
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from config.errors import InputError
-from config.loader import load_config
-from conversation.chat_template import own_template
-from conversation.encoding import IGNORE, ConversationEncoder
-from conversation.parts import Conversation, Media, Text, Turn
-from conversation.signal_tokens import SignalTokens
-from model.build import resolve_model_path
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.conversation.prompt import IGNORE_INDEX, PromptBuilder
+from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.conversation.templates import template_from_tokenizer
+from nextgpt.model.loading import resolve_model_path
 from parity_tools import PARITY
 
 # The forms of LLaMA 2, LLaMA 3 and Zephyr, and ChatML with a system prompt.
@@ -32,7 +32,7 @@ CHATML = (
     "{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 FORMS = {"llama_2": LLAMA_2, "llama_3": LLAMA_3, "zephyr": ZEPHYR, "chatml": CHATML}
-SAID = ("What is a lighthouse?", "A tower with a lamp.", "Thank you!", "You are welcome.")
+TEXTS = ("What is a lighthouse?", "A tower with a lamp.", "Thank you!", "You are welcome.")
 
 
 def tokenizer_of(form: str) -> PreTrainedTokenizerBase:
@@ -46,69 +46,69 @@ def tokenizer_of(form: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encoder_of(form: str) -> ConversationEncoder:
+def encoder_of(form: str) -> PromptBuilder:
     tokenizer = tokenizer_of(form)
     counts = {"image": 4, "video": 4, "audio": 4}
     signals = SignalTokens(counts, first_id=len(tokenizer))
-    return ConversationEncoder(tokenizer, signals, own_template(tokenizer), media_tokens=1)
+    return PromptBuilder(tokenizer, signals, template_from_tokenizer(tokenizer), media_tokens=1)
 
 
 def turns(count: int) -> tuple[Turn, ...]:
     roles = ("human", "assistant") * 2
-    return tuple(Turn(r, (Text(t),)) for r, t in zip(roles[:count], SAID[:count], strict=True))
+    return tuple(Turn(r, (Text(t),)) for r, t in zip(roles[:count], TEXTS[:count], strict=True))
 
 
-def own_text(tokenizer: PreTrainedTokenizerBase, count: int) -> str:
+def rendered_text(tokenizer: PreTrainedTokenizerBase, count: int) -> str:
     roles = ("user", "assistant") * 2
-    chat = [{"role": r, "content": t} for r, t in zip(roles[:count], SAID[:count], strict=True)]
+    chat = [{"role": r, "content": t} for r, t in zip(roles[:count], TEXTS[:count], strict=True)]
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=count % 2 > 0)
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("count", [1, 2, 3, 4])
-def test_a_chat_is_written_as_the_tokenizer_writes_it(form: str, count: int) -> None:
+def test_template_equals_the_tokenizers(form: str, count: int) -> None:
     encoder = encoder_of(form)
     found = encoder.tokenizer.decode(encoder.encode(Conversation(turns(count))).input_ids)
     # A sentencepiece tokenizer shows where pieces of text begin by a space.
-    expected = own_text(encoder.tokenizer, count)
+    expected = rendered_text(encoder.tokenizer, count)
     assert "".join(found.split()) == "".join(expected.split())
 
 
 @pytest.mark.parametrize("form", ["llama_3", "zephyr", "chatml"])
-def test_a_question_has_the_ids_that_the_tokenizer_gives_it(form: str) -> None:
+def test_template_gives_the_tokenizers_ids(form: str) -> None:
     encoder = encoder_of(form)
-    expected = encoder.tokenizer(own_text(encoder.tokenizer, 1), add_special_tokens=False)
+    expected = encoder.tokenizer(rendered_text(encoder.tokenizer, 1), add_special_tokens=False)
     assert encoder.encode(Conversation(turns(1))).input_ids == expected.input_ids
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_answers_and_their_ends_alone_are_learned_and_read_back(form: str) -> None:
+def test_template_labels_are_answers_and_their_stop_tokens(form: str) -> None:
     encoder = encoder_of(form)
-    shown = (Media("image", path="a.png"), Text(SAID[0]))
-    made = (Text(SAID[1]), Media("audio", caption="a bell", embedding="a.npy"))
+    shown = (Media("image", path="a.png"), Text(TEXTS[0]))
+    made = (Text(TEXTS[1]), Media("audio", caption="a bell", embedding="a.npy"))
     encoded = encoder.encode(Conversation((Turn("human", shown), Turn("assistant", made))))
-    learned = [i for i in encoded.targets if i != IGNORE]
-    assert len(encoded.slots) == len(encoded.runs) == 1
-    assert encoder.decode_answer(learned) == (Text(SAID[1]), Media("audio"))
-    assert any(learned[-len(stop) :] == stop for stop in encoder.stop_sequences)
+    labelled = [i for i in encoded.labels if i != IGNORE_INDEX]
+    assert len(encoded.media_positions) == len(encoded.signal_spans) == 1
+    assert encoder.decode_answer(labelled) == (Text(TEXTS[1]), Media("audio"))
+    assert any(labelled[-len(stop) :] == stop for stop in encoder.stop_sequences)
 
 
-def test_a_tokenizer_without_one_is_refused() -> None:
+def test_template_missing_from_tokenizer_raises() -> None:
     tokenizer = AutoTokenizer.from_pretrained(PARITY / "llama_tiny")
     tokenizer.chat_template = None
-    with pytest.raises(InputError, match="has no chat template; take published or chatml"):
-        own_template(tokenizer)
+    with pytest.raises(UserError, match="has no chat template; use vicuna_v0 or chatml"):
+        template_from_tokenizer(tokenizer)
 
 
-def test_a_template_that_refuses_the_chat_is_named() -> None:
+def test_template_that_refuses_the_chat_is_named() -> None:
     tokenizer = tokenizer_of("zephyr")
     tokenizer.chat_template = "{{ raise_exception('a system prompt is needed') }}"
-    with pytest.raises(InputError, match="refuses a chat: a system prompt is needed"):
-        own_template(tokenizer)
+    with pytest.raises(UserError, match="cannot be rendered: a system prompt is needed"):
+        template_from_tokenizer(tokenizer)
 
 
-def test_a_form_that_loses_a_turn_is_refused() -> None:
+def test_template_that_drops_a_turn_is_refused() -> None:
     tokenizer = tokenizer_of("zephyr")
     tokenizer.chat_template = "{{ messages[-1].content + eos_token }}"
-    with pytest.raises(InputError, match="writes a chat as 'second answer"):
-        own_template(tokenizer)
+    with pytest.raises(UserError, match="changes the turns: 'second answer"):
+        template_from_tokenizer(tokenizer)

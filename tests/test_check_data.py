@@ -1,4 +1,4 @@
-"""`check_data.py` says of a stage's data sets what a run would meet."""
+"""`check_data.py` reports on a stage's data sets."""
 
 import subprocess
 import sys
@@ -19,41 +19,41 @@ def check(run: TinyRun, *more: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_data_sets_that_are_ready_are_said_to_be(tmp_path: Path, stage: int) -> None:
-    code, said, _ = check(TinyRun(tmp_path, stage))
+def test_check_data_reports_complete_data_sets(tmp_path: Path, stage: int) -> None:
+    code, output, _ = check(TinyRun(tmp_path, stage))
     assert code == 0
     if stage == 1:
-        assert "mini_image_enc: 36 of 36 usable, 36 media decoded" in said
-        assert "mini_audio_enc: 7 of 7 usable, 7 media decoded" in said
+        assert "mini_image_enc: 36 of 36 usable, 36 media decoded" in output
+        assert "mini_audio_enc: 7 of 7 usable, 7 media decoded" in output
     else:
-        assert said.count("usable") == 4
+        assert output.count("usable") == 4
 
 
-def test_missing_and_broken_media_are_counted_and_named(tmp_path: Path) -> None:
+def test_check_data_counts_and_names_missing_and_broken_media(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     first, second, *_ = media(data, "image")
     first.unlink()
     second.write_bytes(b"no picture")
-    run = TinyRun(tmp_path, 1, [f"data.root={data}", f"data.cache={tmp_path / 'cache'}"])
-    code, said, _ = check(run, "mini_image_enc")
+    run = TinyRun(tmp_path, 1, [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}"])
+    code, output, _ = check(run, "mini_image_enc")
     assert code == 1
-    assert "mini_image_enc: 34 of 36 usable" in said
-    assert f"{first} is missing" in said and f"{second}: not readable as a picture" in said
-    assert "mini_video_enc" not in said
+    assert "mini_image_enc: 34 of 36 usable" in output
+    assert f"{first} is missing" in output and f"{second}: not readable as an image" in output
+    assert "mini_video_enc" not in output
 
 
-def test_missing_embeddings_are_named_with_what_makes_them(tmp_path: Path) -> None:
-    run = TinyRun(tmp_path, 2, [f"data.embeddings={tmp_path}"])
-    code, said, _ = check(run, "mini_audio_dec", "--decode", "0")
+def test_check_data_names_the_command_for_missing_embeddings(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path, 2, [f"data.caption_embedding_dir={tmp_path}"])
+    code, output, _ = check(run, "mini_audio_dec", "--decode", "0")
     assert code == 1
-    assert "mini_audio_dec: 0 of 7 usable" in said and "and 2 more" in said
-    assert "run process_embeddings.py on these captions" in said
+    assert "mini_audio_dec: 0 of 7 usable" in output and "and 2 more" in output
+    assert "run process_embeddings.py on these captions" in output
 
 
-def test_a_wrong_record_is_named_with_its_row(tmp_path: Path) -> None:
+def test_check_data_names_the_row_of_a_bad_record(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     annotation = data / "mini_world" / "T-X_pair_data" / "image" / "image.json"
     annotation.write_text('[{"image_name": "a.png"}]')
-    run = TinyRun(tmp_path, 1, [f"data.root={data}", f"data.cache={tmp_path / 'cache'}"])
-    code, _, said = check(run, "mini_image_enc")
-    assert code == 2 and "row 0" in said and "caption" in said
+    run = TinyRun(tmp_path, 1, [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}"])
+    code, _, output = check(run, "mini_image_enc")
+    assert code == 2 and "row 0" in output and "caption" in output

@@ -1,17 +1,22 @@
-"""Conversations become the published token ids, and truncation keeps what must stay."""
+"""Conversations encode to the published token ids; truncation keeps markup, media and labels."""
 
 import random
 
 import pytest
 import torch
 
-from config.errors import MediaError
-from config.loader import load_config
-from conversation.batch import pack_conversations, pad_conversations
-from conversation.encoding import IGNORE, ConversationEncoder, EncodedConversation
-from conversation.parts import MODALITIES, Conversation, Media, Part, Text, Turn
-from conversation.pieces import SLOT
-from model.build import build_conversation_encoder, build_model
+from nextgpt.common.errors import MediaError
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.batch import Example, collate, pack_first_fit
+from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
+from nextgpt.conversation.prompt import (
+    IGNORE_INDEX,
+    PLACEHOLDER_ID,
+    EncodedPrompt,
+    PromptBuilder,
+)
+from nextgpt.model.build import build_model, build_prompt_builder
 from parity_tools import cases
 from tiny_system import ask, recorded_conversation, tiny_config, tiny_encoder
 
@@ -20,23 +25,19 @@ CASE_NAMES += ["stage3.image_to_text", "stage3.multiturn"]
 
 
 @pytest.fixture(scope="module")
-def encoder() -> ConversationEncoder:
+def encoder() -> PromptBuilder:
     return tiny_encoder()
 
 
-def encoder_of(template: str) -> ConversationEncoder:
-    """With sentencepiece and the published template, or with byte-level BPE and ChatML."""
-    return (
-        tiny_encoder()
-        if template == "published"
-        else build_conversation_encoder(load_config("mini"))
-    )
+def encoder_of(template: str) -> PromptBuilder:
+    """Return sentencepiece with the published template, or byte-level BPE with ChatML."""
+    return tiny_encoder() if template == "vicuna_v0" else build_prompt_builder(load_config("mini"))
 
 
 @pytest.mark.parametrize("case", CASE_NAMES)
 @pytest.mark.parametrize("row", [0, 1])
-def test_token_ids_targets_and_masks_are_the_published_ones(
-    encoder: ConversationEncoder, case: str, row: int
+def test_prompt_ids_labels_and_masks_equal_the_published(
+    encoder: PromptBuilder, case: str, row: int
 ) -> None:
     encoded = encoder.encode(recorded_conversation(case, row))
     recorded_length = int(cases()[f"{case}.attention_mask"][row].sum())
@@ -44,65 +45,66 @@ def test_token_ids_targets_and_masks_are_the_published_ones(
     recorded_ids = cases()[f"{case}.input_ids"][row, :recorded_length].tolist()
     assert encoded.input_ids[opening:] == recorded_ids
     recorded_targets = cases()[f"{case}.targets"][row, :recorded_length].tolist()
-    assert encoded.targets[opening:] == recorded_targets
+    assert encoded.labels[opening:] == recorded_targets
     tokens = encoder.tokenizer.convert_ids_to_tokens
-    if encoded.slots:
+    if encoded.media_positions:
         assert tokens(encoded.input_ids[:4]) == ["<s>", "▁###", "▁Human", ":"]
         assert encoded.input_ids[4] == encoder.signals.open
-        assert [position for position, _ in encoded.slots] == [5]
+        assert [position for position, _ in encoded.media_positions] == [5]
     else:
         assert tokens(encoded.input_ids[:opening]) == ["<s>", "▁###", "▁Human", ":", "▁"]
-    assert set(encoded.targets[:opening]) == {IGNORE}
+    assert set(encoded.labels[:opening]) == {IGNORE_INDEX}
 
 
-def test_an_open_conversation_is_the_beginning_of_the_answered_one(
-    encoder: ConversationEncoder,
+def test_prompt_is_a_prefix_of_the_answered_conversation(
+    encoder: PromptBuilder,
 ) -> None:
     question, answer = ask("What is this?", "A lake.", shown=Media("video"))
     prompt = encoder.encode(Conversation((question,)))
     answered = encoder.encode(Conversation((question, answer)))
     assert answered.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-    assert set(prompt.targets) == {IGNORE}
-    first_target = next(i for i, target in enumerate(answered.targets) if target != IGNORE)
+    assert set(prompt.labels) == {IGNORE_INDEX}
+    first_target = next(i for i, target in enumerate(answered.labels) if target != IGNORE_INDEX)
     assert first_target == len(prompt.input_ids)
 
 
-SAYINGS = ("What is this?", "你好，世界。", "☺ two\n\nlines", "3 < 5 ###", " spaced  ", "A 𝄞 é.")
+TEXTS = ("What is this?", "你好，世界。", "☺ two\n\nlines", "3 < 5 ###", " spaced  ", "A 𝄞 é.")
 
 
 def random_dialogue(rng: random.Random, rounds: int) -> Conversation:
-    """Words of several scripts and media of every kind, in any place of any turn."""
+    """Return a conversation with text of several scripts and media anywhere in any turn."""
 
-    def parts(most_media: int) -> tuple[Part, ...]:
+    def parts(most_media: int) -> tuple[ContentPart, ...]:
         media = [
-            Media(rng.choice(MODALITIES), caption="x") for _ in range(rng.randint(0, most_media))
+            Media(rng.choice(list(MODALITIES)), caption="x")
+            for _ in range(rng.randint(0, most_media))
         ]
-        words = [Text(rng.choice(SAYINGS)) for _ in range(rng.randint(0 if media else 1, 2))]
+        words = [Text(rng.choice(TEXTS)) for _ in range(rng.randint(0 if media else 1, 2))]
         return tuple(rng.sample([*media, *words], len(media) + len(words)))
 
     roles = ("human", "assistant") * rounds
     return Conversation(tuple(Turn(role, parts(2)) for role in roles))
 
 
-@pytest.mark.parametrize("template", ["published", "chatml"])
-def test_prompts_of_every_round_are_the_beginning_of_what_training_reads(template: str) -> None:
+@pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
+def test_prompt_of_every_round_is_a_prefix_of_the_training_ids(template: str) -> None:
     encoder = encoder_of(template)
     for seed in range(40):
-        whole = random_dialogue(random.Random(seed), rounds=4)
-        trained = encoder.encode(whole)
-        for asked in range(1, len(whole.turns), 2):
-            prompt = encoder.encode(Conversation(whole.turns[:asked]))
+        full = random_dialogue(random.Random(seed), rounds=4)
+        trained = encoder.encode(full)
+        for asked in range(1, len(full.turns), 2):
+            prompt = encoder.encode(Conversation(full.turns[:asked]))
             length = len(prompt.input_ids)
             assert trained.input_ids[:length] == prompt.input_ids, (seed, asked)
-            assert trained.targets[:length] == prompt.targets, (seed, asked)
-            assert trained.slots[: len(prompt.slots)] == prompt.slots
-            assert trained.runs[: len(prompt.runs)] == prompt.runs
+            assert trained.labels[:length] == prompt.labels, (seed, asked)
+            assert trained.media_positions[: len(prompt.media_positions)] == prompt.media_positions
+            assert trained.signal_spans[: len(prompt.signal_spans)] == prompt.signal_spans
             # What comes next is the answer: all of it is learned, from its first token on.
-            assert trained.targets[length] == trained.input_ids[length], (seed, asked)
+            assert trained.labels[length] == trained.input_ids[length], (seed, asked)
 
 
-def test_media_stand_where_they_are_in_any_turn_of_either_side(
-    encoder: ConversationEncoder,
+def test_prompt_keeps_media_in_place_in_any_turn(
+    encoder: PromptBuilder,
 ) -> None:
     conversation = Conversation(
         (
@@ -113,33 +115,40 @@ def test_media_stand_where_they_are_in_any_turn_of_either_side(
         )
     )
     encoded = encoder.encode(conversation)
-    assert [medium.modality for _, medium in encoded.slots] == ["image", "audio", "video"]
-    assert [medium.modality for _, medium in encoded.runs] == ["video", "audio", "image"]
-    for position, _ in encoded.slots:
+    assert [medium.modality for _, medium in encoded.media_positions] == ["image", "audio", "video"]
+    assert [medium.modality for _, medium in encoded.signal_spans] == ["video", "audio", "image"]
+    for position, _ in encoded.media_positions:
         around = encoded.input_ids[position - 1], encoded.input_ids[position + 1]
         assert around == (encoder.signals.open, encoder.signals.close)
-    for position, medium in encoded.runs:
-        run = encoder.signals.run(medium.modality)
+    for position, medium in encoded.signal_spans:
+        run = encoder.signals.span(medium.modality)
         assert encoded.input_ids[position : position + len(run)] == run
-        assert encoded.targets[position : position + len(run)] == run
+        assert encoded.labels[position : position + len(run)] == run
 
 
-def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
-    config = tiny_config(overrides=["input_projection.tokens=3"])
-    encoder = build_conversation_encoder(config)
+def test_prompt_reserves_the_projections_tokens_per_medium() -> None:
+    config = tiny_config(overrides=["input_projection.tokens_per_medium=3"])
+    encoder = build_prompt_builder(config)
     turn = Turn("human", (Media("audio"), Text("and"), Media("image")))
     encoded = encoder.encode(Conversation((turn,)))
     open_, close = encoder.signals.open, encoder.signals.close
-    for position, _ in encoded.slots:
-        assert encoded.input_ids[position - 1 : position + 4] == [open_, SLOT, SLOT, SLOT, close]
-    assert [medium.modality for _, medium in encoded.slots] == ["audio", "image"]
+    for position, _ in encoded.media_positions:
+        assert encoded.input_ids[position - 1 : position + 4] == [
+            open_,
+            PLACEHOLDER_ID,
+            PLACEHOLDER_ID,
+            PLACEHOLDER_ID,
+            close,
+        ]
+    assert [medium.modality for _, medium in encoded.media_positions] == ["audio", "image"]
 
     model = build_model(config, torch.float32, lora=False, output_projections=False)
-    batch = pad_conversations([encoded], pad_id=encoder.tokenizer.eos_token_id)
     features = torch.randn(2, config.encoder.width)
-    made = model.embed(batch.input_ids, batch.slots, features)[0]
+    example = Example(encoded, [*features], [])
+    batch = collate([example], encoder.tokenizer.eos_token_id, config.encoder.width)
+    made = model.embed(batch.input_ids, batch.media_positions, batch.features)[0]
     own = model.language_model.get_input_embeddings()(batch.input_ids)[0]
-    places = [position + place for position, _ in encoded.slots for place in range(3)]
+    places = [position + place for position, _ in encoded.media_positions for place in range(3)]
     hidden_size = model.language_model.config.hidden_size
     assert torch.equal(made[places], model.input_projection(features).view(6, hidden_size))
     others = [place for place in range(len(own)) if place not in places]
@@ -149,118 +158,120 @@ def test_a_medium_takes_as_many_places_as_its_projection_gives() -> None:
 @pytest.mark.parametrize(
     "typed", ["[IMG0][IMG1]", "<Img>/etc/passwd</Img>", "</s> ### Human: 3 < 5", "<s>"]
 )
-def test_what_is_typed_stays_text(encoder: ConversationEncoder, typed: str) -> None:
+def test_prompt_user_text_is_never_parsed_as_markup(encoder: PromptBuilder, typed: str) -> None:
     encoded = encoder.encode(Conversation((Turn("human", (Text(typed),)),)))
     assert all(token < encoder.signals.first_id for token in encoded.input_ids)
     specials = {encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id}
     assert not specials & set(encoded.input_ids[1:])
-    assert encoded.slots == [] and encoded.runs == []
+    assert encoded.media_positions == [] and encoded.signal_spans == []
     assert typed in encoder.tokenizer.decode(encoded.input_ids[1:])
 
 
 @pytest.mark.parametrize("max_length", [60, 80, 120])
-def test_truncation_cuts_text_only_and_counts_it(
-    encoder: ConversationEncoder, max_length: int
-) -> None:
+def test_truncation_cuts_text_only_and_counts_it(encoder: PromptBuilder, max_length: int) -> None:
     long_text = "It looks like an ordinary day by the lake; nothing unusual happens. " * 20
     conversation = Conversation(ask(long_text, long_text, Media("image"), Media("video")))
-    whole = encoder.encode(conversation)
-    cut = encoder.encode(conversation, max_length)
-    assert len(cut.input_ids) == max_length
-    assert cut.cut_tokens == len(whole.input_ids) - max_length
-    run = encoder.signals.run("video")
-    assert cut.input_ids[-1 - len(run) : -1] == run
-    assert cut.input_ids[-1] == whole.input_ids[-1]
-    assert cut.input_ids[cut.runs[0][0] :][: len(run)] == run
-    assert cut.input_ids[cut.slots[0][0] - 1] == encoder.signals.open
-    decoded = encoder.tokenizer.decode([i for i in cut.input_ids if i < encoder.signals.first_id])
+    full = encoder.encode(conversation)
+    truncated = encoder.encode(conversation, max_length)
+    assert len(truncated.input_ids) == max_length
+    assert truncated.cut_tokens == len(full.input_ids) - max_length
+    run = encoder.signals.span("video")
+    assert truncated.input_ids[-1 - len(run) : -1] == run
+    assert truncated.input_ids[-1] == full.input_ids[-1]
+    assert truncated.input_ids[truncated.signal_spans[0][0] :][: len(run)] == run
+    assert truncated.input_ids[truncated.media_positions[0][0] - 1] == encoder.signals.open
+    decoded = encoder.tokenizer.decode(
+        [i for i in truncated.input_ids if i < encoder.signals.first_id]
+    )
     assert "### Assistant:" in decoded
 
 
 LONG = "It looks like an ordinary day by the lake; nothing unusual happens. " * 20
 
 
-def labelled(encoded: EncodedConversation) -> list[int]:
-    """The ids that carry the loss, in order."""
-    return [target for target in encoded.targets if target != IGNORE]
+def labelled(encoded: EncodedPrompt) -> list[int]:
+    """Return the ids with a loss, in order."""
+    return [target for target in encoded.labels if target != IGNORE_INDEX]
 
 
-@pytest.mark.parametrize("template", ["published", "chatml"])
-def test_truncated_answer_is_not_trained_to_end_where_it_was_cut(template: str) -> None:
+@pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
+def test_truncation_of_an_answer_masks_its_stop_token(template: str) -> None:
     encoder = encoder_of(template)
     conversation = Conversation((*ask("Why?", LONG), *ask("And then?", "Nothing.")))
-    whole, cut = encoder.encode(conversation), encoder.encode(conversation, max_length=100)
+    full, truncated = encoder.encode(conversation), encoder.encode(conversation, max_length=100)
     end = encoder.stop_sequences[0]
     second = labelled(encoder.encode(Conversation(ask("And then?", "Nothing."))))
     assert second[-len(end) :] == end
-    assert labelled(whole)[-len(second) :] == second  # the later, shorter answer is whole
-    assert labelled(cut)[-len(second) :] == second
-    words = labelled(whole)[: -len(second) - len(end)]
-    kept = labelled(cut)[: -len(second)]
+    assert labelled(full)[-len(second) :] == second  # the later, shorter answer is whole
+    assert labelled(truncated)[-len(second) :] == second
+    words = labelled(full)[: -len(second) - len(end)]
+    kept = labelled(truncated)[: -len(second)]
     assert len(words) > len(kept) > 0 and kept == words[: len(kept)]
     # The end itself stays in the ids, behind the last word that was kept.
-    last = next(i for i, target in enumerate(cut.targets) if target != IGNORE) + len(kept)
-    assert cut.input_ids[last : last + len(end)] == end
-    assert cut.targets[last : last + len(end)] == [IGNORE] * len(end)
+    last = next(i for i, target in enumerate(truncated.labels) if target != IGNORE_INDEX) + len(
+        kept
+    )
+    assert truncated.input_ids[last : last + len(end)] == end
+    assert truncated.labels[last : last + len(end)] == [IGNORE_INDEX] * len(end)
 
 
-@pytest.mark.parametrize("template", ["published", "chatml"])
-def test_truncated_caption_keeps_the_loss_of_signal_tokens_and_their_end(template: str) -> None:
+@pytest.mark.parametrize("template", ["vicuna_v0", "chatml"])
+def test_truncation_of_a_caption_keeps_signal_token_labels(template: str) -> None:
     encoder = encoder_of(template)
     conversation = Conversation(ask("Draw it.", LONG, made=Media("image")))
-    cut = encoder.encode(conversation, max_length=100)
-    assert cut.cut_tokens > 0
-    with_loss = labelled(cut)
-    run = encoder.signals.run("image")
+    truncated = encoder.encode(conversation, max_length=100)
+    assert truncated.cut_tokens > 0
+    with_loss = labelled(truncated)
+    run = encoder.signals.span("image")
     start = with_loss.index(run[0])
     assert with_loss[start : start + len(run)] == run
-    end = encoder.stop_sequences[1 if template == "published" else 0]
+    end = encoder.stop_sequences[1 if template == "vicuna_v0" else 0]
     assert with_loss[start + len(run) :] == end
 
 
-def test_truncated_text_behind_signal_tokens_is_not_trained_to_end(
-    encoder: ConversationEncoder,
+def test_truncation_behind_signal_tokens_masks_the_stop_token(
+    encoder: PromptBuilder,
 ) -> None:
     parts = (Text("Here:"), Media("image"), Text(LONG))
     turns = (Turn("human", (Text("Draw it."),)), Turn("assistant", parts))
-    cut = encoder.encode(Conversation(turns), max_length=100)
+    truncated = encoder.encode(Conversation(turns), max_length=100)
     end = encoder.stop_sequences[0]
-    assert cut.input_ids[-len(end) :] == end
-    assert cut.targets[-len(end) :] == [IGNORE] * len(end)
-    assert cut.targets[-len(end) - 1] != IGNORE
-    assert set(encoder.signals.run("image")) <= set(labelled(cut))
+    assert truncated.input_ids[-len(end) :] == end
+    assert truncated.labels[-len(end) :] == [IGNORE_INDEX] * len(end)
+    assert truncated.labels[-len(end) - 1] != IGNORE_INDEX
+    assert set(encoder.signals.span("image")) <= set(labelled(truncated))
 
 
-def test_question_that_is_cut_leaves_the_whole_answer_its_loss(
-    encoder: ConversationEncoder,
+def test_truncation_of_a_question_keeps_all_answer_labels(
+    encoder: PromptBuilder,
 ) -> None:
     conversation = Conversation(ask(LONG, "Because."))
-    cut = encoder.encode(conversation, max_length=100)
-    assert cut.cut_tokens > 0
-    assert labelled(cut) == labelled(encoder.encode(conversation))
+    truncated = encoder.encode(conversation, max_length=100)
+    assert truncated.cut_tokens > 0
+    assert labelled(truncated) == labelled(encoder.encode(conversation))
 
 
-def test_a_conversation_whose_markup_alone_is_too_long_is_refused(
-    encoder: ConversationEncoder,
+def test_truncation_refuses_markup_beyond_the_maximum(
+    encoder: PromptBuilder,
 ) -> None:
-    with pytest.raises(MediaError, match=r"raise data\.max_length"):
+    with pytest.raises(MediaError, match=r"raise data\.max_seq_length"):
         encoder.encode(Conversation(ask("a", "b", made=Media("video"))), max_length=20)
 
 
-def test_generation_stops_at_both_published_ends(encoder: ConversationEncoder) -> None:
+def test_stop_ids_include_both_published_ends(encoder: PromptBuilder) -> None:
     tokens = [encoder.tokenizer.convert_ids_to_tokens(s) for s in encoder.stop_sequences]
     assert tokens == [["<0x0A>", "###"], ["▁###"], ["</s>"]]
 
 
-def test_an_answer_is_read_back_as_its_parts(encoder: ConversationEncoder) -> None:
+def test_answer_ids_parse_into_content_parts(encoder: PromptBuilder) -> None:
     parts = (Text("Sure, here it is."), Media("image"), Media("audio"), Text("Enjoy."))
     question = Turn("human", (Text("Both, please."),))
     prompt = encoder.encode(Conversation((question,)))
-    whole = encoder.encode(Conversation((question, Turn("assistant", parts))))
-    assert encoder.decode_answer(whole.input_ids[len(prompt.input_ids) :]) == parts
+    full = encoder.encode(Conversation((question, Turn("assistant", parts))))
+    assert encoder.decode_answer(full.input_ids[len(prompt.input_ids) :]) == parts
 
 
-def test_packed_conversations_lie_whole_in_their_places_and_count_from_zero() -> None:
+def test_packing_keeps_conversations_contiguous_with_positions_from_zero() -> None:
     encoder = tiny_encoder()
     kinds = ("image", "video", "audio", "image")
     encoded = [
@@ -269,15 +280,19 @@ def test_packed_conversations_lie_whole_in_their_places_and_count_from_zero() ->
         for row in (0, 1)
     ]
     longest = max(len(one.input_ids) for one in encoded)
-    batch, places = pack_conversations(encoded, pad_id=0, row_length=2 * longest)
+    places = pack_first_fit([len(one.input_ids) for one in encoded], row_length=2 * longest)
+    examples = [Example(one, [torch.zeros(4)] * len(one.media_positions), []) for one in encoded]
+    batch = collate(examples, pad_id=0, feature_width=4, packed_seq_length=2 * longest)
     assert len(batch.input_ids) < len(encoded)
     assert int(batch.attention_mask.sum()) == sum(len(one.input_ids) for one in encoded)
-    slots = [tuple(slot) for slot in batch.slots.tolist()]
+    slots = [tuple(slot) for slot in batch.media_positions.tolist()]
     for (row, first), one in zip(places, encoded, strict=True):
         here = slice(first, first + len(one.input_ids))
         assert batch.input_ids[row, here].tolist() == one.input_ids
-        assert batch.targets[row, here].tolist() == one.targets
+        assert batch.labels[row, here].tolist() == one.labels
         assert batch.position_ids[row, here].tolist() == list(range(len(one.input_ids)))
-        assert [(row, first + position) for position, _ in one.slots] == slots[: len(one.slots)]
-        slots = slots[len(one.slots) :]
+        assert [(row, first + position) for position, _ in one.media_positions] == slots[
+            : len(one.media_positions)
+        ]
+        slots = slots[len(one.media_positions) :]
     assert not slots

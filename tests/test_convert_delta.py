@@ -1,4 +1,4 @@
-"""Tuned parameters written anew."""
+"""Conversion of delta files."""
 
 import shutil
 from pathlib import Path
@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
-import convert_delta
-from config.entry import run_entry
-from model.delta import load_delta, read_delta, write_delta
-from model.parts import NEEDED_TO_ANSWER, tuned_parameters
-from model.published import model_to_published
+from nextgpt import convert_delta
+from nextgpt.common.cli import run_cli
+from nextgpt.model.delta import load_delta, read_delta, write_delta
+from nextgpt.model.trainable import NEEDED_TO_ANSWER, tuned_parameters
 from parity_tools import PARITY
+from tiny_components import model_to_published
 from tiny_system import tiny_model
 
 
 def convert(*arguments: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["convert_delta.py", *map(str, arguments)])
-        run_entry(convert_delta.main)
+        run_cli(convert_delta.main)
 
 
-def test_a_published_file_becomes_a_half_as_large_one_that_fits_the_same_model(
+def test_convert_delta_halves_a_published_file_for_the_same_model(
     tmp_path: Path,
 ) -> None:
     published = tmp_path / "pytorch_model.pt"
@@ -40,7 +40,7 @@ def test_a_published_file_becomes_a_half_as_large_one_that_fits_the_same_model(
     load_delta(tiny_model(lora=True), after, required={"input_projection", "vocabulary", "lora"})
 
 
-def test_nothing_is_written_where_there_is_nothing_to_convert(
+def test_convert_delta_without_need_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -50,7 +50,7 @@ def test_nothing_is_written_where_there_is_nothing_to_convert(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_published_file_comes_back_from_ours_bit_by_bit(tmp_path: Path) -> None:
+def test_convert_delta_restores_the_published_file_bit_for_bit(tmp_path: Path) -> None:
     published = PARITY / "delta_stage3_tiny.pt"
     convert(published, tmp_path / "ours", "--dtype", "float32")
     convert("--to", "published", tmp_path / "ours", tmp_path / "theirs")
@@ -61,12 +61,12 @@ def test_a_published_file_comes_back_from_ours_bit_by_bit(tmp_path: Path) -> Non
         assert torch.equal(after[name], tensor.float()), name
 
 
-def test_what_was_tuned_with_new_rows_alone_is_published_with_the_language_models(
+def test_convert_delta_to_published_adds_the_base_vocabulary(
     tmp_path: Path,
 ) -> None:
     model = tiny_model(lora=True)
-    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, own_vocabulary=False)}
-    write_delta(tuned, model.own_vocabulary_size, tmp_path / "delta.safetensors")
+    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, base_vocabulary=False)}
+    write_delta(tuned, model.base_vocabulary_size, tmp_path / "delta.safetensors")
     path = f"language_model.path={PARITY / 'llama_tiny'}"
     convert("--to", "published", "--set", path, tmp_path, tmp_path / "theirs")
     written = torch.load(tmp_path / "theirs/pytorch_model.pt", weights_only=True)
@@ -77,22 +77,22 @@ def test_what_was_tuned_with_new_rows_alone_is_published_with_the_language_model
     load_delta(model, read_delta(tmp_path / "theirs"), required=NEEDED_TO_ANSWER)
 
 
-def test_other_signal_tokens_than_the_published_are_not_published(
+def test_convert_delta_refuses_unpublished_signal_tokens(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shipped = Path(__file__).parent.parent / "ckpt/delta_ckpt/nextgpt/mini_tiva_v0"
     with pytest.raises(SystemExit):
         convert("--to", "published", shipped, tmp_path / "out")
-    assert "new tokens, and the published layout 38" in capsys.readouterr().err
+    assert "14 new tokens, the published format 38" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_another_language_model_than_the_tuned_one_is_refused(
+def test_convert_delta_refuses_another_language_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_model(lora=False)
-    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, own_vocabulary=False)}
-    write_delta(tuned, model.own_vocabulary_size + 7, tmp_path / "delta.safetensors")
+    tuned = {n: p.detach().clone() for n, p in tuned_parameters(model, base_vocabulary=False)}
+    write_delta(tuned, model.base_vocabulary_size + 7, tmp_path / "delta.safetensors")
     path = f"language_model.path={PARITY / 'llama_tiny'}"
     with pytest.raises(SystemExit):
         convert("--to", "published", "--set", path, tmp_path, tmp_path / "out")

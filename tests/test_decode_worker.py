@@ -1,4 +1,4 @@
-"""The decode worker: what a hostile file costs, and who ends when."""
+"""The decode worker: limits, failures and process lifetime."""
 
 import os
 import shutil
@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 
 import hostile_decoders as hostile
 import tiny_run
-from config.errors import MediaError
-from conversation.parts import Modality
-from dataset import decode_worker, media
-from dataset.decode_worker import TimeLimits, decode
-from dataset.media import load_views
+from nextgpt.common.errors import MediaError
+from nextgpt.common.modality import Modality
+from nextgpt.media import decode_worker, transforms
+from nextgpt.media.decode_worker import TimeLimits, decode
+from nextgpt.media.transforms import load_views
 from parity_tools import MEDIA
 from tiny_run import TinyRun, tiny_world
 
@@ -35,16 +35,15 @@ PHOTO = str(MEDIA / "portrait.jpg")
 
 
 @pytest.fixture(autouse=True)
-def fresh_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Workers that find the tests' modules."""
-    monkeypatch.setenv("PYTHONPATH", str(TESTS))
+def fresh_workers() -> Iterator[None]:
+    """Start and end the test without decode workers."""
     decode_worker._pool.close()
     yield
     decode_worker._pool.close()
 
 
 def gone(process_id: int) -> bool:
-    """Whether a process has ended, if only as a zombie."""
+    """Return whether a process has ended or is a zombie."""
     try:
         return psutil.Process(process_id).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -59,7 +58,7 @@ def wait_until(true: Callable[[], object], seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         (hostile.crash, "SIGSEGV"),
         (hostile.abort, "SIGABRT"),
@@ -67,11 +66,9 @@ def wait_until(true: Callable[[], object], seconds: float) -> None:
         (hostile.refuse, "broken"),
     ],
 )
-def test_a_decoder_that_fails_costs_its_file_and_not_the_program(
-    function: Callable, said: str
-) -> None:
+def test_decode_failure_is_an_error_of_the_file_alone(function: Callable, message: str) -> None:
     for _ in range(2):
-        with pytest.raises(MediaError, match=said) as failed:
+        with pytest.raises(MediaError, match=message) as failed:
             decode(function, "a file", label="my file")
         name = "a file" if function is hostile.refuse else "my file"
         assert str(failed.value).startswith(f"{name}: ")
@@ -79,15 +76,17 @@ def test_a_decoder_that_fails_costs_its_file_and_not_the_program(
 
 
 @pytest.mark.parametrize(
-    ("function", "limits", "said"),
+    ("function", "limits", "message"),
     [
         (hostile.hang, TimeLimits(60, 1), "more than 1 s$"),
         (hostile.spin, TimeLimits(1, 60), "more than 1 s of processor time"),
     ],
 )
-def test_a_decoder_without_end_is_ended(function: Callable, limits: TimeLimits, said: str) -> None:
+def test_decode_beyond_a_limit_kills_the_worker(
+    function: Callable, limits: TimeLimits, message: str
+) -> None:
     start = time.monotonic()
-    with pytest.raises(MediaError, match=said):
+    with pytest.raises(MediaError, match=message):
         decode(function, "a file", limits=limits)
     assert time.monotonic() - start < 50
 
@@ -101,15 +100,15 @@ def test_a_decoder_without_end_is_ended(function: Callable, limits: TimeLimits, 
         ("audio", "read_samples"),
     ],
 )
-def test_views_are_decoded_within_the_limits_given(
+def test_load_views_respects_time_limits(
     modality: Modality, reader: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, reader, hostile.hang)
+    monkeypatch.setattr(transforms, reader, hostile.hang)
     with pytest.raises(MediaError, match=r"more than 1 s$"):
         load_views(modality, MEDIA / "move_wide.mp4", limits=TimeLimits(60, 1))
 
 
-def test_a_full_pool_makes_a_call_wait_and_a_stop_ends_the_wait() -> None:
+def test_decode_waits_for_a_free_worker_and_can_be_cancelled() -> None:
     def check() -> None:
         raise InterruptedError("stopped")
 
@@ -119,7 +118,7 @@ def test_a_full_pool_makes_a_call_wait_and_a_stop_ends_the_wait() -> None:
             pool.submit(decode, hostile.hang, "a file", limits=limits)
             for _ in range(decode_worker.MAX_WORKERS)
         ]
-        wait_until(lambda: not decode_worker._pool.places._value, seconds=20)
+        wait_until(lambda: not decode_worker._pool.slots._value, seconds=20)
         with pytest.raises(InterruptedError, match="stopped"):
             decode(hostile.same, "a file", check=check)
         assert not any(one.done() for one in hanging)
@@ -127,7 +126,7 @@ def test_a_full_pool_makes_a_call_wait_and_a_stop_ends_the_wait() -> None:
         assert all(isinstance(one.exception(), MediaError) for one in hanging)
 
 
-def test_a_sound_takes_little_more_memory_than_its_samples(tmp_path: Path) -> None:
+def test_decode_of_audio_copies_little_memory(tmp_path: Path) -> None:
     path = tmp_path / "long.wav"
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
@@ -138,22 +137,22 @@ def test_a_sound_takes_little_more_memory_than_its_samples(tmp_path: Path) -> No
     assert (len(samples), rate) == (30_000_000, 16000)
 
 
-def test_a_fault_of_the_program_is_no_fault_of_the_file(capfd: pytest.CaptureFixture) -> None:
+def test_decode_program_error_is_not_a_media_error(capfd: pytest.CaptureFixture) -> None:
     with pytest.raises(RuntimeError, match="a file: the decoder ended with code 1"):
         decode(hostile.err, "a file")
     assert "ZeroDivisionError: a fault of the program" in capfd.readouterr().err
     assert decode(hostile.same, "alive") == "alive"
 
 
-def test_a_worker_that_cannot_start_is_no_fault_of_the_file(
+def test_decode_failed_worker_start_is_not_a_media_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(decode_worker, "_CODE", TESTS / "nowhere")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="cannot start"):
         decode(hostile.same, "a file")
 
 
-def test_results_come_back_as_they_were() -> None:
+def test_decode_results_round_trip() -> None:
     arrays, text, number, nothing, empty = decode(hostile.many, "a file")
     first, second = arrays
     assert np.array_equal(first, [[0, 3], [1, 4], [2, 5]]) and first.dtype == np.uint8
@@ -162,29 +161,30 @@ def test_results_come_back_as_they_were() -> None:
     assert empty.shape == (0, 2) and empty.dtype == np.float32
 
 
-def test_what_a_library_prints_is_no_answer() -> None:
+def test_decode_ignores_what_libraries_print() -> None:
     assert decode(hostile.garble, "a file") is None
     assert decode(hostile.same, [1, "ä", None]) == [1, "ä", None]
 
 
-def test_a_worker_serves_call_after_call_without_torch() -> None:
+def test_decode_worker_is_reused_and_never_imports_torch() -> None:
     first = decode(hostile.own_id, "a file")
     load_views("image", PHOTO)
     imported = decode(hostile.modules, "a file")
     assert decode(hostile.own_id, "a file") == first
-    assert "dataset.decoding" in imported and "torch" not in imported
+    assert "nextgpt.media.decoding" in imported and "torch" not in imported
 
 
-def test_a_worker_that_has_held_much_is_replaced() -> None:
-    """What it kept in fragments would make the next file's fate depend on those before it."""
+def test_decode_worker_with_large_memory_is_replaced() -> None:
+    """Fragmented memory would make the next file's limit depend on earlier files."""
     worker = decode(hostile.gorge, "a file")
     wait_until(lambda: gone(worker), seconds=20)
     own = np.ones(9 << 25, np.float32)  # 1.2 GB of this process do not count
-    assert decode(hostile.own_id, "a file") == decode(hostile.own_id, "a file")
-    assert own.all()
+    first = decode(hostile.own_id, "a file")
+    assert decode(hostile.own_id, "a file") == first != worker
+    del own
 
 
-def test_who_stops_waiting_ends_the_worker() -> None:
+def test_decode_cancelled_call_kills_the_worker() -> None:
     calls = iter(range(3))
 
     def check() -> None:
@@ -200,7 +200,7 @@ def test_who_stops_waiting_ends_the_worker() -> None:
     assert decode(hostile.same, "alive") == "alive"
 
 
-def test_threads_decode_at_the_same_time_and_never_get_each_others_answers() -> None:
+def test_decode_threads_run_in_parallel_and_get_their_results() -> None:
     with ThreadPoolExecutor(8) as pool:
         given = [[number] * 1000 for number in range(200)]
         assert list(pool.map(lambda one: decode(hostile.same, one), given)) == given
@@ -210,13 +210,13 @@ def test_threads_decode_at_the_same_time_and_never_get_each_others_answers() -> 
         assert not hanging.done() and isinstance(hanging.exception(), MediaError)
 
 
-def test_an_idle_worker_that_was_killed_is_replaced() -> None:
+def test_decode_worker_killed_while_idle_is_replaced() -> None:
     worker = decode(hostile.own_id, "a file")
     os.kill(worker, signal.SIGKILL)  # not waited for: the call may come before the end
     assert decode(hostile.same, "alive") == "alive"
 
 
-def test_signals_to_all_processes_of_a_run_do_not_end_a_worker() -> None:
+def test_decode_worker_ignores_group_signals() -> None:
     worker = decode(hostile.own_id, "a file")
     for one in (signal.SIGTERM, signal.SIGINT):
         os.kill(worker, one)
@@ -226,7 +226,7 @@ def test_signals_to_all_processes_of_a_run_do_not_end_a_worker() -> None:
 
 PARENT = """
     import os, sys
-    from dataset.decode_worker import decode
+    from nextgpt.media.decode_worker import decode
     import hostile_decoders as hostile
     if __name__ == "__main__":
         print(decode(hostile.own_id, "a file"), flush=True)
@@ -242,12 +242,11 @@ PARENT = """
 
 
 @pytest.mark.parametrize("how", ["idle", "hang", "fork", "end"])
-def test_a_worker_ends_with_its_parent_however_that_ends(how: str, tmp_path: Path) -> None:
+def test_decode_worker_ends_with_its_parent(how: str, tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(textwrap.dedent(PARENT))
-    environment = os.environ | {"PYTHONPATH": f"{CODE}{os.pathsep}{TESTS}"}
     parent = subprocess.Popen(
         [sys.executable, str(tmp_path / "parent.py"), how, str(tmp_path / "begun")],
-        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     worker = int(parent.stdout.readline())
     if how != "end":
@@ -268,7 +267,7 @@ def views_or_reason(path: str) -> torch.Tensor | str:
 
 
 class Pictures(torch.utils.data.Dataset):
-    """Views of pictures, or why there are none, and the worker that made them."""
+    """Views of images, or the error, and the process id of the decode worker."""
 
     def __init__(self, paths: list[str]) -> None:
         self.paths = paths
@@ -281,17 +280,17 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
+def test_data_loader_decoder_crash_costs_one_sample(
     workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, "read_pixels", hostile.pixels_or_crash)
+    monkeypatch.setattr(transforms, "read_pixels", hostile.pixels_or_crash)
     own = decode(hostile.own_id, "")  # of this process, whose forks must not use it
     paths = [PHOTO, str(tmp_path / "crash.png"), PHOTO, PHOTO]
     loader = DataLoader(Pictures(paths), batch_size=None, num_workers=workers)
     results = list(loader)
     for index, (views, _) in enumerate(results):
         if index == 1:
-            assert "crash.png: cannot be decoded: it ended the decoder (SIGSEGV)" in views
+            assert "crash.png: cannot be decoded: the decoder crashed (SIGSEGV)" in views
         else:
             assert torch.equal(views, load_views("image", PHOTO))
     if workers:
@@ -306,32 +305,30 @@ def test_a_crash_costs_one_sample_in_a_loaders_processes_and_out_of_them(
     {"dtype": "|O", "shape": [2]}, {"dtype": "<f4", "shape": [1 << 40]},
     {"dtype": "<f4", "shape": [1 << 20, 1 << 20]},
 ])  # fmt: skip
-def test_an_answer_that_is_no_array_of_numbers_is_not_read(answer: dict) -> None:
-    with pytest.raises(ValueError, match="no array of a medium"):
+def test_decode_answer_other_than_numeric_arrays_is_refused(answer: dict) -> None:
+    with pytest.raises(ValueError, match="not an array of a medium"):
         decode_worker._unpack(answer, None)
 
 
 def _train_with_crashes(*given: Any) -> None:
-    """The training entry, where pictures of one name crash the decoder."""
-    media.read_pixels = hostile.pixels_or_crash
+    """Run the training entry with a decoder that crashes on crash.png."""
+    transforms.read_pixels = hostile.pixels_or_crash
     tiny_run._train(*given)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_crash_while_training_costs_one_sample_and_not_the_run(
-    workers: int, tmp_path: Path
-) -> None:
+def test_training_decoder_crash_costs_one_sample(workers: int, tmp_path: Path) -> None:
     data = shutil.copytree(tiny_world() / "data", tmp_path / "data")
     pictures = data / "mini_world" / "T-X_pair_data" / "image"
     first = sorted((pictures / "images").iterdir())[0]
     first.rename(first.with_name("crash.png"))
     annotation = pictures / "image.json"
     annotation.write_text(annotation.read_text().replace(first.name, "crash.png"))
-    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
-    sets += ["data.datasets=[mini_image_enc]", "training.epochs=9", f"data.workers={workers}"]
+    sets = [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=9"]
+    sets += ["data.datasets=[mini_image_enc]", "training.epochs=9", f"data.num_workers={workers}"]
     run = TinyRun(tmp_path, 1, sets)
     assert run.start(target=_train_with_crashes).wait() == 0, run.output
     reasons = {line["reason"] for line in run.skipped}
     (reason,) = reasons
-    assert "crash.png: cannot be decoded: it ended the decoder (SIGSEGV)" in reason
+    assert "crash.png: cannot be decoded: the decoder crashed (SIGSEGV)" in reason
     assert run.metrics[-1]["skipped"] == len(run.skipped) >= 1

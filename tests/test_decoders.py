@@ -1,4 +1,4 @@
-"""The decoders and the caption encoders against the diffusers pipelines they stand for."""
+"""Decoders and text encoders against the diffusers pipelines."""
 
 import json
 import shutil
@@ -14,43 +14,46 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from config.errors import InputError
-from conversation.parts import MODALITIES, Modality
-from mini_world.mini_decoders import build_mini_decoder
-from model.caption_encoders import CaptionEncoder
-from model.decoders import PIPELINES, DecodeOptions, Decoder, initial_noise
-from model.media_files import SUFFIXES, Frames, Output, Sound, save_medium
-from model.pretrained_folder import resolve
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.media.writing import Frames, Output, Sound, save_medium
+from nextgpt.mini_world.mini_decoders import build_mini_decoder
+from nextgpt.model.decoders import DiffusionSettings, build_decoder, initial_noise
+from nextgpt.model.loading import resolve_model_path
+from nextgpt.model.text_encoders import TextEncoder
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
 CPU = torch.device("cpu")
 SHAPES = {"image": (12, 32), "video": (12, 32), "audio": (16,)}
-OPTIONS = DecodeOptions(steps=2, guidance_scale=3.0, frames=3, seconds=0.025, seed=5)
+OPTIONS = DiffusionSettings(
+    num_inference_steps=2, guidance_scale=3.0, num_frames=3, audio_length_in_s=0.025, seed=5
+)
 # The pipelines' own names for the length of what comes out.
 LENGTH = {"image": {}, "video": {"num_frames": 3}, "audio": {"audio_length_in_s": 0.025}}
 
 
 def pipeline(modality: Modality) -> DiffusionPipeline:
-    """The diffusers pipeline, loaded as diffusers' manual says."""
-    return PIPELINES[modality].from_pretrained(tiny_decoder(modality), dtype=torch.float32)
+    """Load the diffusers pipeline as its manual describes."""
+    pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
+    return pipeline_class.from_pretrained(tiny_decoder(modality), dtype=torch.float32)
 
 
-def decode(modality: Modality, options: DecodeOptions = OPTIONS, scale: float = 1.0) -> Output:
-    """The first caption, decoded from its embedding."""
+def decode(modality: Modality, options: DiffusionSettings = OPTIONS, scale: float = 1.0) -> Output:
+    """Decode the first caption from its embedding."""
     folder = str(tiny_decoder(modality))
-    embeddings = CaptionEncoder(modality, folder, CPU).encode(CAPTIONS[:1])
-    return Decoder(modality, folder, CPU).decode(embeddings * scale, options)[0]
+    embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS[:1])
+    return build_decoder(modality, folder, CPU).decode(embeddings * scale, options)[0]
 
 
 def values(output: Output) -> np.ndarray:
-    """The numbers of an output, pixels as 0..255."""
+    """Return an output's values, pixels as 0..255."""
     array = output[0] if isinstance(output, Frames | Sound) else np.asarray(output)
     return array.astype(np.float64)
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_caption_encoder_equals_pipelines_encode_prompt(modality: Modality) -> None:
-    encoder = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU)
+def test_text_encoder_equals_the_pipelines_encode_prompt(modality: Modality) -> None:
+    encoder = TextEncoder(modality, str(tiny_decoder(modality)), CPU)
     found = encoder.encode(CAPTIONS)
     pipe = pipeline(modality)
     encode = pipe._encode_prompt if modality == "audio" else pipe.encode_prompt
@@ -61,17 +64,15 @@ def test_caption_encoder_equals_pipelines_encode_prompt(modality: Modality) -> N
     assert not torch.allclose(found[0], found[1])
 
 
-def test_sound_captions_have_unit_length() -> None:
-    encoder = CaptionEncoder("audio", str(tiny_decoder("audio")), CPU)
+def test_text_encoder_audio_embeddings_have_unit_norm() -> None:
+    encoder = TextEncoder("audio", str(tiny_decoder("audio")), CPU)
     torch.testing.assert_close(encoder.encode(CAPTIONS).norm(dim=-1), torch.ones(2))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_captions_embedding_decodes_as_its_prompt(
-    modality: Modality, guidance_scale: float
-) -> None:
-    options = DecodeOptions(**{**vars(OPTIONS), "guidance_scale": guidance_scale})
+def test_decoder_caption_embeds_equal_the_prompt(modality: Modality, guidance_scale: float) -> None:
+    options = DiffusionSettings(**{**vars(OPTIONS), "guidance_scale": guidance_scale})
     found = values(decode(modality, options))
     expected = pipeline(modality)(
         CAPTIONS[0],
@@ -89,17 +90,17 @@ def test_captions_embedding_decodes_as_its_prompt(
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_batch_equals_samples_with_their_own_seeds(modality: Modality) -> None:
+def test_decoder_batch_equals_single_samples_with_their_seeds(modality: Modality) -> None:
     folder = str(tiny_decoder(modality))
-    decoder = Decoder(modality, folder, CPU)
-    embeddings = CaptionEncoder(modality, folder, CPU).encode(CAPTIONS)
+    decoder = build_decoder(modality, folder, CPU)
+    embeddings = TextEncoder(modality, folder, CPU).encode(CAPTIONS)
     both = decoder.decode(embeddings, OPTIONS)
-    second = decoder.decode(embeddings[1:], DecodeOptions(**{**vars(OPTIONS), "seed": 6}))
+    second = decoder.decode(embeddings[1:], DiffusionSettings(**{**vars(OPTIONS), "seed": 6}))
     atol = 1e-5 if modality == "audio" else 1
     np.testing.assert_allclose(values(both[1]), values(second[0]), atol=atol)
 
 
-def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
+def test_initial_noise_is_shared_across_frames_as_configured() -> None:
     noise = initial_noise(
         (2, 8, 4, 40, 40), 0.9, [torch.Generator().manual_seed(s) for s in (5, 6)]
     )
@@ -107,10 +108,10 @@ def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
     assert frames.std(dim=-1) == pytest.approx(torch.ones(2, 4), abs=0.03)
     assert torch.corrcoef(frames[0])[0, 1:] == pytest.approx(torch.full((3,), 0.9), abs=0.01)
     assert torch.corrcoef(frames[:, 0])[0, 1].abs() < 0.05  # two videos share nothing
-    decoder = Decoder("video", str(tiny_decoder("video")), torch.device("cpu"))
-    embeddings = decoder.captions.encode(CAPTIONS)
+    decoder = build_decoder("video", str(tiny_decoder("video")), torch.device("cpu"))
+    embeddings = decoder.text_encoder.encode(CAPTIONS)
     alike, apart = (
-        decoder.decode(embeddings, DecodeOptions(**{**vars(OPTIONS), "shared_noise": shared}))
+        decoder.decode(embeddings, DiffusionSettings(**{**vars(OPTIONS), "shared_noise": shared}))
         for shared in (1.0, 0.0)
     )
     for still, moving in zip(alike, apart, strict=True):
@@ -118,24 +119,22 @@ def test_frames_share_as_much_of_their_noise_as_is_asked_for() -> None:
 
 
 def _change(video: Frames) -> float:
-    """How much a frame differs from the one before it."""
+    """Return the mean absolute difference of consecutive frames."""
     return float(np.abs(np.diff(video.frames.astype(float), axis=0)).mean())
 
 
-def test_length_of_a_sounds_embedding_does_not_matter() -> None:
+def test_decoder_ignores_the_norm_of_audio_embeddings() -> None:
     np.testing.assert_allclose(
         values(decode("audio")), values(decode("audio", scale=7.0)), atol=1e-6
     )
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_same_seed_gives_the_same_file_and_another_another(
-    modality: Modality, tmp_path: Path
-) -> None:
+def test_decoder_output_depends_on_the_seed_alone(modality: Modality, tmp_path: Path) -> None:
     outputs = [
-        decode(modality, DecodeOptions(**{**vars(OPTIONS), "seed": seed})) for seed in (5, 5, 6)
+        decode(modality, DiffusionSettings(**{**vars(OPTIONS), "seed": seed})) for seed in (5, 5, 6)
     ]
-    paths = [tmp_path / f"{index}{SUFFIXES[modality]}" for index in range(2)]
+    paths = [tmp_path / f"{index}{MODALITIES[modality].suffix}" for index in range(2)]
     for output, path in zip(outputs, paths, strict=False):
         save_medium(output, path)
     assert paths[0].read_bytes() == paths[1].read_bytes()
@@ -144,8 +143,8 @@ def test_same_seed_gives_the_same_file_and_another_another(
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_progress_reaches_the_end_and_can_stop_the_decoding(modality: Modality) -> None:
-    decoder = Decoder(modality, str(tiny_decoder(modality)), CPU)
+def test_decoder_callback_sees_every_step_and_can_stop(modality: Modality) -> None:
+    decoder = build_decoder(modality, str(tiny_decoder(modality)), CPU)
     embeddings = torch.zeros(1, *SHAPES[modality])
     seen: list[tuple[int, int]] = []
     decoder.decode(embeddings, OPTIONS, lambda step, steps: seen.append((step, steps)))
@@ -159,14 +158,16 @@ def test_progress_reaches_the_end_and_can_stop_the_decoding(modality: Modality) 
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_an_offloaded_decoder_makes_the_same_and_leaves_the_device_even_when_stopped(
+def test_decoder_offload_keeps_outputs_and_frees_the_device_when_stopped(
     modality: Modality, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = torch.device("cpu", 0)  # the same as without a number, but told apart by name
-    decoder = Decoder(modality, str(tiny_decoder(modality)), device, offloaded=True)
-    embeddings = decoder.captions.encode(CAPTIONS[:1])
+    decoder = build_decoder(modality, str(tiny_decoder(modality)), device, offloaded=True)
+    embeddings = decoder.text_encoder.encode(CAPTIONS[:1])
     parts = decoder.pipeline.components.values()
-    networks = {part for part in parts if isinstance(part, nn.Module)} - {decoder.captions.encoder}
+    networks = {part for part in parts if isinstance(part, nn.Module)} - {
+        decoder.text_encoder.encoder
+    }
     moves: dict[nn.Module, list[str]] = {network: [] for network in networks}
     move = nn.Module.to
 
@@ -191,7 +192,7 @@ def test_an_offloaded_decoder_makes_the_same_and_leaves_the_device_even_when_sto
     assert all(places == 2 * ["cpu:0", "cpu"] for places in moves.values())
 
 
-def test_kinds_and_sizes_of_what_comes_out() -> None:
+def test_decoder_outputs_have_the_expected_types_and_shapes() -> None:
     image, video, sound = (decode(modality) for modality in MODALITIES)
     assert isinstance(image, Image.Image)
     assert image.size == (16, 16)  # the pipeline's own size
@@ -200,20 +201,22 @@ def test_kinds_and_sizes_of_what_comes_out() -> None:
     assert sound.samples.shape == (400,)
     assert sound.samples.dtype == np.float32
     assert sound.rate == 16000
-    wide = decode("video", DecodeOptions(**{**vars(OPTIONS), "height": 24, "width": 32}))
+    wide = decode("video", DiffusionSettings(**{**vars(OPTIONS), "height": 24, "width": 32}))
     assert wide.frames.shape == (3, 24, 32, 3)
 
 
-def test_embedding_of_another_shape_is_an_input_error() -> None:
-    decoder = Decoder("image", str(tiny_decoder("image")), CPU)
-    with pytest.raises(InputError, match=r"\(12, 32\), not \(77, 768\)"):
+def test_decoder_wrong_embedding_shape_raises() -> None:
+    decoder = build_decoder("image", str(tiny_decoder("image")), CPU)
+    with pytest.raises(UserError, match=r"\(12, 32\), not \(77, 768\)"):
         decoder.decode(torch.zeros(1, 77, 768))
 
 
-@pytest.mark.parametrize("options", [{"height": 100}, {"steps": 0}, {"frames": 0}])
-def test_wrong_option_is_named(options: dict[str, int]) -> None:
-    with pytest.raises(InputError, match=next(iter(options))):
-        DecodeOptions(**options)
+@pytest.mark.parametrize(
+    "options", [{"height": 100}, {"num_inference_steps": 0}, {"num_frames": 0}]
+)
+def test_decoder_wrong_option_is_named(options: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        DiffusionSettings(**options)
 
 
 @pytest.mark.parametrize(
@@ -225,26 +228,26 @@ def test_wrong_option_is_named(options: dict[str, int]) -> None:
         "text_encoder/model.safetensors",
     ],
 )
-def test_missing_file_is_named(file: str, tmp_path: Path) -> None:
+def test_decoder_missing_file_is_named(file: str, tmp_path: Path) -> None:
     folder = tmp_path / "broken"
     shutil.copytree(tiny_decoder("image"), folder)
     (folder / file).unlink()
-    with pytest.raises(InputError, match=file.split("/")[1]):
-        CaptionEncoder("image", str(folder), CPU)
+    with pytest.raises(UserError, match=file.split("/")[1]):
+        TextEncoder("image", str(folder), CPU)
 
 
-def test_caption_encoder_needs_nothing_but_tokenizer_and_text_encoder(tmp_path: Path) -> None:
+def test_text_encoder_needs_only_tokenizer_and_text_encoder_files(tmp_path: Path) -> None:
     for part in ("tokenizer", "text_encoder"):
         shutil.copytree(tiny_decoder("video") / part, tmp_path / part)
-    encoder = CaptionEncoder("video", str(tmp_path), CPU)
+    encoder = TextEncoder("video", str(tmp_path), CPU)
     assert (
         encoder.fingerprints()
-        == CaptionEncoder("video", str(tiny_decoder("video")), CPU, torch.float16).fingerprints()
+        == TextEncoder("video", str(tiny_decoder("video")), CPU, torch.float16).fingerprints()
     )
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])
-def test_folders_in_the_published_layout_load_the_same(modality: Modality, tmp_path: Path) -> None:
+def test_decoder_folders_in_published_layout_load(modality: Modality, tmp_path: Path) -> None:
     folder = tmp_path / "published"
     shutil.copytree(tiny_decoder(modality), folder)
     tokenizer = folder / "tokenizer"
@@ -258,21 +261,21 @@ def test_folders_in_the_published_layout_load_the_same(modality: Modality, tmp_p
         tensors = {f"text_model.{name}": t for name, t in load_file(weights).items()}
         tensors["text_model.embeddings.position_ids"] = torch.arange(12)[None]
         save_file(tensors, weights, metadata={"format": "pt"})
-    found = CaptionEncoder(modality, str(folder), CPU).encode(CAPTIONS)
-    expected = CaptionEncoder(modality, str(tiny_decoder(modality)), CPU).encode(CAPTIONS)
+    found = TextEncoder(modality, str(folder), CPU).encode(CAPTIONS)
+    expected = TextEncoder(modality, str(tiny_decoder(modality)), CPU).encode(CAPTIONS)
     assert torch.equal(found, expected)
 
 
-def test_names_that_the_hub_no_longer_has_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_decoder_hub_names_that_moved_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    assert resolve("runwayml/stable-diffusion-v1-5") == name
+    assert resolve_model_path("runwayml/stable-diffusion-v1-5") == name
     assert "gone from the hub" in capsys.readouterr().out
-    assert resolve(name) == name
-    with pytest.raises(InputError, match="no such folder"):
-        resolve("../no/such/folder")
+    assert resolve_model_path(name) == name
+    with pytest.raises(UserError, match="no such folder"):
+        resolve_model_path("../no/such/folder")
 
 
-def test_builder_gives_the_same_weights_for_the_same_seed(tmp_path: Path) -> None:
+def test_decoder_builder_is_deterministic(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 2)):
         build_mini_decoder("image", tmp_path / name, seed, CAPTIONS[:1], TINY)
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -281,7 +284,7 @@ def test_builder_gives_the_same_weights_for_the_same_seed(tmp_path: Path) -> Non
     assert (tmp_path / "b" / weights).read_bytes() != first
 
 
-def test_video_file_plays_in_browsers_and_keeps_its_frames(tmp_path: Path) -> None:
+def test_video_writer_keeps_frames_in_a_browser_format(tmp_path: Path) -> None:
     ramp = np.linspace(0, 255, 15 * 17).reshape(15, 17)  # odd sides
     frames = np.stack([np.full((15, 17, 3), level) + ramp[..., None] for level in (0, 9)])
     video = Frames(frames.clip(0, 255).astype(np.uint8), 8)
@@ -294,7 +297,7 @@ def test_video_file_plays_in_browsers_and_keeps_its_frames(tmp_path: Path) -> No
     assert np.abs(read[:, :15, :17].astype(float) - video.frames).mean() < 4
 
 
-def test_sound_file_is_16_bit_and_clipped(tmp_path: Path) -> None:
+def test_audio_writer_clips_to_16_bit(tmp_path: Path) -> None:
     save_medium(Sound(np.array([0, 0.5, -3], np.float32), 16000), tmp_path / "x.wav")
     with wave.open(str(tmp_path / "x.wav")) as file:
         assert (file.getnchannels(), file.getsampwidth(), file.getframerate()) == (1, 2, 16000)
@@ -302,7 +305,7 @@ def test_sound_file_is_16_bit_and_clipped(tmp_path: Path) -> None:
     assert samples.tolist() == [0, 16384, -32767]
 
 
-def test_failed_write_leaves_the_older_file(tmp_path: Path) -> None:
+def test_media_writer_failure_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "x.wav"
     path.write_bytes(b"older")
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""The scoreboard: what is asked and wanted, how it is scored, and a run on tiny real parts."""
+"""The scoreboard: items, scoring, and a run with tiny components."""
 
 import json
 from dataclasses import replace
@@ -9,15 +9,29 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate as entry
-from chat.assistant import Assistant
-from chat.options import ChatOptions
-from config.entry import run_entry
-from config.errors import InputError
-from config.loader import load_config
-from conversation.captions import clean_caption
-from conversation.parts import Media, Text
-from evaluation.items import (
+from nextgpt import evaluate as entry
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Media, Text
+from nextgpt.dataset.readers import clean_caption
+from nextgpt.evaluation.metrics import wilson_interval
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.mini_world.captions import audible_attributes, parse_caption
+from nextgpt.mini_world.media_set import render_medium
+from nextgpt.mini_world.objects import HELD_OUT_PAIRS, SHAPE_OF, SIZE_OF, Split, Value, WorldObject
+from nextgpt.mini_world.plain_talk import plain_talk_pairs
+from nextgpt.mini_world.request_templates import (
+    AUDIO_REQUESTS,
+    COUNTED_AUDIO_REQUESTS,
+    COURSE_REQUESTS,
+    EDIT_REQUESTS,
+    OPENING_REQUESTS,
+    REVERSE_REQUESTS,
+    VISUAL_REQUESTS,
+)
+from nextgpt.mini_world.scoreboard.items import (
     CASES,
     CELLS,
     LETTERS,
@@ -25,25 +39,20 @@ from evaluation.items import (
     PLAIN,
     QUICK,
     SECOND,
+    Expected,
     Item,
-    Wanted,
     build_items,
     parse_cells,
     write_media,
 )
-from evaluation.judge import judge, judge_file
-from evaluation.plain_talk import perplexity, plain_questions
-from evaluation.running import caption_before, decode_captions
-from evaluation.scoreboard import Questions, average, measure
-from evaluation.scoring import chance, score_answer, summarise, wilson
-from evaluation.table import table
-from mini_world.album import render_medium
-from mini_world.captions import as_heard, read_caption
-from mini_world.phrasing import COURSE_REQUESTS, EDITS, HEAR, HEAR_COUNTED, OPENINGS, REVERSE, SHOW
-from mini_world.plain_talk import plain_pairs
-from mini_world.things import HELD_OUT_PAIRS, SHAPE_OF, SIZE_OF, Split, Thing, Value
-from mini_world.words import Wording
-from tiny_parts import tiny_overrides, write_tiny_parts
+from nextgpt.mini_world.scoreboard.judge import judge, judge_file
+from nextgpt.mini_world.scoreboard.plain_talk import perplexity, plain_questions
+from nextgpt.mini_world.scoreboard.report import format_table
+from nextgpt.mini_world.scoreboard.runner import decode_captions, written_caption
+from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, mean_accuracy, measure
+from nextgpt.mini_world.scoreboard.scoring import chance_level, score_answer, summarize
+from nextgpt.mini_world.words import TemplateSet
+from tiny_components import tiny_overrides, write_tiny_components
 
 
 def items_of(*cells: str, samples: int = 24, split: Split = "validation") -> list[Item]:
@@ -53,17 +62,17 @@ def items_of(*cells: str, samples: int = 24, split: Split = "validation") -> lis
 # What is asked.
 
 
-def test_cells_are_read_in_any_form() -> None:
+def test_parse_cells_accepts_any_form() -> None:
     assert parse_cells("T-I, A->V,T→T") == ("T→T", "T→I", "A→V")
     assert parse_cells("second,T+I-T+A,plain") == ("T+I→T+A", SECOND, PLAIN)
     assert parse_cells("quick") == QUICK
     assert parse_cells("quick,cases") == (*QUICK, *CASES)
     assert len(MATRIX) == 16 and len(CASES) == 4
-    with pytest.raises(InputError, match="T→X"):
+    with pytest.raises(UserError, match="T→X"):
         parse_cells("T-I,T-X")
 
 
-def test_items_are_the_same_again_and_whatever_else_is_asked(tmp_path: Path) -> None:
+def test_items_are_deterministic_for_any_selection(tmp_path: Path) -> None:
     both = build_items(["I→V", SECOND], 6, 5, tmp_path)
     assert both == build_items(["I→V", SECOND], 6, 5, tmp_path)
     assert both[6:8] == build_items([SECOND], 2, 5, tmp_path)
@@ -71,18 +80,18 @@ def test_items_are_the_same_again_and_whatever_else_is_asked(tmp_path: Path) -> 
 
 
 def pairs_of(item: Item) -> set[tuple[Value, Value]]:
-    """Every (shape, colour) that the item shows or determines."""
+    """Return every (shape, colour) that the item shows or determines."""
     pairs = set()
     if item.shown and item.shown[0] != "audio":
         pairs.add((item.shown[1].shape, item.shown[1].colour))
-    for one in item.wanted:
+    for one in item.expected:
         if one.kind in ("image", "video") and {"shape", "colour"} <= one.attributes.keys():
             pairs.add((one.attributes["shape"], one.attributes["colour"]))
     return pairs
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_items_hold_pairs_of_their_own_split_and_of_training_alone(split: Split) -> None:
+def test_items_hold_pairs_of_their_split_and_training_only(split: Split) -> None:
     other = HELD_OUT_PAIRS["test" if split == "validation" else "validation"]
     for item in items_of(*CELLS, samples=24, split=split):
         pairs = pairs_of(item)
@@ -91,7 +100,7 @@ def test_items_hold_pairs_of_their_own_split_and_of_training_alone(split: Split)
             assert item.held_out == bool(pairs & HELD_OUT_PAIRS[split])
 
 
-def test_items_hold_held_out_pairs_in_every_second_item_of_cells_with_colours() -> None:
+def test_items_hold_held_out_pairs_in_every_second_coloured_item() -> None:
     without = ("T→T", "T→A", "A→T", "A→A")
     for cell in CELLS:
         held_out = [item.held_out for item in items_of(cell, samples=8)]
@@ -102,11 +111,11 @@ def test_items_hold_held_out_pairs_in_every_second_item_of_cells_with_colours() 
 
 
 @pytest.mark.parametrize("cell", ["I→I", "V→V", "T+I→T+I+V"])
-def test_edits_ask_for_something_new_in_both_halves(cell: str) -> None:
+def test_edit_items_request_a_change_in_both_halves(cell: str) -> None:
     changed = {False: set(), True: set()}
     for item in items_of(cell, samples=60):
         _, before, _ = item.shown
-        for one in item.wanted:
+        for one in item.expected:
             new = {n for n, value in one.attributes.items() if getattr(before, n) != value}
             if one.kind in ("image", "video"):
                 changed[item.held_out] |= new
@@ -118,29 +127,33 @@ def test_edits_ask_for_something_new_in_both_halves(cell: str) -> None:
 
 
 @pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != PLAIN])
-def test_what_is_wanted_is_what_the_generators_captions_tell(cell: str) -> None:
-    """The true caption names every wanted attribute, and of pictures and videos no other one."""
+def test_expectations_equal_the_captions_attributes(cell: str) -> None:
+    """The true caption names every expected attribute, and for images and videos no other."""
     for item in items_of(cell):
-        kinds = [one.kind for one in item.wanted]
+        kinds = [one.kind for one in item.expected]
         if cell != SECOND:
             goals = [LETTERS[letter] for letter in cell.split("→")[1].split("+")]
             assert kinds == goals
-        for one in item.wanted:
-            told = read_caption(one.caption)
-            if one.heard or one.kind == "audio":
-                told = as_heard(told)
-            assert one.attributes.items() <= told.items()
+        for one in item.expected:
+            parsed = parse_caption(one.caption)
+            if one.describes_audio or one.kind == "audio":
+                parsed = audible_attributes(parsed)
+            assert one.attributes.items() <= parsed.items()
             if one.kind in ("image", "video"):
-                assert told == one.attributes
+                assert parsed == one.attributes
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_requests_are_in_wordings_of_their_split(split: Split) -> None:
+def test_requests_use_templates_of_their_split(split: Split) -> None:
     beginnings: set[str] = set()
     allowed: set[str] = set()
-    wordings: list[Wording] = [*OPENINGS.values(), *SHOW.values(), *COURSE_REQUESTS.values()]
-    wordings += [wording for edits in EDITS.values() for wording in edits.values()]
-    for wording in [*wordings, HEAR, HEAR_COUNTED, REVERSE]:
+    wordings: list[TemplateSet] = [
+        *OPENING_REQUESTS.values(),
+        *VISUAL_REQUESTS.values(),
+        *COURSE_REQUESTS.values(),
+    ]
+    wordings += [wording for edits in EDIT_REQUESTS.values() for wording in edits.values()]
+    for wording in [*wordings, AUDIO_REQUESTS, COUNTED_AUDIO_REQUESTS, REVERSE_REQUESTS]:
         own = getattr(wording, split)
         others = {*wording.training, *wording.validation, *wording.test} - set(own)
         beginnings |= {template.split("{")[0].strip(" .?") for template in others}
@@ -151,44 +164,44 @@ def test_requests_are_in_wordings_of_their_split(split: Split) -> None:
         assert not began or any(item.request.startswith(a) for a in allowed if a), item.request
 
 
-def test_a_sounds_count_is_wanted_only_where_it_was_said_or_shown() -> None:
+def test_expectations_include_audio_count_only_if_given() -> None:
     for item in items_of("I→A", "V→A", "T+I→T+A"):
         counted = any(word in item.request for word in ("once", "twice", "time", "thrice"))
-        assert ("count" in item.wanted[-1].attributes) == counted
+        assert ("count" in item.expected[-1].attributes) == counted
     for item in items_of("T→A", "A→A", "T→T+I+V+A"):
-        assert "count" in item.wanted[-1].attributes
+        assert "count" in item.expected[-1].attributes
 
 
-def test_what_was_only_heard_determines_no_colour() -> None:
-    named = [set(item.wanted[0].attributes) for item in items_of("A→I")]
+def test_expectations_from_audio_have_no_colour() -> None:
+    named = [set(item.expected[0].attributes) for item in items_of("A→I")]
     assert {"size", "shape"} in named and {"size", "shape", "colour", "place"} in named
     assert all({"size", "shape"} <= one for one in named)
 
 
-def test_second_rounds_lean_on_the_first() -> None:
+def test_second_rounds_refer_to_the_first() -> None:
     items = items_of(SECOND)
     assert all(len(item.rounds) == 2 for item in items)
-    assert {item.wanted[0].kind for item in items} == {"text", "image", "video", "audio"}
+    assert {item.expected[0].kind for item in items} == {"text", "image", "video", "audio"}
     assert all(not isinstance(item.rounds[1].parts[0], Media) for item in items)
 
 
-def test_media_show_what_the_items_say(tmp_path: Path) -> None:
+def test_item_media_show_the_items_attributes(tmp_path: Path) -> None:
     items = build_items(["I→T", "V→T", "A→T"], 2, 0, tmp_path)
     write_media(items, 0)
     for item in items:
-        modality, thing, path = item.shown
+        modality, obj, path = item.shown
         assert item.rounds[0].parts[0] == Media(modality, path=str(path))
-        assert judge_file(modality, path) == thing.attributes(modality)
+        assert judge_file(modality, path) == obj.attributes(modality)
 
 
 # How it is scored.
 
-RED = Wanted("image", {"size": "small", "colour": "red", "shape": "circle"}, "a small red circle")
-HIGH = Wanted("audio", {"pitch": "high", "timbre": "bell"}, "a high bell")
+RED = Expected("image", {"size": "small", "colour": "red", "shape": "circle"}, "a small red circle")
+HIGH = Expected("audio", {"pitch": "high", "timbre": "bell"}, "a high bell")
 SEEN_RED = {"size": "small", "colour": "red", "shape": "circle", "place": "top"}
 
 
-def test_an_answer_is_right_with_the_right_media_and_all_named_attributes() -> None:
+def test_score_requires_expected_media_and_attributes() -> None:
     assert score_answer([RED], "", [("image", SEEN_RED)]).right
     blue = score_answer([RED], "", [("image", SEEN_RED | {"colour": "blue"})])
     assert blue.modalities and not blue.right
@@ -198,91 +211,91 @@ def test_an_answer_is_right_with_the_right_media_and_all_named_attributes() -> N
 
 
 @pytest.mark.parametrize("kinds", [[], ["video"], ["image", "image"], ["image", "audio"]])
-def test_media_of_another_kind_or_number_are_wrong(kinds: list) -> None:
+def test_score_other_modality_or_number_of_media_is_wrong(kinds: list) -> None:
     score = score_answer([RED], "a small red circle", [(kind, SEEN_RED) for kind in kinds])
     assert not score.modalities and not score.right
 
 
-def test_words_are_read_with_synonyms_and_need_no_media() -> None:
-    wanted = [Wanted("text", {"shape": "circle", "colour": "red"}, "")]
+def test_score_text_accepts_synonyms_and_needs_no_media() -> None:
+    wanted = [Expected("text", {"shape": "circle", "colour": "red"}, "")]
     assert score_answer(wanted, "It is a crimson disc, I think.", []).right
     assert not score_answer(wanted, "A red circle that is blue.", []).right
     assert not score_answer(wanted, "A red circle.", [("image", SEEN_RED)]).right
-    heard = Wanted("text", {"pitch": "high", "timbre": "bell"}, "")
+    heard = Expected("text", {"pitch": "high", "timbre": "bell"}, "")
     assert not score_answer([heard], "A small circle.", []).right
-    assert score_answer([replace(heard, heard=True)], "A small circle.", []).right
+    assert score_answer([replace(heard, describes_audio=True)], "A small circle.", []).right
 
 
-def test_several_parts_are_all_needed() -> None:
-    wanted = [Wanted("text", {}, "here"), RED, HIGH]
+def test_score_requires_every_output() -> None:
+    wanted = [Expected("text", {}, "here"), RED, HIGH]
     bell = ("audio", {"pitch": "high", "timbre": "bell", "count": None})
     assert score_answer(wanted, "Here:", [bell, ("image", SEEN_RED)]).right
     assert not score_answer(wanted, "Here:", [("image", SEEN_RED)]).modalities
     assert not score_answer(wanted, " ", [bell, ("image", SEEN_RED)]).right
 
 
-def test_perfect_answers_to_every_item_are_right() -> None:
-    """Words and rendered media that are as wanted: reader, judge and expectation agree."""
+def test_score_of_perfect_answers_is_right() -> None:
+    """Parser, judge and expectation agree on captions and rendered media."""
     for item in items_of(*CELLS, samples=4):
         media = []
-        for one in item.wanted:
+        for one in item.expected:
             if one.kind != "text":
-                thing = thing_with(one.attributes)
-                media.append((one.kind, judge(one.kind, render_medium("x", one.kind, thing, 0))))
-        words = " ".join(one.caption for one in item.wanted if one.kind == "text")
-        assert score_answer(item.wanted, words, media).right, item
+                obj = object_with(one.attributes)
+                media.append((one.kind, judge(one.kind, render_medium("x", one.kind, obj, 0))))
+        words = " ".join(one.caption for one in item.expected if one.kind == "text")
+        assert score_answer(item.expected, words, media).right, item
 
 
-def thing_with(attributes: dict) -> Thing:
-    """A thing that has them, whatever else it is."""
-    of_thing = {"pitch": ("size", SIZE_OF), "timbre": ("shape", SHAPE_OF)}
+def object_with(attributes: dict) -> WorldObject:
+    """Return an object with these attributes."""
+    by_object = {"pitch": ("size", SIZE_OF), "timbre": ("shape", SHAPE_OF)}
     figures = {
-        of_thing[name][0] if name in of_thing else name: (
-            of_thing[name][1][value] if name in of_thing else value
+        by_object[name][0] if name in by_object else name: (
+            by_object[name][1][value] if name in by_object else value
         )
         for name, value in attributes.items()
     }
-    return replace(Thing("star", "green", "small", "middle", "grows", 1), **figures)
+    return replace(WorldObject("star", "green", "small", "middle", "grows", 1), **figures)
 
 
-def test_wilson_gives_known_intervals() -> None:
+def test_wilson_interval_equals_known_values() -> None:
     # Newcombe (Stat. Med. 17, 1998, p. 857), table I.
     known = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611),
              (1, 29): (0.0061, 0.1718)}  # fmt: skip
     for (right, count), interval in known.items():
-        assert wilson(right, count) == pytest.approx(interval, abs=1e-4)
-    assert wilson(20, 20) == pytest.approx((1 - 0.1611, 1), abs=1e-4)
-    assert wilson(0, 0) == (0, 1)
+        assert wilson_interval(right, count) == pytest.approx(interval, abs=1e-4)
+    assert wilson_interval(20, 20) == pytest.approx((1 - 0.1611, 1), abs=1e-4)
+    assert wilson_interval(0, 0) == (0, 1)
 
 
-def test_chance_is_one_over_the_values_of_what_is_wanted() -> None:
+def test_chance_is_one_over_the_number_of_values() -> None:
     item = items_of("T→I", samples=1)[0]
-    assert chance([item]) == pytest.approx(1 / (2 * 8 * 6 * 5))
-    halves = [replace(item, wanted=(replace(RED, attributes=a),)) for a in ({}, {"size": "big"})]
-    assert chance(halves) == pytest.approx(0.75)
+    assert chance_level([item]) == pytest.approx(1 / (2 * 8 * 6 * 5))
+    halves = [replace(item, expected=(replace(RED, attributes=a),)) for a in ({}, {"size": "big"})]
+    assert chance_level(halves) == pytest.approx(0.75)
 
 
-def test_a_summary_counts_pairs_apart() -> None:
+def test_summary_counts_pairs_separately() -> None:
     items = items_of("T→I", samples=4)
     right = score_answer([RED], "", [("image", SEEN_RED)])
     wrong = score_answer([RED], "", [("image", SEEN_RED | {"size": "big"})])
-    summary = summarise(items, [right, wrong, right, right])
+    summary = summarize(items, [right, wrong, right, right])
     assert (summary["n"], summary["right"], summary["modalities"]) == (4, 0.75, 1)
     assert summary["seen_pairs"]["right"] == 1 and summary["held_out_pairs"]["right"] == 0.5
     assert summary["attributes"] == {"image size": 0.75, "image colour": 1, "image shape": 1}
 
 
-def test_a_table_leaves_columns_of_pairs_empty_where_nothing_is_held_out() -> None:
+def test_report_leaves_pair_columns_empty_without_held_out_pairs() -> None:
     def row(*cells: str) -> str:
         items = items_of(*cells, samples=4)
         scores = [score_answer([RED], "", [("image", SEEN_RED)])] * 4
-        return table({"X": summarise(items, scores)}, {}, {}).splitlines()[-2]
+        return format_table({"X": summarize(items, scores)}, {}, {}).splitlines()[-2]
 
     assert row("T→A").split()[4:6] == ["100", "2.8"]  # media, then chance
     assert row("T→I").split()[4:7] == ["100", "100", "100"]
 
 
-def test_the_caption_before_a_medium_is_what_stands_behind_the_colon() -> None:
+def test_caption_before_medium_follows_the_colon() -> None:
     parts = (
         Text("A box. Here is the picture: a small red circle, on the left."),
         Media("image"),
@@ -290,20 +303,20 @@ def test_the_caption_before_a_medium_is_what_stands_behind_the_colon() -> None:
         Text("You hear a bell."),
         Media("audio"),
     )
-    assert caption_before(parts, "image") == "a small red circle, on the left"
-    assert caption_before(parts, "video") == ""
-    assert caption_before(parts, "audio") == "You hear a bell"
-    assert caption_before((), "image") == ""
+    assert written_caption(parts, "image") == "a small red circle, on the left"
+    assert written_caption(parts, "video") == ""
+    assert written_caption(parts, "audio") == "You hear a bell"
+    assert written_caption((), "image") == ""
 
 
 # A whole run.
 
 
 @pytest.fixture(scope="module")
-def babbler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiny parts with signal tokens that now and then win."""
-    folder = tmp_path_factory.mktemp("babbler")
-    write_tiny_parts(folder, favoured=range(38))
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny components whose language model samples signal tokens."""
+    folder = tmp_path_factory.mktemp("sampling")
+    write_tiny_components(folder, favoured=range(38))
     return folder
 
 
@@ -311,47 +324,48 @@ def overrides_of(folder: Path) -> list[str]:
     return [*tiny_overrides(folder), "generation.max_new_tokens=30"]
 
 
-def test_a_board_has_figures_of_every_cell_and_is_the_same_again(
-    babbler: Path, tmp_path: Path
+def test_scoreboard_covers_every_cell_and_is_deterministic(
+    tiny_folder: Path, tmp_path: Path
 ) -> None:
-    config = load_config("7b", overrides=overrides_of(babbler))
-    assistant = Assistant.load(config, babbler / "tuned" / "stage_3")
+    config = load_config("7b", overrides=overrides_of(tiny_folder))
+    assistant = Assistant.from_config(config, tiny_folder / "tuned" / "stage_3")
     cells = ("T→T", "T→I", "I→A", "A→V", "T→T+I+V+A", SECOND)
-    boards = [measure(assistant, Questions(cells, 2), tmp_path) for _ in "ab"]
+    boards = [measure(assistant, EvaluationSettings(cells, 2), tmp_path) for _ in "ab"]
     assert boards[0].cells == boards[1].cells
     assert set(boards[0].cells) == set(cells)
     for cell, figures in boards[0].cells.items():
-        assert figures["n"] == 2 and 0 <= figures["right"] <= 1
+        assert figures["n"] == 2 and figures["right"] in (0, 0.5, 1)
         if cell != SECOND:  # which sometimes generates
             for name in ("written", "ceiling", "passed"):
                 assert (name in figures) == (cell != "T→T")
-    assert 0 <= average(boards[0].cells) <= 1
-    printed = table(boards[0].cells, {}, {"judge": 3.0})
+    accuracies = [boards[0].cells[cell]["right"] for cell in cells if cell in MATRIX]
+    assert mean_accuracy(boards[0].cells) == pytest.approx(np.mean(accuracies))
+    printed = format_table(boards[0].cells, {}, {"judge": 3.0})
     assert all(cell in printed for cell in cells)
 
 
-def test_ceilings_are_decoded_from_the_captions_as_they_stand(babbler: Path) -> None:
-    config = load_config("7b", overrides=overrides_of(babbler))
-    assistant = Assistant.load(config, babbler / "tuned" / "stage_3")
-    options = ChatOptions.from_config(config)
+def test_ceilings_are_decoded_from_verbatim_captions(tiny_folder: Path) -> None:
+    config = load_config("7b", overrides=overrides_of(tiny_folder))
+    assistant = Assistant.from_config(config, tiny_folder / "tuned" / "stage_3")
+    options = GenerationSettings.from_config(config)
     decoder = assistant.load_decoder("audio")
     written = "A BELL (low): it rings twice"
     (found,) = decode_captions(assistant, "audio", [written], [3], options)
-    embedded = decoder.captions.encode([written])
+    embedded = decoder.text_encoder.encode([written])
     (wanted,) = decoder.decode(embedded, replace(options.decode["audio"], seed=(3,)))
     np.testing.assert_array_equal(found.samples, wanted.samples)
-    assert not torch.equal(embedded, decoder.captions.encode([clean_caption(written)]))
+    assert not torch.equal(embedded, decoder.text_encoder.encode([clean_caption(written)]))
 
 
-def test_the_entry_writes_json_and_pictures(
-    babbler: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_evaluate_writes_json_and_plots(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = [word for override in overrides_of(babbler) for word in ("--set", override)]
+    settings = [word for override in overrides_of(tiny_folder) for word in ("--set", override)]
     line = ["evaluate.py", "--config", "7b", *settings, "--samples", "2", "--seed", "4"]
     line += ["--cells", "T-T,I-I,A->V,T+V-T+A,second,plain", "--out", str(tmp_path / "board")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", line)
-        run_entry(entry.main)
+        run_cli(entry.main)
     written = json.loads((tmp_path / "board" / "scoreboard.json").read_text())
     assert (written["samples"], written["seed"]) == (2, 4)
     assert len(written["fingerprint"]) == 16 and written["delta"].endswith("delta.safetensors")
@@ -367,30 +381,34 @@ def test_the_entry_writes_json_and_pictures(
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--cells", "T-X"], "T→X"), (["--samples", "0"], "--samples 0"), (["--delta", "no"], "no")],
+    [
+        (["--cells", "T-X"], "T→X"),
+        (["--samples", "0"], "--samples 0"),
+        (["--delta", "no"], "no tuned parameters at"),
+    ],
 )
-def test_faults_end_with_a_word(
+def test_evaluate_bad_arguments_exit_with_a_message(
     arguments: list[str], word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["evaluate.py", "--out", str(tmp_path), *arguments])
         with pytest.raises(SystemExit) as ended:
-            run_entry(entry.main)
+            run_cli(entry.main)
     assert ended.value.code == 2
     assert word in capsys.readouterr().err
 
 
-def test_plain_questions_of_each_split_are_a_hundred_that_are_not_trained_on() -> None:
-    trained = {question for question, _ in plain_pairs(np.random.default_rng(0))}
+def test_plain_questions_are_a_hundred_per_split_and_not_trained_on() -> None:
+    trained = {question for question, _ in plain_talk_pairs(np.random.default_rng(0))}
     validation, test = (set(plain_questions(split)) for split in ("validation", "test"))
     assert len(validation) == len(test) == 100
     assert not validation & test and not (validation | test) & trained
 
 
 @torch.no_grad()
-def test_perplexity_is_that_of_the_models_own_loss(babbler: Path) -> None:
-    config = load_config("7b", overrides=overrides_of(babbler))
-    model = Assistant.load(config, babbler / "tuned" / "stage_3").model.language_model
+def test_perplexity_equals_the_models_loss(tiny_folder: Path) -> None:
+    config = load_config("7b", overrides=overrides_of(tiny_folder))
+    model = Assistant.from_config(config, tiny_folder / "tuned" / "stage_3").model.language_model
     prompts, answers = [[1, 5, 6], [1, 7]], [[8, 9, 10], [11, 12, 13, 14]]
     losses = []
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -1,4 +1,4 @@
-"""Features are found by content, survive other processes, and are never another encoder's."""
+"""The feature cache: keyed by content and encoder, shared by processes."""
 
 import os
 import signal
@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from config.errors import InputError, MediaError
-from config.loader import load_config
-from dataset.feature_cache import FeatureCache
-from dataset.media import PREPROCESSING_VERSIONS
-from dataset.shards import medium_state
-from tiny_parts import tiny_overrides, write_tiny_parts
-from training.features import FeatureCaches
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.config.loader import load_config
+from nextgpt.media.feature_cache import FeatureCache
+from nextgpt.media.shard_members import medium_state
+from nextgpt.media.transforms import PREPROCESSING_VERSIONS
+from nextgpt.training.media_features import FeatureCaches
+from tiny_components import tiny_overrides, write_tiny_components
 
 WIDTH = 8
-CODE = Path(__file__).parent.parent / "code"
 
 
 def feature(seed: int) -> np.ndarray:
@@ -37,13 +36,11 @@ def media(tmp_path: Path) -> list[Path]:
 
 
 def put(cache: FeatureCache, *features: tuple[Path, np.ndarray]) -> None:
-    """Keep the feature of each file as it is now."""
+    """Store the feature of each file's current content."""
     cache.put_many([(cache.identify(path), vector) for path, vector in features])
 
 
-def test_a_feature_comes_back_bit_by_bit_also_in_a_new_process(
-    media: list[Path], tmp_path: Path
-) -> None:
+def test_feature_cache_is_bit_exact_across_processes(media: list[Path], tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
     assert cache.get(media[0]) is None
     put(cache, *((path, feature(i)) for i, path in enumerate(media)))
@@ -54,9 +51,7 @@ def test_a_feature_comes_back_bit_by_bit_also_in_a_new_process(
         np.testing.assert_array_equal(again.get(str(media[0])), feature(0))
 
 
-def test_a_copy_finds_the_feature_and_a_changed_file_does_not(
-    media: list[Path], tmp_path: Path
-) -> None:
+def test_feature_cache_is_keyed_by_content(media: list[Path], tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
     put(cache, (media[0], feature(0)))
     copy = tmp_path / "copy.bin"
@@ -70,12 +65,12 @@ def test_a_copy_finds_the_feature_and_a_changed_file_does_not(
 
 
 def decoded(path: Path) -> torch.Tensor:
-    """A decoder: the file's first byte."""
+    """Decode a file to its first byte."""
     return torch.tensor([path.read_bytes()[0]])
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_a_file_replaced_while_it_is_decoded_keeps_features_of_its_own_content(
+def test_feature_cache_file_replaced_while_decoding_is_keyed_correctly(
     media: list[Path], tmp_path: Path, in_place: bool
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
@@ -100,7 +95,7 @@ def test_a_file_replaced_while_it_is_decoded_keeps_features_of_its_own_content(
     assert cache.get(copy) is None
 
 
-def test_a_file_replaced_after_decoding_gets_no_feature_of_the_one_before(
+def test_feature_cache_file_replaced_after_decoding_is_a_miss(
     media: list[Path], tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
@@ -110,19 +105,19 @@ def test_a_file_replaced_after_decoding_gets_no_feature_of_the_one_before(
     assert cache.get(media[0]) is None
 
 
-def test_a_file_written_a_moment_ago_is_hashed_again(media: list[Path], tmp_path: Path) -> None:
-    """A second change within the clock's tick leaves its state as it was."""
+def test_feature_cache_recent_file_is_hashed_again(media: list[Path], tmp_path: Path) -> None:
+    """A second change within the clock's tick leaves size and times unchanged."""
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
     content = cache.identify(media[0])
     cache.put_many([(content, feature(0))])
     media[0].write_bytes(b"\xee" * 1000)
     state = medium_state(media[0])
-    same_tick = patch("dataset.feature_cache.medium_state", lambda _: content.state)
+    same_tick = patch("nextgpt.media.feature_cache.medium_state", lambda _: content.state)
     with same_tick:
         assert state != content.state and cache.get(media[0]) is None
 
 
-def test_a_file_that_never_stops_changing_and_a_broken_one_are_media_errors(
+def test_feature_cache_changing_or_broken_file_is_a_media_error(
     media: list[Path], tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path / "cache", "encoder", WIDTH)
@@ -144,19 +139,19 @@ def test_a_file_that_never_stops_changing_and_a_broken_one_are_media_errors(
     assert tries == [media[0]] * 3 + [media[1]]
 
 
-def test_another_encoder_has_features_of_its_own(media: list[Path], tmp_path: Path) -> None:
+def test_feature_cache_is_separate_per_encoder(media: list[Path], tmp_path: Path) -> None:
     put(FeatureCache(tmp_path, "one", WIDTH), (media[0], feature(0)))
     other = FeatureCache(tmp_path, "other", WIDTH + 1)
     assert other.get(media[0]) is None
-    with pytest.raises(InputError, match="expected 9"):
+    with pytest.raises(UserError, match="expected 9"):
         FeatureCache(tmp_path, "one", WIDTH + 1).get(media[0])
 
 
-def test_another_version_of_the_preprocessing_has_features_of_its_own(
+def test_feature_cache_is_separate_per_preprocessing_version(
     media: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_tiny_parts(tmp_path)
-    overrides = [*tiny_overrides(tmp_path), f"data.cache={tmp_path / 'cache'}"]
+    write_tiny_components(tmp_path)
+    overrides = [*tiny_overrides(tmp_path), f"data.cache_dir={tmp_path / 'cache'}"]
     config = load_config("7b", 1, overrides)
     before = FeatureCaches(config)
     for modality in ("image", "audio"):
@@ -167,7 +162,7 @@ def test_another_version_of_the_preprocessing_has_features_of_its_own(
     assert after["audio"].get(media[0]) is None
 
 
-def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
+def test_feature_cache_refuses_wrong_features_missing_media_and_damage(
     media: list[Path], tmp_path: Path
 ) -> None:
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
@@ -178,11 +173,11 @@ def test_wrong_features_missing_media_and_a_damaged_cache_are_refused(
         cache.get(tmp_path / "gone.png")
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/features.sqlite").write_bytes(b"not a database, not at all" * 100)
-    with pytest.raises(InputError, match="delete it"):
+    with pytest.raises(UserError, match="delete it"):
         FeatureCache(tmp_path / "bad", "encoder", WIDTH).get(media[0])
 
 
-def test_a_forked_process_opens_a_connection_of_its_own(media: list[Path], tmp_path: Path) -> None:
+def test_feature_cache_reconnects_after_fork(media: list[Path], tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
     put(cache, (media[0], feature(0)))
     child = os.fork()
@@ -197,7 +192,7 @@ WRITER = """
 import sys
 from pathlib import Path
 import numpy as np
-from dataset.feature_cache import FeatureCache
+from nextgpt.media.feature_cache import FeatureCache
 
 folder, first = Path(sys.argv[1]), int(sys.argv[2])
 cache = FeatureCache(folder, "encoder", 8)
@@ -209,26 +204,25 @@ for n in range(first, first + 100000):
 """
 
 
-def test_writers_side_by_side_and_killed_in_a_write_lose_nothing_that_was_said_to_be_kept(
+def test_feature_cache_concurrent_and_killed_writers_lose_nothing_committed(
     tmp_path: Path,
 ) -> None:
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, str(tmp_path), str(first)],
-            env={**os.environ, "PYTHONPATH": str(CODE)},
             stdout=subprocess.PIPE,
             text=True,
         )
         for first in (0, 1_000_000)
     ]
-    said = [int(writer.stdout.readline()) for writer in writers]  # both are at work
+    committed = [int(writer.stdout.readline()) for writer in writers]  # both are at work
     time.sleep(0.5)
     for writer in writers:
         writer.send_signal(signal.SIGKILL)
     for writer in writers:
-        said += [int(line) for line in writer.communicate()[0].split()]
+        committed += [int(line) for line in writer.communicate()[0].split()]
     cache = FeatureCache(tmp_path, "encoder", WIDTH)
-    assert len(said) > 10
-    for n in said:
+    assert len(committed) > 10
+    for n in committed:
         np.testing.assert_array_equal(cache.get(tmp_path / f"{n}.medium"), np.full(WIDTH, n))
-    put(cache, (tmp_path / f"{said[0]}.medium", feature(0)))
+    put(cache, (tmp_path / f"{committed[0]}.medium", feature(0)))

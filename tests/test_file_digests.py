@@ -1,4 +1,4 @@
-"""Files on disk: whole or not there, and known by every byte of them."""
+"""Atomic writes and file digests."""
 
 import errno
 import json
@@ -10,28 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from config import file_digests
-from config.atomic import written_aside
-from config.errors import InputError
-from config.file_digests import DigestCache
-
-CODE = Path(__file__).parent.parent / "code"
+from nextgpt.common import file_digests
+from nextgpt.common.errors import UserError
+from nextgpt.common.file_digests import DigestCache
+from nextgpt.common.io import atomic_write
 
 
 @pytest.fixture
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that counts as old enough for its digest to be kept."""
+    """A file old enough for its digest to be cached."""
     monkeypatch.setattr(file_digests, "_SETTLED_NS", 0)
     path = tmp_path / "weights.bin"
     path.write_bytes(b"weights")
     return path
 
 
-def test_a_digest_is_computed_once_for_each_state_of_a_file(file: Path, tmp_path: Path) -> None:
+def test_digest_is_computed_once_per_file_state(file: Path, tmp_path: Path) -> None:
     computed = []
 
     def remember() -> str:
-        return DigestCache(tmp_path / "cache").remember(
+        return DigestCache(tmp_path / "cache").get_or_compute(
             "test", [file], lambda: computed.append(1) or file.read_text()
         )
 
@@ -51,53 +49,49 @@ def test_a_digest_is_computed_once_for_each_state_of_a_file(file: Path, tmp_path
     assert remember() == "veights" and len(computed) == 4
 
 
-def test_a_digest_of_a_file_written_a_moment_ago_is_not_kept(tmp_path: Path) -> None:
-    """Its next change may fall into the same tick of the clock."""
+def test_digest_of_a_recent_file_is_not_cached(tmp_path: Path) -> None:
+    """The next change may fall into the same tick of the clock."""
     file, digests = tmp_path / "new.bin", DigestCache(tmp_path / "cache")
     file.write_bytes(b"new")
     digests.digest(file)
     assert not list((tmp_path / "cache" / "digests").glob("*.json"))
 
 
-def test_a_cache_folder_that_cannot_be_written_is_named(file: Path, tmp_path: Path) -> None:
+def test_digest_cache_unwritable_folder_is_named(file: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where the folder would be")
-    with pytest.raises(InputError, match=r"cache/digests cannot be written .*another folder"):
+    with pytest.raises(UserError, match=r"cache/digests cannot be written .*another folder"):
         DigestCache(tmp_path / "cache").digest(file)
 
 
-def test_a_digest_of_a_file_that_changes_meanwhile_is_an_error(file: Path, tmp_path: Path) -> None:
+def test_digest_of_a_file_changing_meanwhile_raises(file: Path, tmp_path: Path) -> None:
     digests = DigestCache(tmp_path / "cache")
-    with pytest.raises(InputError, match=r"weights\.bin changed while it was read"):
-        digests.remember("test", [file], lambda: str(file.write_bytes(b"changed")))
+    with pytest.raises(UserError, match=r"weights\.bin changed while it was read"):
+        digests.get_or_compute("test", [file], lambda: str(file.write_bytes(b"changed")))
     assert not list((tmp_path / "cache" / "digests").glob("*.json"))
 
 
-def test_processes_that_start_together_compute_a_digest_once(file: Path, tmp_path: Path) -> None:
+def test_digest_is_computed_once_by_concurrent_processes(file: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from config import file_digests\n"
+        "import sys, time; from pathlib import Path; from nextgpt.common import file_digests\n"
         "file_digests._SETTLED_NS = 0\n"
         "cache, file = map(Path, sys.argv[1:])\n"
         "def compute(): print('computed'); time.sleep(0.5); return 'value'\n"
-        "assert file_digests.DigestCache(cache).remember('t', [file], compute) == 'value'"
+        "assert file_digests.DigestCache(cache).get_or_compute('t', [file], compute) == 'value'"
     )
     command = [sys.executable, "-c", script, str(tmp_path / "cache"), str(file)]
-    environment = {**os.environ, "PYTHONPATH": str(CODE)}
-    started = [
-        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert sorted(process.communicate(timeout=60)[0] for process in started) == [
         "", "", "computed\n"
     ]  # fmt: skip
     assert all(process.returncode == 0 for process in started)
 
 
-def test_writers_of_one_path_at_once_leave_one_of_their_files_whole(tmp_path: Path) -> None:
+def test_atomic_write_concurrent_writers_leave_one_complete_file(tmp_path: Path) -> None:
     path = tmp_path / "entry.json"
 
     def write(writer: int) -> None:
         for _ in range(20):
-            with written_aside(path) as aside, aside.open("w") as stream:
+            with atomic_write(path) as aside, aside.open("w") as stream:
                 for number in range(200):
                     stream.write(f"{writer} " if number else "")
                     stream.flush()
@@ -110,7 +104,7 @@ def test_writers_of_one_path_at_once_leave_one_of_their_files_whole(tmp_path: Pa
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_a_name_appears_only_when_its_content_is_on_the_disk(
+def test_atomic_write_flushes_before_renaming(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: bool
 ) -> None:
     path, done = tmp_path / "made", []
@@ -126,7 +120,7 @@ def test_a_name_appears_only_when_its_content_is_on_the_disk(
 
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(Path, "replace", renamed)
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         if folder:
             (aside / "inner").mkdir(parents=True)
             (aside / "inner" / "weights.bin").write_bytes(b"x")
@@ -141,7 +135,7 @@ def test_a_name_appears_only_when_its_content_is_on_the_disk(
 
 
 def fail_to_flush(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) -> None:
-    """From now on flushing `folder` gives the error of this number."""
+    """Make flushing `folder` raise the error `number`."""
     flush = os.fsync
 
     def flushed(descriptor: int) -> None:
@@ -153,22 +147,22 @@ def fail_to_flush(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int) ->
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF])
-def test_a_file_system_that_cannot_flush_folders_will_do(
+def test_atomic_write_works_without_directory_flush(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     fail_to_flush(monkeypatch, tmp_path, number)
-    with written_aside(tmp_path / "made") as aside:
+    with atomic_write(tmp_path / "made") as aside:
         aside.write_text("x")
     assert (tmp_path / "made").read_text() == "x"
 
 
-def test_a_name_that_could_not_be_flushed_is_not_said_to_be_unwritten(
+def test_atomic_write_failed_directory_flush_raises_after_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_to_flush(monkeypatch, tmp_path, errno.EIO)
     with (
-        pytest.raises(InputError, match=r"made is written, but its folder could not be flushed"),
-        written_aside(tmp_path / "made") as aside,
+        pytest.raises(UserError, match=r"made is written, but its folder could not be synced"),
+        atomic_write(tmp_path / "made") as aside,
     ):
         aside.write_text("x")
     assert (tmp_path / "made").read_text() == "x"

@@ -1,4 +1,4 @@
-"""ImageBind against the recorded numbers, the published names, and its own files."""
+"""ImageBind against recorded features and published names, and its files."""
 
 import json
 import os
@@ -10,12 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config.errors import InputError
-from config.file_digests import DigestCache
-from model.imagebind.config import IMAGEBIND_HUGE, ImageBindConfig, TrunkConfig
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import fingerprint as encoder_fingerprint
-from model.imagebind.loading import is_left_out, load_imagebind, save_imagebind
+from nextgpt.common.errors import UserError
+from nextgpt.common.file_digests import DigestCache
+from nextgpt.model.imagebind.encoder import IMAGEBIND_HUGE, ImageBind, ImageBindConfig, TrunkConfig
+from nextgpt.model.imagebind.loading import fingerprint as encoder_fingerprint
+from nextgpt.model.imagebind.loading import is_left_out, load_imagebind, save_imagebind
 from parity_tools import PARITY, cases, fill_by_recipe, relative_error
 from record_full_size import RECORD, full_size_features
 
@@ -38,19 +37,19 @@ def tiny() -> ImageBind:
 
 
 def published_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """The full file's names and shapes in a few kilobytes: every tensor repeats one number."""
+    """Write the full file's names and shapes in a few kilobytes: every tensor repeats one value."""
     torch.save({name: torch.ones(()).expand(shape) for name, shape in shapes.items()}, path)
     return path
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])
-def test_features_are_the_recorded_ones(tiny: ImageBind, modality: str) -> None:
+def test_imagebind_features_equal_the_recorded(tiny: ImageBind, modality: str) -> None:
     with torch.no_grad():
         features = tiny.encode(modality, cases()[f"in.{modality}"].float())
     assert relative_error(features, cases()[f"imagebind.{modality}"]) < 1e-5
 
 
-def test_each_view_has_unit_length_and_a_video_is_their_mean(tiny: ImageBind) -> None:
+def test_imagebind_views_have_unit_norm_and_videos_their_mean(tiny: ImageBind) -> None:
     clips = cases()["in.video"].float()[:1]
     with torch.no_grad():
         views = tiny.forward_views("video", clips[0])
@@ -59,7 +58,7 @@ def test_each_view_has_unit_length_and_a_video_is_their_mean(tiny: ImageBind) ->
     torch.testing.assert_close(video[0], views.mean(0))
 
 
-def test_huge_has_the_published_names_and_shapes() -> None:
+def test_imagebind_huge_has_the_published_names_and_shapes() -> None:
     with torch.device("meta"):
         model = ImageBind(IMAGEBIND_HUGE)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -67,22 +66,22 @@ def test_huge_has_the_published_names_and_shapes() -> None:
 
 
 @pytest.mark.slow
-def test_huge_gives_what_it_gave_when_it_was_recorded() -> None:
-    """The record is this project's own: see record_full_size.py."""
+def test_imagebind_huge_features_equal_the_recorded() -> None:
+    """This project's encoder recorded them: see record_full_size.py."""
     recorded = load_file(RECORD)
     for modality, features in full_size_features().items():
         assert features.shape == (1, 1024)
         assert relative_error(features, recorded[modality]) < 1e-4, modality
 
 
-def test_left_out_are_exactly_text_depth_thermal_and_imu() -> None:
+def test_imagebind_leaves_out_text_depth_thermal_and_imu() -> None:
     kept = {name.split(".")[1] for name in PUBLISHED if not is_left_out(name)}
     left_out = {name.split(".")[1] for name in PUBLISHED if is_left_out(name)}
     assert kept == {"vision", "audio"}
     assert left_out == {"text", "depth", "thermal", "imu"}
 
 
-def test_published_file_loads_by_itself_or_by_its_folder(tmp_path: Path) -> None:
+def test_imagebind_published_file_loads_by_file_or_folder(tmp_path: Path) -> None:
     path = published_file(tmp_path / "imagebind_huge.pth", PUBLISHED)
     for given in (path, tmp_path):
         model = load_imagebind(given)
@@ -91,22 +90,22 @@ def test_published_file_loads_by_itself_or_by_its_folder(tmp_path: Path) -> None
         assert all(tensor.flatten()[0] == 1 for tensor in model.state_dict().values())
 
 
-def test_published_file_with_wrong_names_lists_every_one(tmp_path: Path) -> None:
+def test_imagebind_published_file_with_wrong_names_lists_them(tmp_path: Path) -> None:
     wrong = dict(PUBLISHED)
     wrong["modality_heads.visual.2.weight"] = wrong.pop("modality_heads.vision.2.weight")
     wrong["modality_heads.audio.2.weight"] = (512, 768)
     path = published_file(tmp_path / "imagebind_huge.pth", wrong)
-    with pytest.raises(InputError) as raised:
+    with pytest.raises(UserError) as raised:
         load_imagebind(path)
     message = str(raised.value)
     assert "3 faults" in message
     assert "missing modality_heads.vision.2.weight" in message
     assert "unexpected modality_heads.visual.2.weight" in message
-    assert "modality_heads.audio.2.weight is (512, 768), not (1024, 768)" in message
+    assert "modality_heads.audio.2.weight: shape (512, 768), expected (1024, 768)" in message
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 0.0), (torch.float16, 2e-3)])
-def test_own_format_round_trip(
+def test_imagebind_save_and_load_round_trip(
     tiny: ImageBind, tmp_path: Path, dtype: torch.dtype, tolerance: float
 ) -> None:
     save_imagebind(tiny, tmp_path / "mini", dtype)
@@ -125,7 +124,7 @@ def test_own_format_round_trip(
     assert error <= tolerance
 
 
-def test_fingerprint_follows_weights_and_figures_and_survives_copying(
+def test_imagebind_fingerprint_depends_on_weights_and_config_only(
     tiny: ImageBind, tmp_path: Path
 ) -> None:
     fingerprint = partial(encoder_fingerprint, digests=DigestCache(tmp_path / "cache"))
@@ -143,10 +142,10 @@ def test_fingerprint_follows_weights_and_figures_and_survives_copying(
     assert fingerprint(tmp_path / "a") != before
 
 
-def test_fingerprint_sees_each_byte_of_a_file_however_large(
+def test_imagebind_fingerprint_depends_on_every_byte_of_large_files(
     tiny: ImageBind, tmp_path: Path
 ) -> None:
-    """Also where the file's size and time stay: `cp -p` of another training's weights."""
+    """Even with unchanged size and modification time, as after `cp -p`."""
     save_imagebind(tiny, tmp_path, torch.float16)
     weights = tmp_path / "model.safetensors"
     tensors = load_file(weights) | {"padding": torch.zeros(3 << 20)}
@@ -166,33 +165,35 @@ def test_fingerprint_sees_each_byte_of_a_file_however_large(
     assert weights.stat().st_size == size and len(seen) == 1 + len(offsets)
 
 
-def test_nothing_there_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"imagebind_huge\.pth"):
+def test_imagebind_missing_files_name_the_expected_ones(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"imagebind_huge\.pth"):
         load_imagebind(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"not an archive", b"PK\x03\x04 cut off"], ids=["empty", "text", "cut"]
+    "content",
+    [b"", b"not an archive", b"PK\x03\x04 cut off"],
+    ids=["empty", "text", "truncate"],
 )
-def test_unreadable_published_file_is_named(tmp_path: Path, content: bytes) -> None:
+def test_imagebind_unreadable_published_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "imagebind_huge.pth"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="download or build it again"):
+    with pytest.raises(UserError, match="download or build it again"):
         load_imagebind(path)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "expected"),
     [
-        ("{", "not the figures"),
-        ("[]", "not the figures"),
-        ('{"vision": {"width": 64}}', "not the figures"),
+        ("{", "not the configuration"),
+        ("[]", "not the configuration"),
+        ('{"vision": {"width": 64}}', "not the configuration"),
         (json.dumps({**asdict(TINY), "pixels": 224}), "pixels"),
         (None, "No such file"),
     ],
 )
-def test_bad_figures_are_named(
-    tiny: ImageBind, tmp_path: Path, content: str | None, said: str
+def test_imagebind_bad_config_is_named(
+    tiny: ImageBind, tmp_path: Path, content: str | None, expected: str
 ) -> None:
     save_imagebind(tiny, tmp_path, torch.float16)
     config = tmp_path / "config.json"
@@ -200,13 +201,13 @@ def test_bad_figures_are_named(
         config.unlink()
     else:
         config.write_text(content)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(UserError, match=expected):
         load_imagebind(tmp_path)
 
 
-def test_a_cut_weight_file_is_named(tiny: ImageBind, tmp_path: Path) -> None:
+def test_imagebind_truncated_weight_file_is_named(tiny: ImageBind, tmp_path: Path) -> None:
     save_imagebind(tiny, tmp_path, torch.float16)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"model\.safetensors"):
+    with pytest.raises(UserError, match=r"model\.safetensors"):
         load_imagebind(tmp_path)

@@ -1,4 +1,4 @@
-"""The inference entry and the history file, on tiny real parts from end to end."""
+"""The inference entry and the history file with tiny components."""
 
 import json
 import os
@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 
-import inference
-from chat.answering import find_delta
-from chat.assistant import Assistant
-from chat.history import read_history, write_history
-from config.entry import run_entry
-from config.errors import InputError
-from config.loader import load_config
-from conversation.parts import Conversation, Media, Text, Turn
-from model.delta import DELTA_FILE
+from nextgpt import inference
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.generation.assistant import Assistant, find_delta
+from nextgpt.generation.history import read_history, write_history
+from nextgpt.model.delta import DELTA_FILE
 from parity_tools import MEDIA
-from tiny_parts import script_language_model, tiny_overrides, write_tiny_parts
+from tiny_components import script_language_model, tiny_overrides, write_tiny_components
 from tiny_system import tiny_encoder
 
 SIGNALS = tiny_encoder().signals
@@ -24,39 +23,39 @@ PHOTO, BELL = str(MEDIA / "portrait.jpg"), str(MEDIA / "tone_16k.wav")
 
 
 def scripted_answer() -> list[int]:
-    """Text, a picture and a video, text, a sound, end: as ids of the tiny tokenizer."""
+    """Return token ids of text, an image, a video, text, audio and the stop token."""
     first, second = (
         tiny_encoder().tokenizer(text, add_special_tokens=False).input_ids
         for text in ("Sure", "the music")
     )
-    media = [SIGNALS.run(modality) for modality in ("image", "video", "audio")]
+    media = [SIGNALS.span(modality) for modality in ("image", "video", "audio")]
     return [*first, *media[0], *media[1], *second, *media[2], 333]
 
 
 @pytest.fixture(scope="module")
 def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Parts of which the language model always gives the scripted answer."""
+    """Components with a language model that always generates the scripted answer."""
     folder = tmp_path_factory.mktemp("scripted")
-    write_tiny_parts(folder)
+    write_tiny_components(folder)
     script_language_model(folder, scripted_answer())
     return folder
 
 
 def infer(folder: Path, out: Path, *arguments: str) -> None:
-    """The entry, on the scripted parts in `folder`."""
+    """Run the entry with the scripted components in `folder`."""
     overrides = [*tiny_overrides(folder), f"language_model.path={folder / 'scripted'}"]
-    settings = [word for override in overrides for word in ("--set", override)]
+    settings = [message for override in overrides for message in ("--set", override)]
     line = ["inference.py", "--config", "7b", *settings, "--out", str(out), *arguments]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", line)
-        run_entry(inference.main)
+        run_cli(inference.main)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
 
 
-def test_one_answer_of_several_kinds_and_the_same_seed_gives_the_same_bytes(
+def test_inference_mixed_answer_is_deterministic_for_a_seed(
     scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for run in "ab":
@@ -73,7 +72,7 @@ def test_one_answer_of_several_kinds_and_the_same_seed_gives_the_same_bytes(
     assert "[IMG" not in printed and "###" not in printed
 
 
-def test_rounds_go_on_with_history(scripted: Path, tmp_path: Path) -> None:
+def test_inference_history_continues_a_conversation(scripted: Path, tmp_path: Path) -> None:
     history = tmp_path / "history.json"
     infer(scripted, tmp_path, "--prompt", "draw it", "--image", PHOTO, "--audio", BELL)
     first = contents(tmp_path)
@@ -92,16 +91,16 @@ def test_rounds_go_on_with_history(scripted: Path, tmp_path: Path) -> None:
     assert json.loads(history.read_text())[1]["parts"][1]["path"] == "answer_1_image.png"
 
 
-def test_what_is_typed_is_never_a_path(scripted: Path, tmp_path: Path) -> None:
+def test_inference_user_text_is_never_a_path(scripted: Path, tmp_path: Path) -> None:
     typed = "<Image>/etc/passwd</Image> 3 < 5 [IMG0] /etc/hosts"
     infer(scripted, tmp_path, "--prompt", typed)
     human = read_history(tmp_path / "history.json")[0]
     assert human.parts == (Text(typed),)
     encoded = tiny_encoder().encode(Conversation((human,)))
-    assert not encoded.slots and max(encoded.input_ids) < SIGNALS.first_id
+    assert not encoded.media_positions and max(encoded.input_ids) < SIGNALS.first_id
 
 
-def test_cases_get_a_folder_each(scripted: Path, tmp_path: Path) -> None:
+def test_inference_cases_get_separate_folders(scripted: Path, tmp_path: Path) -> None:
     (tmp_path / "bell.wav").write_bytes(Path(BELL).read_bytes())
     cases = [
         {"name": "T+A→T", "text": "what?", "image": None, "audio": "bell.wav"},
@@ -114,7 +113,7 @@ def test_cases_get_a_folder_each(scripted: Path, tmp_path: Path) -> None:
     assert heard.parts == (Media("audio", path=str(tmp_path / "bell.wav")), Text("what?"))
 
 
-def test_cases_whose_answer_has_other_media_than_expected_are_told_and_counted(
+def test_inference_cases_with_unexpected_media_are_reported_and_counted(
     scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = [
@@ -124,15 +123,15 @@ def test_cases_whose_answer_has_other_media_than_expected_are_told_and_counted(
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     infer(scripted, tmp_path / "out", "--cases", str(tmp_path / "cases.json"))
-    said = capsys.readouterr().out
-    assert said.count("the answer has") == 1
-    assert "expected text, image; the answer has text, image, video, audio" in said
-    assert "1 of 2 answers have the expected media" in said
+    output = capsys.readouterr().out
+    assert output.count("the answer has") == 1
+    assert "expected text, image; the answer has text, image, video, audio" in output
+    assert "1 of 2 answers have the expected media" in output
 
 
 FAULTS = {
     "a file that is missing": (["--prompt", "x", "--image", "none.png"], "none.png"),
-    "a file of another kind": (["--prompt", "x", "--video", BELL], "no moving pictures"),
+    "a file of another kind": (["--prompt", "x", "--video", BELL], "no video stream"),
     "nothing said": (["--prompt", " "], "nothing to answer"),
     "too long": (["--prompt", "long " * 2000], "clear the history"),
     "no tuned parameters": (["--prompt", "x", "--nextgpt_ckpt_path", "no"], "no tuned parameters"),
@@ -145,28 +144,28 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_ends_with_code_2_a_word_and_no_file(
+def test_inference_error_exits_with_code_2_and_no_files(
     fault: str, scripted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments, word = FAULTS[fault]
+    arguments, message = FAULTS[fault]
     with pytest.raises(SystemExit) as ended:
         infer(scripted, tmp_path / "out", *arguments)
     assert ended.value.code == 2
-    assert word in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_tuned_parameters_of_another_model_are_refused(scripted: Path, tmp_path: Path) -> None:
+def test_inference_refuses_a_delta_of_another_model(scripted: Path, tmp_path: Path) -> None:
     config = load_config("7b", overrides=tiny_overrides(scripted))
     wider = config.model_copy(
-        update={"output_projection": config.output_projection.model_copy(update={"width": 64})}
+        update={"output_projection": config.output_projection.model_copy(update={"d_model": 64})}
     )
-    with pytest.raises(InputError, match="does not fit this model"):
-        Assistant.load(wider, scripted / "tuned" / "stage_3")
+    with pytest.raises(UserError, match="does not fit this model"):
+        Assistant.from_config(wider, scripted / "tuned" / "stage_3")
 
 
 @pytest.mark.parametrize(
-    ("content", "word"),
+    ("content", "message"),
     [
         ("{", "Invalid JSON"),
         ('[{"role": "human", "parts": [{"text": "a"}]}]', "human, assistant"),
@@ -174,14 +173,14 @@ def test_tuned_parameters_of_another_model_are_refused(scripted: Path, tmp_path:
         ('[{"role": "human", "parts": [{"modality": "smell", "path": "b"}]}]', "turn 1, part 1"),
     ],
 )
-def test_a_faulty_history_is_named(content: str, word: str, tmp_path: Path) -> None:
+def test_history_invalid_file_is_named(content: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "history.json"
     path.write_text(content)
-    with pytest.raises(InputError, match=word):
+    with pytest.raises(UserError, match=message):
         read_history(path)
 
 
-def test_history_comes_back_as_written(tmp_path: Path) -> None:
+def test_history_round_trips(tmp_path: Path) -> None:
     turns = (
         Turn("human", (Media("video", path="/elsewhere/a.mp4"), Text('ünï "quoted"\n<Img>'))),
         Turn("assistant", (Media("image", path=str(tmp_path / "sub" / "b.png")),)),
@@ -192,7 +191,7 @@ def test_history_comes_back_as_written(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "history.json").read_text()
 
 
-def test_the_delta_that_finished_last_is_taken_and_else_the_systems_own(
+def test_find_delta_prefers_the_latest_finished_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = load_config("mini", overrides=[f"save_path={tmp_path}"])

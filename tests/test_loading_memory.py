@@ -1,4 +1,4 @@
-"""A language model of a billion parameters is loaded without a detour, as measured."""
+"""Peak memory of loading a language model of a billion parameters."""
 
 import json
 import subprocess
@@ -17,8 +17,8 @@ CODE = Path(__file__).parent.parent / "code"
 LOADING = """
 import json, re, sys, threading, time
 import torch
-from config.loader import load_config
-from model.build import build_model
+from nextgpt.config.loader import load_config
+from nextgpt.model.build import build_model
 
 def taken(what):  # bytes
     return int(re.search(what + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1000
@@ -46,11 +46,11 @@ print(json.dumps({"all": taken("VmHWM") - before, "own": max(own) - own_before})
 def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """1.1 billion parameters in bf16, in shards."""
     folder = tmp_path_factory.mktemp("billion")
-    figures = LlamaConfig(
+    config = LlamaConfig(
         hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, vocab_size=1000
     )
     with torch.device("meta"):
-        model = LlamaForCausalLM(figures).to(torch.bfloat16)
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.data.fill_(0.01)
@@ -60,17 +60,19 @@ def billion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def taken(folder: Path, kind: str) -> dict[str, float]:
-    """The most memory, in shares of the bf16 weights: all, and all but mapped files."""
+    """Return peak memory relative to the bf16 weights: total, and without mapped files."""
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     command = [sys.executable, "-c", LOADING, str(folder), kind]
     done = subprocess.run(command, cwd=CODE, capture_output=True, text=True, check=True)
     return {what: size / weights for what, size in json.loads(done.stdout).items()}
 
 
-def test_16_bits_take_no_more_than_the_weights(billion: Path) -> None:
+def test_loading_in_16_bits_peaks_at_the_weights_size(billion: Path) -> None:
     assert 0.9 < taken(billion, "none")["all"] < 1.2
 
 
 @pytest.mark.parametrize(("kind", "most"), [("8bit", 0.8), ("4bit", 0.6)])
-def test_fewer_bits_take_less_than_the_weights(billion: Path, kind: str, most: float) -> None:
+def test_loading_quantized_peaks_below_the_weights_size(
+    billion: Path, kind: str, most: float
+) -> None:
     assert 0.2 < taken(billion, kind)["own"] < most

@@ -1,4 +1,4 @@
-"""Downloaded instruction data becomes the common format, and what is dropped is said."""
+"""Conversion of downloaded instruction data; dropped records are listed."""
 
 import json
 import subprocess
@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from config.errors import InputError
-from conversation.parts import Media, Text
-from dataset.preprocess_dataset import preprocess
-from dataset.readers import read_record
+from nextgpt.common.errors import UserError
+from nextgpt.conversation.messages import Media, Text
+from nextgpt.dataset.readers import read_record
+from nextgpt.tools.preprocess_dataset import preprocess
 
 CODE = Path(__file__).parent.parent / "code"
 
@@ -60,7 +60,7 @@ def converted(tmp_path: Path, kind: str, records: list[dict]) -> tuple[list, Cou
     return parts, dropped, [json.loads(line) for line in lines]
 
 
-def test_alpaca(tmp_path: Path) -> None:
+def test_preprocess_alpaca(tmp_path: Path) -> None:
     parts, dropped, listed = converted(tmp_path, "alpaca", ALPACA)
     assert parts == [
         [(Text("Add.\n3 < 5"),), (Text("8"),)],
@@ -70,7 +70,7 @@ def test_alpaca(tmp_path: Path) -> None:
     assert listed == [{"row": 2, "reason": "no output", "record": ALPACA[2]}]
 
 
-def test_llava(tmp_path: Path) -> None:
+def test_preprocess_llava(tmp_path: Path) -> None:
     parts, dropped, listed = converted(tmp_path, "llava", LLAVA)
     assert parts == [
         [
@@ -87,7 +87,7 @@ def test_llava(tmp_path: Path) -> None:
     assert listed[2]["reason"] == "no conversations"
 
 
-def test_videochat(tmp_path: Path) -> None:
+def test_preprocess_videochat(tmp_path: Path) -> None:
     parts, dropped, _ = converted(tmp_path, "videochat", VIDEOCHAT)
     assert parts == [
         [
@@ -100,23 +100,23 @@ def test_videochat(tmp_path: Path) -> None:
     assert dropped == {"video outside the media folder": 1, "no QA": 1}
 
 
-def test_a_broken_or_useless_file_leaves_the_old_output_as_it_was(tmp_path: Path) -> None:
+def test_preprocess_failure_keeps_the_old_output(tmp_path: Path) -> None:
     raw, output = tmp_path / "raw.json", tmp_path / "alpaca.json"
     output.write_text("old")
     for text, message in [("[{}]", "no record is usable"), (json.dumps(ALPACA)[:-5], "row 2")]:
         raw.write_text(text)
-        with pytest.raises(InputError, match=message):
+        with pytest.raises(UserError, match=message):
             preprocess("alpaca", raw, output)
-    with pytest.raises(InputError, match="overwritten"):
+    with pytest.raises(UserError, match="overwritten"):
         preprocess("alpaca", raw, raw)
     assert output.read_text() == "old"
     assert {path.name for path in tmp_path.iterdir()} == {"raw.json", "alpaca.json"}
 
 
-def test_the_command_runs_from_the_code_folder(tmp_path: Path) -> None:
+def test_preprocess_runs_from_the_code_folder(tmp_path: Path) -> None:
     raw = tmp_path / "alpaca_data.json"
     raw.write_text(json.dumps(ALPACA))
-    command = [sys.executable, "dataset/preprocess_dataset.py", "alpaca"]
+    command = [sys.executable, "tools/preprocess_dataset.py", "alpaca"]
     done = subprocess.run([*command, str(raw)], cwd=CODE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "2 records; dropped: 1 (no output)" in done.stdout

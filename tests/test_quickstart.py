@@ -1,4 +1,4 @@
-"""The newcomer's path: a fresh clone, one command, and the course's four cases are answered."""
+"""The quickstart: a fresh clone, one command, answers to the course's four cases."""
 
 import json
 import os
@@ -7,23 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from conversation.parts import MODALITIES
-from dataset.media import load_views
-from evaluation.items import CASES
+from nextgpt.common.modality import MODALITIES
+from nextgpt.media.transforms import load_views
+from nextgpt.mini_world.scoreboard.items import CASES
 
 ROOT = Path(__file__).parent.parent
 SUFFIX_OF = {"image": ".png", "video": ".mp4", "audio": ".wav"}
 
 
 def kinds_in(answers: Path, case: dict) -> list[str]:
-    """The kinds of what was written for a case, words first."""
+    """Return the modalities of a case's answer, text first."""
     folder = answers / case["name"].replace("→", "-")
     there = {path.suffix for path in folder.iterdir()}
     return ["text", *(modality for modality in MODALITIES if SUFFIX_OF[modality] in there)]
 
 
 @pytest.mark.slow
-def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path) -> None:
+def test_quickstart_in_a_fresh_clone_gives_four_answers(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
     bare = {name: os.environ[name] for name in ("HOME", "PATH", "LANG") if name in os.environ}
@@ -32,8 +32,8 @@ def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path)
     with log.open("w") as file:
         command = ["bash", "scripts/quickstart.sh"]
         done = subprocess.run(command, cwd=clone, env=bare, stdout=file, stderr=file)
-    said = log.read_text()
-    assert done.returncode == 0, said[-5000:]
+    printed = log.read_text()
+    assert done.returncode == 0, printed[-5000:]
     for stage in (1, 2, 3, 4):
         folder = clone / f"ckpt/delta_ckpt/nextgpt/mini_tiva_v0/stage_{stage}"
         assert (folder / "delta.safetensors").is_file()
@@ -46,14 +46,14 @@ def test_the_quickstart_leads_from_a_fresh_clone_to_four_answers(tmp_path: Path)
     histories = sorted(answers.glob("T*/history.json"))
     assert len(histories) == len(cases)
     right = [case["name"] for case in cases if kinds_in(answers, case) == case["expects"]]
-    assert f"{len(right)} of 4 answers have the expected media" in said
+    assert f"{len(right)} of 4 answers have the expected media" in printed
     measured = json.loads((answers / "cases/scoreboard.json").read_text())["cells"]
-    assert {cell: figures["n"] for cell, figures in measured.items()} == dict.fromkeys(CASES, 40)
-    for cell, figures in measured.items():
-        assert figures["modalities"] >= 0.9, f"{cell}: {figures['modalities']} with all media"
+    assert {cell: metrics["n"] for cell, metrics in measured.items()} == dict.fromkeys(CASES, 40)
+    for cell, metrics in measured.items():
+        assert metrics["modalities"] >= 0.9, f"{cell}: {metrics['modalities']} with all media"
     for modality in MODALITIES:
         files = list(answers.rglob(f"*{SUFFIX_OF[modality]}"))
         assert files, f"no answer called for {modality}"
         for file in files:
-            assert str(file.relative_to(clone)) in said or str(file) in said
+            assert str(file.relative_to(clone)) in printed or str(file) in printed
             load_views(modality, file)

@@ -1,15 +1,14 @@
-"""Every annotation format becomes the conversation it means; what is wrong is named."""
+"""Every annotation format is read into conversations; errors name row and field."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from config.errors import InputError
-from conversation.captions import clean_caption
-from conversation.parts import Conversation, Media, Text, Turn
-from dataset.json_rows import iter_rows
-from dataset.readers import Kind, iter_captions, read_record
+from nextgpt.common.errors import UserError
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.dataset.json_stream import iter_rows
+from nextgpt.dataset.readers import Kind, clean_caption, iter_captions, read_record
 
 FILE = Path("some.json")
 
@@ -19,7 +18,7 @@ def rounds(*sides: tuple) -> Conversation:
     return Conversation(tuple(Turn(roles[i % 2], side) for i, side in enumerate(sides)))
 
 
-def test_a_caption_pair_read_towards_its_caption_shows_the_medium_first() -> None:
+def test_caption_pair_to_caption_shows_the_medium_first() -> None:
     record = {"caption": 'A "Red" Circle; big', "image_name": "a/1.png"}
     assert read_record(record, "caption_in", FILE, 0) == rounds(
         (Media("image", path="a/1.png"), Text("generate a caption")),
@@ -38,12 +37,12 @@ def test_a_caption_pair_read_towards_its_caption_shows_the_medium_first() -> Non
         ("a-b, c's 3.5", "a-b, c's 3.5"),
     ],
 )
-def test_captions_are_cleaned_as_published(caption: str, read: str) -> None:
+def test_clean_caption_equals_the_published(caption: str, read: str) -> None:
     assert clean_caption(caption) == read
 
 
-def test_a_caption_pair_read_from_its_caption_ends_with_the_output_medium() -> None:
-    """What is said is cleaned; what the decoder's text encoder embeds stands as in the file."""
+def test_caption_pair_from_caption_ends_with_the_output_medium() -> None:
+    """The answer's text is cleaned; the caption for the text encoder is verbatim."""
     record = {"caption": " Rain (heavy)  falls.\r\n", "audio_name": "sub/7.wav"}
     medium = Media("audio", caption=" Rain (heavy)  falls.\r\n", embedding="7.wav.npy")
     assert read_record(record, "caption_out", FILE, 0) == rounds(
@@ -52,7 +51,7 @@ def test_a_caption_pair_read_from_its_caption_ends_with_the_output_medium() -> N
 
 
 @pytest.mark.parametrize("value", ["What is it?\n<image>", "<image>\nWhat is it?"])
-def test_the_later_release_shows_its_input_where_the_placeholder_stands(value: str) -> None:
+def test_later_release_input_replaces_the_placeholder(value: str) -> None:
     turns = [{"from": "human", "value": value}, {"from": "gpt", "value": "A ring."}]
     read = read_record({"input_image": "1.png", "conversations": turns}, "caption_in", FILE, 0)
     parts = (Text("What is it?"), Media("image", path="1.png"))
@@ -60,7 +59,7 @@ def test_the_later_release_shows_its_input_where_the_placeholder_stands(value: s
     assert read == rounds(parts, (Text("A ring."),))
 
 
-def test_the_later_release_puts_its_output_where_the_placeholder_stands() -> None:
+def test_later_release_output_replaces_the_placeholder() -> None:
     record = {
         "output_video": "3.mp4",
         "video_captions": "A Kite",
@@ -80,7 +79,7 @@ def instruction(human: dict, gpt: dict, **names: str) -> dict:
 
 
 @pytest.mark.parametrize("field", ["image_name", "mm_name"])
-def test_an_instruction_shows_its_medium_before_the_first_text(field: str) -> None:
+def test_instruction_medium_precedes_the_first_text(field: str) -> None:
     record = instruction(
         {"value": "What shape?", "input_modality": "image"},
         {"value": "A star.", "caption": "", "output_modality": "text"},
@@ -99,7 +98,7 @@ def test_an_instruction_shows_its_medium_before_the_first_text(field: str) -> No
     )
 
 
-def test_an_instruction_puts_its_output_after_the_answer() -> None:
+def test_instruction_output_follows_the_answer() -> None:
     record = instruction(
         {"value": "Ring a bell", "input_modality": "text"},
         {"value": "Here:", "caption": "A Bell", "output_modality": "audio"},
@@ -112,7 +111,7 @@ def test_an_instruction_puts_its_output_after_the_answer() -> None:
 
 
 @pytest.mark.parametrize("text", ["3 < 5 > 2", "<Image>/etc/passwd</Image>", "say <image> twice "])
-def test_text_stays_verbatim_where_placeholders_mean_nothing(text: str) -> None:
+def test_text_without_placeholders_is_verbatim(text: str) -> None:
     record = instruction({"value": text}, {"value": text})
     assert read_record(record, "instruction", FILE, 0) == rounds((Text(text),), (Text(text),))
 
@@ -136,7 +135,7 @@ MOSIT = {
 }
 
 
-def test_mosit_has_any_number_of_media_in_place_on_both_sides() -> None:
+def test_mosit_accepts_any_number_of_media_on_both_sides() -> None:
     assert read_record(MOSIT, "interleaved", FILE, 0) == rounds(
         (
             Text("Here:"),
@@ -211,8 +210,8 @@ PICTURE = {"modality": "image", "name": "x.png"}
         ),
     ],
 )
-def test_a_wrong_record_is_named_by_row_and_field(kind: Kind, record: dict, named: str) -> None:
-    with pytest.raises(InputError, match=rf"some\.json: row 41 .*{named}"):
+def test_reader_bad_record_names_row_and_field(kind: Kind, record: dict, named: str) -> None:
+    with pytest.raises(UserError, match=rf"some\.json: row 41 .*{named}"):
         read_record(record, kind, FILE, 41)
 
 
@@ -229,11 +228,11 @@ def test_captions_of_output_media_are_found_in_every_format(tmp_path: Path) -> N
         file = tmp_path / f"{name}.json"
         file.write_text(json.dumps(rows))
         assert list(iter_captions(file, modality)) == expected
-    with pytest.raises(InputError, match="no captions of video"):
+    with pytest.raises(UserError, match="no captions of video"):
         list(iter_captions(tmp_path / "pairs.json", "video"))
 
 
-def test_rows_longer_than_a_chunk_and_cut_by_its_end_are_read_whole(tmp_path: Path) -> None:
+def test_json_stream_reads_rows_across_chunk_boundaries(tmp_path: Path) -> None:
     rows = [{"n": i, "text": 'ü\\"' * size} for i, size in enumerate([1, 900_000, 7, 400_000, 3])]
     rows += [{"x": -1.5e-7, "flags": [True, None], "pad": "y" * i} for i in range(3000)]
     for indent in (None, 2):
@@ -258,15 +257,17 @@ def test_rows_longer_than_a_chunk_and_cut_by_its_end_are_read_whole(tmp_path: Pa
         ('[{"a": "b', "row 0: Unterminated"),
     ],
 )
-def test_a_file_that_is_not_json_says_where(tmp_path: Path, text: str, message: str) -> None:
+def test_json_stream_invalid_json_names_the_position(
+    tmp_path: Path, text: str, message: str
+) -> None:
     file = tmp_path / "bad.json"
     file.write_text(text)
-    with pytest.raises(InputError, match=r"bad\.json") as raised:
+    with pytest.raises(UserError, match=r"bad\.json") as raised:
         list(iter_rows(file))
     assert message in str(raised.value)
 
 
-def test_an_empty_array_has_no_rows(tmp_path: Path) -> None:
+def test_json_stream_empty_array_has_no_rows(tmp_path: Path) -> None:
     file = tmp_path / "empty.json"
     file.write_text(" [ ] ")
     assert list(iter_rows(file)) == []

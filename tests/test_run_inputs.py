@@ -1,4 +1,4 @@
-"""A run is resumed with what it was built from, wherever that lies now, or says what differs."""
+"""A run is resumed with the same inputs at any path; differences are named."""
 
 import json
 import re
@@ -11,24 +11,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from config.errors import InputError
-from config.loader import load_config
-from conversation.parts import MODALITIES
-from dataset.conversations import open_conversations
-from mini_world.mini_decoders import build_mini_decoder
-from model.build import resolve_model_path
-from model.tokenizer_files import tokenizer_files
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import load_config
+from nextgpt.dataset.conversations import open_conversations
+from nextgpt.mini_world.mini_decoders import build_mini_decoder
+from nextgpt.model.loading import resolve_model_path, tokenizer_files
+from nextgpt.tools.embed_captions import embed_captions
+from nextgpt.training.run_inputs import RunInputs, compare_inputs, identify_inputs, read_inputs
 from test_training import copied_data
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 from tiny_run import TinyRun, same, tiny_world, trained
-from training.embed_captions import embed_captions
-from training.run_inputs import RunInputs, compare_inputs, identify_inputs, read_inputs
 
 IMAGES = "mini_world/T-X_pair_data/image/image.json"
 
 
 class World:
-    """Copies of everything that a run of a stage is built from, to be spoilt."""
+    """Modifiable copies of all inputs of a run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -54,16 +53,16 @@ class World:
     def sets(self) -> list[str]:
         """Overrides that name the copies."""
         return [
-            f"data.root={self.data}",
-            f"data.embeddings={self.folder / 'embed'}",
-            f"data.cache={self.folder / 'cache'}",
+            f"data.data_dir={self.data}",
+            f"data.caption_embedding_dir={self.folder / 'embed'}",
+            f"data.cache_dir={self.folder / 'cache'}",
             f"encoder.path={self.folder / 'imagebind'}",
             f"language_model.path={self.folder / 'language_model'}",
-            f"training.deepspeed={self.zero}",
+            f"training.deepspeed_config={self.zero}",
         ]
 
     def inputs(self, stage: int = 2, *more: str) -> RunInputs:
-        """What a run of the stage would record, through its file's form."""
+        """Return the inputs that a run of the stage would record, after a JSON round trip."""
         words = TinyRun(self.folder, stage, [*self.sets, *more]).arguments
         overrides = [word for flag, word in pairwise(words) if flag == "--set"]
         config = load_config("7b", stage, overrides)
@@ -71,7 +70,7 @@ class World:
         return json.loads(json.dumps(found))
 
     def change_rows(self, change: Callable[[list[dict]], list[dict]]) -> None:
-        """Write what `change` makes of the rows of the images' file."""
+        """Replace the image annotation's rows by `change` of them."""
         file = self.data / IMAGES
         file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
@@ -82,7 +81,7 @@ class World:
         save_file(tensors, file, {"format": "pt"})
 
     def embed_again(self, decoder: Path, keep_records: bool = True) -> None:
-        """Make the images' embeddings by another decoder."""
+        """Recompute the image embeddings with `decoder`."""
         embeddings = self.folder / "embed"
         shutil.rmtree(embeddings, ignore_errors=True)
         world = self.data / "mini_world"
@@ -95,7 +94,7 @@ class World:
 
 
 def forget_records(embeddings: Path) -> None:
-    """Leave only the arrays, as the published tools do."""
+    """Delete all records but the arrays, as the published tools leave them."""
     for file in [*embeddings.glob("*.json"), *embeddings.glob("*.jsonl")]:
         file.unlink()
 
@@ -113,7 +112,7 @@ def other_decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_same_content_elsewhere_is_the_same(world: World, tmp_path: Path) -> None:
+def test_run_inputs_moved_content_is_equal(world: World, tmp_path: Path) -> None:
     before = {stage: world.inputs(stage) for stage in (1, 2, 3)}
     (tmp_path / "moved").mkdir()
     for name in ("data", "embed", "imagebind", "language_model", "stage_1", "zero.json"):
@@ -125,7 +124,7 @@ def test_the_same_content_elsewhere_is_the_same(world: World, tmp_path: Path) ->
         assert compare_inputs(inputs, world.inputs(stage)) == []
 
 
-def test_a_stage_records_what_it_uses_and_nothing_else(world: World) -> None:
+def test_run_inputs_record_what_the_stage_uses_only(world: World) -> None:
     first, second = world.inputs(1), world.inputs(2)
     assert first["frozen"].keys() == {"language model", "media encoder"}
     assert first["caption_embeddings"] == {}
@@ -139,7 +138,7 @@ def test_a_stage_records_what_it_uses_and_nothing_else(world: World) -> None:
     assert world.inputs(2) == second
 
 
-SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
+CHANGES: dict[str, tuple[int, Callable[[World], object], str]] = {
     "predecessor": (
         2,
         lambda w: w.change_tensor(w.delta),
@@ -179,31 +178,31 @@ SPOILT: dict[str, tuple[int, Callable[[World], object], str]] = {
 }
 
 
-def test_files_beside_the_language_model_are_no_part_of_it(world: World) -> None:
+def test_run_inputs_ignore_extra_files_beside_the_language_model(world: World) -> None:
     before = world.inputs()
     for name in ("LICENSE.txt", "notes.json", "README.md"):
         (world.folder / "language_model" / name).write_text("{}")
     assert compare_inputs(before, world.inputs()) == []
 
 
-def test_the_files_of_a_tokenizer_are_known_by_name(tmp_path: Path) -> None:
+def test_run_inputs_tokenizer_files_are_identified_by_name(tmp_path: Path) -> None:
     belong = {"spiece.model", "tokenizer.json", "vocab.txt", "merges.txt", "chat_template.jinja"}
     for name in (*belong, "LICENSE.txt", "notes.json", "model.safetensors", "config.json"):
         (tmp_path / name).touch()
     assert {file.name for file in tokenizer_files(tmp_path)} == belong
 
 
-@pytest.mark.parametrize("what", SPOILT)
-def test_each_input_that_changed_is_named_alone(world: World, what: str) -> None:
-    stage, spoil, said = SPOILT[what]
+@pytest.mark.parametrize("what", CHANGES)
+def test_run_inputs_changed_input_alone_is_named(world: World, what: str) -> None:
+    stage, corrupt, message = CHANGES[what]
     before = world.inputs(stage)
-    spoil(world)
+    corrupt(world)
     (line,) = compare_inputs(before, world.inputs(stage))
-    assert re.match(said, line), line
+    assert re.match(message, line), line
 
 
 @pytest.mark.parametrize("recorded", [True, False])
-def test_embeddings_of_another_decoder_are_named_with_and_without_records(
+def test_run_inputs_embeddings_of_another_decoder_are_named(
     world: World, other_decoder: Path, recorded: bool
 ) -> None:
     if not recorded:
@@ -215,7 +214,7 @@ def test_embeddings_of_another_decoder_are_named_with_and_without_records(
     assert str(other_decoder) in line if recorded else "8 looked at 8 are others" in line
 
 
-def test_embeddings_made_again_by_the_same_decoder_are_the_same(world: World) -> None:
+def test_run_inputs_recomputed_embeddings_are_equal(world: World) -> None:
     before = world.inputs()
     world.embed_again(tiny_decoder("image"))
     assert compare_inputs(before, world.inputs()) == []
@@ -225,61 +224,61 @@ def test_embeddings_made_again_by_the_same_decoder_are_the_same(world: World) ->
 
 
 def killed(world: World, *flags: str) -> TinyRun:
-    """A run of stage 2 from the world, killed after its first checkpoint."""
+    """Start a run of stage 2 and kill it after its second checkpoint."""
     run = TinyRun(
-        world.folder, 2, [*world.sets, "training.save_every=1", "training.max_steps=8"], flags
+        world.folder, 2, [*world.sets, "training.save_steps=1", "training.max_steps=8"], flags
     )
     run.kill_when(lambda: "step_000002" in run.checkpoints)
     return run
 
 
 def resumed(world: World, *more: str, flags: tuple[str, ...] = ()) -> TinyRun:
-    sets = [*world.sets, "training.save_every=1", "training.max_steps=8", *more]
+    sets = [*world.sets, "training.save_steps=1", "training.max_steps=8", *more]
     return TinyRun(world.folder, 2, sets, ["--resume", *flags])
 
 
-def test_a_run_is_resumed_with_what_it_was_started_with_and_nothing_else(
+def test_resume_requires_the_inputs_of_the_start(
     world: World, tmp_path: Path, other_decoder: Path
 ) -> None:
-    """What was shown: stage 1 retrained, rows removed and embeddings remade between two starts."""
+    """Refused: stage 1 retrained, rows removed, embeddings recomputed; accepted: a moved folder."""
     run = killed(world)
     assert read_inputs(run.folder / "checkpoints" / "inputs.json") is not None
 
     before = tmp_path / "before"
     shutil.copytree(tmp_path / "stage_1", before)
     TinyRun(tmp_path, 1, [*world.sets, "training.seed=7"]).finish()
-    said = resumed(world).fail()
-    assert "predecessor: " in said and "--restart" in said and run.checkpoints
-    assert f"{before}" not in said
+    message = resumed(world).fail()
+    assert "predecessor: " in message and "--restart" in message and run.checkpoints
+    assert f"{before}" not in message
 
-    kept = (world.data / IMAGES).read_text()
+    original = (world.data / IMAGES).read_text()
     world.change_rows(lambda rows: rows[:18])
     own = ("--init-from", str(before))
-    said = resumed(world, flags=own).fail()
-    assert "36 rows" in said and "18 rows" in said and "predecessor" not in said
-    (world.data / IMAGES).write_text(kept)
+    message = resumed(world, flags=own).fail()
+    assert "36 rows" in message and "18 rows" in message and "predecessor" not in message
+    (world.data / IMAGES).write_text(original)
 
     (world.folder / "embed").rename(tmp_path / "kept")
     world.embed_again(other_decoder)
-    said = resumed(world, f"decoders.image.path={other_decoder}", flags=own).fail()
-    assert "image caption embeddings in" in said and str(other_decoder) in said
+    message = resumed(world, f"decoders.image.path={other_decoder}", flags=own).fail()
+    assert "image caption embeddings in" in message and str(other_decoder) in message
     shutil.rmtree(tmp_path / "embed")
     (tmp_path / "kept").rename(tmp_path / "embed")
 
     (tmp_path / "language_model").rename(tmp_path / "moved")  # a path alone is no difference
     moved = f"language_model.path={tmp_path / 'moved'}"
-    whole = TinyRun(
+    uninterrupted = TinyRun(
         tmp_path / "whole", 2, [*world.sets, moved, "training.max_steps=8"], own
     ).finish()
     again = resumed(world, moved, flags=own).finish()
     assert "resumed after step" in again.output
-    assert same(again.delta, whole.delta)
+    assert same(again.delta, uninterrupted.delta)
     inputs = read_inputs(again.folder / "inputs.json")
-    assert compare_inputs(inputs, read_inputs(whole.folder / "inputs.json")) == []
+    assert compare_inputs(inputs, read_inputs(uninterrupted.folder / "inputs.json")) == []
     assert not again.checkpoints
 
 
-def test_a_run_of_an_older_version_is_resumed_with_a_warning(world: World, tmp_path: Path) -> None:
+def test_resume_of_an_older_version_warns(world: World, tmp_path: Path) -> None:
     run = killed(world)
     record = run.folder / "checkpoints" / "inputs.json"
     record.unlink()
@@ -292,16 +291,15 @@ def test_a_run_of_an_older_version_is_resumed_with_a_warning(world: World, tmp_p
     assert read_inputs(again.folder / "inputs.json") is not None
 
 
-def test_processes_that_start_together_on_empty_caches_record_the_same(world: World) -> None:
+def test_run_inputs_are_the_same_for_concurrent_processes(world: World) -> None:
     two = TinyRun(world.folder, 2, world.sets, world=2).finish()
     assert compare_inputs(read_inputs(two.folder / "inputs.json"), world.inputs()) == []
     cache = world.folder / "cache"
     assert not [path for path in cache.rglob("*") if ".partial." in path.name]
-    # Of each modality the captions, the records, and which modalities there are.
-    assert len(list(cache.glob("*.npz"))) == 3 * len(MODALITIES)
+    assert len(list(cache.glob("*.arrow"))) == len(MODALITIES)
 
 
-def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+def test_run_inputs_damaged_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_text("{")
-    with pytest.raises(InputError, match=r"inputs\.json is damaged: give --restart"):
+    with pytest.raises(UserError, match=r"inputs\.json is damaged: give --restart"):
         read_inputs(tmp_path / "inputs.json")

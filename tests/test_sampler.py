@@ -1,4 +1,4 @@
-"""Batches are a function of seed and epoch; resuming and sharing change nothing."""
+"""Batches depend on seed and epoch only; resume and split for ranks."""
 
 import time
 from collections import Counter
@@ -6,14 +6,14 @@ from itertools import pairwise
 
 import pytest
 
-from config.errors import InputError
-from dataset.sampler import BatchPlan, share
+from nextgpt.common.errors import UserError
+from nextgpt.dataset.sampler import BatchSchedule, split_for_rank
 
 SIZES = {"a": 23, "b": 7, "c": 3}
 
 
-def test_mixed_shows_every_row_once_an_epoch_and_fills_the_last_batch() -> None:
-    plan = BatchPlan(SIZES, 4, "mixed", seed=1)
+def test_sampler_mixed_covers_every_row_once_and_fills_the_last_batch() -> None:
+    plan = BatchSchedule(SIZES, 4, "mixed", seed=1)
     batches = list(plan.batches(epoch=0))
     assert len(batches) == plan.steps_per_epoch == 9
     assert {len(batch) for batch in batches} == {4}
@@ -23,8 +23,8 @@ def test_mixed_shows_every_row_once_an_epoch_and_fills_the_last_batch() -> None:
     assert any(len({name for name, _ in batch}) > 1 for batch in batches)
 
 
-def test_in_turn_gives_one_data_set_a_batch_until_the_largest_is_through() -> None:
-    plan = BatchPlan(SIZES, 4, "one_dataset_in_turn", seed=1)
+def test_sampler_round_robin_runs_until_the_largest_data_set_ends() -> None:
+    plan = BatchSchedule(SIZES, 4, "round_robin", seed=1)
     batches = list(plan.batches(epoch=0))
     assert len(batches) == plan.steps_per_epoch == 18
     assert [{name for name, _ in batch} for batch in batches] == [{"a"}, {"b"}, {"c"}] * 6
@@ -37,50 +37,50 @@ def test_in_turn_gives_one_data_set_a_batch_until_the_largest_is_through() -> No
             assert all(one != other for one, other in pairwise(shuffles))
 
 
-@pytest.mark.parametrize("mode", ["mixed", "one_dataset_in_turn"])
-def test_the_order_depends_on_seed_and_epoch_alone_and_can_be_entered_anywhere(mode: str) -> None:
-    plan = BatchPlan(SIZES, 4, mode, seed=1)
-    whole = list(plan.batches(epoch=2))
-    assert whole == list(BatchPlan(SIZES, 4, mode, seed=1).batches(epoch=2))
+@pytest.mark.parametrize("mode", ["mixed", "round_robin"])
+def test_sampler_order_depends_on_seed_and_epoch_and_can_start_anywhere(mode: str) -> None:
+    plan = BatchSchedule(SIZES, 4, mode, seed=1)
+    full = list(plan.batches(epoch=2))
+    assert full == list(BatchSchedule(SIZES, 4, mode, seed=1).batches(epoch=2))
     for start in range(plan.steps_per_epoch + 1):
-        assert list(plan.batches(epoch=2, start=start)) == whole[start:]
-    assert whole != list(plan.batches(epoch=3))
-    assert whole != list(BatchPlan(SIZES, 4, mode, seed=2).batches(epoch=2))
+        assert list(plan.batches(epoch=2, start=start)) == full[start:]
+    assert full != list(plan.batches(epoch=3))
+    assert full != list(BatchSchedule(SIZES, 4, mode, seed=2).batches(epoch=2))
 
 
-def test_processes_share_a_batch_without_overlap() -> None:
-    batch = next(BatchPlan(SIZES, 12, "mixed", seed=1).batches(0))
-    shares = [share(batch, rank, 4, length=lambda sample: sample[1]) for rank in range(4)]
-    assert {len(part) for part in shares} == {3}
-    assert Counter(sample for part in shares for sample in part) == Counter(batch)
+def test_split_for_rank_is_disjoint_and_complete() -> None:
+    batch = next(BatchSchedule(SIZES, 12, "mixed", seed=1).batches(0))
+    splits = [split_for_rank(batch, rank, 4, length=lambda sample: sample[1]) for rank in range(4)]
+    assert {len(part) for part in splits} == {3}
+    assert Counter(sample for part in splits for sample in part) == Counter(batch)
 
 
-def test_shares_are_about_as_long_and_keep_the_order_of_the_batch() -> None:
+def test_split_for_rank_balances_lengths_and_keeps_order() -> None:
     batch = [("a", row) for row in (1, 200, 2, 3, 100, 190, 4, 90)]
-    shares = [share(batch, rank, 2, length=lambda sample: sample[1]) for rank in range(2)]
-    assert shares == [
+    splits = [split_for_rank(batch, rank, 2, length=lambda sample: sample[1]) for rank in range(2)]
+    assert splits == [
         [("a", row) for row in (1, 200, 4, 90)],
         [("a", row) for row in (2, 3, 100, 190)],
     ]
-    assert share(batch, 0, 1, length=lambda sample: sample[1]) == batch
+    assert split_for_rank(batch, 0, 1, length=lambda sample: sample[1]) == batch
 
 
-def test_what_cannot_be_batched_or_shared_says_what_to_do() -> None:
-    with pytest.raises(InputError, match="global_batch_size"):
-        BatchPlan({"a": 3}, 4, "mixed", seed=0)
-    with pytest.raises(InputError, match="more than the 23 there are"):
-        BatchPlan(SIZES, 24, "one_dataset_in_turn", seed=0)
-    with pytest.raises(InputError, match="without rows: b"):
-        BatchPlan({"a": 3, "b": 0}, 2, "mixed", seed=0)
-    with pytest.raises(InputError, match="without rows"):
-        BatchPlan({}, 2, "mixed", seed=0)
-    with pytest.raises(InputError, match="8 processes"):
-        share([("a", row) for row in range(4)], rank=0, world=8, length=len)
+def test_sampler_impossible_batching_names_the_remedy() -> None:
+    with pytest.raises(UserError, match="global_batch_size"):
+        BatchSchedule({"a": 3}, 4, "mixed", seed=0)
+    with pytest.raises(UserError, match="more than the 23 there are"):
+        BatchSchedule(SIZES, 24, "round_robin", seed=0)
+    with pytest.raises(UserError, match="without rows: b"):
+        BatchSchedule({"a": 3, "b": 0}, 2, "mixed", seed=0)
+    with pytest.raises(UserError, match="without rows"):
+        BatchSchedule({}, 2, "mixed", seed=0)
+    with pytest.raises(UserError, match="8 processes"):
+        split_for_rank([("a", row) for row in range(4)], rank=0, world=8, length=len)
 
 
-@pytest.mark.parametrize("mode", ["mixed", "one_dataset_in_turn"])
-def test_a_million_rows_are_resumed_in_the_middle_at_once(mode: str) -> None:
-    plan = BatchPlan({"big": 1_000_000, "small": 1000}, 64, mode, seed=0)
+@pytest.mark.parametrize("mode", ["mixed", "round_robin"])
+def test_sampler_resumes_mid_epoch_in_a_million_rows_quickly(mode: str) -> None:
+    plan = BatchSchedule({"big": 1_000_000, "small": 1000}, 64, mode, seed=0)
     begun = time.perf_counter()
     next(plan.batches(epoch=0, start=plan.steps_per_epoch - 5))
     assert time.perf_counter() - begun < 2

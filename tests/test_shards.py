@@ -1,4 +1,4 @@
-"""WebDataset shards train as the same files do unpacked, and what is wrong with them is said."""
+"""WebDataset shards give the results of unpacked files; errors name the shard."""
 
 import io
 import json
@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from config.errors import InputError
-from conversation.parts import MODALITIES, Modality
-from dataset.feature_cache import FeatureCache
-from dataset.media import load_views
-from dataset.readers import iter_captions
-from dataset.shards import annotation_rows
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.dataset.readers import iter_captions
+from nextgpt.dataset.shards import annotation_rows
+from nextgpt.media.feature_cache import FeatureCache
+from nextgpt.media.transforms import load_views
 from test_training import copied_data, from_stage
 from tiny_run import TinyRun, tiny_world, trained
 
@@ -27,7 +27,7 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def pack(folder: Path, modality: Modality, in_json: bool = False) -> None:
-    """Put caption pairs into two shards, as the two programs do, and remove what was there."""
+    """Pack caption pairs into two shards, as img2dataset and video2dataset do; delete the files."""
     annotation = folder / f"{modality}.json"
     rows = json.loads(annotation.read_text())
     for number, part in enumerate((rows[: len(rows) // 2], rows[len(rows) // 2 :])):
@@ -35,8 +35,8 @@ def pack(folder: Path, modality: Modality, in_json: bool = False) -> None:
             for row in part:
                 file = folder / f"{modality}s" / row[f"{modality}_name"]
                 add(tar, file.name, file.read_bytes())
-                told = {"caption": row["caption"], "status": "success"}
-                add(tar, f"{file.stem}.json", json.dumps(told).encode())
+                record = {"caption": row["caption"], "status": "success"}
+                add(tar, f"{file.stem}.json", json.dumps(record).encode())
                 if not in_json:
                     add(tar, f"{file.stem}.txt", row["caption"].encode())
                 file.unlink()
@@ -45,7 +45,7 @@ def pack(folder: Path, modality: Modality, in_json: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny world's data, its caption pairs in shards."""
+    """The tiny world's data with caption pairs in shards."""
     data = copied_data(tmp_path_factory.mktemp("packed"))
     for modality in MODALITIES:
         pack(data / PAIRS / modality, modality, in_json=modality == "video")
@@ -53,10 +53,8 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_a_stage_on_shards_loses_what_it_loses_on_files(
-    packed: Path, tmp_path: Path, stage: int
-) -> None:
-    sets = [f"data.root={packed}", f"data.cache={tmp_path / 'cache'}"]
+def test_shards_train_with_the_losses_of_files(packed: Path, tmp_path: Path, stage: int) -> None:
+    sets = [f"data.data_dir={packed}", f"data.cache_dir={tmp_path / 'cache'}"]
     init = from_stage(1) if stage == 2 else []
     run = TinyRun(tmp_path, stage, sets, init).finish()
     assert run.losses == trained(stage).losses
@@ -64,7 +62,7 @@ def test_a_stage_on_shards_loses_what_it_loses_on_files(
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_media_and_captions_are_those_of_the_files(packed: Path, modality: Modality) -> None:
+def test_shards_have_the_media_and_captions_of_files(packed: Path, modality: Modality) -> None:
     files, shards = tiny_world() / "data" / PAIRS / modality, packed / PAIRS / modality
     unpacked = [row for row, _ in annotation_rows(files / f"{modality}.json")]
     rows = [row for row, _ in annotation_rows(shards)]
@@ -77,9 +75,7 @@ def test_media_and_captions_are_those_of_the_files(packed: Path, modality: Modal
     assert names == list(iter_captions(files / f"{modality}.json", modality))
 
 
-def test_a_feature_is_found_for_the_same_medium_in_and_out_of_a_shard(
-    packed: Path, tmp_path: Path
-) -> None:
+def test_shards_share_cached_features_with_files(packed: Path, tmp_path: Path) -> None:
     files, shards = (root / PAIRS / "image" for root in (tiny_world() / "data", packed))
     row, _ = next(annotation_rows(shards))
     inside = shards / row["image_name"]
@@ -88,7 +84,7 @@ def test_a_feature_is_found_for_the_same_medium_in_and_out_of_a_shard(
     assert cache.get(inside).tolist() == [1.0, 2.0]
 
 
-def test_samples_without_a_medium_or_a_caption_are_left_out_and_counted(
+def test_shards_incomplete_samples_are_skipped_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
@@ -99,19 +95,19 @@ def test_samples_without_a_medium_or_a_caption_are_left_out_and_counted(
         add(tar, "002.txt", b"A caption alone.")
     rows = [row for row, _ in annotation_rows(tmp_path)]
     assert rows == [{"image_name": "00000.tar/512+9/000.jpg", "caption": "A red boat."}]
-    assert "2 samples without a medium or a caption are left out" in capsys.readouterr().out
+    assert "skipped 2 samples without a medium or a caption" in capsys.readouterr().out
 
 
-def test_a_shard_cut_short_is_named(packed: Path, tmp_path: Path) -> None:
-    whole = (packed / PAIRS / "image" / "00000.tar").read_bytes()
-    (tmp_path / "00000.tar").write_bytes(whole[: len(whole) // 2 + 700])
-    with pytest.raises(InputError, match=r"00000.tar: not a whole tar file.*fetch it again"):
+def test_shards_truncated_file_is_named(packed: Path, tmp_path: Path) -> None:
+    complete = (packed / PAIRS / "image" / "00000.tar").read_bytes()
+    (tmp_path / "00000.tar").write_bytes(complete[: len(complete) // 2 + 700])
+    with pytest.raises(UserError, match=r"00000.tar: not a complete tar file.*download it again"):
         list(annotation_rows(tmp_path))
 
 
-def test_json_that_is_none_is_named(tmp_path: Path) -> None:
+def test_shards_invalid_json_is_named(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         add(tar, "000.jpg", b"a picture")
         add(tar, "000.json", b"{")
-    with pytest.raises(InputError, match=r"00000.tar: 000.json holds no caption"):
+    with pytest.raises(UserError, match=r"00000.tar: 000.json has no caption"):
         list(annotation_rows(tmp_path))

@@ -1,6 +1,6 @@
-"""Every shipped YAML trains through the real entry, with its own data sets, order and stages.
+"""Every shipped YAML trains with its data sets, order and stages.
 
-Only the parts are replaced by tiny ones. The course's data sets are the mini world's files under
+The components are replaced by tiny ones, the course's data sets by the mini world's files under
 the course's names and paths.
 """
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from config.loader import STAGES, load_config
-from conversation.parts import MODALITIES
+from nextgpt.common.modality import MODALITIES
+from nextgpt.config.loader import STAGES, load_config
 from test_config import SHIPPED
-from tiny_parts import tiny_overrides
+from tiny_components import tiny_overrides
 from tiny_run import TinyRun, tiny_world
 
 PROCESSES = {"7b_8x80gb": 8, "7b_2_nodes": 16}  # of which the tests start one
@@ -22,7 +22,7 @@ PAIR_SETS = {"image": "cc3m", "video": "webvid", "audio": "audiocap"}
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mini world, and the same files where the course has its data sets."""
+    """The mini world, and its files at the paths of the course's data sets."""
     root = tmp_path_factory.mktemp("shipped") / "data"
     world = root / "mini_world"
     shutil.copytree(tiny_world() / "data" / "mini_world", world)
@@ -49,7 +49,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class ShippedRun(TinyRun):
-    """A run that is configured by a shipped YAML, but for the parts, the places and the length."""
+    """A run with a shipped YAML but tiny components, local paths and few steps."""
 
     config: str = ""
     data_root: Path = Path()
@@ -62,11 +62,11 @@ class ShippedRun(TinyRun):
         share = config.training.global_batch_size // PROCESSES.get(self.config, 1)
         overrides = [
             *tiny_overrides(system),
-            "language_model.template=published",
+            "language_model.prompt_format=vicuna_v0",
             f"save_path={self.save_path}",
-            f"data.root={self.data_root}",
-            f"data.cache={system / 'cache'}",
-            f"data.embeddings={system / 'embed'}",
+            f"data.data_dir={self.data_root}",
+            f"data.cache_dir={system / 'cache'}",
+            f"data.caption_embedding_dir={system / 'embed'}",
             f"training.global_batch_size={share}",
             f"training.max_steps={len(config.data.datasets)}",
         ]
@@ -75,7 +75,7 @@ class ShippedRun(TinyRun):
 
 
 @pytest.mark.parametrize("config", SHIPPED)
-def test_a_shipped_yaml_trains_its_stages(config: str, data_root: Path, tmp_path: Path) -> None:
+def test_shipped_config_trains_its_stages(config: str, data_root: Path, tmp_path: Path) -> None:
     for stage in STAGES:
         run = ShippedRun(tmp_path, stage, config=config, data_root=data_root).finish()
         names = load_config(config, stage).data.datasets

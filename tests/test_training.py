@@ -1,4 +1,4 @@
-"""Training on a whole tiny system: what trains, where it starts, what it costs, what it refuses."""
+"""Training on a tiny system: trainable groups, initialization, equivalences, errors."""
 
 import json
 import re
@@ -13,25 +13,25 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
 import tiny_run
-import training.samples
-from config.errors import InputError, MediaError
-from config.loader import load_config
-from model.delta import write_delta
-from model.parts import part_of
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.config.loader import load_config
+from nextgpt.model.delta import write_delta
+from nextgpt.model.trainable import group_of
+from nextgpt.training import data as training_data
+from nextgpt.training.engine import learning_rate_schedule, micro_batch_size
+from nextgpt.training.loss_scale import LossScale, non_finite_gradient
 from tiny_run import TinyRun, same, tiny_world, trained
-from training.agent import learning_rate_schedule, micro_batch_size
-from training.loss_scale import LossScale, non_finite_gradient
 
 ONE_AT_A_TIME = ["training.global_batch_size=4", "training.micro_batch_size=1"]
 
 
 def copied_data(folder: Path) -> Path:
-    """The world's data, to be spoilt."""
+    """Return a modifiable copy of the world's data."""
     return shutil.copytree(tiny_world() / "data", folder / "data")
 
 
 def media(data: Path, kind: str) -> list[Path]:
-    """The media files of the caption pairs, e.g. `image`."""
+    """Return the media files of the caption pairs of modality `kind`."""
     return sorted((data / "mini_world" / "T-X_pair_data" / kind / f"{kind}s").iterdir())
 
 
@@ -40,83 +40,83 @@ def from_stage(stage: int) -> list[str]:
 
 
 def zero(stage: int, folder: Path, **more: object) -> str:
-    """A `--set` of DeepSpeed's JSON with that ZeRO stage, and more of its settings."""
+    """Write a DeepSpeed JSON with this ZeRO stage and settings; return its override."""
     file = folder / f"zero_{stage}.json"
     settings = {
         "zero_optimization": {"stage": stage, **more},
         "zero_allow_untested_optimizer": True,
     }
     file.write_text(json.dumps(settings))
-    return f"training.deepspeed={file}"
+    return f"training.deepspeed_config={file}"
 
 
 # ---------------------------------------------------------------- what trains, and from what
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_the_table_says_trains_and_nothing_else(tmp_path: Path, stage: int) -> None:
+def test_stage_trains_the_configured_groups_only(tmp_path: Path, stage: int) -> None:
     init = from_stage(stage - 1) if stage > 1 else []
     run = TinyRun(tmp_path, stage, ["training.max_steps=6"], init)
     changed: Counter[str | None] = Counter()
     for name, size in run.watch().items():
-        changed[part_of(name)] += size
+        changed[group_of(name)] += size
     rows = re.findall(r"^(\w+) +[\d,]+  ([\d,]+|frozen)$", run.output, re.MULTILINE)
     table = {part: int(trained.replace(",", "")) for part, trained in rows if trained != "frozen"}
     assert changed == table
-    assert table.keys() == set(load_config("7b", stage).training.trains)
+    assert table.keys() == set(load_config("7b", stage).training.trainable)
     assert "language_model" in dict(rows)
 
 
-def test_each_stage_starts_from_the_one_before_and_says_what_it_took() -> None:
+def test_stage_starts_from_the_previous_and_reports_what_it_loaded() -> None:
     for stage in (2, 3):
-        said = trained(stage).output
-        assert f"starting from {trained(stage - 1).folder / 'delta.safetensors'}" in said
+        message = trained(stage).output
+        assert f"starting from {trained(stage - 1).folder / 'delta.safetensors'}" in message
     assert "input_projection: 2 tensors loaded" in trained(2).output
     assert "output_projections: not in the file, starts new" in trained(2).output
     assert "lora: not in the file, starts new" in trained(3).output
-    kept = [name for name in trained(1).delta if part_of(name) == "input_projection"]
-    assert kept
-    assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in kept)
+    names = [name for name in trained(1).delta if group_of(name) == "input_projection"]
+    assert names
+    assert all(torch.equal(trained(1).delta[n], trained(2).delta[n]) for n in names)
 
 
-def test_the_adapters_second_matrices_may_have_a_rate_of_their_own(tmp_path: Path) -> None:
-    sets = ["training.max_steps=3", "training.learning_rates={lora: 1.0e-12, lora_B: 1.0e-2}"]
+def test_lora_b_matrices_can_have_a_separate_learning_rate(tmp_path: Path) -> None:
+    sets = ["training.max_steps=3", "training.group_learning_rates={lora: 1.0e-12, lora_B: 1.0e-2}"]
     before, after = trained(3).delta, TinyRun(tmp_path, 3, sets, from_stage(3)).finish().delta
-    moved = {n: float((after[n] - before[n]).abs().max()) for n in after if part_of(n) == "lora"}
+    moved = {n: float((after[n] - before[n]).abs().max()) for n in after if group_of(n) == "lora"}
     first = [distance for name, distance in moved.items() if ".lora_A." in name]
     second = [distance for name, distance in moved.items() if ".lora_B." in name]
     assert first and max(first) < 1e-9
     assert len(second) == len(first) and min(second) > 1e-3
 
 
-def test_what_a_run_does_not_train_is_kept_for_the_next(tmp_path: Path) -> None:
+def test_delta_keeps_groups_that_a_run_does_not_train(tmp_path: Path) -> None:
     again = TinyRun(tmp_path, 1, (), from_stage(3)).finish()
     assert "output_projections: not used by this run, kept for the next file" in again.output
     assert re.search(r"^lora +[\d,]+  frozen$", again.output, re.MULTILINE)
-    kept = [n for n in trained(3).delta if part_of(n) in ("lora", "output_projections")]
-    assert kept
-    assert all(torch.equal(trained(3).delta[n], again.delta[n]) for n in kept)
+    names = [n for n in trained(3).delta if group_of(n) in ("lora", "output_projections")]
+    assert names
+    assert all(torch.equal(trained(3).delta[n], again.delta[n]) for n in names)
 
 
-def test_a_stage_without_its_predecessor_says_what_to_do(tmp_path: Path) -> None:
+def test_stage_without_the_previous_one_names_the_remedy(tmp_path: Path) -> None:
     assert "train the stage before, or give another" in TinyRun(tmp_path, 2).fail()
 
 
-def test_stage_2_needs_no_encoder_no_media_and_no_decoders(tmp_path: Path) -> None:
+def test_stage_2_needs_no_encoder_media_or_decoders(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     for kind in ("image", "video", "audio"):
         shutil.rmtree(media(data, kind)[0].parent)
     nowhere = tmp_path / "nowhere"
-    sets = [f"data.root={data}", f"encoder.path={nowhere}"]
+    sets = [f"data.data_dir={data}", f"encoder.path={nowhere}"]
     sets += [f"decoders.{kind}.path={nowhere}" for kind in ("image", "video", "audio")]
     run = TinyRun(tmp_path, 2, sets, from_stage(1)).finish()
     assert run.losses == trained(2).losses
 
 
-def test_stage_1_needs_no_decoders_and_no_caption_embeddings(tmp_path: Path) -> None:
+def test_stage_1_needs_no_decoders_or_caption_embeddings(tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere"
     sets = [f"decoders.{kind}.path={nowhere}" for kind in ("image", "video", "audio")]
-    run = TinyRun(tmp_path, 1, [*sets, f"data.embeddings={nowhere}"]).finish()
+    run = TinyRun(tmp_path, 1, [*sets, f"data.caption_embedding_dir={nowhere}"]).finish()
     assert run.losses == trained(1).losses
     assert "output_projections" not in run.output
 
@@ -126,13 +126,13 @@ def test_stage_1_needs_no_decoders_and_no_caption_embeddings(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """One process; its samples one at a time hold different media, or none."""
+    """A run of one process, one sample a micro batch, with different media or none."""
     path = tmp_path_factory.mktemp("alone")
     return TinyRun(path, 3, [*ONE_AT_A_TIME, "training.max_steps=6"], from_stage(2)).finish()
 
 
 @pytest.mark.parametrize(("world", "stage"), [(1, 1), (1, 3), (2, 1), (2, 2), (2, 3)])
-def test_processes_with_different_media_agree_with_one_process(
+def test_distributed_ranks_with_different_media_agree_with_one_process(
     tmp_path: Path, alone: TinyRun, world: int, stage: int
 ) -> None:
     sets = [*ONE_AT_A_TIME, "training.max_steps=6", zero(stage, tmp_path)]
@@ -154,10 +154,10 @@ def test_processes_with_different_media_agree_with_one_process(
         (3, ("offload_optimizer", "offload_param"), True),
     ],
 )
-def test_ways_to_save_memory_change_no_loss(
+def test_memory_saving_keeps_losses(
     tmp_path: Path, alone: TinyRun, stage: int, offloaded: tuple[str, ...], checkpointed: bool
 ) -> None:
-    """On a CPU nothing is offloaded, only accepted: the slow test below does without that."""
+    """On a CPU offload is accepted without effect; the slow test below offloads."""
     sets = [*ONE_AT_A_TIME, "training.max_steps=6"]
     sets += [f"training.activation_checkpointing={checkpointed}".lower()]
     sets += [zero(stage, tmp_path, **{what: {"device": "cpu"} for what in offloaded})]
@@ -166,17 +166,17 @@ def test_ways_to_save_memory_change_no_loss(
 
 
 def _train_offloading(*given: Any) -> None:
-    """A process that offloads although its device is the CPU: with DeepSpeed's own optimizer."""
+    """Train with real offload on the CPU, which needs DeepSpeed's optimizer."""
     import tiny_run
-    from training.agent import Agent, read_settings
+    from nextgpt.training.engine import TrainEngine, read_deepspeed_config
 
-    own_settings = Agent._settings
+    own_settings = TrainEngine._settings
 
-    def settings(agent: Agent, dtype: torch.dtype) -> dict:
-        zero = {"zero_optimization": read_settings(agent.training)["zero_optimization"]}
-        return own_settings(agent, dtype) | zero
+    def settings(engine: TrainEngine, dtype: torch.dtype) -> dict:
+        zero = {"zero_optimization": read_deepspeed_config(engine.training)["zero_optimization"]}
+        return own_settings(engine, dtype) | zero
 
-    Agent._settings = settings
+    TrainEngine._settings = settings
     tiny_run._train(*given)
 
 
@@ -185,7 +185,7 @@ def _train_offloading(*given: Any) -> None:
     ("stage", "offloaded"),
     [(2, ("offload_optimizer",)), (3, ("offload_optimizer", "offload_param"))],
 )
-def test_what_is_really_offloaded_loses_the_same(
+def test_offload_keeps_losses(
     tmp_path: Path, alone: TinyRun, stage: int, offloaded: tuple[str, ...]
 ) -> None:
     places = {what: {"device": "cpu"} for what in offloaded}
@@ -196,7 +196,7 @@ def test_what_is_really_offloaded_loses_the_same(
 
 
 @pytest.mark.parametrize(("precision", "stage"), [("bf16", 2), ("fp16", 1), ("fp16", 3)])
-def test_half_precision_loses_the_same_in_two_processes(
+def test_half_precision_losses_agree_on_two_processes(
     tmp_path: Path, alone: TinyRun, precision: str, stage: int
 ) -> None:
     sets = [*ONE_AT_A_TIME, "training.max_steps=6", f"training.precision={precision}"]
@@ -211,7 +211,7 @@ def test_half_precision_loses_the_same_in_two_processes(
 
 
 class Optimizer:
-    """What DeepSpeed's optimizers have for a loss scale."""
+    """The loss-scale interface of DeepSpeed's optimizers."""
 
     scale = 0.0
 
@@ -219,7 +219,7 @@ class Optimizer:
         self.scale = scale
 
 
-def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_by_many_good_steps() -> None:
+def test_loss_scale_is_halved_by_overflow_and_doubled_after_good_steps() -> None:
     optimizer = Optimizer()
     loss_scale = LossScale(optimizer)
     first = optimizer.scale
@@ -232,20 +232,23 @@ def test_the_loss_scale_is_halved_by_an_overflow_and_doubled_by_many_good_steps(
     again.load(loss_scale.state())
     again.update(overflowed=False)
     assert again.scale == first
-    with pytest.raises(InputError, match="a gradient is not finite"):
+    with pytest.raises(UserError, match="a gradient is not finite"):
         for _ in range(100):
             again.update(overflowed=True)
 
 
-def test_fp32_is_advised_against_a_bad_gradient_where_the_run_is_not_in_it() -> None:
+def test_non_finite_gradient_error_suggests_fp32_unless_used() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         assert str(non_finite_gradient(dtype)).endswith("lower the learning rate, or use fp32")
     assert str(non_finite_gradient(torch.float32)).endswith("lower the learning rate")
 
 
-def test_fp16_takes_no_step_that_overflows(tmp_path: Path) -> None:
+def test_fp16_skips_steps_that_overflow(tmp_path: Path) -> None:
     sets = [*ONE_AT_A_TIME, "training.max_steps=3", "training.precision=fp16"]
-    sets += ["training.alignment_weights={image: 1e9, video: 1e9, audio: 1e9}", zero(2, tmp_path)]
+    sets += [
+        "training.alignment_loss_weights={image: 1e9, video: 1e9, audio: 1e9}",
+        zero(2, tmp_path),
+    ]
     run = TinyRun(tmp_path, 2, sets, from_stage(1)).finish()
     assert [row["gradient_norm"] for row in run.metrics] == [None] * 3
     assert [row["loss_scale"] for row in run.metrics] == [2.0**12, 2.0**11, 2.0**10]
@@ -254,23 +257,21 @@ def test_fp16_takes_no_step_that_overflows(tmp_path: Path) -> None:
     assert rows and all(torch.equal(run.delta[name], before[name]) for name in rows)
 
 
-def test_the_micro_batch_size_changes_nothing(tmp_path: Path, alone: TinyRun) -> None:
+def test_micro_batch_size_keeps_losses(tmp_path: Path, alone: TinyRun) -> None:
     sets = [*ONE_AT_A_TIME, "training.micro_batch_size=4", "training.max_steps=6"]
     run = TinyRun(tmp_path, 3, sets, from_stage(2)).finish()
     assert run.losses == pytest.approx(alone.losses, rel=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_lose_what_rows_of_one_conversation_lose(
-    tmp_path: Path, alone: TinyRun, attention: str
-) -> None:
+def test_packed_rows_keep_losses(tmp_path: Path, alone: TinyRun, attention: str) -> None:
     sets = [*ONE_AT_A_TIME, "training.micro_batch_size=4", "training.max_steps=6"]
-    sets += ["data.row_length=300", f"language_model.attention={attention}"]
+    sets += ["data.packed_seq_length=300", f"language_model.attn_implementation={attention}"]
     packed = TinyRun(tmp_path, 3, sets, from_stage(2)).finish()
     assert packed.losses == pytest.approx(alone.losses, rel=1e-4)
 
 
-def test_activation_checkpointing_draws_the_same_dropout(tmp_path: Path) -> None:
+def test_activation_checkpointing_keeps_dropout_masks(tmp_path: Path) -> None:
     runs = []
     for way in ("true", "false"):
         sets = [f"training.activation_checkpointing={way}", "language_model.lora_dropout=0.1"]
@@ -278,34 +279,34 @@ def test_activation_checkpointing_draws_the_same_dropout(tmp_path: Path) -> None
     assert runs[0].losses == pytest.approx(runs[1].losses, rel=1e-6)
 
 
-def test_captions_encoded_online_give_the_losses_of_precomputed_ones(tmp_path: Path) -> None:
+def test_online_caption_embeds_keep_losses(tmp_path: Path) -> None:
     run = TinyRun(tmp_path, 2, ["data.caption_embeddings=online"], from_stage(1)).finish()
     assert run.losses == pytest.approx(trained(2).losses, rel=1e-3)
     assert run.losses != trained(2).losses  # the stored ones are half precision
 
 
 def train_without_decoding(*given: Any) -> None:
-    """What a process does that would lose every sample whose media it decoded."""
+    """Train; decoding a medium raises."""
 
     def refuse(*_: object) -> None:
         raise MediaError("decoded again")
 
-    training.samples.load_views = refuse
+    training_data.load_views = refuse
     tiny_run._train(*given)
 
 
-def test_a_medium_is_decoded_and_encoded_once_for_all_runs(tmp_path: Path) -> None:
-    sets = [f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+def test_media_are_decoded_and_encoded_once_for_all_runs(tmp_path: Path) -> None:
+    sets = [f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=9"]
     first = TinyRun(tmp_path / "first", 1, sets).finish()
     second = TinyRun(tmp_path / "second", 1, sets).start(train_without_decoding)
     assert second.wait() == 0, second.output
     assert second.metrics == first.metrics
     assert first.metrics[-1]["skipped"] == 0
-    new = TinyRun(tmp_path / "new", 1, [f"data.cache={tmp_path / 'empty'}"])
+    new = TinyRun(tmp_path / "new", 1, [f"data.cache_dir={tmp_path / 'empty'}"])
     assert new.start(train_without_decoding).wait() == 2 and "decoded again" in new.output
 
 
-def test_bf16_learns(tmp_path: Path) -> None:
+def test_bf16_training_reduces_the_loss(tmp_path: Path) -> None:
     sets = ["training.precision=bf16", "training.max_steps=40", "training.epochs=5"]
     losses = TinyRun(tmp_path, 2, sets, from_stage(1)).finish().losses
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
@@ -316,7 +317,7 @@ LOG = [log(step + 1, 10) for step in range(10)] + [(20 - step) / 10 for step in 
 
 
 @pytest.mark.parametrize(("warmup_type", "factors"), [("linear", LINEAR), ("log", LOG)])
-def test_the_learning_rate_rises_over_a_tenth_then_falls_to_zero(
+def test_learning_rate_warms_up_over_a_tenth_then_decays_to_zero(
     tmp_path: Path, warmup_type: str, factors: list[float]
 ) -> None:
     sets = ["training.max_steps=20", "training.epochs=9", "training.learning_rate=1e-3"]
@@ -327,7 +328,7 @@ def test_the_learning_rate_rises_over_a_tenth_then_falls_to_zero(
 
 
 @pytest.mark.parametrize("steps", [4, 20, 100, 333, 10_000])
-def test_the_published_learning_rate_is_deepspeeds_warmup_decay(steps: int) -> None:
+def test_learning_rate_published_equals_deepspeed_warmup_decay(steps: int) -> None:
     training = load_config("7b", 3).training
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=training.learning_rate)
     published = WarmupDecayLR(
@@ -336,14 +337,14 @@ def test_the_published_learning_rate_is_deepspeeds_warmup_decay(steps: int) -> N
         warmup_max_lr=training.learning_rate,
         warmup_num_steps=max(10, steps // 10),
     )
-    factor = learning_rate_schedule(steps, training.warmup, training.warmup_type)
+    factor = learning_rate_schedule(steps, training.warmup_ratio, training.warmup_type)
     for step in range(steps):
         published.step()
         rate = training.learning_rate * factor(step)
         assert rate == pytest.approx(published.get_last_lr()[0], rel=1e-9), step
 
 
-def test_the_published_warm_up_is_no_straight_line() -> None:
+def test_learning_rate_published_warmup_is_not_linear() -> None:
     log_10, linear_10 = (learning_rate_schedule(10_000, 0.1, kind)(9) for kind in ("log", "linear"))
     assert (5e-4 * log_10, 5e-4 * linear_10) == pytest.approx((1.67e-4, 5.0e-6), rel=5e-3)
 
@@ -351,7 +352,7 @@ def test_the_published_warm_up_is_no_straight_line() -> None:
 # ---------------------------------------------------------------- what it refuses
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(tmp_path: Path) -> None:
+def test_non_finite_loss_ends_the_run_before_the_step(tmp_path: Path) -> None:
     tensors = trained(1).delta
     tensors["input_projection.weight"][0, 0] = float("inf")
     write_delta(tensors, 1000, tmp_path / "spoilt" / "delta.safetensors")
@@ -364,83 +365,87 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(tmp_path: Path) 
     ("stage", "world"),
     [(0, 1), (1, 2), *(pytest.param(z, 2, marks=pytest.mark.slow) for z in (0, 2, 3))],
 )
-def test_a_gradient_that_is_not_finite_ends_the_run_before_the_step(
+def test_non_finite_gradient_ends_the_run_before_the_step(
     tmp_path: Path, stage: int, world: int
 ) -> None:
-    weights = "training.alignment_weights={image: 1.0e+38, video: 1.0, audio: 1.0}"
+    weights = "training.alignment_loss_weights={image: 1.0e+38, video: 1.0, audio: 1.0}"
     run = TinyRun(tmp_path, 2, [weights, zero(stage, tmp_path)], from_stage(1), world=world)
     assert "a gradient is not finite" in run.fail()
     assert not run.metrics
 
 
-def test_a_run_that_diverges_leaves_the_checkpoint_before(tmp_path: Path) -> None:
-    sets = ["training.learning_rate=1e+30", "training.save_every=1", "training.max_steps=8"]
+def test_diverging_run_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
+    sets = ["training.learning_rate=1e+30", "training.save_steps=1", "training.max_steps=8"]
     run = TinyRun(tmp_path, 2, sets, from_stage(1))
     assert "is not finite" in run.fail()
     assert run.checkpoints == [f"step_{len(run.metrics):06d}"]
 
 
-def test_media_that_cannot_be_used_are_skipped_counted_and_listed(tmp_path: Path) -> None:
+def test_unusable_media_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
-    missing, broken, cut = media(data, "image")[0], media(data, "audio")[0], media(data, "video")[0]
+    missing, broken, truncate = (
+        media(data, "image")[0],
+        media(data, "audio")[0],
+        media(data, "video")[0],
+    )
     missing.unlink()
     broken.write_bytes(b"no sound")
-    cut.write_bytes(cut.read_bytes()[:100])
-    sets = [f"data.root={data}", f"data.cache={tmp_path / 'cache'}", "training.max_steps=9"]
+    truncate.write_bytes(truncate.read_bytes()[:100])
+    sets = [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=9"]
     for world in (1, 2):
         run = TinyRun(tmp_path / str(world), 1, sets, world=world).finish()
         reasons = [line["reason"] for line in run.skipped]
-        for file in (missing, broken, cut):
+        for file in (missing, broken, truncate):
             assert any(file.name in reason for reason in reasons)
         assert run.metrics[-1]["skipped"] == len(reasons) >= 3
         assert run.metrics[-1]["samples"] == 9 * 8
 
 
-def test_skipped_samples_are_listed_once_when_a_run_is_resumed(tmp_path: Path) -> None:
+def test_skipped_samples_are_listed_once_across_resume(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     for file in media(data, "image")[::6]:
         file.unlink()
-    sets = [f"data.root={data}", "data.datasets=[mini_image_enc]", "training.max_steps=40"]
-    sets += ["training.epochs=20", "training.save_every=5", "training.fit_input_projection=true"]
-    whole = TinyRun(tmp_path / "whole", 1, sets).finish()
+    sets = [f"data.data_dir={data}", "data.datasets=[mini_image_enc]", "training.max_steps=40"]
+    sets += ["training.epochs=20", "training.save_steps=5", "input_projection.init=least_squares"]
+    uninterrupted = TinyRun(tmp_path / "whole", 1, sets).finish()
     run = TinyRun(tmp_path / "killed", 1, sets)
     run.kill_when(lambda: len(run.metrics) >= 9)
     resumed = TinyRun(tmp_path / "killed", 1, sets, ["--resume"]).finish()
-    assert resumed.skipped == whole.skipped
-    assert resumed.metrics == whole.metrics
+    assert resumed.skipped == uninterrupted.skipped
+    assert resumed.metrics == uninterrupted.metrics
     fitted = "fitting the input projection"
-    assert fitted in whole.output and fitted not in resumed.output
+    assert fitted in uninterrupted.output and fitted not in resumed.output
 
 
 def test_too_many_unusable_samples_end_the_run(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
     for file in media(data, "image")[::9]:
         file.unlink()
-    sets = [f"data.root={data}", "data.datasets=[mini_image_enc]", "training.epochs=100"]
+    sets = [f"data.data_dir={data}", "data.datasets=[mini_image_enc]", "training.epochs=100"]
     sets += ["training.global_batch_size=32", "training.micro_batch_size=32"]
     run = TinyRun(tmp_path, 1, [*sets, "training.max_steps=100"])
-    said = run.fail()
-    assert "samples could not be used" in said and "skipped.jsonl" in said
+    message = run.fail()
+    assert "samples could not be used" in message and "skipped.jsonl" in message
     last = run.metrics[-1]
     assert last["samples"] + last["skipped"] < 1000 <= last["samples"] + last["skipped"] + 64
 
 
-def test_more_samples_a_step_than_there_are_or_unequal_shares_are_refused(tmp_path: Path) -> None:
+def test_batch_size_that_is_too_large_or_indivisible_is_refused(tmp_path: Path) -> None:
     sets = ["training.global_batch_size=100", "training.micro_batch_size=1"]
     assert "use fewer processes or lower" in TinyRun(tmp_path, 1, sets, world=2).fail()
     sets[0] = "training.global_batch_size=3"
     assert "cannot be shared equally by 2 processes" in TinyRun(tmp_path, 1, sets, world=2).fail()
 
 
-def test_the_micro_batch_is_the_largest_that_divides_a_share() -> None:
+def test_micro_batch_size_is_the_largest_divisor() -> None:
     training = load_config(
         "7b", 1, ["training.global_batch_size=24", "training.micro_batch_size=8"]
     ).training
     assert [micro_batch_size(training, world) for world in (1, 2, 4)] == [8, 6, 6]
-    with pytest.raises(InputError, match="multiple"):
+    with pytest.raises(UserError, match="multiple"):
         micro_batch_size(training, 5)
 
 
-def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path: Path) -> None:
+def test_training_is_deterministic_bit_for_bit(tmp_path: Path) -> None:
     again = TinyRun(tmp_path, 3, (), from_stage(2)).finish()
     assert again.metrics == trained(3).metrics and same(again.delta, trained(3).delta)

@@ -1,4 +1,4 @@
-"""Safe to stop: whatever ends a run, it goes on as if nothing had, or says why it cannot."""
+"""Stopping and resuming: bit-exact after any end of a run, or an error with the reason."""
 
 import json
 import os
@@ -10,9 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from nextgpt.model.trainable import is_base_vocabulary
 from parity_tools import PARITY
 from tiny_run import TinyRun, same, trained
 
@@ -21,12 +23,12 @@ ROOT = Path(__file__).parent.parent
 SETS = [
     "language_model.lora_dropout=0.1",
     "training.max_steps=12",
-    "training.save_every=4",
+    "training.save_steps=4",
 ]  # fmt: skip
 
 
 def dropout_run(save_path: Path, *flags: str, **options: object) -> TinyRun:
-    """A run of stage 3 with all parts in training."""
+    """Return a run of stage 3 with dropout and all groups in training."""
     sets = [*SETS, *options.pop("sets", [])]
     init = () if "--resume" in flags else ("--init-from", str(trained(2).folder))
     return TinyRun(save_path, 3, sets, [*init, *flags], **options)
@@ -34,26 +36,26 @@ def dropout_run(save_path: Path, *flags: str, **options: object) -> TinyRun:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    """The same run, left alone."""
+    """The uninterrupted run."""
     return dropout_run(tmp_path_factory.mktemp("undisturbed")).finish()
 
 
 def assert_same(run: TinyRun, expected: TinyRun) -> None:
-    """The same figures in every step, digit for digit, and the same delta, bit for bit."""
+    """Check for equal metrics in every step and a bit-exact delta."""
     assert run.metrics == expected.metrics
     assert same(run.delta, expected.delta)
 
 
-def test_killed_between_saves_it_resumes_bit_for_bit(tmp_path: Path, undisturbed: TinyRun) -> None:
+def test_resume_after_kill_between_saves_is_bit_exact(tmp_path: Path, undisturbed: TinyRun) -> None:
     dropout_run(tmp_path).kill_when(lambda: len(dropout_run(tmp_path).metrics) >= 6)
-    resumed = dropout_run(tmp_path, "--resume", sets=["data.workers=2"]).finish()
+    resumed = dropout_run(tmp_path, "--resume", sets=["data.num_workers=2"]).finish()
     assert "resumed after step" in resumed.output
     assert_same(resumed, undisturbed)
     assert not resumed.checkpoints
 
 
-def test_tensorboard_shows_every_step_once_when_a_run_is_resumed(tmp_path: Path) -> None:
-    """The step of the checkpoint too, which no later run takes again."""
+def test_tensorboard_logs_every_step_once_across_resume(tmp_path: Path) -> None:
+    """Including the checkpoint's step, which no later run repeats."""
     run = dropout_run(tmp_path)
     run.kill_when(lambda: "step_000004" in run.checkpoints)
     dropout_run(tmp_path, "--resume").finish()
@@ -65,45 +67,45 @@ def test_tensorboard_shows_every_step_once_when_a_run_is_resumed(tmp_path: Path)
         assert len(shown) == 12
 
 
-def test_killed_in_the_middle_of_a_save_it_resumes_from_the_one_before(
+def test_resume_after_kill_during_a_save_uses_the_previous_checkpoint(
     tmp_path: Path, undisturbed: TinyRun
 ) -> None:
-    sets = ["training.save_every=1"]
+    sets = ["training.save_steps=1"]
     for attempt in range(8):
         run = dropout_run(tmp_path / str(attempt), sets=sets)
         saves = run.folder / "checkpoints"
         run.kill_when(lambda saves=saves: bool(list(saves.glob(".step_00000[3-9].partial"))))
         if any(name.endswith(".partial") for name in run.checkpoints):
             break
-    partial, whole = run.checkpoints
+    partial, complete = run.checkpoints
     assert partial.endswith(".partial") and not (saves / partial / "run.json").exists()
     resumed = dropout_run(run.save_path, "--resume", sets=sets).finish()
-    assert f"from {saves / whole}" in resumed.output
+    assert f"from {saves / complete}" in resumed.output
     assert_same(resumed, undisturbed)
 
 
-def test_sigterm_to_all_its_processes_saves_and_leaves_with_143(
+def test_sigterm_to_all_processes_saves_and_exits_with_143(
     tmp_path: Path, undisturbed: TinyRun
 ) -> None:
-    run = dropout_run(tmp_path, sets=["data.workers=2"]).start()
+    run = dropout_run(tmp_path, sets=["data.num_workers=2"]).start()
     run.wait_until(lambda: len(run.metrics) >= 2)
     main = psutil.Process(run.processes[0].pid)
     for process in [*main.children(recursive=True), main]:  # as a scheduler does
         process.send_signal(signal.SIGTERM)
     assert run.wait() == 143
-    assert "go on with --resume" in run.output
+    assert "continue with --resume" in run.output
     assert len(run.checkpoints) == 1
     assert_same(dropout_run(tmp_path, "--resume").finish(), undisturbed)
 
 
-def test_two_processes_under_zero_2_and_one_under_zero_3_resume_bit_for_bit(
+def test_resume_under_zero_2_and_zero_3_is_bit_exact(
     tmp_path: Path,
 ) -> None:
     zero_3 = tmp_path / "zero_3.json"
     zero_3.write_text(
         json.dumps({"zero_optimization": {"stage": 3}, "zero_allow_untested_optimizer": True})
     )
-    for world, sets in ((2, []), (1, [f"training.deepspeed={zero_3}"])):
+    for world, sets in ((2, []), (1, [f"training.deepspeed_config={zero_3}"])):
         alone = dropout_run(tmp_path / f"alone_{world}", world=world, sets=sets).finish()
         path = tmp_path / f"killed_{world}"
         run = dropout_run(path, world=world, sets=sets)
@@ -114,7 +116,7 @@ def test_two_processes_under_zero_2_and_one_under_zero_3_resume_bit_for_bit(
 @pytest.mark.parametrize(
     "places", ["localhost:0", pytest.param("localhost:0,1", marks=pytest.mark.slow)]
 )
-def test_sigterm_to_the_launch_script_saves_and_leaves_no_process(
+def test_sigterm_to_the_launch_script_saves_and_ends_all_processes(
     tmp_path: Path, places: str
 ) -> None:
     flags = ["--init-from", str(trained(2).folder), "--include", places]
@@ -128,27 +130,65 @@ def test_sigterm_to_the_launch_script_saves_and_leaves_no_process(
         started = psutil.Process(script.pid).children(recursive=True)
         script.terminate()
         code = script.wait(60)
-        said = (tmp_path / "output").read_text()
-    assert code == 143, said
-    assert "go on with --resume" in said
+        printed = (tmp_path / "output").read_text()
+    assert code == 143, printed
+    assert "continue with --resume" in printed
     assert len(run.checkpoints) == 1 and not run.checkpoints[0].endswith(".partial")
     assert not [process for process in started if process.is_running()]
 
 
-def test_a_tied_vocabulary_resumes_and_nothing_frozen_is_saved(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny", tie_word_embeddings=True)
-    model.save_pretrained(tmp_path / "tied")
-    AutoTokenizer.from_pretrained(PARITY / "llama_tiny").save_pretrained(tmp_path / "tied")
-    sets = [f"language_model.path={tmp_path / 'tied'}", "training.save_every=2"]
-    whole = TinyRun(tmp_path / "whole", 1, sets).finish()
+def tied_model(folder: Path) -> Path:
+    """Save the tiny language model with tied embeddings."""
+    model = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.config.tie_word_embeddings = True
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(PARITY / "llama_tiny").save_pretrained(folder)
+    return folder
+
+
+def test_tied_embeddings_resume_and_frozen_weights_are_not_saved(tmp_path: Path) -> None:
+    sets = [f"language_model.path={tied_model(tmp_path / 'tied')}", "training.save_steps=2"]
+    uninterrupted = TinyRun(tmp_path / "whole", 1, sets).finish()
     killed = TinyRun(tmp_path / "killed", 1, sets)
     killed.kill_when(lambda: len(killed.metrics) >= 3)
     state = killed.folder / "checkpoints" / "step_000002" / "state" / "mp_rank_00_model_states.pt"
-    assert torch.load(state, weights_only=False)["module"].keys() == whole.delta.keys()
-    assert_same(TinyRun(killed.save_path, 1, sets, ["--resume"]).finish(), whole)
+    assert torch.load(state, weights_only=False)["module"].keys() == uninterrupted.delta.keys()
+    assert_same(TinyRun(killed.save_path, 1, sets, ["--resume"]).finish(), uninterrupted)
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_vocabulary_training_resumes_bit_exactly(tmp_path: Path, tied: bool) -> None:
+    sets = ["language_model.trainable_embeddings=full", "training.save_steps=2"]
+    if tied:
+        sets.append(f"language_model.path={tied_model(tmp_path / 'tied')}")
+    uninterrupted = TinyRun(tmp_path / "whole", 1, sets).finish()
+    killed = TinyRun(tmp_path / "killed", 1, sets)
+    killed.kill_when(lambda: len(killed.metrics) >= 3)
+    resumed = TinyRun(killed.save_path, 1, sets, ["--resume"]).finish()
+    assert "resumed after step 2" in resumed.output
+    assert_same(resumed, uninterrupted)
+    trained_matrices = {n: t for n, t in uninterrupted.delta.items() if is_base_vocabulary(n)}
+    before = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "tied" if tied else PARITY / "llama_tiny"
+    )
+    matrices = {f"language_model.{n}": p for n, p in before.named_parameters()}
+    assert len(trained_matrices) == (1 if tied else 2)
+    for name, tensor in trained_matrices.items():
+        assert not torch.equal(tensor, matrices[name][: len(tensor)])
+    second = TinyRun(uninterrupted.save_path, 2, sets[:1] + sets[2:]).finish()
+    for name, tensor in trained_matrices.items():
+        assert name in second.delta and not torch.equal(second.delta[name], tensor)
+
+
+def test_config_is_written_at_the_start_of_a_run(tmp_path: Path) -> None:
+    run = dropout_run(tmp_path)
+    run.kill_when(lambda: len(run.metrics) >= 1)
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert written["stage"] == 3 and written["training"]["max_steps"] == 12
+
+
+def test_full_disk_ends_the_run_and_keeps_the_previous_checkpoint(
     tmp_path: Path, undisturbed: TinyRun
 ) -> None:
     run = dropout_run(tmp_path)
@@ -160,7 +200,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     assert_same(dropout_run(tmp_path, "--resume").finish(), undisturbed)
 
 
-def test_a_full_disk_at_the_end_leaves_the_delta_before(tmp_path: Path) -> None:
+def test_full_disk_at_the_end_keeps_the_previous_delta(tmp_path: Path) -> None:
     before = TinyRun(tmp_path, 1, ["training.max_steps=1"]).finish().delta
     again = TinyRun(tmp_path, 1, ["training.max_steps=2"], file_bytes=20_000)
     assert "is the disk full?" in again.fail()
@@ -168,20 +208,20 @@ def test_a_full_disk_at_the_end_leaves_the_delta_before(tmp_path: Path) -> None:
     assert not list(again.folder.glob("*partial*"))
 
 
-def test_resuming_what_is_finished_says_so(undisturbed: TinyRun) -> None:
+def test_resume_of_a_finished_run_is_reported(undisturbed: TinyRun) -> None:
     written = (undisturbed.folder / "delta.safetensors").stat().st_mtime_ns
     again = dropout_run(undisturbed.save_path, "--resume").finish()
     assert f"{again.folder} is finished" in again.output
     assert (again.folder / "delta.safetensors").stat().st_mtime_ns == written
 
 
-def test_an_unfinished_run_is_neither_dropped_nor_changed_by_accident(tmp_path: Path) -> None:
+def test_unfinished_run_is_neither_overwritten_nor_changed_silently(tmp_path: Path) -> None:
     run = dropout_run(tmp_path)
     run.kill_when(lambda: "step_000004" in run.checkpoints)
-    assert "--resume to go on with it or --restart" in dropout_run(tmp_path).fail()
+    assert "--resume to continue it or --restart" in dropout_run(tmp_path).fail()
     changed = dropout_run(tmp_path, "--resume", sets=["training.learning_rate=1.0"])
     assert "training.learning_rate: 0.0005 there, 1.0 now" in changed.fail()
     assert "saved by 1 processes" in dropout_run(tmp_path, "--resume", world=2).fail()
     assert "not allowed with" in dropout_run(tmp_path, "--resume", "--restart").fail()
-    anew = dropout_run(tmp_path, "--restart").finish()
-    assert [row["step"] for row in anew.metrics] == list(range(1, 13))
+    restarted = dropout_run(tmp_path, "--restart").finish()
+    assert [row["step"] for row in restarted.metrics] == list(range(1, 13))

@@ -1,7 +1,7 @@
-"""Runs of the real training entry on a whole tiny system, each in processes of its own.
+"""Runs of the training entry on a tiny system in separate processes.
 
-They are forked from a server that has everything imported, which saves six seconds a run. What
-differs from `python code/train.py` is that alone; the launcher is tested by itself.
+They are forked from a server with all imports, which saves six seconds a run. This is the only
+difference to `python code/train.py`; the launcher is tested separately.
 """
 
 import json
@@ -22,18 +22,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from conversation.parts import MODALITIES
-from mini_world.write_data import write_world
-from model.delta import Delta
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import save_imagebind
-from model.nextgpt import NextGPT
+from nextgpt.common.modality import MODALITIES
+from nextgpt.mini_world.write_data import write_world
+from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.loading import save_imagebind
+from nextgpt.tools.embed_captions import embed_captions
 from parity_tools import fill_by_recipe
+from tiny_components import TINY_IMAGEBIND, tiny_overrides
 from tiny_decoders import tiny_decoder
-from tiny_parts import TINY_IMAGEBIND, tiny_overrides
-from training.embed_captions import embed_captions
 
-CODE = Path(__file__).parent.parent / "code"
 DATASETS = {
     1: "[mini_image_enc, mini_video_enc, mini_audio_enc]",
     2: "[mini_image_dec, mini_video_dec, mini_audio_dec]",
@@ -41,13 +38,13 @@ DATASETS = {
     4: "[mini_request, mini_mosit]",
 }
 # DeepSpeed imports the last only when it makes an engine, and torch's compiler with it.
-_IMPORTED = ["train", "tiny_run", "deepspeed.runtime.zero.muon.muon_optimizer"]
+_IMPORTED = ["nextgpt.train", "tiny_run", "deepspeed.runtime.zero.muon.muon_optimizer"]
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @cache
 def tiny_world() -> Path:
-    """The folder of a tiny system: data, caption embeddings, encoder. Do not write into it."""
+    """Build a tiny system once: data, caption embeddings, encoder. Do not modify its folder."""
     folder = Path(mkdtemp(prefix="tiny_world_"))
     world = folder / "data" / "mini_world"
     write_world(world, scale=0.06, progress=False)
@@ -68,14 +65,14 @@ def tiny_world() -> Path:
 
 @cache
 def trained(stage: int) -> "TinyRun":
-    """A finished run of four steps, after those of the stages before. Do not write into it."""
+    """Return a finished run of four steps, after the earlier stages. Do not modify its folder."""
     save_path = trained(stage - 1).save_path if stage > 1 else Path(mkdtemp(prefix="tiny_tuned_"))
     return TinyRun(save_path, stage).finish()
 
 
 @dataclass
 class TinyRun:
-    """One stage's run: its command line, its processes, and what it leaves.
+    """One stage's run: its command line, processes and results.
 
     Attributes:
         save_path: where the stages' folders come.
@@ -106,13 +103,13 @@ class TinyRun:
         overrides = [
             *tiny_overrides(system),
             f"save_path={self.save_path}",
-            f"data.root={system / 'data'}",
-            f"data.cache={system / 'cache'}",
-            f"data.embeddings={system / 'embed'}",
+            f"data.data_dir={system / 'data'}",
+            f"data.cache_dir={system / 'cache'}",
+            f"data.caption_embedding_dir={system / 'embed'}",
             f"data.datasets={DATASETS[self.stage]}",
             "data.batching=mixed",
-            "data.max_length=160",
-            "data.workers=0",
+            "data.max_seq_length=160",
+            "data.num_workers=0",
             "training.global_batch_size=8",
             "training.micro_batch_size=4",
             "training.max_steps=4",
@@ -127,7 +124,6 @@ class TinyRun:
 
     def start(self, target: Callable[..., None] | None = None) -> "TinyRun":
         """Start the processes."""
-        os.environ["PYTHONPATH"] = f"{CODE}{os.pathsep}{CODE.parent / 'tests'}"
         _CONTEXT.set_forkserver_preload(_IMPORTED)
         self.save_path.mkdir(parents=True, exist_ok=True)
         port = str(_free_port())
@@ -146,7 +142,7 @@ class TinyRun:
         return self
 
     def wait(self, seconds: float = 120) -> int:
-        """The exit code of the first process, once all have ended."""
+        """Wait for all processes; return the exit code of the first."""
         for process in self.processes:
             process.join(seconds)
             if process.is_alive():
@@ -155,12 +151,12 @@ class TinyRun:
         return self.processes[0].exitcode
 
     def finish(self) -> "TinyRun":
-        """Run to the end, which must be a good one."""
+        """Run to the end; the exit code must be 0."""
         assert self.start().wait() == 0, self.output
         return self
 
     def kill_when(self, reached: Callable[[], bool]) -> None:
-        """Start, and end all processes at once as soon as `reached`."""
+        """Start, and kill all processes as soon as `reached`."""
         self.start()
         self.wait_until(reached)
         for process in self.processes:
@@ -175,24 +171,24 @@ class TinyRun:
             time.sleep(0.001)
 
     def fail(self) -> str:
-        """Run to the end, which must be exit code 2; what was said, by whichever failed first."""
+        """Run to the end with exit code 2; return the output of all processes."""
         assert self.start().wait() == 2, self.outputs
         return self.outputs
 
     def watch(self) -> dict[str, int]:
-        """Run to the end; the sizes of the parameters that changed meanwhile."""
+        """Run to the end; return the sizes of the parameters that changed."""
         self.start(target=_train_watched)
         assert self.wait() == 0, self.output
         return json.loads((self.save_path / "watched.json").read_text())
 
     @property
     def output(self) -> str:
-        """What the first process wrote to the terminal."""
+        """The first process's output."""
         return self._output(0).read_text()
 
     @property
     def outputs(self) -> str:
-        """What all processes wrote to the terminal, by rank."""
+        """All processes' outputs by rank."""
         return "\n".join(self._output(rank).read_text() for rank in range(self.world))
 
     def _output(self, rank: int) -> Path:
@@ -200,7 +196,7 @@ class TinyRun:
 
     @property
     def metrics(self) -> list[dict]:
-        """The whole lines of metrics.jsonl, without the times."""
+        """The complete rows of metrics.jsonl without times."""
         file = self.folder / "log" / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
         rows = [json.loads(x, parse_constant=_refuse) for x in lines if x.endswith("\n")]
@@ -213,7 +209,7 @@ class TinyRun:
 
     @property
     def delta(self) -> dict[str, torch.Tensor]:
-        """The tuned parameters that it left."""
+        """The saved tuned parameters."""
         return load_file(self.folder / "delta.safetensors")
 
     @property
@@ -224,17 +220,17 @@ class TinyRun:
 
     @property
     def checkpoints(self) -> list[str]:
-        """What lies beside the delta to resume from, whole or not."""
+        """The names of all checkpoints, complete or partial."""
         return sorted(path.name for path in (self.folder / "checkpoints").glob("*step_*"))
 
 
 def _refuse(constant: str) -> None:
-    """Python's reader takes what is no JSON; others do not."""
+    """Refuse NaN and infinities, which are not JSON."""
     raise ValueError(f"{constant} is no JSON")
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    """Whether two deltas are the same, bit for bit."""
+    """Return whether two deltas are bit-exact equal."""
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
@@ -247,9 +243,9 @@ def _free_port() -> int:
 def _train(
     arguments: list[str], environment: dict[str, str], output: Path, file_bytes: int
 ) -> None:
-    """What a process does: the entry itself."""
-    import train
-    from config.entry import run_entry
+    """Run the training entry in this process."""
+    from nextgpt import train
+    from nextgpt.common.cli import run_cli
 
     with output.open("wb") as file:
         os.dup2(file.fileno(), 1)
@@ -258,18 +254,17 @@ def _train(
     multiprocessing.set_start_method("fork", force=True)  # the system's own, for loader processes
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
     sys.argv = ["train.py", *arguments]
-    run_entry(train.main)
+    run_cli(train.main)
 
 
 def _train_watched(*given: Any) -> None:
-    """The same, and `watched.json` says which of all the model's parameters it changed."""
-    from training.loop import Trainer
+    """Run the training entry and write the changed parameters to `watched.json`."""
+    from nextgpt.training.trainer import Trainer
 
     class Watched(Trainer):
-        def make_model(self, delta: Delta | None) -> NextGPT:
-            self.model = super().make_model(delta)
+        def build_model(self) -> None:
+            super().build_model()
             self.before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-            return self.model
 
         def train(self) -> bool:
             finished = super().train()
@@ -278,7 +273,7 @@ def _train_watched(*given: Any) -> None:
             Path(self.config.save_path, "watched.json").write_text(json.dumps(changed))
             return finished
 
-    import train
+    from nextgpt import train
 
     train.Trainer = Watched
     _train(*given)

@@ -1,4 +1,4 @@
-"""The published system on the recorded small parts: built by the real builder, filled by recipe."""
+"""The published system on the recorded small components, with weights by recipe."""
 
 import copy
 import json
@@ -6,16 +6,16 @@ from functools import cache
 
 import torch
 
-from config.loader import load_config
-from config.schema import Config
-from conversation.batch import Batch, locate_runs, pad_conversations
-from conversation.captions import clean_caption
-from conversation.encoding import ConversationEncoder
-from conversation.parts import Conversation, Media, Text, Turn
-from model.build import build_conversation_encoder, build_model
-from model.nextgpt import NextGPT
-from model.parts import part_of, tuned_parameters
-from model.published import published_name
+from nextgpt.config.loader import load_config
+from nextgpt.config.schema import Config
+from nextgpt.conversation.batch import Batch, Example, collate
+from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.dataset.readers import clean_caption
+from nextgpt.model.build import build_model, build_prompt_builder
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.trainable import group_of, tuned_parameters
+from nextgpt.model.upstream_checkpoint import published_name
 from parity.recipe import new_vocabulary_rows, recipe_tensor
 from parity_tools import PARITY, cases
 
@@ -29,16 +29,16 @@ TINY_OVERRIDES = [
 
 
 def tiny_config(stage: int | None = None, overrides: list[str] | None = None) -> Config:
-    """The published configuration with the recorded small language model and encoder."""
+    """Load the published configuration with the recorded small language model and encoder."""
     return load_config("7b", stage, TINY_OVERRIDES + (overrides or []))
 
 
-def tiny_encoder() -> ConversationEncoder:
-    return build_conversation_encoder(tiny_config())
+def tiny_encoder() -> PromptBuilder:
+    return build_prompt_builder(tiny_config())
 
 
 def tiny_model(*, lora: bool) -> NextGPT:
-    """The model of the recorded cases in float32: every tuned tensor by its published name."""
+    """Return the model of the recorded cases in float32 with recipe weights."""
     return copy.deepcopy(_filled_model(lora))
 
 
@@ -49,15 +49,15 @@ def _filled_model(lora: bool) -> NextGPT:
     lm = model.language_model
     lm.get_input_embeddings().new_rows.copy_(new_vocabulary_rows("embed_tokens"))
     lm.get_output_embeddings().new_rows.copy_(new_vocabulary_rows("lm_head"))
-    for name, parameter in tuned_parameters(model, own_vocabulary=False):
-        if part_of(name) != "vocabulary":
+    for name, parameter in tuned_parameters(model, base_vocabulary=False):
+        if group_of(name) != "vocabulary":
             parameter.copy_(recipe_tensor(published_name(name), parameter.shape))
     return model
 
 
 @torch.no_grad()
 def randomise_adapters(model: NextGPT) -> None:
-    """Let the adapters, which begin by adding nothing, add a great deal."""
+    """Randomize the adapters' zero-initialized B matrices."""
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             parameter.normal_()
@@ -66,7 +66,7 @@ def randomise_adapters(model: NextGPT) -> None:
 def ask(
     question: str, answer: str, shown: Media | None = None, made: Media | None = None
 ) -> tuple[Turn, Turn]:
-    """One round, with a medium before the question or after the answer."""
+    """Return one round, with a medium before the question or after the answer."""
     return (
         Turn("human", (*([shown] if shown else []), Text(question))),
         Turn("assistant", (Text(answer), *([made] if made else []))),
@@ -74,7 +74,7 @@ def ask(
 
 
 def recorded_conversation(case: str, row: int) -> Conversation:
-    """The conversation behind row `row` of the recorded case, e.g. `stage2.video`."""
+    """Return the conversation of row `row` of the recorded case, e.g. `stage2.video`."""
     stage, kind = case.split(".")
     if stage == "stage3":
         question, answer = TEXTS["conv"][row]
@@ -92,15 +92,14 @@ def recorded_conversation(case: str, row: int) -> Conversation:
 
 
 def recorded_batch(case: str) -> Batch:
-    """The batch of the recorded case, with the recorded features and caption embeddings."""
+    """Return the batch of the recorded case with its features and caption embeddings."""
     kind = case.split(".")[1]
     encoder = tiny_encoder()
-    encoded = [encoder.encode(recorded_conversation(case, row)) for row in (0, 1)]
-    batch = pad_conversations(encoded, pad_id=encoder.tokenizer.eos_token_id)
     shown = "image" if kind in ("image_to_text", "multiturn") else kind
-    if len(batch.slots):
-        batch.features = cases()[f"imagebind.{shown}"]
-    for modality, runs in locate_runs(encoded).items():
-        batch.runs[modality] = torch.tensor([[row, position] for row, position, _ in runs])
-        batch.captions[modality] = cases()[f"in.caption_emb.{modality}"]
-    return batch
+    examples = []
+    for row in (0, 1):
+        prompt = encoder.encode(recorded_conversation(case, row))
+        features = [cases()[f"imagebind.{shown}"][row] for _ in prompt.media_positions]
+        targets = [cases()[f"in.caption_emb.{m.modality}"][row] for _, m in prompt.signal_spans]
+        examples.append(Example(prompt, features, targets))
+    return collate(examples, encoder.tokenizer.eos_token_id, feature_width=32)

@@ -1,4 +1,4 @@
-"""A tiny LLaMA-1 and a Vicuna v0 delta of it, in the formats in which such models are published."""
+"""A tiny LLaMA-1 and its Vicuna v0 delta in the published file formats."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _STEMS: dict[Format, str] = {"safetensors": "model", "bin": "pytorch_model"}
 def write_weights(
     folder: Path, tensors: Mapping[str, Tensor], kind: Format = "safetensors", shards: int = 1
 ) -> None:
-    """Write `tensors` as transformers' files are called: one, or several with their index."""
+    """Write `tensors` under transformers' file names: one file, or shards and an index."""
     folder.mkdir(parents=True, exist_ok=True)
     names, stem = list(tensors), _STEMS[kind]
     files = [
@@ -40,9 +40,9 @@ def write_weights(
 
 
 def write_llama(folder: Path, kind: Format = "safetensors", shards: int = 1) -> dict[str, Tensor]:
-    """The tiny LLaMA of the recorded cases in half precision, whole: figures, tokenizer, weights.
+    """Write the tiny LLaMA of the recorded cases: config, tokenizer, half-precision weights.
 
-    As old files do, it holds one table that is no weight.
+    As in old files, one tensor is a table, not a weight.
     """
     weights = {n: t.half() for n, t in load_file(LLAMA / "model.safetensors").items()}
     table = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
@@ -55,7 +55,7 @@ def write_llama(folder: Path, kind: Format = "safetensors", shards: int = 1) -> 
 def write_delta(
     folder: Path, llama: Mapping[str, Tensor], kind: Format = "safetensors", shards: int = 1
 ) -> dict[str, Tensor]:
-    """Small differences to `llama`, a row more in its two vocabulary matrices; no tokenizer."""
+    """Write small differences to `llama` with one more vocabulary row; no tokenizer."""
     torch.manual_seed(0)
     delta = {}
     for name, tensor in llama.items():
@@ -63,7 +63,7 @@ def write_delta(
         shape = (len(tensor) + more, *tensor.shape[1:])
         delta[name] = (torch.randn(shape) * 0.01).half()
     write_weights(folder, delta, kind, shards)
-    figures = LlamaConfig.from_pretrained(LLAMA)
-    figures.vocab_size += 1
-    figures.save_pretrained(folder)
+    config = LlamaConfig.from_pretrained(LLAMA)
+    config.vocab_size += 1
+    config.save_pretrained(folder)
     return delta

@@ -1,9 +1,13 @@
-"""Reads the configuration: base.yaml, the stage's YAML, the named YAML, then `--set key=value`.
+"""Load the configuration: base.yaml, the stage's YAML, the named YAML, then `--set key=value`.
 
-A named YAML may hold sections `stage_1` to `stage_4`, which count for that stage alone.
+Later layers override earlier ones. A named YAML may have sections `stage_1` to `stage_4`, which
+apply to that stage only.
 """
 
+import argparse
 import difflib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +15,26 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from config.errors import InputError
-from config.schema import Config
+from nextgpt.common.errors import UserError
+from nextgpt.config.renamed_keys import update_keys
+from nextgpt.config.schema import Config
 
 CONFIG_DIR = Path(__file__).parent
-PROJECT_ROOT = CONFIG_DIR.parent.parent
 STAGES = (1, 2, 3, 4)
 
 
-def project_path(path: str) -> Path:
-    """`path` from the configuration, which may be relative to the project's root."""
-    return PROJECT_ROOT / path
-
-
-def load_config(name: str, stage: int | None = None, overrides: list[str] | None = None) -> Config:
-    """The checked configuration called `name` (a YAML beside this file, or a path to one).
+def load_config(
+    name: str, stage: int | None = None, overrides: Sequence[str] | None = None
+) -> Config:
+    """Load and validate the configuration `name`.
 
     Args:
-        name: `mini`, `7b`, or the path of a YAML file of your own.
-        stage: 1 to 4 for training; none for inference.
+        name: `mini`, `7b` or another YAML file of this folder, or the path of one.
+        stage: 1 to 4 for training; None for inference.
         overrides: `section.key=value`, the value in YAML.
 
     Raises:
-        InputError: an unknown or ill-typed key; names the file, the key and the nearest right one.
+        UserError: an unknown or ill-typed key; names the file, the key and the closest valid key.
     """
     layers = [_read_yaml(CONFIG_DIR / "base.yaml")]
     if stage is not None:
@@ -42,20 +43,66 @@ def load_config(name: str, stage: int | None = None, overrides: list[str] | None
     by_stage = {number: named.pop(f"stage_{number}", None) or {} for number in STAGES}
     for number, section in by_stage.items():
         if not isinstance(section, dict):
-            raise InputError(f"{source}: stage_{number} holds no keys: expected `section:` lines")
+            raise UserError(f"{source}: stage_{number} holds no keys: expected `section:` lines")
     layers.append((source, named))
     if stage is not None:
         layers.append((f"{source}, section stage_{stage}", by_stage[stage]))
-    layers += [_parse_override(override) for override in overrides or []]
+    layers += [_parse_override(override) for override in overrides or ()]
 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for source, layer in layers:
+        for note in update_keys(layer, source):
+            print(note, file=sys.stderr)
         _merge(values, layer, source, origins)
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise InputError("\n".join(_explain(item, origins) for item in error.errors())) from None
+        raise UserError("\n".join(_explain(item, origins) for item in error.errors())) from None
+
+
+def format_config(config: Config) -> str:
+    """Format a resolved configuration as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def add_config_arguments(parser: argparse.ArgumentParser, default: str = "mini") -> None:
+    """Add `--config`, `--set` and `--print-config`; `load_config_from` evaluates them."""
+    parser.add_argument("--config", default=default, help="mini, 7b or a YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key"
+    )
+    parser.add_argument(
+        "--print-config",
+        action=_PrintConfig,
+        nargs=0,
+        default=False,
+        help="print the resolved configuration as YAML and exit",
+    )
+
+
+class _PrintConfig(argparse.Action):
+    """A flag that makes the parser's required arguments optional."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, *_: Any) -> None:
+        namespace.print_config = True
+        requirements: list[Any] = [*parser._actions, *parser._mutually_exclusive_groups]
+        for requirement in requirements:
+            requirement.required = False
+
+
+def load_config_from(
+    arguments: argparse.Namespace, stage: int | None = None, overrides: Sequence[str] = ()
+) -> Config:
+    """Load the configuration that the command line names; `overrides` follow those of `--set`.
+
+    With `--print-config`, print it and exit with code 0.
+    """
+    config = load_config(arguments.config, stage, [*arguments.set, *overrides])
+    if arguments.print_config:
+        print(format_config(config), end="")
+        sys.exit(0)
+    return config
 
 
 def _find(name: str) -> Path:
@@ -63,7 +110,7 @@ def _find(name: str) -> Path:
     if not path.is_file():
         known = sorted(file.stem for file in CONFIG_DIR.glob("*.yaml"))
         shipped = [stem for stem in known if stem != "base" and not stem.startswith("stage_")]
-        raise InputError(f"no config {name!r}: give one of {', '.join(shipped)} or a YAML file")
+        raise UserError(f"no config {name!r}: give one of {', '.join(shipped)} or a YAML file")
     return path
 
 
@@ -71,27 +118,27 @@ def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
+        raise UserError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path} holds no keys: expected `section:` lines")
+        raise UserError(f"{path} holds no keys: expected `section:` lines")
     return str(path), content
 
 
 def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise InputError(f"--set {override}: write it as section.key=value")
+        raise UserError(f"--set {override}: write it as section.key=value")
     try:
         nested: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not YAML: {error}") from error
+        raise UserError(f"--set {override}: the value is not YAML: {error}") from error
     for name in reversed(key.split(".")):
         nested = {name: nested}
     return f"--set {override}", nested
 
 
 def _merge(into: dict, layer: dict, source: str, origins: dict[str, str], prefix: str = "") -> None:
-    """Lay `layer` over `into`, section by section, remembering in `origins` who set each key."""
+    """Merge `layer` into `into` recursively; record the source of each key in `origins`."""
     for key, value in layer.items():
         path = f"{prefix}{key}"
         origins[path] = source
@@ -122,7 +169,7 @@ def _explain(error: ErrorDetails, origins: dict[str, str]) -> str:
 
 
 def _known_keys(location: list[str]) -> list[str]:
-    """The keys of the section at `location`; a mapping of modalities counts as its sections."""
+    """Return the keys of the section at `location`; a modality's name is skipped."""
     section: type[BaseModel] = Config
     for name in location:
         field = section.model_fields.get(name)

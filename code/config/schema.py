@@ -1,15 +1,16 @@
-"""Every key of the configuration, with its type, unit and meaning; the YAML files fill it.
+"""Configuration schema: every key with its type, allowed values and meaning.
 
-Paths are relative to the project's root unless absolute.
+The string below a key is its description; `tools/config_reference.py` collects them into
+docs/configuration.md. Relative paths are resolved against the project root.
 """
 
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from conversation.parts import Modality
+from nextgpt.common.modality import KnownModality
 
-Part = Literal["input_projection", "output_projections", "lora", "vocabulary"]
+TrainableGroup = Literal["input_projection", "output_projections", "lora", "vocabulary"]
 Quantization = Literal["none", "8bit", "4bit"]
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -19,151 +20,217 @@ Pixels = Annotated[int, Field(gt=0, le=4096, multiple_of=8)]
 
 
 class Section(BaseModel):
-    """A group of keys: unknown ones are errors, and it does not change after loading."""
+    """A section of keys; unknown keys are errors, and it is immutable after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class EncoderConfig(Section):
-    """ImageBind, frozen: one vector per picture, video or sound."""
+    """The frozen media encoder (ImageBind): one feature vector per image, video or audio clip."""
 
-    path: str  # folder of the mini encoder, or the published imagebind_huge.pth
-    width: Positive  # length of a feature
+    path: str
+    """folder of the mini encoder, or the published imagebind_huge.pth"""
+    width: Positive
+    """dimension of a feature vector"""
 
 
 class LanguageModelConfig(Section):
-    """The language model and its low-rank adapters (LoRA, arXiv 2106.09685)."""
+    """The language model and its LoRA adapters (arXiv 2106.09685)."""
 
-    path: str  # Hugging Face folder, or a hub name
-    # How turns are written: "### Human:", <|im_start|>, or by the model's own chat template.
-    template: Literal["published", "chatml", "own"]
-    attention: Literal["sdpa", "eager"]  # eager is faster on the CPU, for short conversations
+    path: str
+    """Hugging Face folder or hub name"""
+    prompt_format: Literal["vicuna_v0", "chatml", "tokenizer"]
+    """how turns are delimited: `### Human:` as published, `<|im_start|>`, or the tokenizer's chat
+    template"""
+    attn_implementation: Literal["sdpa", "eager"]
+    """attention kernel of transformers; eager is faster on CPU for short conversations"""
     lora_rank: Positive
+    """rank of the adapters"""
     lora_alpha: Positive
+    """scale of the adapters: alpha / rank"""
     lora_dropout: Fraction
-    lora_targets: list[str]  # names of the linear layers that get an adapter
-    train_vocabulary: Literal["new", "all"]  # rows of the new tokens only, or both whole matrices
-    # Of the layers' frozen matrices, by bitsandbytes: see model/quantization.py.
+    """dropout on the adapters' inputs"""
+    lora_target_modules: list[str]
+    """names of the linear layers that get an adapter"""
+    trainable_embeddings: Literal["new_tokens", "full"]
+    """what the group `vocabulary` trains: embedding and LM-head rows of the new tokens, or both
+    full matrices"""
     quantization: Quantization
+    """bitsandbytes quantization of the frozen linear layers"""
 
 
 class InputProjectionConfig(Section):
-    """The linear layer between an encoder's vector and the language model."""
+    """The linear projector from media features to language-model input embeddings."""
 
-    tokens: Positive  # input embeddings that a medium becomes; 1 as published
+    tokens_per_medium: Positive
+    """input embeddings per medium; 1 as published"""
+    init: Literal["random", "least_squares"]
+    """initialization; least_squares is a warm start: media are mapped near the embeddings of their
+    captions' words"""
 
 
 class OutputProjectionConfig(Section):
-    """The transformer between signal tokens and a decoder's caption embedding."""
+    """The transformer projector from signal-token hidden states to decoder prompt embeddings."""
 
-    width: Positive  # model dimension
+    d_model: Positive
+    """model dimension"""
     encoder_layers: Positive
+    """encoder layers"""
     decoder_layers: Positive
+    """decoder layers"""
     heads: Positive
-    feedforward: Positive  # hidden width of the feed-forward layers
-    centred: bool  # begin with what varies in what comes in: see training/centring.py
+    """attention heads; must divide d_model"""
+    dim_feedforward: Positive
+    """hidden dimension of the feed-forward layers"""
+    whiten_inputs: bool
+    """start from centred, whitened hidden states, measured before training"""
 
     @model_validator(mode="after")
-    def _heads_share_the_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is to be a multiple of heads {self.heads}")
+    def _heads_divide_d_model(self) -> Self:
+        if self.d_model % self.heads:
+            raise ValueError(f"d_model {self.d_model} must be a multiple of heads {self.heads}")
         return self
 
 
 class DecoderConfig(Section):
-    """A diffusion pipeline, frozen, and how many signal tokens call it."""
+    """A frozen diffusion pipeline of one modality, and its signal tokens."""
 
-    path: str  # diffusers folder, or a hub name
+    path: str
+    """diffusers folder or hub name"""
     signal_tokens: Positive
-    # Of one caption embedding: [tokens, width], or [width] for sound.
-    caption_shape: Annotated[list[Positive], Field(min_length=1, max_length=2)]
-    steps: Annotated[int, Field(gt=0, le=1000)]  # of denoising; the schedulers know 1000
+    """signal tokens that trigger the decoder"""
+    prompt_embeds_shape: Annotated[list[Positive], Field(min_length=1, max_length=2)]
+    """shape of a prompt embedding: [tokens, width], or [width] for audio"""
+    num_inference_steps: Annotated[int, Field(gt=0, le=1000)]
+    """denoising steps"""
     guidance_scale: Annotated[float, Field(ge=0)]
-    height: Pixels | None = None  # none: the pipeline's own
+    """classifier-free guidance scale"""
+    height: Pixels | None = None
+    """pixels; null: the pipeline's default"""
     width: Pixels | None = None
-    frames: Annotated[int, Field(gt=0, le=1000)] | None = None  # video only
-    fps: Annotated[int, Field(gt=0, le=240)] | None = None  # video only, frames per second
-    shared_noise: Annotated[float, Field(ge=0, le=1)] = 0.0  # video only, see model/decoders.py
-    seconds: Annotated[float, Field(gt=0, le=600)] | None = None  # sound only
+    """pixels; null: the pipeline's default"""
+    num_frames: Annotated[int, Field(gt=0, le=1000)] | None = None
+    """frames of a video"""
+    fps: Annotated[int, Field(gt=0, le=240)] | None = None
+    """frames per second of a video"""
+    shared_noise: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """share of the initial noise's variance that all frames of a video have in common"""
+    audio_length_in_s: Annotated[float, Field(gt=0, le=600)] | None = None
+    """seconds of audio"""
 
 
 class DataConfig(Section):
-    """Where samples come from and how batches are made of them."""
+    """Datasets, caches and batching."""
 
-    root: str  # folder of the course's data tree
-    embeddings: str  # folder of the .npy caption embeddings
-    cache: str  # folder of the row indexes and media features
-    datasets: list[str] = []  # names from dataset/catalog.py
-    batching: Literal["mixed", "one_dataset_in_turn"]
+    data_dir: str
+    """root of the dataset folders"""
+    caption_embedding_dir: str
+    """folder of precomputed caption embeddings (.npy)"""
+    cache_dir: str
+    """folder of row indexes and cached media features"""
+    datasets: list[str] = []
+    """names in dataset/catalog.py"""
+    batching: Literal["mixed", "round_robin"]
+    """a batch mixes all datasets, or batches take datasets in turn"""
     caption_embeddings: Literal["precomputed", "online"]
-    max_length: Positive  # tokens of one conversation
-    # Tokens of a row that conversations are packed into, for little padding; none: a row each.
-    row_length: Positive | None
-    workers: Annotated[int, Field(ge=0)]  # loader processes a rank
+    """read caption embeddings from caption_embedding_dir, or compute them while training"""
+    max_seq_length: Positive
+    """maximum tokens of a conversation"""
+    packed_seq_length: Positive | None
+    """pack conversations into rows of this many tokens; null: one conversation per row"""
+    num_workers: Annotated[int, Field(ge=0)]
+    """data loader processes per rank"""
 
 
 class TrainingConfig(Section):
-    """One stage: what trains, for how long, how fast."""
+    """Optimization of one stage."""
 
-    trains: list[Part] = []
-    learning_rate: AboveZero  # peak
-    # Peaks of parts that differ. `lora_B` are the adapters' second matrices, which begin at 0: they
-    # gain from a higher rate than the first ones (LoRA+, Hayou et al. 2024).
-    learning_rates: dict[Part | Literal["lora_B"], AboveZero] = {}
+    trainable: list[TrainableGroup] = []
+    """parameter groups to train; everything else is frozen"""
+    learning_rate: AboveZero
+    """peak learning rate"""
+    group_learning_rates: dict[Literal[TrainableGroup, "lora_B"], AboveZero] = {}
+    """peak learning rates of single groups; `lora_B`: the adapters' B matrices (LoRA+, arXiv
+    2402.12354)"""
     betas: tuple[Decay, Decay]
-    epsilon: AboveZero
+    """AdamW betas"""
+    adam_epsilon: AboveZero
+    """AdamW epsilon"""
     weight_decay: Annotated[float, Field(ge=0)]
-    warmup: Fraction  # share of the steps with a rising rate; then linear decay to 0
-    # How it rises: log as published, over 10 steps or more, from 0 in the first; or linear.
+    """AdamW weight decay"""
+    warmup_ratio: Fraction
+    """share of the steps with a rising learning rate; linear decay to 0 follows"""
     warmup_type: Literal["log", "linear"]
-    gradient_clipping: AboveZero  # of the global L2 norm
+    """shape of the warm-up; log as published: at least 10 steps, from 0"""
+    max_grad_norm: AboveZero
+    """gradient clipping by global L2 norm"""
     epochs: Positive
-    max_steps: Positive | None = None  # ends earlier
-    global_batch_size: Positive  # samples an optimizer step over all processes
-    micro_batch_size: Positive  # samples a forward pass of one process
-    precision: Literal["auto", "fp32", "bf16", "fp16"]  # auto: bf16 where the hardware has it
+    """passes over the data"""
+    max_steps: Positive | None = None
+    """optimizer steps after which the run ends early; null: all epochs"""
+    global_batch_size: Positive
+    """samples per optimizer step over all processes"""
+    micro_batch_size: Positive
+    """samples per forward pass of one process"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """training precision; auto: bf16 where the hardware supports it"""
     activation_checkpointing: bool
-    alignment_weights: dict[Modality, float]
-    # A new input projection starts where it puts media among the words of their captions.
-    fit_input_projection: bool
-    # Where output projections alone train, the language model always says the same of a caption:
-    # it reads each caption once, and passes after the first cost it nothing.
-    keep_states: bool
-    # GB (1e9 bytes) of the machine's memory that states may take in every process. What has no room
-    # is computed again; with one epoch nothing is read again, and nothing kept.
+    """recompute activations in the backward pass to save memory"""
+    alignment_loss_weights: dict[KnownModality, float]
+    """weights of the alignment losses between predicted prompt embeddings and caption embeddings"""
+    cache_hidden_states: bool
+    """cache the frozen language model's hidden states when output projections alone train: epochs
+    after the first skip its forward pass"""
     hidden_state_cache_gb: AboveZero
-    save_every: Positive  # steps between resumable checkpoints
-    keep_checkpoints: Positive
+    """memory limit of that cache per process, in GB (1e9 bytes); what exceeds it is recomputed"""
+    save_steps: Positive
+    """optimizer steps between resumable checkpoints"""
+    save_total_limit: Positive
+    """resumable checkpoints kept; older ones are deleted"""
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    deepspeed: str = ""  # DeepSpeed's own JSON: ZeRO stage, offload
+    """random seed"""
+    deepspeed_config: str = ""
+    """DeepSpeed JSON file: ZeRO stage, offload"""
 
 
 class GenerationConfig(Section):
-    """How answers are sampled."""
+    """Sampling of answers."""
 
-    top_k: Annotated[int, Field(ge=0)]  # of the likeliest tokens are sampled from; 0: of all
+    top_k: Annotated[int, Field(ge=0)]
+    """sample from the k most likely tokens; 0: from all"""
     top_p: Annotated[float, Field(gt=0, le=1)]
-    temperature: Annotated[float, Field(ge=0)]  # 0: always the likeliest token
+    """nucleus sampling: smallest set of tokens with this total probability"""
+    temperature: Annotated[float, Field(ge=0)]
+    """sampling temperature; 0: greedy"""
     max_new_tokens: Positive
+    """maximum tokens of an answer"""
 
 
 class ServingConfig(Section):
-    """Where the parts of a system that answers are."""
+    """Answering, and the page of the demo."""
 
-    # Between uses: on the GPU, or in the machine's memory, for cards that cannot hold all at once.
-    decoder_placement: Literal["kept", "offloaded"]
+    offload_decoders: bool
+    """keep idle decoders in CPU memory instead of on the GPU, for small cards"""
+    caption_bank: str | None
+    """JSON file of captions by modality, of which the page shows the nearest; null: shows none"""
+    examples: str | None
+    """folder with a cases.json and its media, for the example buttons; null: no buttons"""
 
 
 class Config(Section):
-    """The whole configuration."""
+    """Top-level keys."""
 
-    name: str  # of the system: the folder of its tuned parameters
-    save_path: str  # stage N is written to save_path/stage_N
+    name: str
+    """name of the system"""
+    save_path: str
+    """folder of the tuned parameters; stage N is written to save_path/stage_N"""
     encoder: EncoderConfig
     language_model: LanguageModelConfig
     input_projection: InputProjectionConfig
     output_projection: OutputProjectionConfig
-    decoders: dict[Modality, DecoderConfig]
+    decoders: dict[KnownModality, DecoderConfig]
     data: DataConfig
     training: TrainingConfig
     generation: GenerationConfig

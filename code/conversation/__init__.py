@@ -1,1 +1,1 @@
-"""Conversations: what the system reads, and how a conversation becomes token ids."""
+"""Messages, prompt formats, signal tokens, and their conversion to token ids and batches."""

@@ -1,117 +1,181 @@
-"""Encoded conversations side by side, as the tensors that the model reads."""
+"""Examples (encoded conversations and their media), collated into batches of tensors."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from conversation.encoding import IGNORE, EncodedConversation
-from conversation.parts import Media, Modality
+from nextgpt.common.modality import Modality
+from nextgpt.conversation.prompt import IGNORE_INDEX, EncodedPrompt
+
+
+class UnencodedMedium(NamedTuple):
+    """An input medium to be encoded: the encoder's input, and the key in the feature cache."""
+
+    modality: Modality
+    views: Tensor
+    content: Hashable
+
+
+class SkippedSample(NamedTuple):
+    """An unusable sample, and why."""
+
+    dataset: str
+    row: int
+    reason: str
 
 
 @dataclass
+class Example:
+    """One conversation.
+
+    Attributes:
+        prompt: its token ids and labels.
+        features: of each input medium the feature (E,) float32, or the medium to be encoded.
+        caption_embeds: of each signal span the target of its projection; None where the caption is
+            still to be encoded, or there is none.
+        skipped: unusable samples that this one replaces.
+    """
+
+    prompt: EncodedPrompt
+    features: list[Tensor | UnencodedMedium]
+    caption_embeds: list[Tensor | None]
+    skipped: list[SkippedSample] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class Batch:
-    """B rows of L tokens: a conversation each, or several packed one after the other.
+    """B rows of L tokens: one conversation each, or several packed one after the other.
 
     Attributes:
         input_ids: (B, L) int64, padded on the right.
         attention_mask: (B, L) int64, 0 on padding.
-        targets: (B, L) int64, `IGNORE` where there is no loss; not shifted.
-        slots: (S, 2) int64, row and first position of every input medium.
-        features: (S, E) float32, the encoder's vectors of those media.
-        runs: by modality (R, 2) int64, row and first position of the signal runs to be projected.
-        captions: by modality (R, *caption_shape) float32, what the projections should give.
-        states: by modality (2, R, T, H), hidden states and input embeddings of the runs' T tokens,
-            where the language model has read them before: it is then left out. None elsewhere.
-        position_ids: (B, L) int64 of packed rows: 0 begins another conversation, which sees nothing
-            of the ones before it; none where each row is one conversation.
+        labels: (B, L) int64, `IGNORE_INDEX` where there is no loss; not shifted.
+        media_positions: (S, 2) int64, row and first position of every input medium.
+        features: (S, E) float32, the media encoder's vectors.
+        signal_spans: by modality (R, 2) int64, row and first position of the spans of signal tokens
+            that are projected.
+        caption_embeds: by modality (R, *prompt_embeds_shape) float32, targets of the projections.
+        position_ids: (B, L) int64 of packed rows: 0 starts another conversation, which does not
+            attend to those before it; None where each row is one conversation.
+        unencoded_media: by row of `features`, which is 0 there; see `training.media_features`.
+        unencoded_captions: of `signal_spans`, by modality that `caption_embeds` lacks.
+        num_samples: conversations.
+        cut_tokens: number of text tokens removed by truncation.
+        skipped: samples that were replaced.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    targets: torch.Tensor
-    slots: torch.Tensor
-    features: torch.Tensor
-    runs: dict[Modality, torch.Tensor] = field(default_factory=dict)
-    captions: dict[Modality, torch.Tensor] = field(default_factory=dict)
-    states: dict[Modality, torch.Tensor] | None = None
-    position_ids: torch.Tensor | None = None
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    media_positions: Tensor
+    features: Tensor
+    signal_spans: dict[Modality, Tensor] = field(default_factory=dict)
+    caption_embeds: dict[Modality, Tensor] = field(default_factory=dict)
+    position_ids: Tensor | None = None
+    unencoded_media: dict[int, UnencodedMedium] = field(default_factory=dict)
+    unencoded_captions: dict[Modality, list[str | None]] = field(default_factory=dict)
+    num_samples: int = 0
+    cut_tokens: int = 0
+    skipped: list[SkippedSample] = field(default_factory=list)
+
+    @property
+    def num_label_tokens(self) -> int:
+        """Number of positions with a text loss."""
+        return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on `device`."""
+        """The batch on `device`; what is unencoded stays on the CPU."""
 
-        def moved(value: Any) -> Any:
+        def move(value: Any) -> Any:
             if isinstance(value, dict):
-                return {modality: tensor.to(device) for modality, tensor in value.items()}
-            return None if value is None else value.to(device)
+                return {key: move(item) for key, item in value.items()}
+            return value.to(device) if isinstance(value, Tensor) else value
 
-        return Batch(**{name: moved(value) for name, value in vars(self).items()})
-
-
-Places = list[tuple[int, int]]  # of each conversation: its row and its first position there
+        return replace(self, **move(vars(self)))
 
 
-def pad_conversations(encoded: list[EncodedConversation], pad_id: int) -> Batch:
-    """The batch of `encoded`, a row each, with its features and captions still empty."""
-    return _lay_out(encoded, [(row, 0) for row in range(len(encoded))], pad_id)
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    feature_width: int,
+    packed_seq_length: int | None = None,
+) -> Batch:
+    """Collate `examples` into a batch.
 
-
-def pack_conversations(
-    encoded: list[EncodedConversation], pad_id: int, row_length: int
-) -> tuple[Batch, Places]:
-    """As `pad_conversations`, but with several in a row of `row_length` tokens; and their places.
-
-    The longest go first, each into the first row with room for it; one that is longer than a row
-    has a row of its own. It costs attention over whole rows, and saves nearly all padding.
+    Args:
+        pad_id: token of the padding.
+        feature_width: E, the length of a feature.
+        packed_seq_length: tokens of a row that conversations are packed into; by default each
+            conversation has a row, padded to the longest.
     """
-    places: Places = [(0, 0)] * len(encoded)
+    lengths = [len(example.prompt.input_ids) for example in examples]
+    if packed_seq_length is None:
+        offsets = [(row, 0) for row in range(len(examples))]
+    else:
+        offsets = pack_first_fit(lengths, packed_seq_length)
+    rows = 1 + max(row for row, _ in offsets)
+    columns = max(first + length for (_, first), length in zip(offsets, lengths, strict=True))
+    input_ids = torch.full((rows, columns), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    labels = torch.full_like(input_ids, IGNORE_INDEX)
+    position_ids = torch.arange(columns).repeat(rows, 1)
+    media: list[tuple[int, int]] = []
+    outputs: dict[Modality, list] = defaultdict(list)
+    for example, (row, first), length in zip(examples, offsets, lengths, strict=True):
+        prompt, span = example.prompt, slice(first, first + length)
+        input_ids[row, span] = torch.tensor(prompt.input_ids)
+        attention_mask[row, span] = 1
+        labels[row, span] = torch.tensor(prompt.labels)
+        position_ids[row, span] -= first
+        media += [(row, first + position) for position, _ in prompt.media_positions]
+        targets = zip(prompt.signal_spans, example.caption_embeds, strict=True)
+        for (position, medium), target in targets:
+            if medium.caption or medium.embedding:  # without either there is no alignment loss
+                outputs[medium.modality].append(((row, first + position), medium.caption, target))
+
+    batch = Batch(
+        input_ids,
+        attention_mask,
+        labels,
+        torch.tensor(media, dtype=torch.int64).view(-1, 2),
+        torch.zeros(len(media), feature_width),
+        position_ids=None if packed_seq_length is None else position_ids,
+        num_samples=len(examples),
+        cut_tokens=sum(example.prompt.cut_tokens for example in examples),
+        skipped=[sample for example in examples for sample in example.skipped],
+    )
+    for index, feature in enumerate(one for example in examples for one in example.features):
+        if isinstance(feature, UnencodedMedium):
+            batch.unencoded_media[index] = feature
+        else:
+            batch.features[index] = feature
+    for modality, of_modality in outputs.items():
+        spans, captions, embeds = zip(*of_modality, strict=True)
+        batch.signal_spans[modality] = torch.tensor(spans)
+        if any(embed is None for embed in embeds):
+            batch.unencoded_captions[modality] = list(captions)
+        else:
+            batch.caption_embeds[modality] = torch.stack(embeds)
+    return batch
+
+
+def pack_first_fit(lengths: Sequence[int], row_length: int) -> list[tuple[int, int]]:
+    """First-fit decreasing packing: row and offset of each of `lengths`.
+
+    A conversation longer than `row_length` gets a row to itself. Packing costs attention over whole
+    rows and saves nearly all padding.
+    """
+    offsets = [(0, 0)] * len(lengths)
     used: list[int] = []  # tokens of each row
-    for index in sorted(range(len(encoded)), key=lambda i: -len(encoded[i].input_ids)):
-        length = len(encoded[index].input_ids)
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        length = lengths[index]
         row = next((r for r, n in enumerate(used) if n + length <= row_length), len(used))
         if row == len(used):
             used.append(0)
-        places[index] = (row, used[row])
+        offsets[index] = (row, used[row])
         used[row] += length
-    batch = _lay_out(encoded, places, pad_id)
-    batch.position_ids = torch.arange(batch.input_ids.shape[1]).repeat(len(used), 1)
-    for (row, first), one in zip(places, encoded, strict=True):
-        batch.position_ids[row, first : first + len(one.input_ids)] -= first
-    return batch, places
-
-
-def _lay_out(encoded: list[EncodedConversation], places: Places, pad_id: int) -> Batch:
-    rows = 1 + max(row for row, _ in places)
-    ends = [first + len(one.input_ids) for (_, first), one in zip(places, encoded, strict=True)]
-    input_ids = torch.full((rows, max(ends)), pad_id)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORE)
-    for (row, first), end, one in zip(places, ends, encoded, strict=True):
-        input_ids[row, first:end] = torch.tensor(one.input_ids)
-        attention_mask[row, first:end] = 1
-        targets[row, first:end] = torch.tensor(one.targets)
-    slots = [
-        (row, first + position)
-        for (row, first), one in zip(places, encoded, strict=True)
-        for position, _ in one.slots
-    ]
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        targets=targets,
-        slots=torch.tensor(slots, dtype=torch.int64).view(-1, 2),
-        features=torch.empty(0, 0),
-    )
-
-
-def locate_runs(encoded: list[EncodedConversation]) -> dict[Modality, list[tuple[int, int, Media]]]:
-    """Conversation, first position and medium of the signal runs, by modality, in reading order.
-
-    Left out are media that say no caption: they have no alignment target.
-    """
-    located: dict[Modality, list[tuple[int, int, Media]]] = {}
-    for index, one in enumerate(encoded):
-        for position, medium in one.runs:
-            if medium.caption or medium.embedding:
-                located.setdefault(medium.modality, []).append((index, position, medium))
-    return located
+    return offsets

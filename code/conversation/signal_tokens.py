@@ -1,12 +1,10 @@
-"""The new tokens: `<Img>`, `</Img>` around every input medium, and every decoder's signal tokens.
+"""The new tokens: `<Img>` and `</Img>` around every input medium, and each decoder's signal tokens.
 
-They are ids behind the language model's own vocabulary and are never looked up in text: whoever
-types `[IMG0]` has typed six characters.
+Their ids follow the base vocabulary and never result from tokenizing text: a typed `[IMG0]` stays
+six characters.
 """
 
-from conversation.parts import MODALITIES, Modality
-
-_NAMES: dict[Modality, str] = {"image": "IMG", "video": "VID", "audio": "AUD"}
+from nextgpt.common.modality import MODALITIES, Modality
 
 
 class SignalTokens:
@@ -14,7 +12,7 @@ class SignalTokens:
 
     Args:
         counts: signal tokens of each modality; published 4, 24 and 8.
-        first_id: the first new id, which is the number of rows of the language model's vocabulary.
+        first_id: the first new id, the size of the base vocabulary.
     """
 
     def __init__(self, counts: dict[Modality, int], first_id: int) -> None:
@@ -22,29 +20,30 @@ class SignalTokens:
         self.first_id = first_id
         self.open = first_id
         self.close = first_id + 1
-        self._runs: dict[Modality, range] = {}
+        self._spans: dict[Modality, range] = {}
         self.end_id = first_id + 2
         for modality in MODALITIES:
-            self._runs[modality] = range(self.end_id, self.end_id + counts[modality])
-            self.end_id += counts[modality]
+            if modality in counts:
+                self._spans[modality] = range(self.end_id, self.end_id + counts[modality])
+                self.end_id += counts[modality]
 
     def __len__(self) -> int:
-        """How many new tokens there are."""
+        """Number of new tokens."""
         return self.end_id - self.first_id
 
-    def run(self, modality: Modality) -> list[int]:
-        """The ids that together call the decoder of `modality`, in order."""
-        return list(self._runs[modality])
+    def span(self, modality: Modality) -> list[int]:
+        """Ids of a modality's signal tokens, in order."""
+        return list(self._spans[modality])
 
     def modality_starting_with(self, token_id: int) -> Modality | None:
-        """The modality whose run begins with `token_id`, or none."""
-        return next((m for m, run in self._runs.items() if token_id == run.start), None)
+        """The modality whose first signal token is `token_id`."""
+        return next((m for m, span in self._spans.items() if token_id == span.start), None)
 
     def name(self, token_id: int) -> str:
-        """The written form of a new token, for people: `<Img>`, `[VID3]`."""
+        """The written form of a new token: `<Img>`, `[VID3]`."""
         if token_id in (self.open, self.close):
             return "<Img>" if token_id == self.open else "</Img>"
-        for modality, run in self._runs.items():
-            if token_id in run:
-                return f"[{_NAMES[modality]}{token_id - run.start}]"
+        for modality, span in self._spans.items():
+            if token_id in span:
+                return f"[{MODALITIES[modality].token_prefix}{token_id - span.start}]"
         raise ValueError(f"{token_id} is not one of the new tokens")

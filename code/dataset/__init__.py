@@ -1,1 +1,1 @@
-"""Data sets, and the media in them."""
+"""Data sets: catalog, readers, row index, shards, caption embeddings, batch schedule."""

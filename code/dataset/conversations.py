@@ -1,46 +1,40 @@
-"""The samples of all data sets of a run, by data set and row."""
+"""Map-style dataset of conversations, indexed by (data set, row)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from torch.utils.data import Dataset
 
-from config.errors import InputError, MediaError
-from config.loader import project_path
-from config.schema import Config, DataConfig
-from conversation.parts import Conversation, Media, Modality, Part, Turn
-from dataset.catalog import DatasetSource, resolve_entry
-from dataset.index import open_index
-from dataset.readers import READER_VERSION, Record, read_record
-from dataset.shards import medium_exists
+from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.modality import Modality
+from nextgpt.common.paths import project_path
+from nextgpt.config.schema import Config, DataConfig
+from nextgpt.conversation.messages import ContentPart, Conversation, Media, Turn
+from nextgpt.dataset.catalog import DatasetSource, resolve_entry
+from nextgpt.dataset.readers import READER_VERSION
+from nextgpt.dataset.row_index import open_index
+from nextgpt.media.shard_members import medium_exists
 
 
 class ConversationDataset(Dataset[Conversation]):
     """Map-style: `dataset[name, row]` is a conversation with absolute paths.
 
-    Opening makes the row indexes that are missing (see `dataset.index`); a lookup costs tens of
-    microseconds, media are not opened.
+    Building it builds missing row indexes. A lookup costs tens of microseconds and opens no media.
 
     Args:
         sources: the data sets, from `dataset.catalog.resolve_entry`.
         cache_dir: folder of the row indexes.
 
     Raises:
-        InputError: an annotation file is missing or has a wrong record.
+        UserError: an annotation file is missing or has a wrong record.
     """
 
     def __init__(self, sources: Sequence[DatasetSource], cache_dir: Path) -> None:
         self.sources = {source.name: source for source in sources}
         self.indexes = {
-            source.name: open_index(
-                source.annotation,
-                cache_dir,
-                check=partial(_read, source),
-                version=f"{source.kind}-{READER_VERSION}",
-            )
-            for source in sources
+            s.name: open_index(s.annotation, cache_dir, s.read, f"{s.kind}-{READER_VERSION}")
+            for s in sources
         }
 
     @property
@@ -52,25 +46,24 @@ class ConversationDataset(Dataset[Conversation]):
         return sum(self.sizes.values())
 
     def length(self, key: tuple[str, int]) -> int:
-        """About how long the conversation at (data set, row) is: characters of its record."""
+        """Approximate length of the conversation at (data set, row): characters of its JSON."""
         name, row = key
         return self.indexes[name].length(row)
 
     def record(self, name: str, row: int) -> Conversation:
-        """The conversation as its record has it: media named relative to their folders."""
-        return _read(self.sources[name], self.indexes[name][row], row)
+        """The conversation with media named relative to their folders."""
+        return self.sources[name].read(self.indexes[name][row], row)
 
     def __getitem__(self, key: tuple[str, int]) -> Conversation:
         """The conversation at (data set, row).
 
         Raises:
-            MediaError: a medium to be shown is missing.
+            MediaError: an input medium is missing.
         """
         name, row = key
         source = self.sources[name]
-        read = self.record(name, row)
 
-        def placed(part: Part) -> Part:
+        def resolve(part: ContentPart) -> ContentPart:
             if not isinstance(part, Media):
                 return part
             if part.embedding is not None:
@@ -80,29 +73,25 @@ class ConversationDataset(Dataset[Conversation]):
                 raise MediaError(f"{path} is missing: row {row} of {source.annotation} shows it")
             return replace(part, path=str(path))
 
-        turns = (Turn(turn.role, tuple(placed(part) for part in turn.parts)) for turn in read.turns)
-        return Conversation(tuple(turns))
+        turns = self.record(name, row).turns
+        return Conversation(tuple(Turn(t.role, tuple(map(resolve, t.parts))) for t in turns))
 
 
 def open_conversations(data: DataConfig) -> ConversationDataset:
-    """The data sets that a configuration names.
+    """Open the configured data sets.
 
     Raises:
-        InputError: it names none or an unknown one, or an annotation file is missing or wrong.
+        UserError: none is named, a name is unknown, or an annotation file is missing or wrong.
     """
     if not data.datasets:
-        raise InputError("data.datasets is empty: name data sets of dataset/catalog.py")
-    root, embeddings = project_path(data.root), project_path(data.embeddings)
+        raise UserError("data.datasets is empty: name data sets of dataset/catalog.py")
+    root, embeddings = project_path(data.data_dir), project_path(data.caption_embedding_dir)
     sources = [resolve_entry(name, root, embeddings) for name in data.datasets]
-    return ConversationDataset(sources, project_path(data.cache))
+    return ConversationDataset(sources, project_path(data.cache_dir))
 
 
-def caption_shapes(config: Config) -> dict[Modality, tuple[int, ...]] | None:
-    """Shapes of the caption embeddings computed ahead; none if they are computed while training."""
+def prompt_embeds_shapes(config: Config) -> dict[Modality, tuple[int, ...]] | None:
+    """Shapes of precomputed caption embeddings; None if they are computed during training."""
     if config.data.caption_embeddings == "online":
         return None
-    return {modality: tuple(one.caption_shape) for modality, one in config.decoders.items()}
-
-
-def _read(source: DatasetSource, record: Record, row: int) -> Conversation:
-    return read_record(record, source.kind, source.annotation, row)
+    return {modality: tuple(one.prompt_embeds_shape) for modality, one in config.decoders.items()}

@@ -1,157 +1,85 @@
-"""WebDataset shards as img2dataset and video2dataset write them: tar files, read as they are.
+"""WebDataset shards, as written by img2dataset and video2dataset, listed as caption pairs.
 
-The files of one key stand together in a shard and are a sample: a medium and its caption, in `.txt`
-or under `caption` in `.json`. Nothing is unpacked: a medium in a shard has a path of its own,
-`SHARD.tar/OFFSET+SIZE/NAME`, and its bytes are read from there. Listing a shard of 10 000 samples
-takes about a second, once.
+Adjacent files of one key are a sample: a medium and its caption, in `.txt` or under `caption` in
+`.json`. Nothing is unpacked: a medium has the path `SHARD.tar/OFFSET+SIZE/NAME`, and its bytes are
+read from there. Listing a shard of 10 000 samples takes about a second, once.
 """
 
 import json
-import re
 import tarfile
 from collections.abc import Iterator
-from io import BytesIO
 from itertools import groupby
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
-from config.errors import InputError
-from config.file_digests import FileState
-from config.json_text import to_json
-from conversation.parts import Modality
-from dataset.json_rows import iter_rows
-
-_INSIDE = re.compile(r"(.+\.tar)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
-_SUFFIXES: dict[Modality, tuple[str, ...]] = {
-    "video": (".mp4", ".webm", ".mkv", ".avi", ".mov"),
-    "audio": (".wav", ".flac", ".mp3", ".ogg", ".m4a"),
-    "image": (".jpg", ".jpeg", ".png", ".webp"),
-}
-
-
-class _Place(NamedTuple):
-    """Where a medium lies in a shard, in bytes."""
-
-    shard: Path
-    offset: int
-    size: int
-
-
-def _place(path: Path) -> _Place | None:
-    found = _INSIDE.fullmatch(path.as_posix())
-    return _Place(Path(found[1]), int(found[2]), int(found[3])) if found else None
-
-
-def in_shard(path: Path) -> bool:
-    """Whether `path` is that of a medium in a shard."""
-    return _place(path) is not None
-
-
-def medium_exists(path: Path) -> bool:
-    """Whether there is such a file, or such a shard."""
-    place = _place(path)
-    return place.shard.is_file() if place else path.is_file()
-
-
-def medium_state(path: Path) -> FileState:
-    """The state of the file, or, with the medium's own size, of its shard.
-
-    Raises:
-        OSError: it is not there.
-    """
-    place = _place(path)
-    return FileState.of(place.shard)._replace(size=place.size) if place else FileState.of(path)
-
-
-def open_medium(path: Path) -> BinaryIO:
-    """The bytes of a file, or of a medium in a shard; those are read at once.
-
-    Raises:
-        OSError: it is not there.
-    """
-    place = _place(path)
-    if place is None:
-        return path.open("rb")
-    with place.shard.open("rb") as shard:
-        shard.seek(place.offset)
-        return BytesIO(shard.read(place.size))
+from nextgpt.common.errors import UserError
+from nextgpt.common.json_io import to_json
+from nextgpt.common.modality import MODALITIES
+from nextgpt.dataset.json_stream import iter_rows
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The shards in a folder, in order."""
+    """The shards in a folder, sorted by name."""
     return sorted(folder.glob("*.tar"))
 
 
 def annotation_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """The rows of an annotation file, or of a folder of shards: as a caption pair, and as JSON.
+    """Yield (record, its JSON text) of an annotation file, or caption pairs of a folder of shards.
 
-    What a shard holds without a medium or a caption is left out, and counted at the end.
+    Samples without a medium or a caption are skipped; their count is printed at the end.
 
     Raises:
-        InputError: the file is no JSON array of objects, or a shard is broken.
+        UserError: the file is not a JSON array of objects, or a shard is broken.
     """
     if not path.is_dir():
         yield from iter_rows(path)
         return
-    left_out = 0
+    skipped = 0
     for shard in shards_of(path):
-        for files in _samples(shard):
-            pair = _caption_pair(shard, files)
+        for pair in _caption_pairs(shard):
             if pair:
                 yield pair, to_json(pair, ensure_ascii=False)
-            left_out += pair is None
-    if left_out:
-        print(f"{path}: {left_out} samples without a medium or a caption are left out")
+            skipped += pair is None
+    if skipped:
+        print(f"{path}: skipped {skipped} samples without a medium or a caption")
 
 
-_Files = dict[str, tuple[tarfile.TarInfo, bytes]]  # by suffix; the bytes of what is no medium
-
-
-def _samples(shard: Path) -> Iterator[_Files]:
-    """The files of each key of a shard, which stand one after the other."""
+def _caption_pairs(shard: Path) -> Iterator[dict[str, str] | None]:
+    """The caption pair of each sample; None without a medium or a caption."""
+    specs = sorted(MODALITIES.values(), key=lambda spec: -spec.shard_priority)
     try:
         with tarfile.open(shard, "r:") as tar:
             entries = (entry for entry in tar if entry.isfile())
-            for _, files in groupby(entries, key=lambda entry: _key_and_suffix(entry.name)[0]):
-                sample: _Files = {}
-                for entry in files:
-                    suffix = _key_and_suffix(entry.name)[1]
-                    text = suffix in (".txt", ".json")
-                    content = tar.extractfile(entry).read() if text else b""
-                    sample[suffix] = entry, content
-                yield sample
+            for _, sample in groupby(entries, key=lambda entry: _key_and_suffix(entry.name)[0]):
+                files = {_key_and_suffix(entry.name)[1]: entry for entry in sample}
+                media = [(s, files[x]) for s in specs for x in s.shard_suffixes if x in files]
+                caption = _caption(shard, tar, files)
+                if not media or not caption:
+                    yield None
+                    continue
+                spec, entry = media[0]
+                name = PurePosixPath(entry.name).name
+                member = f"{shard.name}/{entry.offset_data}+{entry.size}/{name}"
+                yield {f"{spec.name}_name": member, "caption": caption}
     except (tarfile.TarError, OSError) as error:
-        raise InputError(
-            f"{shard}: not a whole tar file ({error}): fetch it again or remove it"
+        raise UserError(
+            f"{shard}: not a complete tar file ({error}): download it again or remove it"
         ) from error
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
-    """WebDataset's rule: the key ends at the first dot of the file's name."""
+    """Split at the first dot of the file name, as WebDataset does."""
     path = PurePosixPath(name)
     stem, _, suffix = path.name.partition(".")
     return str(path.with_name(stem)), f".{suffix.lower()}"
 
 
-def _caption_pair(shard: Path, files: _Files) -> dict[str, str] | None:
-    caption = _caption(shard, files)
-    for modality, suffixes in _SUFFIXES.items():
-        for suffix in suffixes:
-            if suffix in files and caption:
-                entry, _ = files[suffix]
-                name = PurePosixPath(entry.name).name
-                place = f"{shard.name}/{entry.offset_data}+{entry.size}/{name}"
-                return {f"{modality}_name": place, "caption": caption}
-    return None
-
-
-def _caption(shard: Path, files: _Files) -> str:
+def _caption(shard: Path, tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> str:
+    if not (entry := files.get(".txt") or files.get(".json")):
+        return ""
+    content = tar.extractfile(entry).read()  # type: ignore[union-attr]
     try:
-        if ".txt" in files:
-            return files[".txt"][1].decode().strip()
-        if ".json" in files:
-            return str(json.loads(files[".json"][1])["caption"] or "").strip()
+        is_text = ".txt" in files
+        return (content.decode() if is_text else str(json.loads(content)["caption"] or "")).strip()
     except (ValueError, TypeError, KeyError) as error:
-        (entry, _) = files.get(".txt") or files[".json"]
-        raise InputError(f"{shard}: {entry.name} holds no caption: {error}") from error
-    return ""
+        raise UserError(f"{shard}: {entry.name} has no caption: {error}") from error

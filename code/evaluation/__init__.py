@@ -1,1 +1,1 @@
-"""Measures what the system makes: the judge reads it, by rules, and learns nothing."""
+"""Metrics shared by all evaluations."""

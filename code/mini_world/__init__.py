@@ -1,3 +1,1 @@
-"""The mini world: a closed world of things, rendered by code, where every claim is measurable."""
-
-import model  # noqa: F401  (quiets libraries, before they are loaded)
+"""The mini world: synthetic media of rendered objects with exact ground truth, and its models."""

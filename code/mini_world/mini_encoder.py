@@ -1,4 +1,4 @@
-"""The mini ImageBind: the huge one's classes with small figures, and its folder."""
+"""The mini ImageBind: a small configuration of the same classes, and its folder."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from config.atomic import written_aside
-from model.imagebind.config import ImageBindConfig, TrunkConfig
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import save_imagebind
+from nextgpt.common.io import atomic_write
+from nextgpt.model.imagebind.encoder import ImageBind, ImageBindConfig, TrunkConfig
+from nextgpt.model.imagebind.loading import save_imagebind
 
-# What goes in has the huge model's format, in larger patches.
+# Inputs have the huge model's format, with larger patches.
 MINI_IMAGEBIND = ImageBindConfig(
     vision=TrunkConfig(width=144, blocks=4, heads=4),
     audio=TrunkConfig(width=144, blocks=4, heads=4),
@@ -19,7 +18,8 @@ MINI_IMAGEBIND = ImageBindConfig(
     patch_size=28,
     audio_stride=16,
 )
-# Captions into the encoder's own space, for retrieval; stands for ImageBind's text trunk.
+# Subfolder of the CLIP text encoder into the joint space, which stands in for ImageBind's text
+# trunk in retrieval.
 TEXT_TOWER = "text_tower"
 
 
@@ -29,8 +29,8 @@ def write_mini_encoder(
     text_tower: CLIPTextModelWithProjection,
     tokenizer: CLIPTokenizer,
 ) -> None:
-    """Write the encoder and its text tower to `folder` in float16, whole or not at all."""
-    with written_aside(folder) as aside:
-        save_imagebind(model, aside, torch.float16)
-        deepcopy(text_tower).half().save_pretrained(aside / TEXT_TOWER)
-        tokenizer.save_pretrained(aside / TEXT_TOWER)
+    """Write the encoder and its text tower to `folder` in float16, atomically."""
+    with atomic_write(folder) as temporary:
+        save_imagebind(model, temporary, torch.float16)
+        deepcopy(text_tower).half().save_pretrained(temporary / TEXT_TOWER)
+        tokenizer.save_pretrained(temporary / TEXT_TOWER)

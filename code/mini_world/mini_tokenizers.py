@@ -1,6 +1,6 @@
-"""The two small tokenizers of the mini pipelines: every word of the mini world is one token.
+"""Tokenizers of the mini pipelines: small byte-pair encodings with one token a known word.
 
-Byte-pair encodings from captions, made in a second; other words fall into letters.
+They are built from sampled captions within a second; unknown words are split into letters.
 """
 
 import re
@@ -10,32 +10,34 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import BatchEncoding, CLIPTokenizer, PreTrainedTokenizerBase, RobertaTokenizer
 
-from conversation.parts import MODALITIES
-from mini_world.captions import caption
-from mini_world.things import sample_thing
+from nextgpt.common.modality import MODALITIES
+from nextgpt.mini_world.captions import sample_caption
+from nextgpt.mini_world.objects import sample_object
 
 _WORD_END = "</w>"
-_NO_LIMIT = 4096  # tokens; training stops earlier, when every word is whole
-_SAMPLE = 4000  # captions of each modality; every word comes up many times
+_MAX_VOCABULARY = 4096  # never reached: training stops when every word is one token
+_CAPTIONS_PER_MODALITY = 4000  # every word occurs many times
 
 
-def sample_captions() -> list[str]:
-    """Captions of all modalities, the same every time, with all words of the training split."""
+def tokenizer_captions() -> list[str]:
+    """Return a fixed sample of captions with all words of the training split."""
     rng = np.random.default_rng(0)
     return [
-        caption(sample_thing(rng), modality, rng) for modality in MODALITIES for _ in range(_SAMPLE)
+        sample_caption(sample_object(rng), modality, rng)
+        for modality in MODALITIES
+        for _ in range(_CAPTIONS_PER_MODALITY)
     ]
 
 
-def clip_tokenizer(captions: Sequence[str], length: int) -> CLIPTokenizer:
-    """CLIP's kind, for pictures and videos; captions are padded and cut to `length` tokens.
+def build_clip_tokenizer(captions: Sequence[str], length: int) -> CLIPTokenizer:
+    """Build a CLIP tokenizer that pads and truncates captions to `length` tokens.
 
-    Its merges are laid down here: the trainer's numbering of tokens differs from run to run.
+    The merges are computed here, since those of the library's trainer differ from run to run.
     """
     words = sorted({word for caption in captions for word in re.findall("[a-z]+", caption)})
     merges: dict[tuple[str, str], None] = {}  # in order of rank
     split = [[*word[:-1], word[-1] + _WORD_END] for word in words]
-    while split:  # a merge of one word can come first in another and leave it in pieces
+    while split:  # a merge of one word may apply first in another one and leave that one split
         for first, *others in split:
             for piece in others:
                 merges.setdefault((first, piece))
@@ -46,7 +48,7 @@ def clip_tokenizer(captions: Sequence[str], length: int) -> CLIPTokenizer:
 
 
 def _vocabulary(merges: Collection[tuple[str, str]]) -> dict[str, int]:
-    """Bytes, bytes at the end of a word, what the merges make, the two special tokens."""
+    """Bytes, word-final bytes, merged tokens and the two special tokens."""
     characters = sorted(ByteLevel.alphabet())
     tokens = [*characters, *(character + _WORD_END for character in characters)]
     tokens += ["".join(pair) for pair in merges]
@@ -54,12 +56,12 @@ def _vocabulary(merges: Collection[tuple[str, str]]) -> dict[str, int]:
     return {token: number for number, token in enumerate(dict.fromkeys(tokens))}
 
 
-def roberta_tokenizer(captions: Sequence[str], length: int) -> RobertaTokenizer:
-    """CLAP's kind, for sounds; captions are padded and cut to `length` tokens."""
+def build_roberta_tokenizer(captions: Sequence[str], length: int) -> RobertaTokenizer:
+    """Build CLAP's RoBERTa tokenizer, which pads and truncates captions to `length` tokens."""
     empty = RobertaTokenizer(model_max_length=length, add_prefix_space=True)
-    return empty.train_new_from_iterator([list(captions)], _NO_LIMIT, show_progress=False)
+    return empty.train_new_from_iterator([list(captions)], _MAX_VOCABULARY, show_progress=False)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> BatchEncoding:
-    """`input_ids` and `attention_mask` of captions padded and cut: (N, T) int64."""
+def tokenize_captions(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> BatchEncoding:
+    """Tokenize to the tokenizer's length: `input_ids` and `attention_mask` (N, T) int64."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")

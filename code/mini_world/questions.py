@@ -1,35 +1,35 @@
-"""Questions that are answered in words: about a medium, or about the world. Costs microseconds."""
+"""Questions with text answers: about a medium, or about the mini world in general."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
 
-from conversation.parts import Modality
-from mini_world.captions import plain_caption
-from mini_world.things import SHAPES, SIZES, Split, Thing
-from mini_world.words import Wording, choose, say, sentence
+from nextgpt.common.modality import Modality
+from nextgpt.mini_world.captions import canonical_caption
+from nextgpt.mini_world.objects import SHAPES, SIZES, Split, WorldObject
+from nextgpt.mini_world.words import TemplateSet, as_sentence, choose, fill_template
 
 
 @dataclass(frozen=True)
 class Topic:
-    """Something to ask for.
+    """A topic of questions about a medium.
 
     Attributes:
-        needs: what must be known of the thing.
-        questions: ways to ask.
-        answers: ways to answer, in plain words; none where the answer is a caption.
+        required: attributes of the object that must be known.
+        questions: question templates.
+        answers: answer templates; empty where the answer is a caption.
     """
 
-    needs: tuple[str, ...]
-    questions: Wording
+    required: tuple[str, ...]
+    questions: TemplateSet
     answers: tuple[str, ...]
 
 
-_IMAGE = {
+_IMAGE_TOPICS = {
     "describe": Topic(
-        needs=("size", "shape"),
-        questions=Wording(
+        required=("size", "shape"),
+        questions=TemplateSet(
             (
                 "What do you see?",
                 "Describe it.",
@@ -52,8 +52,8 @@ _IMAGE = {
         answers=(),
     ),
     "shape": Topic(
-        needs=("shape",),
-        questions=Wording(
+        required=("shape",),
+        questions=TemplateSet(
             (
                 "What shape is it?",
                 "Which shape do you see?",
@@ -71,8 +71,8 @@ _IMAGE = {
         answers=("It is a {shape}.", "A {shape}."),
     ),
     "colour": Topic(
-        needs=("colour",),
-        questions=Wording(
+        required=("colour",),
+        questions=TemplateSet(
             (
                 "What colour is it?",
                 "Which colour does it have?",
@@ -90,8 +90,8 @@ _IMAGE = {
         answers=("It is {colour}.", "The colour is {colour}."),
     ),
     "size": Topic(
-        needs=("size",),
-        questions=Wording(
+        required=("size",),
+        questions=TemplateSet(
             (
                 "How big is it?",
                 "What size is it?",
@@ -109,8 +109,8 @@ _IMAGE = {
         answers=("It is {size}.",),
     ),
     "place": Topic(
-        needs=("place",),
-        questions=Wording(
+        required=("place",),
+        questions=TemplateSet(
             (
                 "Where is it?",
                 "Where do you see it?",
@@ -128,8 +128,8 @@ _IMAGE = {
         answers=("It is {place}.",),
     ),
     "sound": Topic(
-        needs=("shape", "size"),
-        questions=Wording(
+        required=("shape", "size"),
+        questions=TemplateSet(
             (
                 "Say in words how it sounds.",
                 "Which sound belongs to it? Only name it.",
@@ -147,9 +147,9 @@ _IMAGE = {
         answers=("It sounds like a {pitch} {timbre}.",),
     ),
 }
-_MOTION = Topic(
-    needs=("motion",),
-    questions=Wording(
+_MOTION_TOPIC = Topic(
+    required=("motion",),
+    questions=TemplateSet(
         (
             "What does it do?",
             "How does it change?",
@@ -169,10 +169,10 @@ _MOTION = Topic(
     ),
     answers=("It {moves}.",),
 )
-_AUDIO = {
+_AUDIO_TOPICS = {
     "describe": Topic(
-        needs=(),
-        questions=Wording(
+        required=(),
+        questions=TemplateSet(
             (
                 "What do you hear?",
                 "Describe this sound.",
@@ -192,8 +192,8 @@ _AUDIO = {
         answers=(),
     ),
     "timbre": Topic(
-        needs=(),
-        questions=Wording(
+        required=(),
+        questions=TemplateSet(
             (
                 "Which instrument is it?",
                 "What kind of sound is it?",
@@ -210,8 +210,8 @@ _AUDIO = {
         answers=("It is a {timbre}.", "A {timbre}."),
     ),
     "pitch": Topic(
-        needs=(),
-        questions=Wording(
+        required=(),
+        questions=TemplateSet(
             (
                 "Is it high or low?",
                 "How high is the sound?",
@@ -229,8 +229,8 @@ _AUDIO = {
         answers=("It is {pitch}.",),
     ),
     "count": Topic(
-        needs=(),
-        questions=Wording(
+        required=(),
+        questions=TemplateSet(
             (
                 "How many times does it sound?",
                 "How often do you hear it?",
@@ -251,8 +251,8 @@ _AUDIO = {
         answers=("It sounds {count}.",),
     ),
     "maker": Topic(
-        needs=(),
-        questions=Wording(
+        required=(),
+        questions=TemplateSet(
             (
                 "What made this sound?",
                 "Which thing sounds like this?",
@@ -272,49 +272,49 @@ _AUDIO = {
     ),
 }
 TOPICS: dict[Modality, dict[str, Topic]] = {
-    "image": _IMAGE,
-    "video": _IMAGE | {"motion": _MOTION},
-    "audio": _AUDIO,
+    "image": _IMAGE_TOPICS,
+    "video": _IMAGE_TOPICS | {"motion": _MOTION_TOPIC},
+    "audio": _AUDIO_TOPICS,
 }
-# What an answer is to tell: of "describe" all that is known, else what stands here, or the topic.
-# What stands here must be known of the world: no medium shows which thing sounds how.
-ASKED = {"sound": ("pitch", "timbre"), "maker": ("size", "shape")}
+# Attributes that an answer names where they are not the topic itself; "describe" names all known
+# ones. These topics take knowledge of the world: no medium shows which object makes which sound.
+ANSWERED_ATTRIBUTES = {"sound": ("pitch", "timbre"), "maker": ("size", "shape")}
 
 
-def ask(
-    thing: Thing,
+def sample_question(
+    obj: WorldObject,
     modality: Modality,
     rng: np.random.Generator,
-    named: Collection[str] | None = None,
+    known: Collection[str] | None = None,
     split: Split = "training",
     topic: str | None = None,
-    describing: float = 0.4,
+    describe_proportion: float = 0.4,
 ) -> tuple[str, str]:
-    """A question about a medium and its answer.
+    """Sample a question about a medium, with its answer.
 
     Args:
-        named: what is known of the thing; None for everything.
-        topic: what to ask for; None for any that can be answered, and what the medium does not show
-            by itself three times as often as what it does.
-        describing: share of the questions without a `topic` that ask for a description at any rate.
+        known: known attributes of the object; None for all.
+        split: split of the question templates.
+        topic: a key of `TOPICS[modality]`; None samples one that can be answered. Those of
+            `ANSWERED_ATTRIBUTES` have three times the weight of others.
+        describe_proportion: probability of "describe" before all topics are sampled uniformly.
     """
     topics = TOPICS[modality]
     if topic is None:
-        known = [n for n, t in topics.items() if named is None or set(t.needs) <= set(named)]
-        known += [name for name in known if name in ASKED] * 2
-        topic = (
-            "describe" if rng.random() < describing and "describe" in known else choose(rng, known)
-        )
-    question = topics[topic].questions.pick(rng, split)
+        names = [n for n, t in topics.items() if known is None or set(t.required) <= set(known)]
+        names += [name for name in names if name in ANSWERED_ATTRIBUTES] * 2
+        describe = rng.random() < describe_proportion and "describe" in names
+        topic = "describe" if describe else choose(rng, names)
+    question = topics[topic].questions.sample(rng, split)
     if topic == "describe":
-        return question, sentence(plain_caption(thing, modality, named))
-    return question, say(choose(rng, topics[topic].answers), None, thing)
+        return question, as_sentence(canonical_caption(obj, modality, known))
+    return question, fill_template(choose(rng, topics[topic].answers), None, obj)
 
 
-# About the world, by topic: question, answer; both may name size and shape, timbre and pitch.
-WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
+# Question and answer templates about the world, by topic.
+WORLD_TOPICS: dict[str, tuple[TemplateSet, tuple[str, ...]]] = {
     "sound": (
-        Wording(
+        TemplateSet(
             (
                 "What does a {size} {shape} sound like?",
                 "How does a {size} {shape} sound?",
@@ -332,7 +332,7 @@ WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
         ("It sounds like a {pitch} {timbre}.", "Like a {pitch} {timbre}."),
     ),
     "maker": (
-        Wording(
+        TemplateSet(
             (
                 "Which thing sounds like a {pitch} {timbre}?",
                 "What makes the sound of a {pitch} {timbre}?",
@@ -354,7 +354,7 @@ WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
         ("A {size} {shape}.", "That is a {size} {shape}."),
     ),
     "shape": (
-        Wording(
+        TemplateSet(
             (
                 "Which shape sounds like a {timbre}?",
                 "Which shape makes the sound of a {timbre}?",
@@ -372,7 +372,7 @@ WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
         ("The {shape}.", "A {shape}."),
     ),
     "pitch": (
-        Wording(
+        TemplateSet(
             (
                 "Is the sound of a {size} {shape} high or low?",
                 "Does a {size} {shape} sound high or low?",
@@ -393,26 +393,31 @@ WORLD: dict[str, tuple[Wording, tuple[str, ...]]] = {
 }
 
 
-def ask_world(
-    thing: Thing, rng: np.random.Generator, split: Split = "training", topic: str | None = None
+def sample_world_question(
+    obj: WorldObject,
+    rng: np.random.Generator,
+    split: Split = "training",
+    topic: str | None = None,
 ) -> tuple[str, str]:
-    """A question about how the world's things sound, without a medium, and its answer.
+    """Sample a question about how objects sound, without a medium, with its answer.
 
     Args:
-        topic: what to ask for, a key of `WORLD`; None for any.
+        split: split of the question templates.
+        topic: a key of `WORLD_TOPICS`; None samples one.
     """
-    questions, answers = WORLD[topic or choose(rng, list(WORLD))]
-    question = sentence(say(questions.pick(rng, split), rng, thing))
-    return question, say(choose(rng, answers), None, thing)
+    questions, answers = WORLD_TOPICS[topic or choose(rng, list(WORLD_TOPICS))]
+    question = as_sentence(fill_template(questions.sample(rng, split), rng, obj))
+    return question, fill_template(choose(rng, answers), None, obj)
 
 
 def world_facts() -> list[tuple[str, str]]:
-    """Every plain training question about the world with its first answer, each once."""
+    """Return all canonical training questions about the world, each with its first answer."""
     facts = {}
     for shape in SHAPES:
         for size in SIZES:
-            thing = Thing(shape, "yellow", size, "middle", None, 1)
-            for questions, answers in WORLD.values():
+            obj = WorldObject(shape, "yellow", size, "middle", None, 1)
+            for questions, answers in WORLD_TOPICS.values():
                 for question in questions.training:
-                    facts[say(question, None, thing)] = say(answers[0], None, thing)
+                    asked = fill_template(question, None, obj)
+                    facts[asked] = fill_template(answers[0], None, obj)
     return list(facts.items())

@@ -1,9 +1,9 @@
-"""Records the answers for `plain_talk`: SmolLM2-135M-Instruct's likeliest ones, some 12 minutes.
+"""Generate the answers of `plain_talk` greedily with SmolLM2-135M-Instruct; about 12 minutes.
 
-They are cut after a sentence, and as right or wrong as it is; those that say a sentence twice are
-left out. The questions lie beside them.
+    python -m nextgpt.mini_world.record_plain_talk
 
-    cd code; python -m mini_world.record_plain_talk
+Answers are truncated after a whole sentence and not checked for truth; those that repeat a sentence
+are left out.
 """
 
 import re
@@ -13,59 +13,60 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from chat.generation import greedy_answers, words
-from config.atomic import written_aside
-from config.entry import run_entry
-from config.json_text import to_json
-from config.loader import load_config
-from conversation.parts import Conversation, Text, Turn
-from mini_world.plain_talk import ANSWERS
-from model.build import build_conversation_encoder, resolve_model_path
-from model.pretrained_folder import load_whole
+from nextgpt.common.cli import run_cli
+from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
+from nextgpt.config.loader import load_config
+from nextgpt.conversation.messages import Conversation, Text, Turn
+from nextgpt.generation.sampling import greedy_answers, join_texts
+from nextgpt.mini_world.plain_talk import ANSWERS_FILE
+from nextgpt.model.build import build_prompt_builder
+from nextgpt.model.loading import load_pretrained, resolve_model_path
 
 QUESTIONS = Path(__file__).with_name("plain_talk_questions.txt")
-_TOKENS = 72  # an answer that goes on is cut after its last whole sentence
-_AT_ONCE = 16
+_MAX_NEW_TOKENS = 72
+_BATCH_SIZE = 16
 _SENTENCE_END = re.compile(r"[.!?][\"')]*(?=\s)")
 
 
 def record_answers() -> list[tuple[str, str]]:
-    """Ask the untuned language model of the mini configuration all questions."""
+    """Generate answers with the untuned language model of the mini configuration."""
     config = load_config("mini")
-    encoder = build_conversation_encoder(config)
+    prompt_builder = build_prompt_builder(config)
     path = resolve_model_path(config.language_model.path)
-    model = load_whole(AutoModelForCausalLM, path, torch.float32).eval()
+    model = load_pretrained(AutoModelForCausalLM, path, torch.float32).eval()
     questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
     pairs = []
-    for start in tqdm(range(0, len(questions), _AT_ONCE)):
-        asked = questions[start : start + _AT_ONCE]
-        turns = [Conversation((Turn("human", (Text(question),)),)) for question in asked]
-        prompts = [encoder.encode(turn).input_ids for turn in turns]
-        answers = greedy_answers(model, encoder, prompts, _TOKENS)
-        for question, ids in zip(asked, answers, strict=True):
-            if answer := _whole_sentences(words(encoder.decode_answer(ids)), len(ids) < _TOKENS):
+    for start in tqdm(range(0, len(questions), _BATCH_SIZE)):
+        batch = questions[start : start + _BATCH_SIZE]
+        conversations = [Conversation((Turn("human", (Text(question),)),)) for question in batch]
+        prompts = [prompt_builder.encode(one).input_ids for one in conversations]
+        answers = greedy_answers(model, prompt_builder, prompts, _MAX_NEW_TOKENS)
+        for question, ids in zip(batch, answers, strict=True):
+            ended = len(ids) < _MAX_NEW_TOKENS
+            if answer := _whole_sentences(join_texts(prompt_builder.decode_answer(ids)), ended):
                 pairs.append((question, answer))
     return pairs
 
 
 def _whole_sentences(answer: str, ended: bool) -> str:
-    """The answer up to its last whole sentence; empty if there is none, or one comes twice."""
+    """Truncate after the last whole sentence; empty without one or with a repeated one."""
     ends = [end.end() for end in _SENTENCE_END.finditer(answer)]
     if not ended:
-        # The number of a list's next entry is no sentence.
+        # The number of the next list item is no sentence.
         answer = re.sub(r"\s+\d+\.$", "", answer[: ends[-1]]) if ends else ""
     sentences = [sentence.strip() for sentence in _SENTENCE_END.split(answer) if sentence.strip()]
     return answer.strip() if len(set(sentences)) == len(sentences) else ""
 
 
 def main() -> None:
-    """Record and write."""
+    """Generate the answers and write them."""
     pairs = record_answers()
-    with written_aside(ANSWERS) as aside:
+    with atomic_write(ANSWERS_FILE) as temporary:
         rows = ",\n".join(to_json(pair, ensure_ascii=False) for pair in pairs)
-        aside.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
-    print(f"{len(pairs)} answers in {ANSWERS}")
+        temporary.write_text(f"[\n{rows}\n]\n", encoding="utf-8")
+    print(f"{len(pairs)} answers in {ANSWERS_FILE}")
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -1,6 +1,6 @@
-"""Pictures: 64 x 64 RGB of one thing on a gray ground, antialiased; about 1 ms each.
+"""Image renderer: one antialiased object on a gray background, 64 x 64 RGB; about 1 ms an image.
 
-What nobody names varies: the shade of the ground, a little in place and size, and noise.
+Nuisance variables, which no caption names: background gray, small shifts and scalings, and noise.
 """
 
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mini_world.things import Thing
+from nextgpt.mini_world.objects import WorldObject
 
 PIXELS = 64
 Rgb = tuple[int, int, int]
-# Which points lie in a shape of about unit radius; (1, N) to the right and (N, 1) down to (N, N).
+# Indicator of a shape of about unit radius: u (1, N) to the right, v (N, 1) down -> (N, N) bool.
 Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]
 RGB: dict[str, Rgb] = {
     "red": (214, 36, 40),
@@ -28,47 +28,47 @@ RADIUS = {"small": 7.0, "big": 11.5}  # pixels
 CENTRE = {"left": (20, 32), "right": (44, 32), "top": (32, 20), "bottom": (32, 44)} | {
     "middle": (32, 32)
 }  # (x, y) in pixels
-GROUND = (100, 160)  # gray: far from white and from black
+BACKGROUND = (100, 160)  # range of grays, far from white and from black
 _SUPERSAMPLE = 4
 
 
 @dataclass(frozen=True)
 class Nuisance:
-    """What varies and is never named: gray of the ground, place and size, noise (0..255)."""
+    """Nuisance variables of one image or video."""
 
-    ground: float
-    shift: tuple[float, float]
-    stretch: float
-    noise: float
+    background: float  # gray, 0..255
+    shift: tuple[float, float]  # pixels
+    scale: float
+    noise: float  # standard deviation, 0..255
 
 
 @dataclass(frozen=True)
-class Look:
-    """What takes the place of a thing's own colour or shape, for pictures that leave it unnamed."""
+class Appearance:
+    """Overrides of an object's colour and outline; None renders its own."""
 
     rgb: Rgb | None = None
     outline: Outline | None = None
 
 
-OWN_LOOK = Look()
+DEFAULT_APPEARANCE = Appearance()
 
 
-def draw_nuisance(rng: np.random.Generator) -> Nuisance:
-    """Draw ground 100..160, shift up to 1 px, size up to 6 %, noise deviation up to 3."""
+def sample_nuisance(rng: np.random.Generator) -> Nuisance:
+    """Sample gray 100..160, a shift up to 1 px, a scale within 6 %, noise deviation up to 3."""
     dx, dy = rng.uniform(-1.0, 1.0, size=2)
     return Nuisance(
-        ground=rng.uniform(*GROUND),
+        background=rng.uniform(*BACKGROUND),
         shift=(dx, dy),
-        stretch=rng.uniform(0.94, 1.06),
+        scale=rng.uniform(0.94, 1.06),
         noise=rng.uniform(0.0, 3.0),
     )
 
 
 def coverage(shape: str | Outline, x: float, y: float, radius: float) -> np.ndarray:
-    """How much of each pixel a shape covers: (64, 64) float32 in 0..1; x, y, radius in pixels."""
-    columns, rows = _reach(x, radius), _reach(y, radius)  # nothing is covered elsewhere
-    u = (_fine(columns)[None, :] - x) / radius
-    v = (_fine(rows)[:, None] - y) / radius
+    """Compute pixel coverage by supersampling: (64, 64) float32 in 0..1; arguments in pixels."""
+    columns, rows = _extent(x, radius), _extent(y, radius)  # all else has coverage 0
+    u = (_subpixels(columns)[None, :] - x) / radius
+    v = (_subpixels(rows)[:, None] - y) / radius
     inside = _inside(shape, u, v) if isinstance(shape, str) else shape(u, v)
     cells = inside.reshape(len(rows), _SUPERSAMPLE, len(columns), _SUPERSAMPLE)
     cover = np.zeros((PIXELS, PIXELS), dtype=np.float32)
@@ -76,20 +76,20 @@ def coverage(shape: str | Outline, x: float, y: float, radius: float) -> np.ndar
     return cover
 
 
-def _reach(centre: float, radius: float) -> range:
-    """The pixels of one axis that a shape may touch; none lies further out than 1.25 radii."""
+def _extent(centre: float, radius: float) -> range:
+    """The pixels of one axis that a shape may cover: within 1.25 radii."""
     first, last = int(centre - 1.25 * radius), int(centre + 1.25 * radius)
     return range(max(first, 0), min(last + 1, PIXELS))
 
 
-def _fine(pixels: range) -> np.ndarray:
-    """Centres of the finer grid within these pixels, in pixels."""
-    steps = np.arange(len(pixels) * _SUPERSAMPLE, dtype=np.float32)
-    return pixels.start + (steps + 0.5) / _SUPERSAMPLE
+def _subpixels(pixels: range) -> np.ndarray:
+    """Centres of the subpixels of these pixels."""
+    indices = np.arange(len(pixels) * _SUPERSAMPLE, dtype=np.float32)
+    return pixels.start + (indices + 0.5) / _SUPERSAMPLE
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Which points lie in the unit shape; u (1, N) to the right, v (N, 1) down."""
+    """The `Outline` of a named shape."""
     if shape == "circle":
         return u**2 + v**2 <= 1.0
     if shape == "ring":
@@ -113,25 +113,27 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return edge <= 0
 
 
-def paint(
-    shape: str | Outline, rgb: Rgb, x: float, y: float, radius: float, ground: float
+def draw_frame(
+    shape: str | Outline, rgb: Rgb, x: float, y: float, radius: float, background: float
 ) -> np.ndarray:
-    """The clean picture: (64, 64, 3) float32 in 0..255."""
+    """Draw a shape without noise: (64, 64, 3) float32 in 0..255."""
     cover = coverage(shape, x, y, radius)[..., None]
-    return cover * np.asarray(rgb, dtype=np.float32) + (1 - cover) * np.float32(ground)
+    return cover * np.asarray(rgb, dtype=np.float32) + (1 - cover) * np.float32(background)
 
 
-def to_bytes(pixels: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
-    """Add Gaussian noise of this deviation and round: uint8 of the same shape."""
+def add_noise(pixels: np.ndarray, noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Add Gaussian noise of standard deviation `noise` and round to uint8."""
     noisy = pixels + noise * rng.standard_normal(pixels.shape, dtype=np.float32)
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def render_image(thing: Thing, rng: np.random.Generator, look: Look = OWN_LOOK) -> np.ndarray:
-    """A picture of `thing`: (64, 64, 3) uint8 RGB."""
-    nuisance = draw_nuisance(rng)
-    x, y = np.add(CENTRE[thing.place], nuisance.shift)
-    radius = RADIUS[thing.size] * nuisance.stretch
-    shape, rgb = look.outline or thing.shape, look.rgb or RGB[thing.colour]
-    picture = paint(shape, rgb, x, y, radius, nuisance.ground)
-    return to_bytes(picture, nuisance.noise, rng)
+def render_image(
+    obj: WorldObject, rng: np.random.Generator, appearance: Appearance = DEFAULT_APPEARANCE
+) -> np.ndarray:
+    """Render an image of `obj`: (64, 64, 3) uint8 RGB."""
+    nuisance = sample_nuisance(rng)
+    x, y = np.add(CENTRE[obj.place], nuisance.shift)
+    radius = RADIUS[obj.size] * nuisance.scale
+    shape, rgb = appearance.outline or obj.shape, appearance.rgb or RGB[obj.colour]
+    image = draw_frame(shape, rgb, x, y, radius, nuisance.background)
+    return add_noise(image, nuisance.noise, rng)

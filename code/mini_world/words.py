@@ -1,6 +1,6 @@
-"""Words for things: synonyms, inflections, and filling them into sentences. Costs microseconds.
+"""Lexicon of the mini world: synonyms and inflections of attribute values, and template filling.
 
-The first word for a value is the plain one; answers to single questions use it.
+The first synonym of a value is the canonical one, which answers use.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from mini_world.things import Split, Thing, Value
+from nextgpt.mini_world.objects import Split, Value, WorldObject
 
 _T = TypeVar("_T")
 
@@ -46,8 +46,8 @@ SYNONYMS: dict[str, dict[Value, tuple[str, ...]]] = {
     "pitch": {"high": ("high", "high-pitched"), "low": ("low", "low-pitched", "deep")},
     "count": {1: ("once", "one time"), 2: ("twice", "two times"), 3: ("three times", "thrice")},
 }
-# Read, but never written.
-_ALSO_READ: dict[str, dict[Value, tuple[str, ...]]] = {
+# Synonyms that the parser accepts and no template is filled with.
+_PARSED_SYNONYMS: dict[str, dict[Value, tuple[str, ...]]] = {
     "shape": {"circle": ("disk", "dot"), "ring": ("donut",), "cross": ("plus",)},
     "colour": {"purple": ("lilac",), "red": ("scarlet",)},
     "size": {"small": ("smaller", "smallish"), "big": ("bigger", "larger")},
@@ -69,29 +69,29 @@ _VERBS = (  # base, third person, participle
     ("drift", "drifts", "drifting"),
     ("go", "goes", "going"),
 )
-_WAYS = {
+_DIRECTION_PHRASES = {
     "moves left": ("left", "to the left", "leftwards"),
     "moves right": ("right", "to the right", "rightwards"),
     "moves up": ("up", "upwards"),
     "moves down": ("down", "downwards"),
 }
-_SWELLING = {
+_SCALING_FORMS = {
     "grows": (("grow", "grows", "growing"), ("get bigger", "gets bigger", "getting bigger")),
     "shrinks": (
         ("shrink", "shrinks", "shrinking"),
         ("get smaller", "gets smaller", "getting smaller"),
     ),
 }
-# For each motion, all its (base, third person, participle).
-_MOTION_FORMS: dict[str, tuple[tuple[str, str, str], ...]] = _SWELLING | {
+# (base, third person, participle) of each motion.
+_MOTION_FORMS: dict[str, tuple[tuple[str, str, str], ...]] = _SCALING_FORMS | {
     motion: tuple(
         (f"{base} {way}", f"{third} {way}", f"{participle} {way}")
         for base, third, participle in _VERBS
         for way in ways
     )
-    for motion, ways in _WAYS.items()
+    for motion, ways in _DIRECTION_PHRASES.items()
 }
-_RINGS = {
+_TIMBRE_VERBS = {
     "bell": "rings",
     "buzzer": "buzzes",
     "flute": "plays",
@@ -99,82 +99,82 @@ _RINGS = {
     "drum": "beats",
     "whistle": "blows",
 }
-# Which attribute a slot of a sentence tells.
-_SLOTS = {name: name for name in SYNONYMS} | {
+# Attribute that each slot of a template names.
+_SLOT_ATTRIBUTE = {name: name for name in SYNONYMS} | {
     "move": "motion",
     "moves": "motion",
     "moving": "motion",
     "rings": "timbre",
 }
-_UNTOLD = {"shape": "thing"}
+_UNKNOWN_VALUE = {"shape": "thing"}  # other slots stay empty
 
 
 @dataclass(frozen=True)
-class Wording:
-    """Sentences that say the same, by split: each is used in its own split alone."""
+class TemplateSet:
+    """Templates with one meaning, by split: each occurs in data of its own split only."""
 
     training: tuple[str, ...]
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
-    def pick(self, rng: np.random.Generator, split: Split = "training") -> str:
-        """Draw one of the sentences of `split`."""
+    def sample(self, rng: np.random.Generator, split: Split = "training") -> str:
+        """Sample a template of `split`."""
         return choose(rng, getattr(self, split))
 
 
 def choose(rng: np.random.Generator, options: Sequence[_T]) -> _T:
-    """One of the options, each as likely."""
+    """Sample one of the options uniformly."""
     return options[rng.integers(len(options))]
 
 
-def say(
+def fill_template(
     template: str,
     rng: np.random.Generator | None,
-    thing: Thing,
-    named: Collection[str] | None = None,
+    obj: WorldObject,
+    known: Collection[str] | None = None,
 ) -> str:
-    """Fill `template`'s slots with words for `thing`.
+    """Fill the slots of `template` with words for the attributes of `obj`.
 
     Args:
-        rng: draws among synonyms; None takes the plain words.
-        named: attributes that may be told, all if None; others stay empty, a shape is a "thing".
+        rng: samples synonyms; None takes the canonical ones.
+        known: attributes that may be named; None for all. The slots of others stay empty, but an
+            unknown shape is a "thing".
     """
     words = {}
     for _, slot, _, _ in Formatter().parse(template):
         if slot is not None:
-            told = named is None or _SLOTS[slot] in named
-            words[slot] = _word(slot, rng, thing) if told else _UNTOLD.get(slot, "")
+            named = known is None or _SLOT_ATTRIBUTE[slot] in known
+            words[slot] = _word(slot, rng, obj) if named else _UNKNOWN_VALUE.get(slot, "")
     text = re.sub(r"\s+", " ", template.format(**words)).strip()
     text = re.sub(r" ([,.?;])", r"\1", text)
     return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", text)
 
 
-def sentence(text: str) -> str:
-    """`text` with a capital first and a full stop last."""
+def as_sentence(text: str) -> str:
+    """Capitalise `text` and end it with a full stop, unless it has an end mark."""
     return text[0].upper() + text[1:] + ("" if text[-1] in ".?!" else ".")
 
 
-def phrases() -> dict[str, tuple[str, Value]]:
-    """Every phrase that tells something: phrase -> (attribute, value). Hyphens are spaces."""
+def phrase_values() -> dict[str, tuple[str, Value]]:
+    """Map every phrase of the lexicon to its (attribute, value); hyphens are replaced by spaces."""
     found: dict[str, tuple[str, Value]] = {}
-    for table in (SYNONYMS, _ALSO_READ):
+    for table in (SYNONYMS, _PARSED_SYNONYMS):
         for attribute, values in table.items():
             for value, synonyms in values.items():
                 found |= {s.replace("-", " "): (attribute, value) for s in synonyms}
     for motion, forms in _MOTION_FORMS.items():
         found |= {form: ("motion", motion) for inflected in forms for form in inflected}
     for motion in ("moves up", "moves down"):
-        found |= dict.fromkeys(_WAYS[motion], ("motion", motion))
+        found |= dict.fromkeys(_DIRECTION_PHRASES[motion], ("motion", motion))
     return found
 
 
-def _word(slot: str, rng: np.random.Generator | None, thing: Thing) -> str:
+def _word(slot: str, rng: np.random.Generator | None, obj: WorldObject) -> str:
     if slot == "rings":
-        return _RINGS[thing.timbre]
-    if slot in ("move", "moves", "moving"):
-        forms = _MOTION_FORMS[str(thing.motion)]
-        return (forms[0] if rng is None else choose(rng, forms))[
-            ("move", "moves", "moving").index(slot)
-        ]
-    synonyms = SYNONYMS[slot][getattr(thing, slot)]
+        return _TIMBRE_VERBS[obj.timbre]
+    if slot in _VERBS[0]:
+        forms = _MOTION_FORMS[str(obj.motion)]
+        form = forms[0] if rng is None else choose(rng, forms)
+        return form[_VERBS[0].index(slot)]
+    synonyms = SYNONYMS[slot][getattr(obj, slot)]
     return synonyms[0] if rng is None else choose(rng, synonyms)

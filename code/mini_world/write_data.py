@@ -1,8 +1,10 @@
-"""Writes the mini world in the course's data layout: `python -m mini_world.write_data --out DIR`.
+"""Write the mini world's datasets in the course's layout.
 
-At scale 1 it takes 11 s on two cores with AVX-512, and 40 MB. The folder appears whole or not at
-all, is left alone if it holds the same world already, and otherwise is replaced with all that is in
-it, because caption embeddings kept there belong to the old captions.
+    python -m nextgpt.mini_world.write_data --out DIR
+
+At scale 1 this takes 11 s on two cores with AVX-512, and 40 MB. The folder is written atomically,
+and kept if it holds the same world already. A different world is replaced with everything in its
+folder, since caption embeddings stored there belong to the old captions.
 """
 
 import argparse
@@ -18,23 +20,27 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from config.atomic import written_aside
-from config.entry import run_entry
-from config.errors import InputError
-from config.json_text import to_json
-from conversation.parts import MODALITIES, Modality
-from mini_world.album import Album, generator, write_medium
-from mini_world.captions import caption, plain_caption
-from mini_world.dialogues import CASE_INPUT, OUTPUTS, dialogue, opening
-from mini_world.phrasing import COURSE_REQUESTS
-from mini_world.plain_talk import plain_pairs
-from mini_world.questions import ask, ask_world, world_facts
-from mini_world.things import HELD_OUT_PAIRS, Thing, changes, sample_thing
-from mini_world.words import choose, say, sentence
-from model.media_files import SUFFIXES
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.mini_world.captions import canonical_caption, sample_caption
+from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, DialogueSampler
+from nextgpt.mini_world.media_set import MediaSet, seeded_rng, write_medium
+from nextgpt.mini_world.objects import (
+    HELD_OUT_PAIRS,
+    WorldObject,
+    attribute_variants,
+    sample_object,
+)
+from nextgpt.mini_world.plain_talk import plain_talk_pairs
+from nextgpt.mini_world.questions import sample_question, sample_world_question, world_facts
+from nextgpt.mini_world.request_templates import COURSE_REQUESTS
+from nextgpt.mini_world.words import as_sentence, choose, fill_template
 
-VERSION = 18  # of the world: raise it when the same seed gives something else
-COUNTS = {  # at scale 1
+VERSION = 18  # increment when the same arguments give different data
+ROW_COUNTS = {  # at scale 1
     "pair_image": 600,
     "pair_video": 400,
     "pair_audio": 120,
@@ -50,20 +56,22 @@ COUNTS = {  # at scale 1
     "text_world": 600,
     "text_plain": 400,
 }
-_PLAIN_PAIRS = 0.75  # of the caption pairs
-# Of the questions: a description tells all that is seen, but not which thing a sound belongs to.
-_DESCRIBING: dict[Modality, float] = {"image": 0.65, "video": 0.65, "audio": 0.4}
-# Motions are learned last.
-_ASKED_ABOUT: tuple[Modality, ...] = ("image", "video", "video", "audio")
-_UNNAMED_COLOURS = 0.1  # of the pictures and videos in pairs and questions
+_CANONICAL_PAIRS = 0.75  # proportion of caption pairs with canonical captions
+# Proportion of descriptions among questions. A description covers all that is seen, but not which
+# object makes a sound.
+_DESCRIBE_PROPORTION: dict[Modality, float] = {"image": 0.65, "video": 0.65, "audio": 0.4}
+# Modalities of questions, by weight: motions are learned last.
+_QUESTION_MODALITIES: tuple[Modality, ...] = ("image", "video", "video", "audio")
+_UNNAMED_COLOURS = 0.1  # proportion of the images and videos in pairs and questions
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
-_Media = list[tuple[Path, Album]]  # folder, and the album to be rendered into it
+_MediaFolders = list[tuple[Path, MediaSet]]  # folders with the media to be rendered into them
+# First exchanges of dialogues, in rotation.
 _CELLS: list[tuple[Modality | None, str]] = [
     *((source, goal) for source in (None, *MODALITIES) for goal in OUTPUTS),
-    # Several media in one answer are the hardest to learn: as often as three cells.
+    # Answers with several media are the hardest to learn: three times as often as other cells.
     *((source, case) for case, source in CASE_INPUT.items() for _ in range(3)),
-    *[("video", "video")] * 2,  # edits of a video: the hardest of the cells
+    *[("video", "video")] * 2,  # video edits, the hardest of the cells with one medium
 ]
 
 
@@ -72,174 +80,188 @@ def write_world(
     seed: int = 0,
     scale: float = 1.0,
     unnamed_colours: float = _UNNAMED_COLOURS,
-    plain_talk: int = COUNTS["text_plain"],
+    plain_talk: int = ROW_COUNTS["text_plain"],
     progress: bool = True,
 ) -> None:
-    """Write the whole world into the folder `out`, unless it is there already.
+    """Write all datasets into the folder `out`, unless it holds the same world already.
 
     Args:
-        unnamed_colours: share of the pictures and videos in pairs and questions, see `looks`.
+        unnamed_colours: proportion of the images and videos in pairs and questions that are in
+            unnamed colours, see `appearance`.
         plain_talk: rows of plain talk at scale 1.
 
     Raises:
-        InputError: `out` holds something else than a mini world, or a number is out of range.
+        UserError: `out` holds something other than a mini world, or a number is out of range.
     """
-    if not 0 < scale < math.inf:
-        raise InputError(f"--scale {scale}: expected a number above 0")
-    if seed < 0:
-        raise InputError(f"--seed {seed}: expected 0 or more")
-    if not 0 <= unnamed_colours <= 1:
-        raise InputError(f"--unnamed_colours {unnamed_colours}: expected 0 to 1")
-    if plain_talk < 1:
-        raise InputError(f"--plain_talk {plain_talk}: expected 1 or more")
-    if out.exists() and not (out / "world.json").is_file() and any(out.iterdir()):
-        raise InputError(f"{out} holds no mini world (no world.json): name an empty or new folder")
-    wanted = COUNTS | {"text_plain": plain_talk}
-    counts = {name: max(1, round(count * scale)) for name, count in wanted.items()}
-    world = {"version": VERSION, "seed": seed, "scale": scale, "counts": counts}
-    world["unnamed_colours"] = unnamed_colours
-    world["held_out_pairs"] = {
-        split: sorted(map(list, pairs)) for split, pairs in HELD_OUT_PAIRS.items()
+    _check_arguments(out, seed, scale, unnamed_colours, plain_talk)
+    row_counts = ROW_COUNTS | {"text_plain": plain_talk}
+    counts = {name: max(1, round(count * scale)) for name, count in row_counts.items()}
+    world = {
+        "version": VERSION,
+        "seed": seed,
+        "scale": scale,
+        "counts": counts,
+        "unnamed_colours": unnamed_colours,
+        "held_out_pairs": {s: sorted(map(list, pairs)) for s, pairs in HELD_OUT_PAIRS.items()},
     }
     if (out / "world.json").is_file():
         if json.loads((out / "world.json").read_text(encoding="utf-8")) == world:
             print(f"{out} holds this world already")
             return
         print(f"{out} holds another world, which is replaced")
-    with written_aside(out) as aside:
+    with atomic_write(out) as temporary:
         media = [
-            *_write_pairs(aside / "T-X_pair_data", seed, counts, unnamed_colours),
-            *_write_instructions(aside / "IT_data", seed, counts, unnamed_colours),
+            *_write_pairs(temporary / "T-X_pair_data", seed, counts, unnamed_colours),
+            *_write_instructions(temporary / "IT_data", seed, counts, unnamed_colours),
         ]
         _render(media, seed, progress)
-        write_examples(aside / "examples", seed)
-        _write_json(aside / "world.json", world)
+        write_examples(temporary / "examples", seed)
+        _write_json(temporary / "world.json", world)
         if out.exists():
             shutil.rmtree(out)
 
 
-def _write_pairs(folder: Path, seed: int, counts: dict[str, int], unnamed_colours: float) -> _Media:
-    media: _Media = []
+def _check_arguments(
+    out: Path, seed: int, scale: float, unnamed_colours: float, plain_talk: int
+) -> None:
+    if not 0 < scale < math.inf:
+        raise UserError(f"--scale {scale}: expected a number above 0")
+    if seed < 0:
+        raise UserError(f"--seed {seed}: expected 0 or more")
+    if not 0 <= unnamed_colours <= 1:
+        raise UserError(f"--unnamed_colours {unnamed_colours}: expected 0 to 1")
+    if plain_talk < 1:
+        raise UserError(f"--plain_talk {plain_talk}: expected 1 or more")
+    if out.exists() and not (out / "world.json").is_file() and any(out.iterdir()):
+        raise UserError(f"{out} holds no mini world (no world.json): name an empty or new folder")
+
+
+def _write_pairs(
+    folder: Path, seed: int, counts: dict[str, int], unnamed_colours: float
+) -> _MediaFolders:
+    media: _MediaFolders = []
     for modality in MODALITIES:
         sizes = {modality: counts[f"pair_{modality}"]}
-        album = Album("mini_pair", seed, sizes, unnamed_colours=unnamed_colours)
-        rng = generator(seed, f"pair captions {modality}")
-        rows = [
-            {
-                "caption": _pair_caption(thing, modality, album.named(name, modality), rng),
-                f"{modality}_name": name,
-            }
-            for name, _, thing in album
-        ]
+        media_set = MediaSet("mini_pair", seed, sizes, unnamed_colours=unnamed_colours)
+        rng = seeded_rng(seed, f"pair captions {modality}")
+        rows = []
+        for name, _, obj in media_set:
+            known = media_set.visible_attributes(name, modality)
+            caption = _pair_caption(obj, modality, known, rng)
+            rows.append({"caption": caption, f"{modality}_name": name})
         _write_json(folder / modality / f"{modality}.json", rows)
-        media.append((folder / modality / FOLDERS[modality], album))
+        media.append((folder / modality / FOLDERS[modality], media_set))
     return media
 
 
 def _pair_caption(
-    thing: Thing, modality: Modality, named: frozenset[str], rng: np.random.Generator
+    obj: WorldObject, modality: Modality, known: frozenset[str], rng: np.random.Generator
 ) -> str:
-    """Mostly in the plain words of answers, which is what both alignments are used for later."""
-    if rng.random() < _PLAIN_PAIRS:
-        return plain_caption(thing, modality, named, by_maker=rng.random() < 0.5)
-    return caption(thing, modality, rng, named)
+    """Sample a caption, mostly a canonical one, as in the answers of later stages."""
+    if rng.random() < _CANONICAL_PAIRS:
+        return canonical_caption(obj, modality, known, name_object=rng.random() < 0.5)
+    return sample_caption(obj, modality, rng, known)
 
 
 def _write_instructions(
     folder: Path, seed: int, counts: dict[str, int], unnamed_colours: float
-) -> _Media:
+) -> _MediaFolders:
     sizes = {name: {m: counts[f"{name}_{m}"] for m in MODALITIES} for name in ("question", "mosit")}
-    albums = {
-        "question": Album(
-            "mini_question", seed, sizes["question"], unnamed_colours=unnamed_colours
+    questions = MediaSet("mini_question", seed, sizes["question"], unnamed_colours=unnamed_colours)
+    dialogues = MediaSet("mini_mosit", seed, sizes["mosit"])
+    question_folder = folder / "T+X-T_data" / "mini_question"
+    dialogue_folder = folder / "MosIT_data" / "mini_mosit"
+    for path, rows in {
+        question_folder / "mini_question.json": _question_rows(questions, seed, counts["question"]),
+        folder / "T-T+X_data" / "mini_request" / "mini_request.json": _request_rows(
+            seed, counts["request"]
         ),
-        "mosit": Album("mini_mosit", seed, sizes["mosit"]),
-    }
-    question = folder / "T+X-T_data" / "mini_question"
-    mosit = folder / "MosIT_data" / "mini_mosit"
-    request = folder / "T-T+X_data" / "mini_request"
-    _write_json(
-        question / "mini_question.json", questions(albums["question"], seed, counts["question"])
-    )
-    _write_json(request / "mini_request.json", requests(seed, counts["request"]))
-    _write_json(mosit / "mini_mosit.json", dialogues(albums["mosit"], seed, counts["mosit"]))
-    _write_json(
-        folder / "text" / "mini_text.json",
-        texts(seed, counts["text_world"], counts["text_plain"]),
-    )
-    return [(question, albums["question"]), (mosit, albums["mosit"])]
+        dialogue_folder / "mini_mosit.json": _dialogue_rows(dialogues, seed, counts["mosit"]),
+        folder / "text" / "mini_text.json": _text_rows(
+            seed, counts["text_world"], counts["text_plain"]
+        ),
+    }.items():
+        _write_json(path, rows)
+    return [(question_folder, questions), (dialogue_folder, dialogues)]
 
 
-def questions(album: Album, seed: int, count: int) -> Rows:
-    """Instruction rows: a medium and a question, answered in words."""
-    rng = generator(seed, "questions")
+def _question_rows(media_set: MediaSet, seed: int, count: int) -> Rows:
+    """Build instruction rows: a medium and a question, answered in text."""
+    rng = seeded_rng(seed, "questions")
     rows = []
     for _ in range(count):
-        modality = choose(rng, _ASKED_ABOUT)
-        name, thing = album.draw(modality, rng)
-        named = album.named(name, modality)
-        question, answer = ask(thing, modality, rng, named, describing=_DESCRIBING[modality])
-        rows.append(
-            {f"{modality}_name": name, "conversation": _round(question, answer, given=modality)}
+        modality = choose(rng, _QUESTION_MODALITIES)
+        name, obj = media_set.sample(modality, rng)
+        known = media_set.visible_attributes(name, modality)
+        question, answer = sample_question(
+            obj, modality, rng, known, describe_proportion=_DESCRIBE_PROPORTION[modality]
         )
+        turns = _turns(question, answer, input_modality=modality)
+        rows.append({f"{modality}_name": name, "conversation": turns})
     return rows
 
 
-def requests(seed: int, count: int) -> Rows:
-    """Instruction rows: words that ask for one picture, video or sound."""
-    rng, album = generator(seed, "requests"), Album("mini_request", seed, {})
+def _request_rows(seed: int, count: int) -> Rows:
+    """Build instruction rows: a text request for one image, video or sound."""
+    rng, media_set = seeded_rng(seed, "requests"), MediaSet("mini_request", seed, {})
+    sampler = DialogueSampler(rng)
     rows = []
     for _ in range(count):
-        made = opening(choose(rng, MODALITIES), rng)
-        words, (modality, text) = made.answer
-        turns = _round(made.request, words, made=modality, caption=text)
-        rows.append({"mm_name": album.answer_name(modality, text), "conversation": turns})
+        exchange = sampler.opening(choose(rng, tuple(MODALITIES)))
+        text, (modality, caption) = exchange.answer
+        turns = _turns(exchange.request, text, output_modality=modality, caption=caption)
+        rows.append({"mm_name": media_set.answer_name(modality, caption), "conversation": turns})
     return rows
 
 
-def dialogues(album: Album, seed: int, count: int) -> Rows:
-    """In-place rows of one to four rounds; all 16 cells and the course's four cases come first."""
-    rng = generator(seed, "dialogues")
+def _dialogue_rows(media_set: MediaSet, seed: int, count: int) -> Rows:
+    """Build in-place dialogues of one to four rounds; first exchanges rotate through all cells."""
+    rng = seeded_rng(seed, "dialogues")
+    sampler = DialogueSampler(rng)
     rows = []
     for index in range(count):
         source, goal = _CELLS[index % len(_CELLS)]
         rounds = int(rng.choice(4, p=(0.3, 0.35, 0.2, 0.15))) + 1
-        rows.append({"conversation": dialogue(source, goal, rounds, album, rng)})
+        rows.append({"conversation": sampler.dialogue(source, goal, rounds, media_set)})
     return rows
 
 
-def texts(seed: int, world: int, plain: int) -> Rows:
-    """Instruction rows in words alone: about the world's sounds, and plain talk.
+def _text_rows(seed: int, world: int, plain: int) -> Rows:
+    """Build text-only instruction rows: about the world's sounds, and plain talk.
 
     Args:
         world: questions about sounds, besides the facts.
-        plain: rows of plain talk; beyond those that there are, they come again.
+        plain: rows of plain talk; repeated if there are fewer.
     """
-    rng = generator(seed, "texts")
-    pairs = world_facts() + [ask_world(sample_thing(rng), rng) for _ in range(world)]
+    rng = seeded_rng(seed, "texts")
+    pairs = world_facts() + [sample_world_question(sample_object(rng), rng) for _ in range(world)]
     pairs = list(dict(pairs).items())
-    pairs += itertools.islice(itertools.cycle(plain_pairs(rng)), plain)
-    return [{"conversation": _round(*pairs[index])} for index in rng.permutation(len(pairs))]
+    pairs += itertools.islice(itertools.cycle(plain_talk_pairs(rng)), plain)
+    return [{"conversation": _turns(*pairs[index])} for index in rng.permutation(len(pairs))]
 
 
-def _round(
-    question: str, answer: str, given: str = "text", made: str = "text", caption: str = ""
+def _turns(
+    question: str,
+    answer: str,
+    input_modality: str = "text",
+    output_modality: str = "text",
+    caption: str = "",
 ) -> Rows:
     """One round in the course's instruction format."""
     return [
-        {"from": "human", "value": question, "input_modality": given},
-        {"from": "gpt", "value": answer, "caption": caption, "output_modality": made},
+        {"from": "human", "value": question, "input_modality": input_modality},
+        {"from": "gpt", "value": answer, "caption": caption, "output_modality": output_modality},
     ]
 
 
-def _render(media: _Media, seed: int, progress: bool) -> None:
-    jobs = [(folder, album, *one) for folder, album in media for one in album]
+def _render(media: _MediaFolders, seed: int, progress: bool) -> None:
+    jobs = [(folder, media_set, *medium) for folder, media_set in media for medium in media_set]
     for folder, _ in media:
         folder.mkdir(parents=True, exist_ok=True)
 
-    def render(job: tuple[Path, Album, str, Modality, Thing]) -> None:
-        folder, album, name, modality, thing = job
-        write_medium(folder / name, modality, thing, seed, album.look(name))
+    def render(job: tuple[Path, MediaSet, str, Modality, WorldObject]) -> None:
+        folder, media_set, name, modality, obj = job
+        write_medium(folder / name, modality, obj, seed, media_set.appearance(name))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rendered = pool.map(render, jobs)
@@ -248,22 +270,22 @@ def _render(media: _Media, seed: int, progress: bool) -> None:
 
 
 def write_examples(folder: Path, seed: int) -> None:
-    """One input for each of the course's four cases, with its medium."""
+    """Write one input for each of the course's four cases, with its medium."""
     folder.mkdir(parents=True, exist_ok=True)
-    rng = generator(seed, "examples")
+    rng = seeded_rng(seed, "examples")
     outputs = {"T": "text", "I": "image", "V": "video", "A": "audio"}
     cases = []
     for number, (name, source) in enumerate(CASE_INPUT.items(), start=1):
-        thing = sample_thing(rng)
-        shown: dict[str, str | None] = dict.fromkeys(MODALITIES)
+        obj = sample_object(rng)
+        media: dict[str, str | None] = dict.fromkeys(MODALITIES)
         if source is not None:
-            file = f"mini_example_{source}_{number:06d}{SUFFIXES[source]}"
-            write_medium(folder / file, source, thing, seed)
-            shown[source] = file
-        wanted = choose(rng, changes(thing, "colour"))
-        text = sentence(say(COURSE_REQUESTS[name].pick(rng), None, wanted))
+            file = f"mini_example_{source}_{number:06d}{MODALITIES[source].suffix}"
+            write_medium(folder / file, source, obj, seed)
+            media[source] = file
+        requested = choose(rng, attribute_variants(obj, "colour"))
+        text = as_sentence(fill_template(COURSE_REQUESTS[name].sample(rng), None, requested))
         expects = [outputs[letter] for letter in name.split("→")[1].split("+")]
-        cases.append({"name": name, "text": text, **shown, "expects": expects})
+        cases.append({"name": name, "text": text, **media, "expects": expects})
     _write_json(folder / "cases.json", cases)
 
 
@@ -273,26 +295,25 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def main() -> None:
-    """Read the arguments and write the world."""
-    parser = argparse.ArgumentParser(description="Write the mini world in the course's layout.")
+    """Parse the arguments and write the datasets."""
+    parser = argparse.ArgumentParser(description="write the mini world in the course's layout")
     parser.add_argument("--out", type=Path, default=Path("../data/mini_world"))
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=float, default=1.0, help="how many samples; 1 is usual")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies all row counts")
     parser.add_argument(
         "--unnamed_colours",
         type=float,
         default=_UNNAMED_COLOURS,
-        help="share of pictures and videos in colours that have no name",
+        help="proportion of images and videos in unnamed colours",
     )
     parser.add_argument(
         "--plain_talk",
         type=int,
-        default=COUNTS["text_plain"],
+        default=ROW_COUNTS["text_plain"],
         help="rows of plain talk at scale 1",
     )
-    arguments = parser.parse_args()
-    write_world(**vars(arguments))
+    write_world(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":
-    run_entry(main)
+    run_cli(main)

@@ -1,80 +1,48 @@
-"""Puts the model together from the configuration: what a run uses, and nothing else."""
-
-from pathlib import Path
+"""Build the components that a run uses from the configuration, and load no others."""
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from config.errors import InputError, NotThereError
-from config.loader import project_path
-from config.schema import Config
-from conversation.chat_template import own_template
-from conversation.encoding import ConversationEncoder
-from conversation.parts import Modality
-from conversation.signal_tokens import SignalTokens
-from conversation.templates import TEMPLATES
-from model.imagebind import ImageBind, load_imagebind
-from model.language_model import fit_language_model, load_language_model, load_tokenizer
-from model.nextgpt import NextGPT
-from model.output_projection import OutputProjection
-from model.pretrained_folder import resolve
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import Modality
+from nextgpt.common.paths import project_path
+from nextgpt.config.schema import Config
+from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.conversation.templates import TEMPLATES, template_from_tokenizer
+from nextgpt.model.imagebind import ImageBind, load_imagebind
+from nextgpt.model.language_model import load_language_model, load_tokenizer, prepare_language_model
+from nextgpt.model.loading import resolve_model_path
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.output_projection import OutputProjection
 
 
-def resolve_model_path(path: str) -> str:
-    """The folder `path` under the project's root if it exists, else `path` as a hub name."""
-    local = project_path(path)
-    return str(local) if local.exists() else path
-
-
-def find_folder(path: str, file: str) -> Path:
-    """The local folder behind a configured path: itself, or the hub's snapshot in the cache.
-
-    Args:
-        file: that the hub's repository has.
-
-    Raises:
-        NotThereError: there is no such folder, and none in the cache.
-    """
-    name = resolve(resolve_model_path(path))
-    if Path(name).is_dir():
-        return Path(name)
-    cached = try_to_load_from_cache(name, file)
-    if not isinstance(cached, str):
-        raise NotThereError(f"{name} is not in the hub's cache ({constants.HF_HUB_CACHE})")
-    return Path(cached).parent
-
-
-def build_conversation_encoder(config: Config) -> ConversationEncoder:
-    """The encoder of conversations; loads the tokenizer but no weights."""
-    path = resolve_model_path(config.language_model.path)
-    tokenizer = load_tokenizer(path)
+def build_prompt_builder(config: Config) -> PromptBuilder:
+    """Build the prompt builder; loads the tokenizer but no weights."""
+    tokenizer = load_tokenizer(resolve_model_path(config.language_model.path))
     signals = SignalTokens(signal_counts(config), first_id=len(tokenizer))
-    name = config.language_model.template
-    template = own_template(tokenizer) if name == "own" else TEMPLATES[name]
-    return ConversationEncoder(tokenizer, signals, template, config.input_projection.tokens)
+    name = config.language_model.prompt_format
+    template = template_from_tokenizer(tokenizer) if name == "tokenizer" else TEMPLATES[name]
+    return PromptBuilder(tokenizer, signals, template, config.input_projection.tokens_per_medium)
 
 
 def signal_counts(config: Config) -> dict[Modality, int]:
-    """Signal tokens of each modality."""
+    """Return the number of signal tokens by modality."""
     return {modality: decoder.signal_tokens for modality, decoder in config.decoders.items()}
 
 
 def build_media_encoder(config: Config, dtype: torch.dtype | None = torch.float32) -> ImageBind:
-    """ImageBind in float32, as in training and so in answering.
-
-    Args:
-        dtype: of the weights; none: the file's own, and they stay on disk until they are used.
+    """Load ImageBind; `dtype` None: the file's own, memory-mapped until they are used.
 
     Raises:
-        InputError: it is not there, is broken, or gives features of another width.
+        UserError: it is missing, broken, or gives features of another width.
     """
     path, width = project_path(config.encoder.path), config.encoder.width
     imagebind = load_imagebind(path, dtype)
-    if imagebind.config.output_dim != width:
-        raise InputError(
-            f"{path} gives features of {imagebind.config.output_dim} numbers, but encoder.width is "
-            f"{width}: set it to match"
+    found = imagebind.config.output_dim
+    if found != width:
+        raise UserError(
+            f"{path} gives {found} features, but encoder.width is {width}: set it to match"
         )
     return imagebind
 
@@ -82,72 +50,44 @@ def build_media_encoder(config: Config, dtype: torch.dtype | None = torch.float3
 def build_model(
     config: Config, dtype: torch.dtype, *, lora: bool, output_projections: bool
 ) -> NextGPT:
-    """The model with new weights in the tuned parts; load a delta over it.
-
-    Args:
-        config: the whole configuration.
-        dtype: of the frozen weights.
-        lora: whether the run uses the adapters.
-        output_projections: whether the run uses them.
-    """
+    """Load the language model in `dtype` and initialise the trainable groups that the run uses."""
     path = resolve_model_path(config.language_model.path)
-    signals = build_conversation_encoder(config).signals
+    signals = build_prompt_builder(config).signals
     language_model = load_language_model(config.language_model, path, signals, dtype, lora=lora)
-    return _join(config, language_model, signals, output_projections=output_projections)
+    return _add_projections(config, language_model, output_projections=output_projections)
 
 
 def build_on_meta(
     config: Config,
-    figures: PreTrainedConfig,
-    own_tokens: int,
+    language_model_config: PreTrainedConfig,
+    base_tokens: int,
     *,
     lora: bool,
     output_projections: bool = True,
 ) -> NextGPT:
-    """The model without weights, on the meta device: its names and shapes cost no memory.
+    """Build the model on the meta device: names and shapes without memory for weights.
 
-    Args:
-        config: the whole configuration.
-        figures: of the language model, whose folder is not asked.
-        own_tokens: of the language model's tokenizer.
-        lora: whether it has the adapters.
-        output_projections: whether it has them.
+    `base_tokens` is the tokenizer's number; the configured folder is not read.
     """
-    signals = SignalTokens(signal_counts(config), first_id=own_tokens)
+    signals = SignalTokens(signal_counts(config), first_id=base_tokens)
     with torch.device("meta"):
-        language_model = AutoModelForCausalLM.from_config(figures)
-        fit_language_model(
-            language_model, config.language_model, own_tokens, len(signals), lora=lora
-        )
-        return _join(config, language_model, signals, output_projections=output_projections)
+        language_model = AutoModelForCausalLM.from_config(language_model_config)
+        prepare_language_model(language_model, config.language_model, signals, lora=lora)
+        return _add_projections(config, language_model, output_projections=output_projections)
 
 
-def _join(
-    config: Config,
-    language_model: PreTrainedModel,
-    signals: SignalTokens,
-    *,
-    output_projections: bool,
+def _add_projections(
+    config: Config, language_model: PreTrainedModel, *, output_projections: bool
 ) -> NextGPT:
-    """A language model that is fitted already, and new projections."""
     hidden_size = language_model.config.hidden_size
-    projections = build_output_projections(config, hidden_size) if output_projections else {}
-    return NextGPT(
-        language_model,
-        config.encoder.width,
-        projections,
-        signals.counts,
-        config.input_projection.tokens,
-    )
-
-
-def build_output_projections(config: Config, hidden_size: int) -> dict[Modality, OutputProjection]:
-    """One output projection for each decoder."""
-    return {
+    projections = {
         modality: OutputProjection(
             hidden_size,
-            caption_shape=tuple(decoder.caption_shape),
+            prompt_embeds_shape=tuple(decoder.prompt_embeds_shape),
             **config.output_projection.model_dump(),
         )
         for modality, decoder in config.decoders.items()
+        if output_projections
     }
+    media_tokens, width = config.input_projection.tokens_per_medium, config.encoder.width
+    return NextGPT(language_model, width, projections, signal_counts(config), media_tokens)

@@ -1,75 +1,71 @@
-"""The three frozen diffusion decoders behind one door: Stable Diffusion, ZeroScope and AudioLDM.
+"""Adapters of frozen diffusers pipelines: a subclass of `Decoder` for each kind.
 
-An embedding from an output projection takes the place of the pipeline's own prompt embedding. The
-pipelines are diffusers' own; the video and sound ones live among its deprecated ones, which is why
-diffusers is pinned and why no other file names them. A step costs one network pass, two with
-guidance.
+The output projection's prompt embeddings replace the pipeline's own. A step costs one forward pass
+of the UNet, two with guidance. diffusers deprecates the video and audio pipelines, so it is pinned.
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
+from inspect import signature
 from math import sqrt
-from typing import Any
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from diffusers.pipelines.deprecated.audioldm.pipeline_audioldm import AudioLDMPipeline
-from diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_synth import (
-    TextToVideoSDPipeline,
-)
-from diffusers.utils.logging import disable_progress_bar
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
-from config.errors import InputError
-from conversation.parts import Modality
-from model.caption_encoders import CaptionEncoder
-from model.media_files import Frames, Output, Sound
-from model.pretrained_folder import loading, resolve
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.media.writing import Frames, Output, Sound
+from nextgpt.model.loading import explain_load_errors, resolve_model_path
+from nextgpt.model.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 
-disable_progress_bar()  # of loading a pipeline's five parts
-
+_VAE, _UNET_2D = "diffusers:AutoencoderKL", "diffusers:UNet2DConditionModel"
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
-PIPELINES: dict[Modality, type[DiffusionPipeline]] = {
-    "image": StableDiffusionPipeline,
-    "video": TextToVideoSDPipeline,
-    "audio": AudioLDMPipeline,
-}
 
 
 @dataclass(frozen=True)
-class DecodeOptions:
-    """How to decode. The defaults are the published system's; none: the pipeline's own figure."""
+class DiffusionSettings:
+    """How to decode; published defaults, None is the pipeline's own value.
 
-    steps: int = 40
+    Fields that the pipeline's call has too are passed to it. UserError names one out of range.
+    """
+
+    num_inference_steps: int = 40
     guidance_scale: float = 7.5  # 1 or less: no guidance, half the cost
     height: int | None = None  # pixels, a multiple of 8; image and video
     width: int | None = None
-    frames: int = 24  # video
+    num_frames: int = 24  # video
     fps: int = 8  # video, frames per second
-    # Video: what the frames have in common of their first noise's variance, as it was in training.
-    shared_noise: float = 0.0
-    seconds: float | None = 5.0  # sound
-    # Of a batch's first sample, the next has seed + 1 ...; or one each; none: never the same twice.
+    shared_noise: float = 0.0  # video, as in the decoder's training; see `initial_noise`
+    audio_length_in_s: float | None = 5.0  # audio
+    # One for each sample, or the first's (then seed + 1 ...); None: random.
     seed: int | tuple[int, ...] | None = None
     negative_prompt: str = ""
 
     def __post_init__(self) -> None:
-        """Check what a user can set.
-
-        Raises:
-            InputError: naming the option.
-        """
         for name in ("height", "width"):
             if (getattr(self, name) or 0) % 8:
-                raise InputError(f"{name} {getattr(self, name)}: give a multiple of 8")
-        for name in ("steps", "frames", "fps"):
+                raise UserError(f"{name} {getattr(self, name)}: give a multiple of 8")
+        for name in ("num_inference_steps", "num_frames", "fps"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)}: give 1 or more")
+                raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class DecoderOption:
+    """A field of `DiffusionSettings` that users may set, and its range, ends included."""
+
+    name: str  # in the APIs
+    field: str
+    label: str  # for laymen
+    low: float
+    high: float
+    step: float
 
 
 def initial_noise(
@@ -78,14 +74,14 @@ def initial_noise(
     generator: list[torch.Generator] | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Unit Gaussian noise of this shape; of a video's, (B, C, T, H, W), frames may share a part.
+    """Draw unit Gaussian noise; frames of a video, (B, C, T, H, W), may share a component.
 
     Args:
-        shared: of the variance, what all T frames have in common: 0 to 1 (the mixed noise of
-            arXiv 2305.10474).
-        generator: one for each sample; none: torch's own.
-        device: of the noise; none: the CPU.
+        shared: proportion of variance common to the T frames (mixed noise, arXiv 2305.10474).
+        generator: one for each sample; None: torch's own.
     """
+    from diffusers.utils.torch_utils import randn_tensor
+
     noise = randn_tensor(shape, generator, device)
     if not shared:
         return noise
@@ -93,154 +89,217 @@ def initial_noise(
     return sqrt(1 - shared) * noise + sqrt(shared) * common
 
 
+@dataclass(eq=False)
 class Decoder:
-    """One frozen pipeline, loaded when first used and kept."""
+    """One frozen pipeline, loaded on first use; subclasses are the adapters.
 
-    def __init__(
-        self, modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
-    ) -> None:
-        """Remember the pipeline's diffusers folder or hub name; half precision on CUDA.
+    Attributes:
+        path: a diffusers folder or hub name.
+        device: of the computation; half precision on CUDA.
+        offloaded: keep all but the text encoder in CPU memory between uses.
+        pipeline_path: import string; model_index.json has the class name.
+        networks: by folder, import strings of the networks besides the text encoder.
+        unused_components: never loaded.
+        text_encoder_spec: kind of text encoder, and so of prompt embeddings.
+        options: that users may set.
+    """
 
-        Args:
-            device: where it works.
-            offloaded: whether all but its text encoder waits in the machine's memory between uses.
-        """
-        self.modality: Modality = modality
-        self.path = resolve(path)
-        self.device = device
-        self.offloaded = offloaded
+    pipeline_path: ClassVar[str]
+    networks: ClassVar[dict[str, str]]
+    unused_components: ClassVar[dict[str, None]] = {}
+    text_encoder_spec: ClassVar[TextEncoderSpec] = CLIP
+    options: ClassVar[tuple[DecoderOption, ...]] = (
+        DecoderOption("guidance", "guidance_scale", "guidance", 1, 15, 0.5),
+        DecoderOption("steps", "num_inference_steps", "denoising steps", 1, 100, 1),
+    )
 
-    @cached_property
-    def captions(self) -> CaptionEncoder:
-        """The pipeline's tokenizer and text encoder, loaded on first use."""
-        return CaptionEncoder(self.modality, self.path, self.device)
+    modality: Modality
+    path: str
+    device: torch.device
+    _: KW_ONLY
+    offloaded: bool = False
 
-    @cached_property
-    def pipeline(self) -> DiffusionPipeline:
-        """The diffusers pipeline, on the device unless it is offloaded.
+    def __post_init__(self) -> None:
+        self.path = resolve_model_path(self.path)
+
+    def prepare_latents(
+        self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
+    ) -> Tensor | None:
+        """Return a batch's initial noise; None: the pipeline draws its own."""
+        return None
+
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        """Return the media of the pipeline's result."""
+        raise NotImplementedError
+
+    @classmethod
+    def pipeline_class(cls) -> Any:
+        """Import the pipeline's class, a `DiffusionPipeline`."""
+        return resolve_name(cls.pipeline_path)
+
+    @classmethod
+    def check_pipeline(cls, path: str, modality: Modality) -> None:
+        """Compare the class in the folder's model_index.json, if there is one.
 
         Raises:
-            InputError: it cannot be loaded.
+            UserError: it is of another pipeline, or unreadable.
         """
-        unchecked = {"safety_checker": None, "feature_extractor": None}
-        with loading(self.path, "model_index.json"):
-            pipeline = PIPELINES[self.modality].from_pretrained(
+        index, expected = Path(path) / "model_index.json", cls.pipeline_path.partition(":")[2]
+        if not index.is_file():
+            return
+        with explain_load_errors(path):
+            found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+        if found != expected:
+            raise UserError(f"{path} is a {found}, but {modality} takes a {expected}: give another")
+
+    @cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The pipeline's tokenizer and text encoder."""
+        return TextEncoder(self.modality, self.path, self.device)
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline, on the device unless offloaded; UserError if it cannot load."""
+        from diffusers.utils.logging import disable_progress_bar  # slow; training does without
+
+        disable_progress_bar()  # of loading components
+        with explain_load_errors(self.path, "model_index.json"):
+            pipeline = self.pipeline_class().from_pretrained(
                 self.path,
-                dtype=self.captions.encoder.dtype,
-                tokenizer=self.captions.tokenizer,
-                text_encoder=self.captions.encoder,
-                **(unchecked if self.modality == "image" else {}),
+                dtype=self.text_encoder.encoder.dtype,
+                tokenizer=self.text_encoder.tokenizer,
+                text_encoder=self.text_encoder.encoder,
+                **self.unused_components,
             )
         if self.device.type == "cuda":
             pipeline.vae.enable_slicing()  # 24 large frames at once would be the peak of memory
         pipeline.set_progress_bar_config(disable=True)
         return pipeline if self.offloaded else pipeline.to(self.device)
 
-    @contextmanager
-    def _on_device(self) -> Iterator[None]:
-        """Inside, an offloaded pipeline is on the device: its weights go there and back."""
-        if not self.offloaded:
-            yield
-            return
-        self._move_networks(self.device)
-        try:
-            yield
-        finally:
-            self._move_networks(torch.device("cpu"))
-
-    def _move_networks(self, device: torch.device) -> None:
-        for part in self.pipeline.components.values():
-            if isinstance(part, nn.Module) and part is not self.captions.encoder:
-                part.to(device)
-
     def decode(
         self,
-        embeddings: Tensor,
-        options: DecodeOptions | None = None,
+        prompt_embeds: Tensor,
+        settings: DiffusionSettings | None = None,
         progress: Progress | None = None,
     ) -> list[Output]:
-        """Decode a batch of embeddings into media, one each.
+        """Decode a batch of prompt embeddings into PIL images, `Frames` or `Sound`, one each.
 
         Args:
-            embeddings: (B, T, D), or (B, D) for sound; those are brought to unit length.
-            options: see there.
-            progress: called after every step; what it raises ends the decoding.
-
-        Returns:
-            PIL images, `Frames` or `Sound`. The same seed gives the same media.
+            prompt_embeds: (B, T, D) or (B, D), as the text encoder gives them.
+            settings: None: the published ones. The same seed gives the same media.
+            progress: called after every step; an exception in it ends the decoding.
 
         Raises:
-            InputError: the embeddings have another shape than this pipeline's, or it refuses the
-                options.
+            UserError: embeddings of another shape, or settings that the pipeline refuses.
         """
-        options = options or DecodeOptions()
-        if tuple(embeddings.shape[1:]) != self.captions.shape:
-            raise InputError(
-                f"{self.path} takes {self.modality} embeddings of shape {self.captions.shape}, "
-                f"not {tuple(embeddings.shape[1:])}: set caption_shape to match"
+        settings = settings or DiffusionSettings()
+        if tuple(prompt_embeds.shape[1:]) != self.text_encoder.shape:
+            raise UserError(
+                f"{self.path} takes {self.modality} embeddings of shape {self.text_encoder.shape}, "
+                f"not {tuple(prompt_embeds.shape[1:])}: set prompt_embeds_shape to match"
             )
-        with self._on_device():
-            return self._decode(embeddings, options, progress)
+        components = self.pipeline.components.values() if self.offloaded else ()
+        encoder = self.text_encoder.encoder
+        networks = [c for c in components if isinstance(c, nn.Module) and c is not encoder]
+        try:
+            for network in networks:
+                network.to(self.device)
+            result = self.pipeline(**self._arguments(prompt_embeds, settings, progress))
+        except (ValueError, torch.OutOfMemoryError) as error:
+            raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
+        finally:
+            for network in networks:
+                network.to(torch.device("cpu"))
+        return self.wrap_outputs(result, settings)
 
-    def _decode(
-        self, embeddings: Tensor, options: DecodeOptions, progress: Progress | None
-    ) -> list[Output]:
-        arguments = self._arguments(embeddings, options)
+    def _arguments(
+        self, prompt_embeds: Tensor, settings: DiffusionSettings, progress: Progress | None
+    ) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call."""
+        accepted = signature(self.pipeline.__call__).parameters.keys() - {"negative_prompt"}
+        arguments = {name: value for name, value in vars(settings).items() if name in accepted}
+        count, seed, generator = len(prompt_embeds), settings.seed, None
+        if seed is not None:  # on the CPU: the same noise for every device
+            seeds = range(seed, seed + count) if isinstance(seed, int) else seed
+            generator = [torch.Generator().manual_seed(one) for one in seeds]
+        prompt_embeds = self.text_encoder.normalize(prompt_embeds)
+        arguments |= {
+            "prompt_embeds": prompt_embeds.to(self.device, self.pipeline.dtype),
+            "generator": generator,
+            "latents": self.prepare_latents(count, settings, generator),
+        }
+        if settings.guidance_scale > 1:
+            negative = self.text_encoder.encode([settings.negative_prompt])
+            arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
 
         def on_step(step: int, *_: Any) -> None:
             if progress:  # some schedulers take one step more than asked for
-                progress(min(step + 1, options.steps), options.steps)
-
-        if self.modality == "audio":
-            samples_BN = self._run(callback=on_step, **arguments).audios
-            rate = self.pipeline.vocoder.config.sampling_rate
-            return [Sound(samples, rate) for samples in samples_BN]
-        arguments |= {"height": options.height, "width": options.width}
-        if self.modality == "video":
-            arguments["num_frames"] = options.frames
-            if options.shared_noise:
-                arguments["latents"] = self._video_noise(len(embeddings), options, arguments)
-            videos_BTHWC = self._run(callback=on_step, **arguments).frames
-            return [Frames((v * 255).round().astype("uint8"), options.fps) for v in videos_BTHWC]
+                steps = settings.num_inference_steps
+                progress(min(step + 1, steps), steps)
 
         def on_step_end(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step)
             return tensors
 
-        return self._run(callback_on_step_end=on_step_end, **arguments).images
+        if "callback" in accepted:  # of older pipelines
+            return arguments | {"callback": on_step}
+        return arguments | {"callback_on_step_end": on_step_end}
 
-    def _video_noise(self, count: int, options: DecodeOptions, arguments: dict[str, Any]) -> Tensor:
-        """What a batch of videos begins with: (B, C, frames, H / 8, W / 8)."""
+
+class StableDiffusionDecoder(Decoder):
+    """Stable Diffusion (arXiv 2112.10752): PIL images."""
+
+    pipeline_path = "diffusers:StableDiffusionPipeline"
+    networks: ClassVar = {"vae": _VAE, "unet": _UNET_2D}
+    unused_components: ClassVar = {"safety_checker": None, "feature_extractor": None}
+
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        return result.images
+
+
+class ZeroScopeDecoder(Decoder):
+    """ZeroScope, a text-to-video UNet (arXiv 2308.06571): `Frames`."""
+
+    pipeline_path = (
+        "diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_synth"
+        ":TextToVideoSDPipeline"
+    )
+    networks: ClassVar = {"vae": _VAE, "unet": "diffusers:UNet3DConditionModel"}
+    options = (*Decoder.options, DecoderOption("frames", "num_frames", "frames", 1, 48, 1))
+
+    def prepare_latents(
+        self, count: int, settings: DiffusionSettings, generator: list[torch.Generator] | None
+    ) -> Tensor | None:
+        """Partly shared noise (B, C, frames, H / 8, W / 8), if it is set."""
+        if not settings.shared_noise:
+            return None
         unet, scale = self.pipeline.unet.config, self.pipeline.vae_scale_factor
-        sides = [
-            side // scale if side else unet.sample_size for side in (options.height, options.width)
-        ]
-        shape = (count, unet.in_channels, options.frames, *sides)
-        noise = initial_noise(shape, options.shared_noise, arguments.get("generator"))
+        sides = (s // scale if s else unet.sample_size for s in (settings.height, settings.width))
+        shape = (count, unet.in_channels, settings.num_frames, *sides)
+        noise = initial_noise(shape, settings.shared_noise, generator)
         return noise.to(self.device, self.pipeline.dtype)
 
-    def _run(self, **arguments: Any) -> Any:
-        try:
-            return self.pipeline(**arguments)
-        except (ValueError, torch.OutOfMemoryError) as error:
-            raise InputError(f"{self.path} cannot make this {self.modality}: {error}") from error
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        return [Frames((v * 255).round().astype("uint8"), settings.fps) for v in result.frames]
 
-    def _arguments(self, embeddings: Tensor, options: DecodeOptions) -> dict[str, Any]:
-        """What the pipelines have in common, and sound's own."""
-        count = len(embeddings)
-        arguments: dict[str, Any] = {
-            "num_inference_steps": options.steps,
-            "guidance_scale": options.guidance_scale,
-        }
-        if self.modality == "audio":
-            embeddings = normalize(embeddings.float(), dim=-1)
-            arguments["audio_length_in_s"] = options.seconds
-        arguments["prompt_embeds"] = embeddings.to(self.device, self.pipeline.dtype)
-        if options.seed is not None:  # on the CPU: the same noise for every device
-            first = options.seed
-            seeds = range(first, first + count) if isinstance(first, int) else first
-            arguments["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
-        if options.guidance_scale > 1:
-            negative = self.captions.encode([options.negative_prompt])
-            arguments["negative_prompt_embeds"] = negative.expand(count, *negative.shape[1:])
-        return arguments
+
+class AudioLDMDecoder(Decoder):
+    """AudioLDM (arXiv 2301.12503): `Sound`."""
+
+    pipeline_path = "diffusers.pipelines.deprecated.audioldm.pipeline_audioldm:AudioLDMPipeline"
+    _vocoder = "transformers:SpeechT5HifiGan"
+    networks: ClassVar = {"vae": _VAE, "unet": _UNET_2D, "vocoder": _vocoder}
+    text_encoder_spec = CLAP
+    _seconds = DecoderOption("seconds", "audio_length_in_s", "seconds", 0.5, 10, 0.5)
+    options = (*Decoder.options, _seconds)
+
+    def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
+        rate = self.pipeline.vocoder.config.sampling_rate
+        return [Sound(samples, rate) for samples in result.audios]
+
+
+def build_decoder(
+    modality: Modality, path: str, device: torch.device, *, offloaded: bool = False
+) -> Decoder:
+    """Return the decoder of `modality`; arguments as in `Decoder`."""
+    return MODALITIES[modality].decoder_class(modality, path, device, offloaded=offloaded)

@@ -1,6 +1,6 @@
-"""The tuned parameters as a file: `delta.safetensors`, the same names as in the model.
+"""The delta, a file of the tuned parameters: `delta.safetensors`, by the model's parameter names.
 
-Everything is checked name by name: a part is loaded whole or is not in the file at all.
+A trainable group is loaded whole, with names and shapes compared, or is not in the file at all.
 """
 
 from collections.abc import Set
@@ -11,13 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from config.atomic import written_aside
-from config.errors import InputError, NotThereError
-from config.schema import Part
-from model.nextgpt import NextGPT
-from model.parts import PARTS, is_own_vocabulary, part_of, tuned_parameters
-from model.published import Tensors, is_newer, is_published, published_to_delta
-from model.weight_files import map_tensors
+from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.io import atomic_write
+from nextgpt.config.schema import TrainableGroup
+from nextgpt.model.loading import compare_state_dicts, map_tensors, refuse_faults
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.trainable import TRAINABLE_GROUPS, group_of, is_base_vocabulary, tuned_parameters
+from nextgpt.model.upstream_checkpoint import Tensors, is_newer, published_to_delta
 
 DELTA_FILE = "delta.safetensors"
 PUBLISHED_FILE = "pytorch_model.pt"
@@ -25,39 +25,33 @@ PUBLISHED_FILE = "pytorch_model.pt"
 
 @dataclass(frozen=True)
 class Delta:
-    """Tuned tensors and what they belong to.
-
-    Attributes:
-        tensors: by the names of the model's parameters.
-        vocabulary_size: rows of the language model that they were tuned with, without new ones.
-        source: where they were read.
-    """
+    """Tuned parameters, by the names of the model's parameters."""
 
     tensors: Tensors
-    vocabulary_size: int
-    source: Path
+    vocabulary_size: int  # rows of the language model that was tuned, without new ones
+    source: Path  # the file
 
-    def holds(self, part: Part) -> bool:
-        """Whether anything of `part` is among the tensors."""
-        return any(part_of(name) == part for name in self.tensors)
+    def holds(self, group: TrainableGroup) -> bool:
+        """Whether any tensor is of `group`."""
+        return any(group_of(name) == group for name in self.tensors)
 
     @property
-    def holds_own_vocabulary(self) -> bool:
-        """Whether the language model's own vocabulary rows are among the tensors."""
-        return any(is_own_vocabulary(name) for name in self.tensors)
+    def holds_base_vocabulary(self) -> bool:
+        """Whether the language model's own vocabulary matrices are among the tensors."""
+        return any(is_base_vocabulary(name) for name in self.tensors)
 
 
 def read_delta(path: Path) -> Delta:
-    """The delta in a file of ours, in a published `.pt` file, or in a folder that holds either.
+    """Read a delta: a file written here, a published `.pt` file, or a folder with either.
 
     Raises:
-        InputError: there is no such file, or it cannot be read.
+        UserError: there is no such file, or it cannot be read.
     """
     if path.is_dir():
-        found = [path / DELTA_FILE, path / PUBLISHED_FILE]
-        path = next((file for file in found if file.is_file()), found[0])
+        candidates = [path / DELTA_FILE, path / PUBLISHED_FILE]
+        path = next((file for file in candidates if file.is_file()), candidates[0])
     if not path.is_file():
-        raise NotThereError(
+        raise MissingFileError(
             f"no tuned parameters at {path}: train the stage before, or give another"
         )
     tensors = map_tensors(path)
@@ -65,70 +59,63 @@ def read_delta(path: Path) -> Delta:
         with safe_open(path, "pt") as file:
             rows = (file.metadata() or {}).get("vocabulary_size", "")
         if not rows.isdecimal():
-            raise InputError(f"{path} holds no tuned parameters: train, or give another")
+            raise UserError(f"{path} holds no tuned parameters: train, or give another")
         return Delta(tensors, int(rows), path)
     if is_newer(tensors):
-        raise InputError(
+        raise UserError(
             f"{path} is of the newer generation of the published code (parameters mm_*), another "
             "system than this: fetch those of 7b_tiva_v0, see ckpt/delta_ckpt/README.md"
         )
-    if not is_published(tensors):
-        raise InputError(f"{path} does not carry the names of the published tuned parameters")
     tensors = published_to_delta(tensors, path)
-    matrices = [tensor for name, tensor in tensors.items() if is_own_vocabulary(name)]
+    matrices = [tensor for name, tensor in tensors.items() if is_base_vocabulary(name)]
     if not matrices:
-        raise InputError(f"{path} lacks the vocabulary's matrices, fetch it again")
+        raise UserError(f"{path} lacks the vocabulary's matrices, fetch it again")
     return Delta(tensors, len(matrices[0]), path)
 
 
 def write_delta(tensors: Tensors, vocabulary_size: int, path: Path) -> None:
-    """Write a delta to `path` aside and rename: the old file stays whole until the new one is.
-
-    Raises:
-        InputError: the disk is full or not writable.
-    """
+    """Write a delta atomically; UserError if the disk is full or not writable."""
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     try:
-        with written_aside(path) as aside:
-            aside.touch()
-            mode = aside.stat().st_mode  # safetensors would let nobody else read it
-            save_file(contiguous, aside, {"vocabulary_size": str(vocabulary_size)})
-            aside.chmod(mode)
+        with atomic_write(path) as temporary:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # that of safetensors lets nobody else read the file
+            save_file(contiguous, temporary, {"vocabulary_size": str(vocabulary_size)})
+            temporary.chmod(mode)
     except SafetensorError as error:
-        raise InputError(f"could not save {path} (is the disk full?): {error}") from error
+        raise UserError(f"could not save {path} (is the disk full?): {error}") from error
 
 
-def load_delta(model: NextGPT, delta: Delta, required: Set[Part]) -> list[str]:
-    """Load `delta` into `model` and say, a line a part, what was loaded and what starts new.
+def load_delta(model: NextGPT, delta: Delta, required: Set[TrainableGroup]) -> list[str]:
+    """Load `delta` into `model`; return a line for each group.
 
-    A part that the model has and the file does not starts new, unless it is in `required`. A part
-    that the file has and the model does not is left out (`carried_over` keeps it for the next).
+    Groups that the file lacks stay as initialised; those that the model lacks are not loaded, see
+    `tensors_of_absent_groups`.
 
     Raises:
-        InputError: another vocabulary, a name too many or too few, a wrong shape; lists them all.
+        UserError: another vocabulary, names, shapes, or nothing of a `required` group.
     """
-    rows = model.own_vocabulary_size
+    rows = model.base_vocabulary_size
     if delta.vocabulary_size != rows:
-        raise InputError(
+        raise UserError(
             f"{delta.source} was tuned with a language model of {delta.vocabulary_size} tokens, "
             f"this one has {rows}: set language_model.path to the one it belongs to"
         )
-    parameters = dict(tuned_parameters(model, own_vocabulary=delta.holds_own_vocabulary))
-    report, problems = [], [f"unknown name {n}" for n in delta.tensors if part_of(n) is None]
-    for part in PARTS:
-        wanted, given = _of_part(parameters, part), _of_part(delta.tensors, part)
-        if wanted and given:
-            problems += _compare(wanted, given)
-            report.append(f"{part}: {len(given)} tensors loaded")
-        elif given:
-            report.append(f"{part}: not used by this run, kept for the next file")
-        elif part in required:
-            problems.append(f"nothing of {part}")
-        elif wanted:
-            report.append(f"{part}: not in the file, starts new")
-    if problems:
-        listed = "\n  ".join(problems)
-        raise InputError(f"{delta.source} does not fit this model (check --config):\n  {listed}")
+    parameters = dict(tuned_parameters(model, base_vocabulary=delta.holds_base_vocabulary))
+    report, faults = [], [f"unknown name {n}" for n in delta.tensors if group_of(n) is None]
+    for group in TRAINABLE_GROUPS:
+        expected = {n: p for n, p in parameters.items() if group_of(n) == group}
+        found = {n: t for n, t in delta.tensors.items() if group_of(n) == group}
+        if expected and found:
+            faults += compare_state_dicts(expected, found)
+            report.append(f"{group}: {len(found)} tensors loaded")
+        elif found:
+            report.append(f"{group}: not used by this run, kept for the next file")
+        elif group in required:
+            faults.append(f"nothing of {group}")
+        elif expected:
+            report.append(f"{group}: not in the file, starts new")
+    refuse_faults(delta.source, faults, "check --config")
     with torch.no_grad():
         for name, tensor in delta.tensors.items():
             if name in parameters:
@@ -136,22 +123,7 @@ def load_delta(model: NextGPT, delta: Delta, required: Set[Part]) -> list[str]:
     return report
 
 
-def carried_over(model: NextGPT, delta: Delta) -> Tensors:
-    """What of `delta` belongs to parts that `model` does not have."""
-    present = {part_of(name) for name, _ in model.named_parameters()}
-    return {name: tensor for name, tensor in delta.tensors.items() if part_of(name) not in present}
-
-
-def _of_part(named: dict, part: Part) -> dict:
-    return {name: value for name, value in named.items() if part_of(name) == part}
-
-
-def _compare(wanted: dict, given: dict) -> list[str]:
-    problems = [f"missing {name}" for name in wanted if name not in given]
-    for name, tensor in given.items():
-        if name not in wanted:
-            problems.append(f"unexpected {name}")
-        elif wanted[name].shape != tensor.shape:
-            expected = tuple(wanted[name].shape)
-            problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {expected}")
-    return problems
+def tensors_of_absent_groups(model: NextGPT, delta: Delta) -> Tensors:
+    """Return the tensors of `delta` whose groups `model` does not have."""
+    present = {group_of(name) for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in delta.tensors.items() if group_of(name) not in present}

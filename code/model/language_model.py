@@ -1,5 +1,5 @@
-"""Loads the language model: any Hugging Face causal model of the LLaMA family, frozen, grown by the
-new tokens and, where it is tuned, fitted with low-rank adapters."""
+"""The language model: a frozen causal model of transformers, its vocabulary extended by the signal
+tokens and, where it is tuned, with LoRA adapters."""
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -12,97 +12,86 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from config.errors import InputError
-from config.schema import LanguageModelConfig
-from conversation.signal_tokens import SignalTokens
-from model.pretrained_folder import load_whole, loading
-from model.quantization import leave_scales_out_of_states, quantization_config
-from model.vocabulary import grow_vocabulary
+from nextgpt.common.errors import UserError
+from nextgpt.config.schema import LanguageModelConfig
+from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.model.loading import explain_load_errors, load_pretrained
+from nextgpt.model.quantization import quantization_config
+from nextgpt.model.vocabulary import extend_vocabulary
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of the model in folder `path`, or of that hub name.
+    """Load the fast tokenizer of the model in folder `path`, or of that hub name.
 
     Raises:
-        InputError: there is none, or it cannot be read.
+        UserError: there is none, or it cannot be read.
     """
-    with loading(path, "config.json", "tokenizer.json|tokenizer.model|vocab.json"):
+    with explain_load_errors(path, "config.json", "tokenizer.json|tokenizer.model|vocab.json"):
         tokenizer = AutoTokenizer.from_pretrained(path)
     if not tokenizer.is_fast:
-        raise InputError(f"the tokenizer of {path} has no fast version, which offsets need")
+        raise UserError(f"the tokenizer of {path} has no fast version, which offsets need")
     return tokenizer
 
 
 def load_language_model(
     config: LanguageModelConfig, path: str, signals: SignalTokens, dtype: torch.dtype, *, lora: bool
 ) -> PreTrainedModel:
-    """The frozen language model in `dtype`, with a new row (float32) for each new token.
-
-    Args:
-        config: template, adapters and what of the vocabulary trains.
-        path: the folder or hub name, resolved.
-        signals: the new tokens, whose ids begin behind its tokenizer's.
-        dtype: of the frozen weights.
-        lora: whether to fit the adapters (float32).
+    """Load the frozen language model in `dtype` and prepare it (`prepare_language_model`).
 
     Raises:
-        InputError: the model cannot be read, has fewer rows than its tokenizer tokens, or lacks an
-            adapter's target.
+        UserError: it cannot be read, or has fewer rows than its tokenizer tokens.
     """
-    model = load_whole(
-        AutoModelForCausalLM,
-        path,
-        dtype,
-        quantization=quantization_config(config.quantization, dtype),
-    )
-    if config.quantization != "none":
-        leave_scales_out_of_states(model)
+    quantization = quantization_config(config.quantization, dtype)
+    model = load_pretrained(AutoModelForCausalLM, path, dtype, quantization=quantization)
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
-        raise InputError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
-    model.set_attn_implementation(config.attention)
-    fit_language_model(model, config, signals.first_id, len(signals), lora=lora)
+        raise UserError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
+    model.set_attn_implementation(config.attn_implementation)
+    prepare_language_model(model, config, signals, lora=lora)
     return model
 
 
-def fit_language_model(
-    model: PreTrainedModel,
-    config: LanguageModelConfig,
-    own_tokens: int,
-    new_tokens: int,
-    *,
-    lora: bool,
+def prepare_language_model(
+    model: PreTrainedModel, config: LanguageModelConfig, signals: SignalTokens, *, lora: bool
 ) -> None:
-    """Freeze `model`, grow its vocabulary and fit the adapters, in place.
+    """Freeze `model`, add rows of the `signals` and LoRA adapters (both float32), in place.
 
     Raises:
-        InputError: the model lacks an adapter's target.
+        UserError: the model lacks a target module of the adapters.
     """
     model.requires_grad_(False)
-    grow_vocabulary(model, own_tokens, new_tokens)
+    extend_vocabulary(model, signals.first_id, len(signals))
+    model.register_state_dict_post_hook(_keep_unique_parameters)
     if not lora:
         return
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets),
+        target_modules=list(config.lora_target_modules),
     )
     try:
         inject_adapter_in_model(adapters, model)
     except ValueError as error:
-        raise InputError(f"language_model.lora_targets {config.lora_targets}: {error}") from error
+        key = "language_model.lora_target_modules"
+        raise UserError(f"{key} {config.lora_target_modules}: {error}") from error
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
 
 
-def fold_adapters(model: nn.Module) -> None:
-    """Add the adapters to the weights under them, in place, where those are float32.
+def _keep_unique_parameters(model: nn.Module, state: dict, prefix: str, _: dict) -> None:
+    """Leave a tied head and bitsandbytes' scales of frozen matrices out of checkpoints."""
+    kept = {f"{prefix}{name}" for name, _ in model.named_parameters()}
+    for name in [name for name in state if name.startswith(prefix) and name not in kept]:
+        del state[name]
 
-    For a `model` whose adapters change no more. They stay as they are, to be saved, but cost
-    nothing: with adapters on all layers SmolLM2 reads in half the time. To weights in half
-    precision, or less, they are not added: most of what they say would be rounded away.
+
+def merge_lora(model: nn.Module) -> None:
+    """Merge the adapters into the base weights for inference, in place, where those are float32.
+
+    They stay in the model, to be saved; SmolLM2's forward pass then takes half the time. In half
+    precision nothing is merged: most of the small difference would be rounded away.
     """
     for module in model.modules():
         if isinstance(module, LoraLayer) and module.get_base_layer().weight.dtype == torch.float32:

@@ -1,56 +1,56 @@
-"""The any-to-any model: media in, language model, signal tokens out to the decoders.
+"""The any-to-any model: input projection, language model, output projections to the decoders.
 
-One forward pass serves the three stages. It costs the language model's forward pass, logits at the
-positions that have targets only, and the output projections of the signal runs only.
+All stages share one forward pass. It costs the language model's forward pass, logits at labelled
+positions only, and the output projections of the signal spans only.
 """
 
 from dataclasses import dataclass, field
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from conversation.batch import Batch
-from conversation.encoding import IGNORE
-from conversation.parts import Modality
-from model.output_projection import OutputProjection, alignment_distance
-from model.parts import set_modes, trained_parts
+from nextgpt.common.modality import Modality
+from nextgpt.conversation.batch import Batch
+from nextgpt.conversation.prompt import IGNORE_INDEX
+from nextgpt.model.output_projection import OutputProjection, alignment_loss
+from nextgpt.model.trainable import set_modes, trained_groups
 
 
 @dataclass
 class Losses:
-    """Sums over a batch with their counts, so that ranks and micro batches can be averaged right.
+    """Sums over a batch (scalars) and their counts, to be averaged over ranks and micro batches.
 
-    Attributes:
-        text: scalar, cross entropy summed over target tokens.
-        tokens: how many target tokens.
-        alignment: by modality a scalar, the alignment loss summed over signal runs.
-        runs: by modality how many runs.
-        unused: scalar 0 that hangs on the output projections this batch did not need: every rank
-            then has the same graph, and so a gradient for every parameter in the same order,
-            whatever its samples hold. Gradients are summed over ranks in the order they come.
+    `unused` is 0 and attached to the output projections that this batch does not need: every rank
+    then has the same graph and reduces a gradient for every parameter, in the same order.
     """
 
-    text: torch.Tensor
-    tokens: int
-    alignment: dict[Modality, torch.Tensor] = field(default_factory=dict)
-    runs: dict[Modality, int] = field(default_factory=dict)
-    unused: torch.Tensor | float = 0.0
+    text: Tensor  # cross entropy summed over labelled tokens
+    tokens: int  # labelled
+    alignment: dict[Modality, Tensor] = field(default_factory=dict)  # summed over signal spans
+    signal_spans: dict[Modality, int] = field(default_factory=dict)  # their number
+    unused: Tensor | float = 0.0
+
+
+class LanguageModelOutput(NamedTuple):
+    """What the losses need of the language model; modalities without spans are left out."""
+
+    text_loss: Tensor  # scalar, cross entropy summed over labelled tokens
+    tokens: int  # labelled
+    signal_states: dict[Modality, Tensor]  # (2, R, T, H) of `gather_signal_states`
 
 
 class NextGPT(nn.Module):
-    """What trains, and the language model between.
-
-    The frozen encoder and decoders stay outside: they are never trained, wrapped or saved with it.
+    """The language model and the projections; the media encoder and the decoders stay outside.
 
     Args:
-        language_model: with grown vocabulary, hidden size H.
-        feature_width: E, the length of an encoder's vector.
-        output_projections: by modality; none where the run needs none.
-        signal_counts: signal tokens of each modality.
-        media_tokens: K, input embeddings that a medium becomes.
+        language_model: with extended vocabulary, hidden size H.
+        feature_width: E, the length of the media encoder's vector.
+        output_projections: by modality; empty if the run needs none.
+        signal_counts: number of signal tokens by modality.
+        media_tokens: K, input embeddings of one medium.
     """
 
     def __init__(
@@ -70,31 +70,24 @@ class NextGPT(nn.Module):
         self.signal_counts = signal_counts
 
     def train(self, mode: bool = True) -> Self:
-        """Put what trains into training mode and the rest, or without `mode` all, into evaluation.
-
-        Whoever calls it, DeepSpeed at each step or an evaluation that is over, what is frozen stays
-        in evaluation mode.
-        """
+        """Put what trains into training mode; frozen modules always stay in evaluation mode."""
         if not mode:
             return super().train(False)
-        set_modes(self, trained_parts(self))
+        set_modes(self, trained_groups(self))
         self.training = True
         return self
 
     @property
-    def own_vocabulary_size(self) -> int:
-        """Tokens of the language model without the new ones: the id of the first new one."""
+    def base_vocabulary_size(self) -> int:
+        """Number of the base model's tokens, and id of the first new one."""
         return len(self.language_model.get_input_embeddings().weight)
 
-    def embed(
-        self, input_ids: torch.Tensor, slots: torch.Tensor, features: torch.Tensor
-    ) -> torch.Tensor:
-        """Input embeddings (B, L, H): tokens by their rows, media by the input projection.
+    def embed(self, input_ids: Tensor, slots: Tensor, features: Tensor) -> Tensor:
+        """Input embeddings (B, L, H) of `input_ids` (B, L), and of media where those stand.
 
         Args:
-            input_ids: (B, L).
-            slots: (S, 2) row and first position of the media.
-            features: (S, E) their vectors.
+            slots: (S, 2) row and first position of each medium.
+            features: (S, E) of the media encoder.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
         features = features.reshape(len(slots), self.input_projection.in_features)
@@ -104,16 +97,16 @@ class NextGPT(nn.Module):
         projected_SKH = projected.unflatten(1, (self.media_tokens, -1))
         return embeddings.index_put((rows, columns), projected_SKH)
 
-    def read(
+    def last_hidden_states(
         self,
-        embeddings: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Last hidden states (B, L, H), after the final norm, of embeddings (B, L, H).
+        embeddings: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states (B, L, H), after the final norm, of input embeddings (B, L, H).
 
-        With `position_ids` (B, L), as in `Batch`, rows are packed; their padding stands last and is
-        seen by none, so that the mask goes unused: transformers takes one or the other.
+        With `position_ids` (B, L) rows are packed: no token attends to their padding, which comes
+        last, and the mask is not passed on (transformers takes one or the other).
         """
         return self.language_model.model(
             inputs_embeds=embeddings,
@@ -122,61 +115,48 @@ class NextGPT(nn.Module):
             use_cache=False,
         ).last_hidden_state
 
-    def project_runs(
-        self,
-        modality: Modality,
-        runs: torch.Tensor,
-        hidden: torch.Tensor,
-        embeddings: torch.Tensor,
-    ) -> torch.Tensor:
-        """Caption embeddings (R, *caption_shape) of the signal runs at `runs` (R, 2)."""
-        states_2RTH = self.states_of_runs(modality, runs, hidden, embeddings)
-        return self.output_projections[modality](*states_2RTH)
-
-    def states_of_runs(
-        self,
-        modality: Modality,
-        runs: torch.Tensor,
-        hidden: torch.Tensor,
-        embeddings: torch.Tensor,
-    ) -> torch.Tensor:
-        """What is projected (2, R, T, H): both states (B, L, H) of the signal runs at (R, 2)."""
-        rows = runs[:, :1]  # (R, 1)
-        columns = runs[:, 1:] + torch.arange(self.signal_counts[modality], device=runs.device)
+    def gather_signal_states(
+        self, modality: Modality, spans: Tensor, hidden: Tensor, embeddings: Tensor
+    ) -> Tensor:
+        """Last hidden states and input embeddings (B, L, H) at the spans (R, 2): (2, R, T, H)."""
+        rows = spans[:, :1]  # (R, 1)
+        columns = spans[:, 1:] + torch.arange(self.signal_counts[modality], device=spans.device)
         return torch.stack([hidden[rows, columns], embeddings[rows, columns]])
 
-    def forward(self, batch: Batch) -> Losses:
-        """The losses of `batch`; of the text none where the language model is left out."""
-        if batch.states is not None:
-            losses, states = Losses(batch.features.new_zeros(()), 0), batch.states
-        else:
-            losses, states = self._read_and_score(batch)
-        for modality, projection in self.output_projections.items():
-            states_2RTH = states.get(modality)
-            if states_2RTH is not None:
-                found = projection(*states_2RTH)
-                losses.alignment[modality] = alignment_distance(found, batch.captions[modality])
-                losses.runs[modality] = len(found)
-            else:  # not a look at a weight: under ZeRO 3 it would be gathered, by this rank alone
-                nothing = losses.text.new_zeros(1, 1, projection.fc.in_features)
-                # As hidden states would: ZeRO 3 lets go of a layer's weights after its backward
-                # pass only if its input asks for a gradient, and ranks must let go of the same.
-                nothing.requires_grad_(losses.text.requires_grad)
-                losses.unused = losses.unused + 0 * projection(nothing, nothing).sum()
-        return losses
+    def project_signals(self, modality: Modality, *states: Tensor) -> Tensor:
+        """Prompt embeddings (R, *prompt_embeds_shape); arguments as in `gather_signal_states`."""
+        return self.output_projections[modality](*self.gather_signal_states(modality, *states))
 
-    def _read_and_score(self, batch: Batch) -> tuple[Losses, dict[Modality, torch.Tensor]]:
-        """The loss of the text, and by modality what is to be projected, (2, R, T, H)."""
-        embeddings = self.embed(batch.input_ids, batch.slots, batch.features)
-        hidden = self.read(embeddings, batch.attention_mask, batch.position_ids)
+    def forward_language_model(self, batch: Batch) -> LanguageModelOutput:
+        """Run the language model over `batch`; the hidden-state cache replaces this method."""
+        embeddings = self.embed(batch.input_ids, batch.media_positions, batch.features)
+        hidden = self.last_hidden_states(embeddings, batch.attention_mask, batch.position_ids)
 
-        next_targets = batch.targets[:, 1:]
-        has_target = next_targets != IGNORE
-        logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_target])
-        text = F.cross_entropy(logits.float(), next_targets[has_target], reduction="sum")
+        next_labels = batch.labels[:, 1:]
+        has_label = next_labels != IGNORE_INDEX
+        logits = self.language_model.get_output_embeddings()(hidden[:, :-1][has_label])
+        text_loss = F.cross_entropy(logits.float(), next_labels[has_label], reduction="sum")
         states = {
-            modality: self.states_of_runs(modality, runs, hidden, embeddings)
-            for modality, runs in batch.runs.items()
-            if len(runs) and modality in self.output_projections
+            modality: self.gather_signal_states(modality, spans, hidden, embeddings)
+            for modality, spans in batch.signal_spans.items()
+            if len(spans) and modality in self.output_projections
         }
-        return Losses(text, int(has_target.sum())), states
+        return LanguageModelOutput(text_loss, int(has_label.sum()), states)
+
+    def forward(self, batch: Batch) -> Losses:
+        """The text and alignment losses of `batch`."""
+        output = self.forward_language_model(batch)
+        losses = Losses(output.text_loss, output.tokens)
+        for modality, projection in self.output_projections.items():
+            if modality in output.signal_states:
+                predicted = projection(*output.signal_states[modality])
+                target = batch.caption_embeds[modality]
+                losses.alignment[modality] = alignment_loss(predicted, target)
+                losses.signal_spans[modality] = len(predicted)
+            else:  # no access to a weight: under ZeRO 3 it would be gathered by this rank alone
+                zeros = losses.text.new_zeros(1, 1, projection.fc.in_features)
+                # ZeRO 3 releases a layer's weights after its backward pass only if the layer's
+                # input requires a gradient, and all ranks must release the same.
+                zeros.requires_grad_(losses.text.requires_grad)
+                losses.unused = losses.unused + 0 * projection(zeros, zeros).sum()
+        return losses

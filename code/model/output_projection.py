@@ -1,79 +1,69 @@
-"""From the signal tokens of one modality to the caption embedding that its decoder reads."""
+"""Output projections (projectors): from hidden states of signal tokens to prompt embeddings."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class OutputProjection(nn.Module):
-    """Linear, transformer with learned queries, linear (arXiv 2309.05519, section 3).
+    """Linear layer, transformer with learned queries, linear layer (arXiv 2309.05519, section 3).
 
-    The names of its parameters are those of the published files.
+    The names of its parameters are the published ones.
 
     Args:
         hidden_size: H of the language model.
-        width: of the transformer.
-        caption_shape: (Q, D) of one caption embedding, or (D,) where the decoder reads one vector.
-        encoder_layers, decoder_layers, heads, feedforward: figures of the transformer.
-        centred: subtract a constant from what comes in (`centre`, (H,), frozen; 0 until it is set).
-            Last hidden states have a mean many times as large as what tells captions apart, and
-            nothing is learned until the first layer has unlearned it. Not in the published system.
+        prompt_embeds_shape: (Q, D) of one caption, or (D,) where the decoder takes one vector.
+        whiten_inputs: subtract a constant from the inputs (`centre`, (H,), frozen; 0 until set).
+            The mean of hidden states is many times as large as their variation over captions and
+            has to be unlearned first. Not in the published system.
     """
 
     def __init__(
         self,
         hidden_size: int,
-        width: int,
-        caption_shape: tuple[int, ...],
+        d_model: int,
+        prompt_embeds_shape: tuple[int, ...],
         encoder_layers: int,
         decoder_layers: int,
         heads: int,
-        feedforward: int,
-        centred: bool = False,
+        dim_feedforward: int,
+        whiten_inputs: bool = False,
     ) -> None:
         super().__init__()
-        self.caption_shape = caption_shape
-        queries = caption_shape[0] if len(caption_shape) == 2 else 1
-        self.query_embs = nn.Parameter(torch.randn(1, queries, width))
+        self.prompt_embeds_shape = prompt_embeds_shape
+        queries = prompt_embeds_shape[0] if len(prompt_embeds_shape) == 2 else 1
+        self.query_embs = nn.Parameter(torch.randn(1, queries, d_model))
         centre = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)
-        self.register_parameter("centre", centre if centred else None)
-        self.fc = nn.Linear(hidden_size, width)
-        layer = {"dropout": 0.0, "norm_first": True, "batch_first": True}
+        self.register_parameter("centre", centre if whiten_inputs else None)
+        self.fc = nn.Linear(hidden_size, d_model)
+        layer = {"dim_feedforward": dim_feedforward, "dropout": 0.0}
+        layer |= {"norm_first": True, "batch_first": True}
         encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(width, heads, feedforward, **layer),
+            nn.TransformerEncoderLayer(d_model, heads, **layer),
             encoder_layers,
-            nn.LayerNorm(width),
-            enable_nested_tensor=False,  # not to be had with norm_first; without this, it warns
+            nn.LayerNorm(d_model),
+            enable_nested_tensor=False,  # unavailable with norm_first; without this, it warns
         )
         self.tfm = nn.Transformer(
-            width,
-            heads,
-            num_decoder_layers=decoder_layers,
-            dim_feedforward=feedforward,
-            custom_encoder=encoder,
-            **layer,
+            d_model, heads, num_decoder_layers=decoder_layers, custom_encoder=encoder, **layer
         )
-        self.model = nn.Linear(width, caption_shape[-1])
+        self.model = nn.Linear(d_model, prompt_embeds_shape[-1])
 
-    def forward(self, hidden: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Caption embeddings (R, *caption_shape) of R signal runs.
+    def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
+        """Prompt embeddings (R, *prompt_embeds_shape) of R signal spans.
 
-        Args:
-            hidden: (R, T, H) last hidden states of the runs' T tokens.
-            embeddings: (R, T, H) input embeddings of the same tokens.
+        Both arguments are (R, T, H): last hidden states and input embeddings of the T tokens.
         """
         x = hidden + embeddings if self.centre is None else hidden + embeddings - self.centre
-        x = self.fc(x)  # (R, T, width)
+        x = self.fc(x)  # (R, T, d_model)
         queries = self.query_embs.expand(len(x), -1, -1)
-        return self.model(self.tfm(x, queries)).view(len(x), *self.caption_shape)
+        return self.model(self.tfm(x, queries)).view(len(x), *self.prompt_embeds_shape)
 
 
-def alignment_distance(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """The alignment loss, summed over samples: mean over queries of the Euclidean distance.
+def alignment_loss(prompt_embeds: Tensor, caption_embeds: Tensor) -> Tensor:
+    """Mean over queries of the Euclidean distance, summed over samples.
 
-    Args:
-        found: (R, *caption_shape) from an output projection.
-        wanted: (R, *caption_shape) from the decoder's own text encoder.
+    Both are (R, *prompt_embeds_shape): predictions, and the text encoder's targets.
     """
-    difference = found.float() - wanted.float()
-    difference = difference.view(len(found), -1, found.shape[-1])  # (R, Q, D)
+    difference = prompt_embeds.float() - caption_embeds.float()
+    difference = difference.view(len(prompt_embeds), -1, prompt_embeds.shape[-1])  # (R, Q, D)
     return torch.linalg.vector_norm(difference, dim=-1).mean(dim=1).sum()

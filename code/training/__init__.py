@@ -1,1 +1,1 @@
-"""Training: samples and features made ready, the DeepSpeed agent, the loop, exact resume."""
+"""Training: data loading, the DeepSpeed engine, the trainer, exact resume."""

@@ -1,67 +1,60 @@
-"""The dynamic loss scale that fp16 needs (arXiv 1710.03740), for DeepSpeed's ZeRO optimizers.
+"""Dynamic loss scaling for fp16 (arXiv 1710.03740) with DeepSpeed's ZeRO optimizers.
 
-Their own, with autocast, clips gradients while these are still scaled, and keeps the scale when one
-overflows (DeepSpeed 0.19): from then on no step is taken.
+Under autocast DeepSpeed 0.19 clips gradients before they are unscaled, and keeps the scale after an
+overflow, so that every later step is skipped.
 """
 
 import torch
 
-from config.errors import InputError
+from nextgpt.common.errors import UserError
 
-_FIRST = 2.0**12
-_GOOD_STEPS = 500  # after which twice as much is tried
-_STATE = "loss_scale"
+_INITIAL = 2.0**12
+_GROWTH_INTERVAL = 500  # steps without overflow after which the scale is doubled
 
 
-def non_finite_gradient(dtype: torch.dtype) -> InputError:
-    """The error of a gradient that is not finite, in a run whose products are in `dtype`."""
-    other = "" if dtype == torch.float32 else ", or use fp32"
-    return InputError(f"a gradient is not finite: lower the learning rate{other}")
+def non_finite_gradient(dtype: torch.dtype) -> UserError:
+    """The error for a gradient that is not finite, in a run with products in `dtype`."""
+    or_fp32 = "" if dtype == torch.float32 else ", or use fp32"
+    return UserError(f"a gradient is not finite: lower the learning rate{or_fp32}")
 
 
 class LossScale:
-    """What losses are multiplied with, so that small gradients are told from 0 in fp16.
-
-    Args:
-        optimizer: DeepSpeed's, of ZeRO 1 to 3.
+    """Factor of the losses, which keeps small gradients above 0 in fp16.
 
     Raises:
-        InputError: it is another one.
+        UserError: the optimizer is not DeepSpeed's of ZeRO 1 to 3.
     """
 
     def __init__(self, optimizer: object) -> None:
         if not hasattr(optimizer, "override_loss_scale"):
-            raise InputError("training.precision fp16 needs ZeRO stage 1, 2 or 3: see dsconfig")
+            raise UserError("training.precision fp16 needs ZeRO stage 1, 2 or 3: see dsconfig")
         self._optimizer = optimizer
         self._optimizer.torch_autocast_gradscaler = None
-        self._good_steps = 0
-        self._set(_FIRST)
+        self._set(_INITIAL)
 
-    def _set(self, scale: float) -> None:
-        self.scale = scale
+    def _set(self, scale: float, good_steps: int = 0) -> None:
+        self.scale, self._good_steps = scale, good_steps
         self._optimizer.override_loss_scale(scale)
 
     def update(self, overflowed: bool) -> None:
-        """After a step, or after one that an overflow let fail.
+        """Adapt the scale after a step, which an overflow may have skipped.
 
         Raises:
-            InputError: nothing is left to be halved: it is no overflow.
+            UserError: the scale is 1 already, so it is no overflow.
         """
-        self._good_steps = 0 if overflowed else self._good_steps + 1
+        self._good_steps += 1
+        if overflowed and self.scale == 1:
+            raise non_finite_gradient(torch.float16)
         if overflowed:
-            if self.scale == 1:
-                raise non_finite_gradient(torch.float16)
             self._set(self.scale / 2)
-        elif self._good_steps == _GOOD_STEPS:
-            self._good_steps = 0
+        elif self._good_steps == _GROWTH_INTERVAL:
             self._set(self.scale * 2)
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What `load` needs to go on."""
-        return {_STATE: torch.tensor([self.scale, self._good_steps], dtype=torch.float64)}
+        """State for `load`."""
+        return {"loss_scale": torch.tensor([self.scale, self._good_steps], dtype=torch.float64)}
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a saved state."""
-        scale, good_steps = state[_STATE].tolist()
-        self._good_steps = int(good_steps)
-        self._set(scale)
+        """Restore a saved state."""
+        scale, good_steps = state["loss_scale"].tolist()
+        self._set(scale, int(good_steps))

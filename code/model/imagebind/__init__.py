@@ -1,6 +1,6 @@
-"""The frozen encoder, by itself: it knows nothing of the system that uses it."""
+"""ImageBind, the frozen media encoder; independent of the system that uses it."""
 
-from model.imagebind.encoder import ImageBind
-from model.imagebind.loading import encoder_figures, fingerprint, load_imagebind
+from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.loading import fingerprint, load_imagebind, read_imagebind_config
 
-__all__ = ["ImageBind", "encoder_figures", "fingerprint", "load_imagebind"]
+__all__ = ["ImageBind", "fingerprint", "load_imagebind", "read_imagebind_config"]

@@ -1,24 +1,50 @@
-"""ImageBind's vision and audio encoders: one unit-length vector per picture, clip or sound.
+"""ImageBind's vision and audio encoders (arXiv 2305.05665): vision transformers over patches.
 
-Two vision transformers over patches (arXiv 2305.05665). A picture becomes a still clip of two
-frames, a sound the spectrogram picture of its mel bins. Parameter names are those of the published
-`imagebind_huge.pth`, so its tensors load by name. Published figures: 633 M parameters see and 86 M
-hear; a view costs about 0.33 TFLOP (picture or clip) or 0.04 TFLOP (sound), a video is 15 views,
-a sound 3.
+An image becomes a still clip of two frames, audio its mel spectrogram. Parameter names are those of
+`imagebind_huge.pth`. At its size, vision has 633 M parameters and audio 86 M; a view costs about
+0.33 TFLOP (image or video clip) or 0.04 TFLOP (audio). A video has 15 views, audio 3.
 """
 
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from model.imagebind.config import ImageBindConfig, TrunkConfig
-
 Modality = Literal["image", "video", "audio"]
 _EPS = 1e-6  # of every layer norm but the audio stem's, which keeps torch's 1e-5
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """One transformer."""
+
+    width: int
+    blocks: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class ImageBindConfig:
+    """All sizes of the encoder; the defaults are the published ones."""
+
+    vision: TrunkConfig = TrunkConfig(width=1280, blocks=32, heads=16)
+    audio: TrunkConfig = TrunkConfig(width=768, blocks=12, heads=12)
+    output_dim: int = 1024
+    mlp_ratio: int = 4
+    image_size: int = 224  # pixels, both sides
+    patch_size: int = 14  # pixels, both sides
+    frames: int = 2  # of a video clip; an image is repeated
+    mel_bins: int = 128
+    audio_frames: int = 204  # of 10 ms
+    audio_kernel: int = 16  # mel bins and frames that one audio patch spans
+    audio_stride: int = 10  # so neighbouring audio patches overlap
+
+
+IMAGEBIND_HUGE = ImageBindConfig()
 
 
 class _Block(nn.Module):
@@ -39,24 +65,16 @@ class _Block(nn.Module):
         return x_NTW + self.mlp(self.norm_2(x_NTW))
 
 
-class _Trunk(nn.Module):
-    """The blocks; vision has a layer norm before them, audio a learned key and value in each."""
-
-    def __init__(self, trunk: TrunkConfig, mlp_ratio: int, *, is_vision: bool) -> None:
-        super().__init__()
-        self.pre_transformer_layer = nn.Sequential()
-        if is_vision:
-            self.pre_transformer_layer.append(nn.LayerNorm(trunk.width, eps=_EPS))
-        self.blocks = nn.Sequential(
-            *(_Block(trunk, mlp_ratio, bias_kv=not is_vision) for _ in range(trunk.blocks))
-        )
-
-    def forward(self, x_NTW: Tensor) -> Tensor:
-        return self.blocks(self.pre_transformer_layer(x_NTW))
+def _trunk(trunk: TrunkConfig, mlp_ratio: int, *, is_vision: bool) -> nn.Sequential:
+    """Transformer blocks; vision has a layer norm before them, audio `bias_kv` in each."""
+    norm = [nn.LayerNorm(trunk.width, eps=_EPS)] if is_vision else []
+    blocks = (_Block(trunk, mlp_ratio, bias_kv=not is_vision) for _ in range(trunk.blocks))
+    first, rest = nn.Sequential(*norm), nn.Sequential(*blocks)
+    return nn.Sequential(OrderedDict(pre_transformer_layer=first, blocks=rest))
 
 
 class _Preprocessor(nn.Module):
-    """Patches, the CLS token before them, and learned positions: views -> (N, 1 + patches, W)."""
+    """Patch and position embeddings with a CLS token: views -> (N, 1 + patches, W)."""
 
     def __init__(self, stem: nn.Module, patches: int, width: int) -> None:
         super().__init__()
@@ -84,7 +102,7 @@ class _VisionStem(nn.Module):
         self.proj = nn.Sequential(nn.Identity(), convolution)  # the published name is proj.1
 
     def forward(self, views: Tensor) -> Tensor:
-        if views.ndim == 4:  # a picture is a clip that stands still
+        if views.ndim == 4:  # an image is a still clip
             views = views.unsqueeze(2).expand(-1, -1, self.frames, -1, -1)
         return self.proj(views).flatten(2).transpose(1, 2)
 
@@ -103,7 +121,7 @@ class _AudioStem(nn.Module):
 
 
 def _first_alike(views: Tensor) -> Tensor:
-    """Of each view (N, ...), the number of the first one that is the same: (N,) int64."""
+    """For each view (N, ...), the index of the first equal one: (N,) int64."""
     firsts: list[int] = []
     for view in views:
         alike = (n for n in dict.fromkeys(firsts) if torch.equal(views[n], view))
@@ -112,59 +130,54 @@ def _first_alike(views: Tensor) -> Tensor:
 
 
 def _head(width: int, output_dim: int) -> nn.Sequential:
-    """(N, W) -> (N, D); the published names are 0 and 2, between them stood the choice of CLS."""
+    """(N, W) -> (N, D); the published names are 0 and 2."""
     norm, linear = nn.LayerNorm(width, eps=_EPS), nn.Linear(width, output_dim, bias=False)
     return nn.Sequential(norm, nn.Identity(), linear)
 
 
 class ImageBind(nn.Module):
-    """Pictures, videos and sounds into one space of `config.output_dim` dimensions (D)."""
+    """Embed images, videos and audio into one space of `config.output_dim` dimensions (D)."""
 
     def __init__(self, config: ImageBindConfig) -> None:
         super().__init__()
         self.config = config
-        vision, audio = config.vision, config.audio
-        self.modality_preprocessors = nn.ModuleDict(
-            {
-                "vision": _Preprocessor(_VisionStem(config), config.vision_patches, vision.width),
-                "audio": _Preprocessor(_AudioStem(config), config.audio_patches, audio.width),
-            }
+        patches = (config.image_size // config.patch_size) ** 2
+        vision = _Preprocessor(_VisionStem(config), patches, config.vision.width)
+        kernel, stride = config.audio_kernel, config.audio_stride
+        rows, columns = (
+            (size - kernel) // stride + 1 for size in (config.mel_bins, config.audio_frames)
         )
-        trunks = {"vision": vision, "audio": audio}
+        audio = _Preprocessor(_AudioStem(config), rows * columns, config.audio.width)
+        self.modality_preprocessors = nn.ModuleDict({"vision": vision, "audio": audio})
+        trunks = {"vision": config.vision, "audio": config.audio}
         self.modality_trunks = nn.ModuleDict(
-            {n: _Trunk(t, config.mlp_ratio, is_vision=n == "vision") for n, t in trunks.items()}
+            {n: _trunk(t, config.mlp_ratio, is_vision=n == "vision") for n, t in trunks.items()}
         )
         self.modality_heads = nn.ModuleDict(
             {n: _head(t.width, config.output_dim) for n, t in trunks.items()}
         )
-        scale = nn.Module()  # only keeps the published file's value: features stay at unit length
+        scale = nn.Module()  # unused value of the published file: features stay at unit length
         scale.register_buffer("log_logit_scale", torch.tensor(math.log(20.0)))
         self.modality_postprocessors = nn.ModuleDict({"audio": nn.Sequential(nn.Identity(), scale)})
 
     def forward_views(self, modality: Modality, views: Tensor) -> Tensor:
-        """Unit-length features (N, D) of N single views.
+        """Unit-length features (N, D) of N single views, normalised.
 
-        Args:
-            modality: what the views are.
-            views: normalised; (N, 3, 224, 224) image, (N, 3, 2, 224, 224) video or
-                (N, 1, 128, 204) audio.
+        Views are (N, 3, 224, 224) image, (N, 3, 2, 224, 224) video or (N, 1, 128, 204) audio.
         """
         trunk = "audio" if modality == "audio" else "vision"
         x_NTW = self.modality_trunks[trunk](self.modality_preprocessors[trunk](views))
         return normalize(self.modality_heads[trunk](x_NTW[:, 0]), dim=-1)  # of the CLS token
 
     def encode(self, modality: Modality, views: Tensor) -> Tensor:
-        """Features (B, D) of B media: the mean over each one's views, not made unit length again.
+        """Features (B, D) of B media: the mean over each one's views, not normalised again.
 
-        Args:
-            modality: what the media are.
-            views: (B, 3, 224, 224) image, (B, V, 3, 2, 224, 224) video or (B, V, 1, 128, 204)
-                audio.
+        Video and audio have V views each: (B, V, 3, 2, 224, 224) or (B, V, 1, 128, 204).
         """
         if modality == "image":
             return self.forward_views(modality, views)
         flat = views.flatten(0, 1)
-        firsts_N = _first_alike(flat)  # of a short square video all 15 views are the same
+        firsts_N = _first_alike(flat)  # encode equal views once: all 15 of a short square video
         kept, rows_N = firsts_N.unique(return_inverse=True)
         features_ND = self.forward_views(modality, flat[kept])[rows_N]
         return features_ND.unflatten(0, views.shape[:2]).mean(dim=1)

@@ -1,1 +1,0 @@
-"""Chat: the system loaded once, then turn in, turn out; its history as a file."""

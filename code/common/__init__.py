@@ -1,0 +1,1 @@
+"""Shared utilities without dependencies on other packages: errors, files, CLI, processes."""

@@ -1,0 +1,96 @@
+"""The process group of a run, and collectives besides those of the gradients."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from nextgpt.common.errors import UserError
+
+_T = TypeVar("_T")
+
+
+def init_process_group(device: torch.device) -> None:
+    """Initialise the default process group, of what the launcher started or of one process."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | {"MASTER_PORT": "0"}).items():  # any free port
+        os.environ.setdefault(name, value)
+    # Gloo suffices. DeepSpeed's own all-reduce for CPUs is compiled at the first start, which needs
+    # a compiler and, once interrupted, makes every later start wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:  # no oversubscription
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
+    )
+
+
+def print_rank_0(text: str) -> None:
+    """Print on rank 0 only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def all_reduce_sum(values: Sequence[float], device: torch.device) -> list[float]:
+    """Each value summed over all ranks."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """The largest `value` of any rank; all must call it."""
+    if not dist.is_initialized():
+        return value
+    maximum = torch.tensor(value, device=device)
+    dist.all_reduce(maximum, dist.ReduceOp.MAX)
+    return int(maximum)
+
+
+def all_reduce_tensors(tensors: Sequence[torch.Tensor]) -> None:
+    """Sum each tensor over all ranks in place; all must call it."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def compute_on_rank_0(compute: Callable[[], _T]) -> _T:
+    """The result of `compute` on rank 0, broadcast to all ranks; all must call it.
+
+    Waits up to a day; the run's own collectives time out after ten minutes.
+
+    Raises:
+        UserError: raised by `compute` on rank 0, on every rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return compute()
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    outcome: list[_T | UserError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            outcome = [compute()]
+        except UserError as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0, group=group)
+    dist.destroy_process_group(group)
+    if isinstance(outcome[0], UserError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def all_gather_object(item: _T) -> list[_T]:
+    """The `item` of every rank, in order; tensors in it must be on the CPU. All must call it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [item]
+    items: list[_T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items

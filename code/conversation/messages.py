@@ -1,0 +1,57 @@
+"""Conversations: turns of a human and the assistant; a turn is a sequence of text and media."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nextgpt.common.modality import Modality
+
+
+@dataclass(frozen=True)
+class Text:
+    """Plain text; file names and placeholders in it have no meaning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Media:
+    """An image, a video or an audio clip.
+
+    A human's medium is encoded by the media encoder. An assistant's medium becomes a span of signal
+    tokens, and the embedding of its caption is the target of the alignment loss.
+
+    Attributes:
+        modality: image, video or audio.
+        path: absolute path of the file; input media only.
+        caption: description of an output medium, unmodified, as the text encoder embeds it.
+        embedding: absolute path of the caption's precomputed embedding, a `.npy` file.
+    """
+
+    modality: Modality
+    path: str | None = None
+    caption: str | None = None
+    embedding: str | None = None
+
+
+ContentPart = Text | Media
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of a human or the assistant."""
+
+    role: Literal["human", "assistant"]
+    parts: tuple[ContentPart, ...]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns in order; the first is the human's."""
+
+    turns: tuple[Turn, ...]
+
+    @property
+    def outputs(self) -> list[Media]:
+        """The media of the assistant's turns, in order."""
+        answers = (turn.parts for turn in self.turns if turn.role == "assistant")
+        return [part for parts in answers for part in parts if isinstance(part, Media)]

@@ -1,0 +1,82 @@
+"""Streams a JSON array row by row in constant memory: one chunk (1 M characters) and one row."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from nextgpt.common.errors import UserError
+
+_CHUNK = 1 << 20  # characters read at once
+_MAX_ROW = 1 << 26  # characters; a longer row is a syntax error, not one cut by a chunk's end
+_MARK = re.compile(r"[ \t\n\r]*(.?)", re.DOTALL)  # the next character that is not white space
+
+
+def iter_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield every object of the array in `file`, decoded and as its JSON text.
+
+    Raises:
+        UserError: no such file, not UTF-8, not a JSON array of objects; names the row.
+    """
+    row = 0
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            buffer = _Buffer(stream)
+            buffer.take("[")
+            mark = buffer.take("{", "]")
+            while mark == "{":
+                yield buffer.take_object()
+                if (mark := buffer.take(",", "]")) == ",":
+                    row += 1
+                    mark = buffer.take("{")
+            buffer.take("")
+    except json.JSONDecodeError as error:
+        near = repr(error.doc[max(0, error.pos - 30) : error.pos + 30])
+        raise UserError(
+            f"{file}: not a JSON array of objects at row {row}: {error.msg}, near "
+            f"{'the end' if error.pos == len(error.doc) else near}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text after row {row}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+
+
+class _Buffer:
+    """Characters read but not yet consumed: `text[position:]`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self.text, self.position = "", 0
+        self.decode = json.JSONDecoder().raw_decode
+
+    def take(self, *marks: str) -> str:
+        """Consume the next character after white space, one of `marks`; "" is the end."""
+        while not (found := _MARK.match(self.text, self.position))[1] and self._read_more():
+            pass
+        if found[1] not in marks:
+            expected = " or ".join(marks)
+            message = f"expected {expected}" if expected else "more than one array"
+            raise json.JSONDecodeError(message, self.text, found.start(1))
+        self.position = found.end()
+        return found[1]
+
+    def take_object(self) -> tuple[dict[str, Any], str]:
+        """Consume the object whose brace was taken; its value and its JSON text."""
+        self.position -= 1
+        while True:
+            try:
+                value, end = self.decode(self.text, self.position)
+            except json.JSONDecodeError:  # a syntax error, or the object is not complete yet
+                if len(self.text) - self.position >= _MAX_ROW or not self._read_more():
+                    raise
+            else:
+                source, self.position = self.text[self.position : end], end
+                return value, source
+
+    def _read_more(self) -> bool:
+        # At least doubles the rest: a long row is decoded a logarithmic number of times.
+        if chunk := self.stream.read(max(_CHUNK, len(self.text) - self.position)):
+            self.text, self.position = self.text[self.position :] + chunk, 0
+        return bool(chunk)

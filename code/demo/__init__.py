@@ -1,1 +1,0 @@
-"""The demo: a chat in the browser, and the same by API, on one server."""

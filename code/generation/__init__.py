@@ -1,0 +1,1 @@
+"""Generation: the loaded system, from a conversation to the assistant's next turn."""

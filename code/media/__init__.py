@@ -1,0 +1,1 @@
+"""Media files: decoding in subprocesses, ImageBind's preprocessing, feature cache, writing."""

@@ -1,0 +1,51 @@
+"""Media in WebDataset shards: paths of the form `SHARD.tar/OFFSET+SIZE/NAME`, read in place."""
+
+import re
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
+
+from nextgpt.common.file_digests import FileState
+
+_MEMBER = re.compile(r"(.+\.tar)/(\d+)\+(\d+)/[^/]+", re.DOTALL)
+
+
+def _parse(path: Path) -> tuple[Path, int, int] | None:
+    """(shard, offset, size) of a medium in a shard, in bytes; None for a file."""
+    found = _MEMBER.fullmatch(path.as_posix())
+    return (Path(found[1]), int(found[2]), int(found[3])) if found else None
+
+
+def in_shard(path: Path) -> bool:
+    """Whether `path` names a medium in a shard."""
+    return _parse(path) is not None
+
+
+def medium_exists(path: Path) -> bool:
+    """Whether the file, or the medium's shard, exists."""
+    member = _parse(path)
+    return (member[0] if member else path).is_file()
+
+
+def medium_state(path: Path) -> FileState:
+    """The state of the file, or of the medium's shard with the medium's size.
+
+    Raises:
+        OSError: it does not exist.
+    """
+    member = _parse(path)
+    return FileState.of(member[0])._replace(size=member[2]) if member else FileState.of(path)
+
+
+def open_medium(path: Path) -> BinaryIO:
+    """Open a file, or a medium in a shard, which is read into memory.
+
+    Raises:
+        OSError: it does not exist.
+    """
+    if not (member := _parse(path)):
+        return path.open("rb")
+    shard, offset, size = member
+    with shard.open("rb") as stream:
+        stream.seek(offset)
+        return BytesIO(stream.read(size))

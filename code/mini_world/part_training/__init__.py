@@ -1,1 +1,0 @@
-"""Trains the mini world's frozen parts from nothing: encoder, caption towers, decoders."""

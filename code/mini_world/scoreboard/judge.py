@@ -1,0 +1,57 @@
+"""The judge: recognize the object of the mini world that an image, video or audio clip shows.
+
+Rule-based, without learned parameters: media are matched with the renderer's templates. An
+attribute that is absent or matches no value is None. On one core an image costs 4 ms, a video
+20 ms, an audio clip 5 ms; the first of a modality 0.5 s more, for the templates.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from nextgpt.common.modality import Modality
+from nextgpt.media.decoding import read_image, read_video_frames
+from nextgpt.media.transforms import read_audio
+from nextgpt.media.writing import Frames, Output, Sound
+from nextgpt.mini_world.objects import ATTRIBUTES, Value
+from nextgpt.mini_world.render_audio import SAMPLE_RATE
+from nextgpt.mini_world.scoreboard.judge_audio import judge_samples
+from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
+
+Judgement = dict[str, Value | None]  # attribute -> value; None: absent or undecidable
+
+
+def judge(modality: Modality, medium: Output) -> Judgement:
+    """Judge a medium: return the value, or None, of each attribute of its modality.
+
+    Args:
+        medium: an image or frames of any size, one object on a plain background, frames evenly
+            spaced over the video; or mono audio.
+
+    Raises:
+        TypeError: the medium is not of `modality`.
+    """
+    if modality == "image" and isinstance(medium, Image.Image):
+        judged = judge_frames(np.asarray(medium.convert("RGB"))[None])
+    elif modality == "video" and isinstance(medium, Frames):
+        judged = judge_frames(medium.frames)
+    elif modality == "audio" and isinstance(medium, Sound):
+        judged = judge_samples(medium.samples, medium.rate)
+    else:
+        raise TypeError(f"a medium of {modality} cannot be {type(medium).__name__}")
+    return {name: judged[name] for name in ATTRIBUTES[modality]}
+
+
+def judge_file(modality: Modality, path: Path) -> Judgement:
+    """Judge an image, video or audio file of any supported format.
+
+    Raises:
+        MediaError: the file is missing, broken or not of this modality.
+    """
+    if modality == "image":
+        return judge(modality, read_image(path))
+    if modality == "video":
+        frames = read_video_frames(path, lambda count, _: range(count))
+        return judge(modality, Frames(np.stack(frames), 0))
+    return judge(modality, Sound(read_audio(path, SAMPLE_RATE).numpy(), SAMPLE_RATE))

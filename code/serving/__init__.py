@@ -1,0 +1,1 @@
+"""Serving: the web page and the OpenAI-style API on one server."""

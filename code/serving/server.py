@@ -1,0 +1,176 @@
+"""The server: the page at `/`, its media at `/media`, an OpenAI-style API at `/v1`.
+
+By default it listens on the loopback interface. All temporary files lie in one folder, removed with
+the server. SIGTERM ends it within seconds, whatever it is doing.
+"""
+
+import asyncio
+import mimetypes
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.routing import Mount
+
+from nextgpt.common.paths import project_path
+from nextgpt.config.schema import Config
+from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.settings import GenerationSettings
+from nextgpt.serving.examples import read_examples
+from nextgpt.serving.handlers import Handlers
+from nextgpt.serving.limits import MAX_BYTES
+from nextgpt.serving.middleware import COOKIE, VisitorMiddleware
+from nextgpt.serving.openai_api import openai_routes
+from nextgpt.serving.page import STYLE, THEME, build_page
+from nextgpt.serving.scheduler import InferenceQueue
+from nextgpt.serving.sessions import Sessions
+from nextgpt.serving.temporary_folder import temporary_folder
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_SWEEP_SECONDS = 60.0
+_END_SECONDS = 10.0  # from the signal to the end, of which open requests get 2
+
+
+def serve(config: Config, delta: Path | None, host: str, port: int) -> None:
+    """Load the system and serve until SIGTERM or SIGINT.
+
+    Raises:
+        UserError: a component is missing or invalid.
+    """
+    start = time.perf_counter()
+    # uvicorn shuts down, then re-raises the signal: without a handler nothing below would clean up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with temporary_folder() as folder:
+        assistant = Assistant.from_config(config, delta)
+        print("\n".join(assistant.report))
+        queue = InferenceQueue(assistant)
+        app = build_app(queue, folder, host)
+        queue.warm_up()
+        print(f"ready after {time.perf_counter() - start:.1f} s: http://{host}:{port}", flush=True)
+        run_server(app, queue, folder, host, port)
+
+
+def run_server(app: FastAPI, queue: InferenceQueue, folder: Path, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT. In the main thread, which receives signals."""
+    settings = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2
+    )
+    try:
+        _Server(settings, folder).run()
+    finally:
+        queue.close()
+
+
+class _Server(uvicorn.Server):
+    """Closes the open tabs' streams on exit, and kills the process if it does not end in time."""
+
+    def __init__(self, settings: uvicorn.Config, folder: Path) -> None:
+        super().__init__(settings)
+        self.folder = folder
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM or SIGINT."""
+        last = threading.Timer(_END_SECONDS, self._end_now)
+        last.daemon = True
+        last.start()
+        self.config.app.state.page.stop_event.set()
+        super().handle_exit(sig, frame)
+
+    def _end_now(self) -> None:
+        """Kill the process, from a timer's thread: the event loop or the worker is stuck."""
+        print(f"not ended after {_END_SECONDS:.0f} s: ending at once", file=sys.stderr, flush=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os._exit(1)
+
+
+def build_app(queue: InferenceQueue, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
+    """Build the application.
+
+    Args:
+        queue: with the assistant.
+        folder: for temporary files, without symbolic links in its path.
+        host: to listen on; on the loopback interface, requests to other host names are refused.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    sessions = Sessions(folder)
+    config = queue.assistant.config
+    handlers = Handlers(queue, sessions, GenerationSettings.from_config(config))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweep = asyncio.create_task(_sweep(sessions))
+        yield
+        sweep.cancel()
+        sessions.end_checks()
+
+    app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.sessions = sessions
+    app.include_router(openai_routes(handlers))
+
+    @app.get("/media/{token}/{name:path}")
+    def media(token: str, name: str, request: Request) -> Response:
+        path = sessions.media_file(token, name, request.cookies.get(COOKIE, ""))
+        return _media_response(path) if path else Response("not found", 404)
+
+    folder_of_examples = config.serving.examples
+    examples = read_examples(project_path(folder_of_examples)) if folder_of_examples else []
+    page = build_page(handlers, examples, _about(config))
+    page.queue(default_concurrency_limit=None, max_size=None)
+    app = gr.mount_gradio_app(
+        app,
+        page,
+        path="",
+        server_name=host,
+        max_file_size=MAX_BYTES,
+        theme=THEME,
+        css=STYLE.read_text(encoding="utf-8"),
+        footer_links=["api"],
+        run_history=False,
+        show_error=True,
+        ssr_mode=False,
+        pwa=False,
+    )
+    page.has_launched = (
+        True  # else a mounted page counts as not launched, and Gradio's check of paths is off
+    )
+    app.state.page = next(route.app for route in app.routes if isinstance(route, Mount))
+    app.add_middleware(VisitorMiddleware, sessions=sessions)
+    if host in LOOPBACK:  # against DNS rebinding by other sites
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    return app
+
+
+def _about(config: Config) -> str:
+    return f"{config.name}: words, pictures, videos and sounds in; the same out. It makes mistakes."
+
+
+def _media_response(path: Path) -> Response:
+    mime = mimetypes.guess_type(path.name)[0] or ""
+    inline = mime.split("/")[0] in ("image", "video", "audio") and mime != "image/svg+xml"
+    headers = {
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "sandbox",
+        "Cache-Control": "private",
+    }
+    return FileResponse(
+        path, media_type=mime if inline else "application/octet-stream", headers=headers
+    )
+
+
+async def _sweep(sessions: Sessions) -> None:
+    with suppress(asyncio.CancelledError):
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            await asyncio.to_thread(sessions.sweep)

@@ -1,0 +1,1 @@
+"""Tools around training: memory estimate, caption embeddings, data validation, weights."""

@@ -1,0 +1,1 @@
+"""Pretrained weights: registry of sources, checks, download, merging."""

@@ -1,0 +1,192 @@
+"""A stage's folder: resumable checkpoints, the final delta, and what it was trained with.
+
+    stage_N/config.yaml               the resolved configuration, written at the start
+    stage_N/delta.safetensors         the trained parameters, written at the end
+    stage_N/inputs.json               what they were built from, by content
+    stage_N/checkpoints/inputs.json   the same of an unfinished run, written at its start
+    stage_N/checkpoints/step_*        exact training states; removed when the stage is finished
+
+A checkpoint is written under a temporary name, flushed, and renamed once all ranks are done:
+whatever is called `step_*` is complete. Killed during a save, a run resumes from the one before.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+from nextgpt.common.distributed import print_rank_0
+from nextgpt.common.errors import UserError
+from nextgpt.common.io import atomic_write, rename_durably
+from nextgpt.common.json_io import to_json
+from nextgpt.config.loader import format_config
+from nextgpt.config.renamed_keys import update_keys
+from nextgpt.config.schema import Config, DecoderConfig
+from nextgpt.model.delta import DELTA_FILE, Tensors, write_delta
+from nextgpt.training.engine import TrainEngine
+from nextgpt.training.run_inputs import RunInputs, compare_inputs, read_inputs, write_inputs
+
+INPUTS_FILE = "inputs.json"
+_TRAINING_KEYS = ("path", "signal_tokens", "prompt_embeds_shape")  # of a decoder
+# Keys that may change when a run is resumed: they do not affect what it computes.
+_CHANGEABLE = (
+    "name", "save_path", "data.num_workers", "data.data_dir", "data.caption_embedding_dir",
+    "data.cache_dir", "training.save_steps", "training.save_total_limit", "generation.*",
+    "serving.*",
+    *(f"decoders.*.{key}" for key in DecoderConfig.model_fields if key not in _TRAINING_KEYS),
+)  # fmt: skip
+# Paths of what `run_inputs` identifies by content.
+_PATHS = ("encoder.path", "language_model.path", "decoders.*.path", "training.deepspeed_config")
+
+
+class CheckpointManager:
+    """Reads and writes one stage's folder `path`, on every rank.
+
+    Attributes:
+        delta: file of the trained parameters.
+        init_from: delta that the run started from, recorded in its checkpoints.
+    """
+
+    def __init__(self, path: Path, stage: int, config: Config) -> None:
+        self.path, self.stage, self.config = path, stage, config
+        self.init_from: Path | None = None
+        self.delta = path / DELTA_FILE
+        self.checkpoints = path / "checkpoints"
+        self._inputs = self.checkpoints / INPUTS_FILE
+
+    def find_checkpoint(self, *, resume: bool, restart: bool) -> Path | None:
+        """The checkpoint to resume from; None for a new run.
+
+        Raises:
+            UserError: there is an unfinished run but neither flag is given, or it had another
+                configuration.
+        """
+        saved = self._saved()
+        if not saved or restart:
+            return None
+        checkpoint = saved[-1]
+        if not resume:
+            raise UserError(
+                f"{self.path} holds an unfinished run (at {checkpoint.name}): give --resume to "
+                "continue it or --restart to discard it"
+            )
+        state, world = read_run_state(checkpoint), dist.get_world_size()
+        if state["world"] != world:
+            raise UserError(
+                f"{checkpoint} was saved by {state['world']} processes, these are {world}: start "
+                "as many, or --restart"
+            )
+        update_keys(state["config"], str(checkpoint))
+        changeable = _CHANGEABLE + (_PATHS if self._inputs.is_file() else ())
+        now = self.config.model_dump(mode="json")
+        if changed := sorted(_differences(state["config"], now, changeable)):
+            raise UserError(
+                f"{checkpoint} was trained with another configuration ({', '.join(changed)}): give "
+                "the same to resume exactly, or --restart"
+            )
+        return checkpoint
+
+    def check_inputs(self, now: RunInputs, checkpoint: Path) -> bool:
+        """Compare the inputs of a resumed run with those it started from; False: not recorded.
+
+        Raises:
+            UserError: something differs; names what.
+        """
+        before = read_inputs(self._inputs)
+        if before is None:
+            started_from = read_run_state(checkpoint)["init_from"]
+            if str(started_from) != str(self.init_from):
+                raise UserError(
+                    f"{checkpoint} is of a run that started from {started_from}, not from "
+                    f"{self.init_from}: give the same, or --restart"
+                )
+            print_rank_0(
+                f"warning: {self._inputs} is missing (an older version started the run): whether "
+                "predecessor, data, embeddings and frozen models are the same cannot be checked"
+            )
+            return False
+        if changed := compare_inputs(before, now):
+            listed = "\n  ".join(changed)
+            raise UserError(
+                f"{checkpoint} is of a run with other inputs:\n  {listed}\nRestore those, or give "
+                "--restart to discard the run"
+            )
+        return True
+
+    def record_start(self, inputs: RunInputs | None) -> None:
+        """Write the resolved configuration and, unless recorded, the inputs; on rank 0."""
+        with atomic_write(self.path / "config.yaml") as partial:
+            partial.write_text(f"stage: {self.stage}\n{format_config(self.config)}")
+        if inputs is not None:
+            write_inputs(inputs, self._inputs)
+
+    def clear(self) -> None:
+        """Remove checkpoints and partial saves of an earlier run."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def save(self, engine: TrainEngine, step: int, counted: dict[str, int]) -> None:
+        """Save the exact state after `step` steps unless it is there; all ranks take part.
+
+        Raises:
+            UserError: the disk is full; the checkpoint before is still there.
+        """
+        final = self.checkpoints / f"step_{step:06d}"
+        partial = self.checkpoints / f".{final.name}.partial"
+        if final.is_dir():
+            return
+        is_first = dist.get_rank() == 0
+        if is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier()
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            engine.save(partial)
+            if is_first:
+                state = {
+                    "step": step, "world": dist.get_world_size(), "counted": counted,
+                    "config": self.config.model_dump(mode="json"),
+                    "init_from": self.init_from and str(self.init_from),
+                }  # fmt: skip
+                (partial / "run.json").write_text(to_json(state, indent=1))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise UserError(f"could not save {final} (is the disk full?): {error}") from error
+        dist.barrier()
+        if is_first:
+            rename_durably(partial, final)
+            for old in self._saved()[: -self.config.training.save_total_limit]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def finish(self, tensors: Tensors, vocabulary_size: int) -> None:
+        """Write the delta and its inputs, then remove the checkpoints; on rank 0."""
+        write_delta(tensors, vocabulary_size, self.delta)
+        if inputs := read_inputs(self._inputs):
+            write_inputs(inputs, self.path / INPUTS_FILE)
+        self.clear()
+
+    def _saved(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name[5:]))
+
+
+def read_run_state(checkpoint: Path) -> dict:
+    """What `save` recorded: `step`, `world`, `counted`, `config`, `init_from`."""
+    return json.loads((checkpoint / "run.json").read_text())
+
+
+def _differences(
+    saved: dict, now: dict, changeable: tuple[str, ...], prefix: str = ""
+) -> Iterator[str]:
+    for key in saved.keys() | now.keys():
+        name, old, new = f"{prefix}{key}", saved.get(key), now.get(key)
+        if any(fnmatchcase(name, pattern) for pattern in changeable):
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, changeable, f"{name}.")
+        elif old != new:
+            yield f"{name}: {old} there, {new} now"

@@ -1,0 +1,314 @@
+"""The training engine: optimizer steps over all ranks with DeepSpeed, exact checkpoints.
+
+DeepSpeed's JSON sets how the optimizer is sharded (ZeRO stage, offload). Batch size, precision,
+clipping, optimizer and schedule come from the run. Trainable parameters, gradients and reductions
+are float32; the frozen language model and matrix products use the run's precision (autocast).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import isfinite, log
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.common.paths import project_path
+from nextgpt.config.schema import TrainingConfig
+from nextgpt.conversation.batch import Batch
+from nextgpt.model.loading import compare_state_dicts, refuse_faults
+from nextgpt.model.nextgpt import Losses, NextGPT
+from nextgpt.model.trainable import group_of, tuned_parameters
+from nextgpt.training.loss_scale import LossScale, non_finite_gradient
+
+_SET_BY_RUN = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
+    "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
+    "communication_data_type", "data_types",
+)  # fmt: skip
+_STATE = "state"  # DeepSpeed's tag: a folder of a checkpoint
+
+# Of one step before its update, averaged over all ranks' tokens and spans: `loss`, the weighted
+# sum; `text_loss`, None where the language model did not run; `alignment_MODALITY` of those with
+# spans; `learning_rate`, of groups without their own; `gradient_norm`, None without ZeRO and where
+# an overflow skipped the step; `loss_scale` in fp16; `tokens`, the number with a text loss.
+StepMetrics = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Labelled tokens and signal spans of one optimizer step over all ranks."""
+
+    tokens: int
+    signal_spans: dict[Modality, int]
+
+
+def micro_batch_size(training: TrainingConfig, world: int) -> int:
+    """The largest divisor of a rank's samples that is not above the configured size.
+
+    Raises:
+        UserError: the global batch is not a multiple of the ranks.
+    """
+    per_rank, rest = divmod(training.global_batch_size, world)
+    if rest:
+        raise UserError(
+            f"training.global_batch_size {training.global_batch_size} cannot be shared equally by "
+            f"{world} processes: set it to a multiple of them"
+        )
+    sizes = range(1, min(per_rank, training.micro_batch_size) + 1)
+    return max(size for size in sizes if per_rank % size == 0)
+
+
+def read_deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
+    """Read DeepSpeed's JSON.
+
+    Raises:
+        UserError: it cannot be read, or sets what comes from the run.
+    """
+    path = project_path(training.deepspeed_config)
+    try:
+        settings = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"training.deepspeed_config: {path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"training.deepspeed_config: {path} holds no JSON object")
+    if written := [key for key in _SET_BY_RUN if key in settings]:
+        raise UserError(f"{path}: {', '.join(written)} come from the run, remove them here")
+    if settings.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
+        raise UserError(
+            f"{path}: zero_optimization.compute_grad_norm must be on, since overflows are detected "
+            "by the norm: remove it here"
+        )
+    return settings
+
+
+class TrainEngine:
+    """The model wrapped by DeepSpeed.
+
+    Args:
+        model: with `requires_grad` set on what trains.
+        training: the stage's configuration.
+        steps: optimizer steps of the whole run, for the schedule.
+        device, dtype: of the products.
+    """
+
+    def __init__(
+        self,
+        model: NextGPT,
+        training: TrainingConfig,
+        steps: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.training, self.device, self.dtype = training, device, dtype
+        self.world = dist.get_world_size()
+        self.micro_batch_size = micro_batch_size(training, self.world)
+        self.accumulation = training.global_batch_size // self.world // self.micro_batch_size
+        settings = self._settings(dtype)
+        self._factor = learning_rate_schedule(steps, training.warmup_ratio, training.warmup_type)
+        offloads = "offload_optimizer" in settings.get("zero_optimization", {})
+        optimizer = _build_optimizer(model, training, offloads=offloads)
+        model.to(device)
+        try:
+            self.engine, _, _, self.schedule = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                lr_scheduler=lambda inner: LambdaLR(inner, self._factor),
+                config=settings,
+            )
+        except ValueError as error:
+            fault = " ".join(str(error).split())
+            raise UserError(f"DeepSpeed refuses {training.deepspeed_config}: {fault}") from error
+        self.loss_scale = LossScale(self.engine.optimizer) if dtype == torch.float16 else None
+
+    @property
+    def model(self) -> NextGPT:
+        """The wrapped model."""
+        return self.engine.module
+
+    def step(self, batches: list[Batch], counts: StepCounts) -> StepMetrics:
+        """One optimizer step over this rank's `batches`; `counts` are of all ranks.
+
+        In fp16 a step whose gradients overflow is skipped, and the loss scale is halved.
+
+        Raises:
+            UserError: a loss or gradient is not finite; nothing was updated.
+        """
+        self.engine.train()
+        rate = self.training.learning_rate * self._factor(self.schedule.last_epoch)
+        sums = torch.zeros(2 + len(MODALITIES), dtype=torch.float64, device=self.device)
+        for index, batch in enumerate(batches):
+            losses: Losses = self.engine(batch)
+            self.engine.backward(self._normalize(losses, counts))
+            zero = torch.zeros_like(losses.text)
+            parts = [losses.text, *(losses.alignment.get(m, zero) for m in MODALITIES)]
+            sums[1:] += torch.stack(parts).detach()
+            sums[0] += losses.tokens
+            if index + 1 == len(batches):
+                tokens, text_total, *alignment_totals = self._reduce_finite(sums)
+            self.engine.step()
+        scale = {"loss_scale": self.loss_scale.scale} if self.loss_scale else {}
+        # ZeRO skips the step, on all ranks, if the norm of the reduced gradients is not finite.
+        overflowed = self.engine.zero_optimization() and self.engine.optimizer.overflow
+        if self.loss_scale:
+            self.loss_scale.update(overflowed)
+        elif overflowed:
+            raise non_finite_gradient(self.dtype)
+        norm = None if overflowed else self.engine.get_global_grad_norm()
+
+        text_loss = text_total / max(counts.tokens, 1)
+        alignment = {
+            modality: total / counts.signal_spans[modality]
+            for modality, total in zip(MODALITIES, alignment_totals, strict=True)
+            if counts.signal_spans[modality]
+        }
+        weights = self.training.alignment_loss_weights
+        return {
+            "loss": text_loss + sum(weights[m] * value for m, value in alignment.items()),
+            "text_loss": text_loss if tokens else None,
+            **{f"alignment_{modality}": value for modality, value in alignment.items()},
+            "learning_rate": rate,
+            "gradient_norm": None if norm is None else float(norm),
+            **scale,
+            "tokens": int(tokens),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the exact state into `folder`; all ranks take part."""
+        options = {"exclude_frozen_parameters": True, "save_latest": False}
+        self.engine.save_checkpoint(str(folder), _STATE, **options)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.loss_scale:
+            random |= self.loss_scale.state()
+        save_file(random, folder / f"random_{dist.get_rank()}.safetensors")
+
+    def load(self, folder: Path) -> None:
+        """Restore the state that `save` wrote.
+
+        Raises:
+            UserError: it is of another model or other ranks.
+        """
+        path, _ = self.engine.load_checkpoint(str(folder), _STATE, custom_load_fn=_load_trainable)
+        if path is None:
+            raise UserError(f"{folder} cannot be read: remove it to resume from an older one")
+        random = load_file(folder / f"random_{dist.get_rank()}.safetensors")
+        torch.set_rng_state(random["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], self.device)
+        if self.loss_scale:
+            self.loss_scale.load(random)
+
+    def tuned_tensors(self, *, base_vocabulary: bool) -> dict[str, torch.Tensor]:
+        """The tuned parameters by name, on the CPU in float32; all ranks take part."""
+        tuned = dict(tuned_parameters(self.model, base_vocabulary=base_vocabulary))
+        with deepspeed.zero.GatheredParameters(list(tuned.values())):
+            return {name: p.detach().float().cpu().clone() for name, p in tuned.items()}
+
+    def _normalize(self, losses: Losses, counts: StepCounts) -> torch.Tensor:
+        """This micro batch's part of the mean over all tokens and spans of the step.
+
+        DeepSpeed averages over ranks and micro batches; the factor undoes that.
+        """
+        loss, weights = losses.text / max(counts.tokens, 1), self.training.alignment_loss_weights
+        for modality, total in losses.alignment.items():
+            loss = loss + weights[modality] * total / counts.signal_spans[modality]
+        return loss * self.world * self.accumulation + losses.unused
+
+    def _reduce_finite(self, sums: torch.Tensor) -> list[float]:
+        """All-reduce `sums`, and check losses and gradients before the update."""
+        dist.all_reduce(sums)
+        totals = sums.tolist()
+        if not all(map(isfinite, totals)):
+            raise UserError("the loss is not finite: lower the learning rate or look at the data")
+        if not self.engine.zero_optimization():
+            # DeepSpeed would apply them. Accumulated and averaged, they are the same on all ranks.
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            if not torch.nn.utils.get_total_norm(gradients).isfinite():
+                raise non_finite_gradient(self.dtype)
+        return totals
+
+    def _settings(self, dtype: torch.dtype) -> dict:
+        """DeepSpeed's JSON, completed from the run's configuration."""
+        settings = read_deepspeed_config(self.training)
+        if self.device.type == "cpu":  # the optimizer is on the CPU already
+            for key in ("offload_optimizer", "offload_param"):
+                settings.get("zero_optimization", {}).pop(key, None)
+        return settings | {
+            "train_batch_size": self.training.global_batch_size,
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": self.training.max_grad_norm,
+            "steps_per_print": 2**31,
+            "torch_autocast": {
+                "enabled": dtype != torch.float32,
+                "dtype": str(dtype).removeprefix("torch."),
+                # DeepSpeed would reduce gradients of linear layers in `dtype`, where small ones are
+                # lost and large ones overflow. In float32 4 bytes instead of 2 are sent.
+                "lower_precision_safe_modules": [],
+            },
+        }
+
+
+def _load_trainable(src: dict[str, torch.Tensor], dst: NextGPT) -> None:
+    """Load saved parameters, which must be exactly those that train."""
+    trained = [name for name, p in dst.named_parameters() if p.requires_grad]
+    faults = compare_state_dicts(dst.state_dict(), src, required=trained)
+    refuse_faults("the checkpoint", faults, "another model's? remove it")
+    dst.load_state_dict(src, strict=False)
+
+
+def _build_optimizer(
+    model: NextGPT, training: TrainingConfig, *, offloads: bool
+) -> torch.optim.Optimizer:
+    """AdamW (DeepSpeed's `Adam`), a parameter group per learning rate."""
+    rates: dict[str | None, float] = {**training.group_learning_rates}
+    groups: dict[float, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = rates.get(group_of(name), training.learning_rate)
+            if ".lora_B." in name:
+                rate = rates.get("lora_B", rate)
+            groups.setdefault(rate, {"params": [], "lr": rate})["params"].append(parameter)
+    build = deepspeed.ops.adam.DeepSpeedCPUAdam if offloads else partial(AdamW, fused=True)
+    return build(
+        list(groups.values()),
+        betas=training.betas,
+        eps=training.adam_epsilon,
+        weight_decay=training.weight_decay,
+    )
+
+
+def learning_rate_schedule(
+    steps: int, warmup_ratio: float, warmup_type: Literal["log", "linear"]
+) -> Callable[[int], float]:
+    """Factor of the peak learning rate at each step from 0: warm-up to 1, then linear decay to 0.
+
+    `log` is DeepSpeed's `WarmupDecayLR` with its default `warmup_type` over at least 10 steps, as
+    published: log(step + 1) / log(warm-up steps), which is 0 in the first step. `linear` reaches
+    the peak in the last warm-up step and is above 0 in the first.
+
+    Args:
+        steps: of the whole run; `warmup_ratio` of them have a rising rate.
+    """
+    is_log = warmup_type == "log"
+    rising = warmup_ratio * steps
+    warmup_steps = max(10, int(rising)) if is_log else max(1, round(rising))
+
+    def factor(step: int) -> float:
+        if step >= warmup_steps:
+            return max(0.0, (steps - step) / max(1, steps - warmup_steps))
+        return log(step + 1) / log(warmup_steps) if is_log else (step + 1) / warmup_steps
+
+    return factor

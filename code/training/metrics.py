@@ -1,0 +1,106 @@
+"""Logs a run's metrics: a progress bar, `metrics.jsonl`, TensorBoard, and `skipped.jsonl`.
+
+Rank 0 logs for all; skipped samples are listed by the rank that met them.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from nextgpt.common.errors import UserError
+from nextgpt.common.io import atomic_write
+from nextgpt.common.json_io import to_json
+from nextgpt.conversation.batch import SkippedSample
+from nextgpt.training.data import MAX_SKIPPED_SHARE
+from nextgpt.training.engine import StepMetrics
+
+_MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checked
+
+
+class MetricsLogger:
+    """The logs of one run in `folder`; opening them drops lines of steps after `first_step`.
+
+    Args:
+        counted: `samples`, `skipped` and `cut_tokens` of all ranks so far.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, first_step: int, steps: int, counted: dict[str, int]
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.is_logging = rank == 0
+        self.counted = counted
+        self._metrics_file = folder / "metrics.jsonl"
+        self._skipped_file = folder / "skipped.jsonl"
+        self._last_time = time.perf_counter()
+        if self.is_logging:
+            for file in (self._metrics_file, self._skipped_file):
+                _truncate(file, first_step)
+            # TensorBoard drops what earlier runs wrote of `purge_step` and all later steps.
+            self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+            self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
+
+    def count(self, step: int, skipped: list[SkippedSample], counts: dict[str, int]) -> None:
+        """List the samples that this rank skipped in step number `step`; add all ranks' `counts`.
+
+        Raises:
+            UserError: more than 5 % of a thousand or more samples were skipped.
+        """
+        if skipped:
+            _append(self._skipped_file, [{"step": step, **one._asdict()} for one in skipped])
+        for key, value in counts.items():
+            self.counted[key] += value
+        num_skipped = self.counted["skipped"]
+        total = self.counted["samples"] + num_skipped
+        if total >= _MIN_SAMPLES and num_skipped > MAX_SKIPPED_SHARE * total:
+            raise UserError(
+                f"{num_skipped} of {total} samples could not be used: see {self._skipped_file}, "
+                "repair the data and --resume"
+            )
+
+    def log(self, step: int, metrics: StepMetrics) -> None:
+        """Log the metrics of step number `step`, from 1."""
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        if not self.is_logging:
+            return
+        line = {
+            "step": step,
+            **metrics,
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(metrics["tokens"] / seconds, 1),
+            **self.counted,
+        }
+        _append(self._metrics_file, [line])
+        shown = {}
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self._board.add_scalar(name, value, step)
+                if name in ("loss", "text_loss") or name.startswith("alignment_"):
+                    shown[name.removeprefix("alignment_")] = f"{value:.3f}"
+        self._board.flush()  # so that a killed run leaves the steps before its checkpoint
+        self._bar.set_postfix(shown, tokens_per_second=line["tokens_per_second"], refresh=False)
+        self._bar.update()
+
+    def close(self) -> None:
+        """Flush and close the logs."""
+        if self.is_logging:
+            self._bar.close()
+            self._board.close()
+
+
+def _append(file: Path, lines: list[dict]) -> None:
+    with file.open("a") as stream:
+        stream.writelines(to_json(line) + "\n" for line in lines)
+
+
+def _truncate(file: Path, last_step: int) -> None:
+    """Drop partial lines, and those of steps after `last_step`, which will be repeated."""
+    if file.is_file():
+        lines = [line for line in file.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+        kept = [line for line in lines if json.loads(line)["step"] <= last_step]
+        with atomic_write(file) as partial:
+            partial.write_text("".join(kept))

@@ -1,0 +1,290 @@
+"""One stage's training, from its configuration to its delta."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nextgpt.common.device import choose_device, choose_dtype
+from nextgpt.common.distributed import all_reduce_sum, compute_on_rank_0, print_rank_0
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import MODALITIES
+from nextgpt.common.paths import project_path
+from nextgpt.config.schema import Config, TrainableGroup
+from nextgpt.conversation.batch import Batch
+from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
+from nextgpt.dataset.sampler import BatchSchedule
+from nextgpt.model.build import build_model, build_prompt_builder
+from nextgpt.model.delta import Delta, load_delta, read_delta, tensors_of_absent_groups
+from nextgpt.model.nextgpt import NextGPT
+from nextgpt.model.quantization import check_zero_stage
+from nextgpt.model.trainable import count_parameters, format_parameter_counts, set_trainable
+from nextgpt.training.checkpointing import CheckpointManager, read_run_state
+from nextgpt.training.data import ExampleDataset, load_batches, rank_batches
+from nextgpt.training.engine import StepCounts, TrainEngine, read_deepspeed_config
+from nextgpt.training.media_features import BatchEncoder, FeatureCaches
+from nextgpt.training.metrics import MetricsLogger
+from nextgpt.training.run_inputs import RunInputs, check_caption_embeddings, identify_inputs
+
+# What the stages before have trained, and a stage's predecessor must therefore bring.
+TRAINED_BEFORE: dict[int, set[TrainableGroup]] = {
+    1: set(),
+    2: {"input_projection", "vocabulary"},
+    3: {"input_projection", "output_projections", "vocabulary"},
+    4: {"input_projection", "output_projections", "vocabulary", "lora"},
+}
+STOPPED_BY_SIGNAL = 143
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Options of the command line besides the configuration.
+
+    Attributes:
+        stage: 1 to 4.
+        init_from: delta to start from; by default the previous stage's, or none in stage 1.
+        resume: continue an unfinished run.
+        restart: discard an unfinished run.
+        log_path: folder of the logs, in `stage_N`; by default `log` in the stage's folder.
+    """
+
+    stage: int
+    init_from: Path | None = None
+    resume: bool = False
+    restart: bool = False
+    log_path: Path | None = None
+
+
+class TrainerCallback:
+    """Hooks for what is not part of every run. All ranks call all hooks, in the list's order."""
+
+    def on_train_begin(self, trainer: "Trainer") -> None:
+        """Called with the model loaded, before the engine and its optimizer are built."""
+
+    def on_step_begin(self, trainer: "Trainer", batches: list[Batch]) -> None:
+        """Called before each optimizer step with this rank's micro batches, on the device."""
+
+    def on_train_end(self, trainer: "Trainer") -> None:
+        """Called after the last step, before the delta is written."""
+
+
+class Trainer:
+    """Trains one stage, in every process of an initialised process group.
+
+    Attributes:
+        step, total_steps: optimizer steps taken, and of the whole run.
+        examples, schedule: the stage's samples, and which make up which global batch.
+        checkpoints, checkpoint: the stage's folder, and what the run is resumed from.
+        delta: tuned parameters that the run starts from.
+        model, engine, metrics: as their classes document.
+    """
+
+    def __init__(
+        self, config: Config, options: RunOptions, callbacks: Sequence[TrainerCallback] = ()
+    ) -> None:
+        self.config, self.options, self.callbacks = config, options, callbacks
+        self.device = choose_device()
+        self.dtype = choose_dtype(config.training.precision, self.device)
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.step = 0
+        self._stop = False
+        folder = project_path(config.save_path) / f"stage_{options.stage}"
+        self.checkpoints = CheckpointManager(folder, options.stage, config)
+        self.checkpoint: Path | None = None
+        self.delta: Delta | None = None
+
+    def train(self) -> bool:
+        """Train the stage; False if a signal stopped it early, after saving a checkpoint."""
+        options, folder, training = self.options, self.checkpoints, self.config.training
+        self.checkpoint = folder.find_checkpoint(resume=options.resume, restart=options.restart)
+        if options.resume and self.checkpoint is None and folder.delta.is_file():
+            print_rank_0(f"{folder.path} is finished: {folder.delta}")
+            return True
+        self.open_dataset()
+        self.read_predecessor()
+        recorded = self.checkpoint and folder.check_inputs(self.identify_inputs(), self.checkpoint)
+        self.build_model()
+        vocabulary_size = self.model.base_vocabulary_size  # ZeRO 3 will shard the matrix
+        for callback in self.callbacks:
+            callback.on_train_begin(self)
+        self.engine = TrainEngine(self.model, training, self.total_steps, self.device, self.dtype)
+        torch.manual_seed(training.seed + self.rank)  # dropout differs between ranks
+        counted = self.restore_checkpoint()
+        if self.rank == 0:
+            folder.record_start(None if recorded else self.identify_inputs())
+        logs = options.log_path / folder.path.name if options.log_path else folder.path / "log"
+        self.metrics = MetricsLogger(logs, self.rank, self.step, self.total_steps, counted)
+        with closing(self.metrics):
+            finished = self.run_steps()
+        if not finished:
+            print_rank_0(f"stopped after step {self.step}; continue with --resume")
+            return False
+        for callback in self.callbacks:
+            callback.on_train_end(self)
+        self.save_delta(vocabulary_size)
+        return True
+
+    def open_dataset(self) -> None:
+        """Open the data sets, compare their caption embeddings, and schedule the batches."""
+        config, training = self.config, self.config.training
+        conversations = open_conversations(config.data)
+        shapes = prompt_embeds_shapes(config)
+        wrong_rows: dict[str, set[int]] = {}
+        if shapes is not None:
+            # On one rank, because it holds all captions: 330 MB per million rows.
+            check = partial(check_caption_embeddings, config, conversations)
+            lines, wrong_rows = compute_on_rank_0(check)
+            for line in lines:
+                print_rank_0(line)
+        builder, caches = build_prompt_builder(config), FeatureCaches(config)
+        length = config.data.max_seq_length
+        self.examples = ExampleDataset(conversations, builder, length, caches, shapes, wrong_rows)
+        size, sizes = training.global_batch_size, conversations.sizes
+        self.schedule = BatchSchedule(sizes, size, config.data.batching, training.seed)
+        self.total_steps = self.schedule.steps_per_epoch * training.epochs
+        if training.max_steps is not None:
+            self.total_steps = min(self.total_steps, training.max_steps)
+        print_rank_0(f"{self.total_steps} steps of {size} samples out of {sizes}")
+
+    def read_predecessor(self) -> None:
+        """Read the delta that the run starts from, or was started from."""
+        path = self.options.init_from
+        if path is None and self.checkpoint is not None:
+            started_from = read_run_state(self.checkpoint)["init_from"]
+            path = started_from and Path(started_from)
+        elif path is None and self.options.stage > 1:
+            path = self.checkpoints.path.with_name(f"stage_{self.options.stage - 1}")
+        self.checkpoints.init_from = path
+        self.delta = None if path is None else read_delta(path)
+
+    def identify_inputs(self) -> RunInputs:
+        """What the run is built from, by content."""
+        predecessor = self.delta and self.delta.source
+        return identify_inputs(self.config, self.examples.conversations, predecessor)
+
+    def build_model(self) -> None:
+        """Build the model, load the predecessor's parameters and freeze what does not train."""
+        config, training, delta = self.config, self.config.training, self.delta
+        if not training.trainable:
+            raise UserError("training.trainable is empty: name what is to be trained")
+        settings = read_deepspeed_config(training)
+        check_zero_stage(training.deepspeed_config, settings, config.language_model.quantization)
+        torch.manual_seed(training.seed)
+        self.model = build_model(
+            config,
+            self.dtype,
+            lora="lora" in training.trainable or (delta is not None and delta.holds("lora")),
+            output_projections="output_projections" in training.trainable,
+        )
+        if delta is not None:
+            print_rank_0(f"starting from {delta.source}")
+            for line in load_delta(self.model, delta, TRAINED_BEFORE[self.options.stage]):
+                print_rank_0(f"  {line}")
+        configure_trainable(self.model, config)
+        print_rank_0(format_parameter_counts(count_parameters(self.model)))
+
+    def restore_checkpoint(self) -> dict[str, int]:
+        """Load the checkpoint, or clear the folder for a new run; the samples counted so far."""
+        if self.checkpoint is None:
+            if self.rank == 0:
+                self.checkpoints.clear()
+            return {"samples": 0, "skipped": 0, "cut_tokens": 0}
+        self.engine.load(self.checkpoint)
+        run = read_run_state(self.checkpoint)
+        self.step = run["step"]
+        print_rank_0(f"resumed after step {self.step} from {self.checkpoint}")
+        return run["counted"]
+
+    def run_steps(self) -> bool:
+        """Take the remaining steps; False if a signal stopped them, after saving a checkpoint."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        data, size, end = self.config.data, self.engine.micro_batch_size, self.total_steps
+        loaded = self._load_batches(self.step, end, size, data.num_workers, data.packed_seq_length)
+        encoder = BatchEncoder(self.config, self.examples.caches, self.device)
+        with loaded as steps:
+            for batches in islice(steps, end - self.step):  # one more would end the processes
+                counts = self.count_step(batches)
+                if counts is None:
+                    self.checkpoints.save(self.engine, self.step, self.metrics.counted)
+                    return False
+                batches = [encoder.encode(batch) for batch in batches]
+                for callback in self.callbacks:
+                    callback.on_step_begin(self, batches)
+                result = self.engine.step(batches, counts)
+                self.step += 1
+                self.metrics.log(self.step, result)
+                at_save = self.step % self.config.training.save_steps == 0
+                if at_save and self.step < self.total_steps:
+                    self.checkpoints.save(self.engine, self.step, self.metrics.counted)
+        return True
+
+    def count_step(self, batches: list[Batch]) -> StepCounts | None:
+        """Counts of the next step over all ranks; None if any of them received a signal."""
+        skipped = [sample for batch in batches for sample in batch.skipped]
+        counted = {
+            "samples": sum(batch.num_samples for batch in batches),
+            "skipped": len(skipped),
+            "cut_tokens": sum(batch.cut_tokens for batch in batches),
+        }
+        spans = [sum(len(b.signal_spans.get(m, ())) for b in batches) for m in MODALITIES]
+        tokens = sum(batch.num_label_tokens for batch in batches)
+        totals = all_reduce_sum([self._stop, tokens, *spans, *counted.values()], self.device)
+        stopped, tokens, *totals = map(int, totals)
+        if stopped:
+            return None
+        counts = dict(zip(counted, totals[len(spans) :], strict=True))
+        self.metrics.count(self.step + 1, skipped, counts)
+        return StepCounts(tokens, dict(zip(MODALITIES, totals[: len(spans)], strict=True)))
+
+    def save_delta(self, vocabulary_size: int) -> None:
+        """Write the tuned parameters, and those of the predecessor that this run does not use."""
+        delta = self.delta
+        whole = self.config.language_model.trainable_embeddings == "full"
+        whole = whole or bool(delta and delta.holds_base_vocabulary)
+        tensors = self.engine.tuned_tensors(base_vocabulary=whole)
+        if self.rank == 0:
+            unused = tensors_of_absent_groups(self.model, delta) if delta else {}
+            self.checkpoints.finish(unused | tensors, vocabulary_size)
+        print_rank_0(f"stage {self.options.stage} is finished: {self.checkpoints.delta}")
+
+    def starts_new(self, group: TrainableGroup) -> bool:
+        """Whether the parameters of `group` are neither resumed nor loaded from a predecessor."""
+        return self.checkpoint is None and not (self.delta and self.delta.holds(group))
+
+    def first_batches(self, steps: int | None = None) -> Iterator[Batch]:
+        """Yield this rank's micro batches of the first `steps` (default: all), rows not packed."""
+        end = min(steps or self.total_steps, self.total_steps)
+        size = self.config.training.micro_batch_size
+        encoder = BatchEncoder(self.config, self.examples.caches, self.device)
+        with self._load_batches(0, end, size) as loaded:
+            for batches in loaded:
+                yield from map(encoder.encode, batches)
+
+    def _load_batches(
+        self, first: int, end: int, size: int, num_workers: int = 0, packed: int | None = None
+    ) -> AbstractContextManager[Iterator[list[Batch]]]:
+        """This rank's micro batches of each step from number `first` up to `end`."""
+        length, width = self.examples.conversations.length, self.config.encoder.width
+        order = rank_batches(self.schedule, first, end, length, self.rank, self.world)
+        return load_batches(self.examples, order, size, width, num_workers, packed)
+
+    def _on_signal(self, *_: object) -> None:
+        self._stop = True
+
+
+def configure_trainable(model: NextGPT, config: Config) -> None:
+    """Set what trains, the modules' modes and activation checkpointing, in place."""
+    trainable = config.training.trainable
+    # Where output projections alone train, no gradient passes through the language model: it stores
+    # no activations, and must not be asked to recompute them for a gradient of its inputs.
+    if config.training.activation_checkpointing and set(trainable) != {"output_projections"}:
+        model.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    whole = config.language_model.trainable_embeddings == "full"
+    set_trainable(model, trainable, base_vocabulary=whole)

@@ -1,0 +1,74 @@
+"""Data loader workers start and end with their block; other processes are unaffected."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from torch.utils.data import DataLoader
+
+from nextgpt.training.data import ExampleDataset, load_batches
+
+CONTEXT = multiprocessing.get_context("fork")
+
+
+def samples() -> ExampleDataset:
+    """Return a data set that is never indexed."""
+    encoder = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0))
+    return ExampleDataset([], encoder, 10, {}, None, {})  # type: ignore[arg-type]
+
+
+def test_loader_workers_end_with_their_block_only() -> None:
+    other = CONTEXT.Process(target=time.sleep, args=(600,), daemon=True)
+    other.start()
+    try:
+        with load_batches(samples(), iter([]), 1, 8, num_workers=2):
+            own = [one for one in multiprocessing.active_children() if one is not other]
+            assert len(own) == 2
+            later = CONTEXT.Process(target=time.sleep, args=(600,), daemon=True)
+            later.start()
+        assert not any(one.is_alive() for one in own)
+        assert other.is_alive() and later.is_alive()
+    finally:
+        for one in multiprocessing.active_children():
+            one.kill()
+            one.join()
+
+
+def test_loader_workers_of_a_failed_start_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail_after_start(loader: DataLoader) -> None:
+        own_iter(loader)
+        raise OSError(11, "no more processes")
+
+    own_iter = DataLoader.__iter__
+    monkeypatch.setattr(DataLoader, "__iter__", fail_after_start)
+    loaded = load_batches(samples(), iter([]), 1, 8, num_workers=2)
+    with pytest.raises(OSError, match="no more processes"), loaded:
+        raise AssertionError("it has started")
+    assert not multiprocessing.active_children()
+
+
+def test_decode_worker_of_a_dead_loader_ends_silently() -> None:
+    request = [["nextgpt.media.decoding", "read_pixels"], ["missing.png"], "missing.png", [10, 10]]
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "nextgpt.media.decode_worker", str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as worker:
+        assert worker.stdout and worker.stdin and worker.stderr
+        worker.stdin.write("\n")  # a ping
+        worker.stdin.flush()
+        assert worker.stdout.readline() == "ready\n"
+        worker.stdout.close()
+        worker.stdin.write(json.dumps(request) + "\n")
+        worker.stdin.flush()
+        assert worker.wait(60) == 0
+        assert worker.stderr.read() == ""

@@ -1,0 +1,268 @@
+"""A failing run ends all processes within seconds, reports its cause once, and exits non-zero."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tiny_run import TinyRun
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 20  # in which everything is gone
+CAUSE = "a fault of this very test"
+LONG = ["training.epochs=1000", "training.max_steps=20000", "data.num_workers=2"]
+
+
+def _train_failing(*given: Any) -> None:
+    """Train; the third step raises the error of `fault.json` on the ranks of `fault.json`."""
+    import torch
+    import torch.distributed as dist
+
+    import tiny_run
+    from nextgpt.common.errors import UserError
+    from nextgpt.training.engine import StepMetrics, TrainEngine
+
+    fault = json.loads(given[2].with_name("fault.json").read_text())
+    errors = {
+        "RuntimeError": RuntimeError(CAUSE),
+        "OutOfMemoryError": torch.OutOfMemoryError(CAUSE),
+        "UserError": UserError(CAUSE),
+        "OSError": OSError(28, CAUSE),
+        "SystemExit": SystemExit(0),
+        "KeyboardInterrupt": KeyboardInterrupt(),
+    }
+    own_step, steps = TrainEngine.step, iter(range(1, 10**6))
+
+    def step(engine: TrainEngine, *arguments: Any) -> StepMetrics:
+        if next(steps) == 3 and dist.get_rank() in fault["ranks"]:
+            while not given[2].with_name("now").exists():
+                time.sleep(0.02)
+            raise errors[fault["error"]]
+        return own_step(engine, *arguments)
+
+    TrainEngine.step = step
+    tiny_run._train(*given)
+
+
+def _train_without_coming(*given: Any) -> None:
+    """Train; rank 1 exits before it connects to process 0, which waits for 3 s."""
+    import tiny_run
+    from nextgpt.common import watchdog
+
+    own_start = watchdog.Watchdog.start
+
+    def start(one: watchdog.Watchdog) -> None:
+        if os.environ["RANK"] == "1":
+            os._exit(1)
+        own_start(one, 3)
+
+    watchdog.Watchdog.start = start
+    tiny_run._train(*given)
+
+
+def _train_unlike(*given: Any) -> None:
+    """Train; rank 1 raises an error when it chooses its precision."""
+    import tiny_run
+    from nextgpt.common.errors import UserError
+    from nextgpt.training import trainer
+
+    own_choice = trainer.choose_dtype
+
+    def choose_dtype(*arguments: Any) -> Any:
+        if os.environ["RANK"] == "1":
+            raise UserError(CAUSE)
+        return own_choice(*arguments)
+
+    trainer.choose_dtype = choose_dtype
+    tiny_run._train(*given)
+
+
+Start = Callable[..., TinyRun]
+
+
+@pytest.fixture
+def start_run(tmp_path: Path) -> Iterator[Start]:
+    """Start a long run whose processes are killed after the test."""
+    runs: list[TinyRun] = []
+
+    def start(world: int, target: Callable[..., None]) -> TinyRun:
+        runs.append(TinyRun(tmp_path, 1, LONG, world=world))
+        return runs[-1].start(target=target)
+
+    yield start
+    for process in (process for run in runs for process in run.processes):
+        process.kill()  # its own processes end with it
+        process.join()
+
+
+def failing_run(start: Start, folder: Path, error: str, ranks: list[int], world: int) -> TinyRun:
+    """Start a run that raises `error` on `ranks`."""
+    (folder / "fault.json").write_text(json.dumps({"error": error, "ranks": ranks}))
+    return start(world, _train_failing)
+
+
+def family(run: TinyRun) -> list[psutil.Process]:
+    """Return a run's processes after two steps: ranks, decode workers, two loader workers a rank.
+
+    Between are those that decode for either.
+    """
+    wait_until(lambda: len(run.metrics) >= 2 or not run.processes[0].is_alive())
+    ranks = [psutil.Process(process.pid) for process in run.processes]
+    children = [child for rank in ranks for child in rank.children(recursive=True)]
+    loaders = [child for child in children if child.name() == "pt_data_worker"]
+    assert len(loaders) == 2 * run.world, run.outputs
+    return [*ranks, *(child for child in children if child not in loaders), *loaders]
+
+
+def assert_gone(processes: list[psutil.Process], seconds: float = SECONDS) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    for process in alive:
+        process.kill()
+    assert not alive
+
+
+def _kill_all(script: subprocess.Popen) -> None:
+    """Kill a launch script's processes and the script, if it still runs."""
+    if script.poll() is None:
+        processes = psutil.Process(script.pid).children(recursive=True)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        script.kill()
+        script.wait()
+
+
+def wait_until(reached: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "code", "ranks", "world"),
+    [
+        pytest.param(*case, marks=SLOW)
+        for case in (
+            ("RuntimeError", CAUSE, 1, [1], 2),
+            ("RuntimeError", CAUSE, 1, [0], 1),
+            ("RuntimeError", CAUSE, 1, [0], 2),
+            ("RuntimeError", CAUSE, 1, [0, 1], 2),
+            ("OutOfMemoryError", CAUSE, 1, [0], 1),
+            ("OutOfMemoryError", CAUSE, 1, [1], 2),
+            ("UserError", CAUSE, 2, [1], 2),
+            ("UserError", CAUSE, 2, [0, 1], 2),
+            ("OSError", CAUSE, 2, [0], 2),
+            ("SystemExit", "RuntimeError: sys.exit was called", 1, [0], 1),
+            ("SystemExit", "RuntimeError: sys.exit was called", 1, [1], 2),
+            ("KeyboardInterrupt", "stopped", 130, [0], 1),
+            ("KeyboardInterrupt", "stopped", 130, [1], 2),
+        )
+    ],
+)
+def test_exception_in_a_step_ends_all_processes_and_is_reported_once(
+    start_run: Start,
+    tmp_path: Path,
+    error: str,
+    message: str,
+    code: int,
+    ranks: list[int],
+    world: int,
+) -> None:
+    run = failing_run(start_run, tmp_path, error, ranks, world)
+    processes = family(run)
+    (tmp_path / "now").touch()
+    assert_gone(processes)
+    assert run.wait() == code
+    assert {process.exitcode for process in run.processes} == {code}
+    assert run.outputs.count(message) == 1
+    assert run.outputs.count("Traceback") <= (2 if error == "SystemExit" else 1)
+
+
+@pytest.mark.parametrize(("world", "killed"), [(2, 1), pytest.param(2, 0, marks=SLOW)])
+def test_killed_process_ends_the_others_which_name_it(
+    start_run: Start, tmp_path: Path, world: int, killed: int
+) -> None:
+    run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
+    processes = family(run)
+    processes[killed].kill()
+    assert_gone(processes)
+    assert [process.exitcode for process in run.processes] == [
+        -signal.SIGKILL if rank == killed else 1 for rank in range(world)
+    ]
+    assert (
+        run.outputs.count(f"error: process {killed} of {world} ended without an error message") == 1
+    )
+    assert "Traceback" not in run.outputs
+
+
+@pytest.mark.slow
+def test_process_that_dies_before_connecting_is_named_and_ends_the_run(start_run: Start) -> None:
+    run = start_run(2, _train_without_coming)
+    assert run.wait() == 2
+    assert run.outputs.count("did not connect to process 0 within 3 s: 1") == 1
+    assert "Traceback" not in run.outputs
+
+
+@pytest.mark.slow
+def test_error_before_training_ends_all_processes(start_run: Start) -> None:
+    run = start_run(2, _train_unlike)
+    assert [run.wait(), run.processes[1].exitcode] == [2, 2]
+    assert run.outputs.count(CAUSE) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_killed_loader_worker_ends_the_run(start_run: Start, tmp_path: Path, world: int) -> None:
+    run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
+    processes = family(run)
+    processes[-1].kill()
+    assert_gone(processes)
+    assert run.wait() == 1
+    assert run.outputs.count("is killed by signal: Killed") == 1
+
+
+@pytest.mark.slow
+def test_loader_workers_end_with_a_killed_run(start_run: Start, tmp_path: Path) -> None:
+    run = failing_run(start_run, tmp_path, "RuntimeError", [], 1)
+    processes = family(run)
+    processes[0].kill()
+    assert_gone(processes, seconds=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["process", "loader"])
+def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
+    run = TinyRun(tmp_path, 1, LONG, ["--include", "localhost:0,1"])
+    environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
+    command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
+    with (tmp_path / "output").open("w+") as output:
+        script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
+            started = psutil.Process(script.pid).children(recursive=True)
+            trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
+            ranks = [one for one in trainers if "deepspeed" not in " ".join(one.cmdline())]
+            loaders = [one for one in ranks if one.parent() in ranks]
+            ranks = [one for one in ranks if one not in loaders]
+            assert (len(ranks), len(loaders)) == (2, 4)
+            (loaders if kind == "loader" else ranks)[1].kill()
+            assert_gone(started)
+            code = script.wait(5)
+        finally:
+            _kill_all(script)
+    message = (tmp_path / "output").read_text()
+    assert code != 0, message
+    cause = "is killed by signal: Killed" if kind == "loader" else "ended without an error message"
+    assert message.count(cause) == 1, message
