@@ -16,11 +16,11 @@ from torch import nn
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.decoders.pipelines import DiffusionSettings, build_decoder, initial_noise
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.media.writing import Frames, Output, Sound, save_medium
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
-from nextgpt.model.decoders import DiffusionSettings, build_decoder, initial_noise
 from nextgpt.model.loading import resolve_model_path
-from nextgpt.model.text_encoders import TextEncoder
 from tiny_decoders import CAPTIONS, TINY, tiny_decoder
 
 CPU = torch.device("cpu")

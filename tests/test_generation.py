@@ -18,6 +18,7 @@ from nextgpt.common.errors import MediaError, UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.conversation.prompt import PromptBuilder
+from nextgpt.decoders.pipelines import build_decoder
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.events import (
     Answer,
@@ -39,7 +40,6 @@ from nextgpt.generation.sampling import (
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Frames, Sound
 from nextgpt.model.build import build_prompt_builder
-from nextgpt.model.decoders import build_decoder
 from parity_tools import MEDIA
 from tiny_components import script_language_model, tiny_overrides, write_tiny_components
 from tiny_system import tiny_encoder

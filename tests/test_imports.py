@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("media",),
     ("dataset",),
     ("model",),
+    ("decoders",),
     ("training", "generation", "evaluation"),
     ("callbacks",),
     ("tools",),

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.config.loader import load_config
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.mini_world.build_components import (
     COMPONENTS,
     TRAINING_RECORD,
@@ -28,7 +29,6 @@ from nextgpt.mini_world.mini_tokenizers import (
 from nextgpt.mini_world.objects import sample_object
 from nextgpt.mini_world.words import fill_template
 from nextgpt.model.imagebind.loading import load_imagebind
-from nextgpt.model.text_encoders import TextEncoder
 from tiny_decoders import TINY
 
 CPU = torch.device("cpu")

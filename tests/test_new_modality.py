@@ -19,7 +19,7 @@ from nextgpt.training.media_features import BatchEncoder, FeatureCaches
 from tiny_components import favour, tiny_overrides
 from tiny_decoders import tiny_decoder
 
-IMAGE_ADAPTER = "nextgpt.model.decoders:StableDiffusionDecoder"
+IMAGE_ADAPTER = "nextgpt.decoders.pipelines:StableDiffusionDecoder"
 DEPTH = ModalitySpec("depth", "DEP", "depth map", ".png", "image/png", IMAGE_ADAPTER)
 DECODER = {"signal_tokens": 3, "prompt_embeds_shape": [12, 32], "num_inference_steps": 1}
 

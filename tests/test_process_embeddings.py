@@ -19,8 +19,8 @@ from nextgpt.dataset.caption_embeddings import (
     read_embedding,
 )
 from nextgpt.dataset.readers import iter_captions, read_record
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.mini_world.mini_decoders import build_mini_decoder
-from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.tools.embed_captions import embed_captions
 from nextgpt.tools.embedding_store import EmbeddingStore
 from tiny_decoders import TINY, tiny_decoder

@@ -13,8 +13,7 @@ from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.model.build import build_model
-from nextgpt.model.quantization import memory_saved
-from nextgpt.tools.memory_estimate import estimate_memory
+from nextgpt.tools.memory_estimate import estimate_memory, memory_saved
 from test_training import ONE_AT_A_TIME, from_stage, zero
 from tiny_components import tiny_overrides, write_tiny_components
 from tiny_run import TinyRun, same

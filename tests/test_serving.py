@@ -23,13 +23,13 @@ from PIL import Image
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.generation.events import DiffusionStep, TextDelta, TurnComplete
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.decode_worker import MAX_WORKERS
 from nextgpt.media.writing import Frames, Sound, save_medium
 from nextgpt.mini_world.captions import parse_caption
 from nextgpt.mini_world.page_files import BANK, EXAMPLES, bank_captions, write_caption_bank
-from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.serving.answer_state import AnswerState
 from nextgpt.serving.chat_view import chat_messages, unescape_text
 from nextgpt.serving.examples import read_examples

@@ -1,7 +1,7 @@
 """The registry of modalities besides text: one `ModalitySpec` is all that the package asks of one.
 
 A new modality is one call of `register_modality` with the import string of its decoder adapter, a
-subclass of `nextgpt.model.decoders.Decoder`.
+subclass of `nextgpt.decoders.pipelines.Decoder`.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class ModalitySpec:
 
     @property
     def decoder_class(self) -> Any:
-        """The decoder adapter, a subclass of `model.decoders.Decoder`, imported on first use."""
+        """The adapter, a subclass of `decoders.pipelines.Decoder`, imported on first use."""
         return resolve_name(self.decoder)
 
     @property
@@ -84,7 +84,7 @@ for _spec in (
         display_name="picture",
         suffix=".png",
         mime_type="image/png",
-        decoder="nextgpt.model.decoders:StableDiffusionDecoder",
+        decoder="nextgpt.decoders.pipelines:StableDiffusionDecoder",
         shard_suffixes=(".jpg", ".jpeg", ".png", ".webp"),
     ),
     ModalitySpec(
@@ -93,7 +93,7 @@ for _spec in (
         display_name="video",
         suffix=".mp4",
         mime_type="video/mp4",
-        decoder="nextgpt.model.decoders:ZeroScopeDecoder",
+        decoder="nextgpt.decoders.pipelines:ZeroScopeDecoder",
         shard_suffixes=(".mp4", ".webm", ".mkv", ".avi", ".mov"),
         shard_priority=2,
     ),
@@ -103,7 +103,7 @@ for _spec in (
         display_name="sound",
         suffix=".wav",
         mime_type="audio/wav",
-        decoder="nextgpt.model.decoders:AudioLDMDecoder",
+        decoder="nextgpt.decoders.pipelines:AudioLDMDecoder",
         shard_suffixes=(".wav", ".flac", ".mp3", ".ogg", ".m4a"),
         shard_priority=1,
     ),

@@ -26,6 +26,7 @@ from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Example, collate
 from nextgpt.conversation.messages import Conversation, Media, Turn
 from nextgpt.conversation.prompt import EncodedPrompt, PromptBuilder
+from nextgpt.decoders.pipelines import Decoder, build_decoder
 from nextgpt.generation.events import (
     Answer,
     AnswerComplete,
@@ -44,7 +45,6 @@ from nextgpt.media.decode_worker import DEFAULT_LIMITS, TimeLimits
 from nextgpt.media.transforms import load_views
 from nextgpt.media.writing import Output
 from nextgpt.model.build import build_media_encoder, build_model, build_prompt_builder
-from nextgpt.model.decoders import Decoder, build_decoder
 from nextgpt.model.delta import DELTA_FILE, PUBLISHED_FILE, load_delta, read_delta
 from nextgpt.model.imagebind import ImageBind
 from nextgpt.model.language_model import merge_lora

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.config.schema import Config, DecoderConfig
-from nextgpt.model.decoders import DiffusionSettings
+from nextgpt.decoders.pipelines import DiffusionSettings
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,10 @@ their dtype. Each matrix is dequantized at every use, which is slow, above all o
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig
 
 from nextgpt.common.errors import UserError
 from nextgpt.config.schema import Quantization
-
-# Bytes of one number: 8 bits; 4 bits and, for every 64 numbers, a scale of 8 bits.
-_BYTES: dict[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
 
 
 def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
@@ -28,22 +24,6 @@ def quantization_config(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesC
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def quantizable_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Return the matrices of a prepared language model that quantization would round."""
-    return [
-        layer.weight
-        for name, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and ".lora_" not in name
-    ]
-
-
-def memory_saved(model: nn.Module, kind: Quantization) -> float:
-    """Return the bytes that quantization saves of a prepared language model's weights."""
-    if kind == "none":
-        return 0.0
-    return sum(m.numel() * (m.itemsize - _BYTES[kind]) for m in quantizable_matrices(model))
 
 
 def check_zero_stage(source: str, settings: dict[str, Any], kind: Quantization) -> None:

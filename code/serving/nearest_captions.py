@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nextgpt.common.json_io import read_typed_json
 from nextgpt.common.modality import Modality
-from nextgpt.model.text_encoders import TextEncoder
+from nextgpt.decoders.text_encoders import TextEncoder
 
 _BATCH = 64
 Neighbours = tuple[tuple[str, float], ...]  # captions and distances, nearest first

@@ -7,8 +7,8 @@ from typing import Any
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.decoders.pipelines import DecoderOption
 from nextgpt.generation.settings import GenerationSettings
-from nextgpt.model.decoders import DecoderOption
 
 SEED_LIMIT = 2**31 - 1
 

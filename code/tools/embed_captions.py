@@ -15,7 +15,7 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.dataset.caption_embeddings import EmbeddingMaker
 from nextgpt.dataset.readers import iter_captions
-from nextgpt.model.text_encoders import TextEncoder
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.tools.embedding_store import EmbeddingStore
 from nextgpt.training.data import MAX_SKIPPED_SHARE
 

@@ -31,7 +31,7 @@ from nextgpt.model.build import build_on_meta
 from nextgpt.model.imagebind import ImageBind, read_imagebind_config
 from nextgpt.model.loading import find_folder, map_folder
 from nextgpt.model.nextgpt import LanguageModelOutput, NextGPT
-from nextgpt.model.quantization import check_zero_stage, memory_saved, quantizable_matrices
+from nextgpt.model.quantization import check_zero_stage
 from nextgpt.model.trainable import count_parameters, group_of, is_base_vocabulary
 from nextgpt.tools.memory_meter import MemoryMeter
 from nextgpt.tools.weights.checks import load_language_model_config
@@ -45,6 +45,8 @@ _BUCKET = 500_000_000  # numbers
 _MAX_LIVE = 1_000_000_000  # numbers gathered by ZeRO 3
 _VIDEO_VIEWS = 18_063_360  # bytes: 15 of two frames, 3 x 224 x 224 float32; the largest medium
 _PREFETCHED = 2  # batches per loader process, torch's default
+# Bytes of one number: 8 bits; 4 bits and, for every 64 numbers, a scale of 8 bits.
+_BYTES: dict[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
 
 
 @dataclass(frozen=True)
@@ -313,11 +315,27 @@ def _cpu_buffers(config: Config, processes: int) -> dict[str, float]:
     return uses
 
 
+def _quantizable_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """Return the matrices of a prepared language model that quantization would round."""
+    return [
+        layer.weight
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and ".lora_" not in name
+    ]
+
+
+def memory_saved(model: nn.Module, kind: Quantization) -> float:
+    """Return the bytes that quantization saves of a prepared language model's weights."""
+    if kind == "none":
+        return 0.0
+    return sum(m.numel() * (m.itemsize - _BYTES[kind]) for m in _quantizable_matrices(model))
+
+
 def _dequantized(language_model: nn.Module, quantization: Quantization) -> dict[str, float]:
     """A quantized matrix is dequantized whenever it is used, one at a time."""
     if quantization == "none":
         return {}
-    largest = max(m.numel() * m.itemsize for m in quantizable_matrices(language_model))
+    largest = max(m.numel() * m.itemsize for m in _quantizable_matrices(language_model))
     return {"largest matrix, unpacked": largest}
 
 

@@ -14,9 +14,9 @@ from nextgpt.conversation.messages import Media
 from nextgpt.dataset.caption_embeddings import read_embedding
 from nextgpt.dataset.caption_records import CaptionFinding, sample_outputs
 from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.media.transforms import load_views
 from nextgpt.model.loading import find_folder
-from nextgpt.model.text_encoders import TextEncoder
 
 _MAX_SHOWN_FAULTS = 5  # of a data set; further ones are counted
 _SAMPLED_ROWS = 8  # of a data set, whose embeddings are recomputed

@@ -15,12 +15,12 @@ from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Batch
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.transforms import PREPROCESSING_VERSIONS
 from nextgpt.model.build import build_media_encoder
 from nextgpt.model.imagebind import ImageBind, fingerprint
 from nextgpt.model.loading import resolve_model_path
-from nextgpt.model.text_encoders import TextEncoder
 
 
 class FeatureCaches(dict[Modality, FeatureCache]):

@@ -31,9 +31,9 @@ from nextgpt.dataset.caption_records import (
     sample_outputs,
 )
 from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.model.imagebind import fingerprint
 from nextgpt.model.loading import find_folder, tokenizer_files, weight_files
-from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.training.data import MAX_SKIPPED_SHARE
 from nextgpt.training.engine import read_deepspeed_config
 

@@ -22,6 +22,7 @@ from torch.nn.functional import mse_loss, normalize
 
 from nextgpt.common.device import choose_device
 from nextgpt.common.modality import Modality
+from nextgpt.decoders.pipelines import initial_noise
 from nextgpt.mini_world.component_training.cuda_graphs import GraphedModule
 from nextgpt.mini_world.component_training.init_video_unet import (
     frames_at_step,
@@ -39,7 +40,6 @@ from nextgpt.mini_world.mini_decoders import (
     build_scheduler,
     build_unet,
 )
-from nextgpt.model.decoders import initial_noise
 
 PLANS: dict[Modality, TrainingPlan] = {
     "image": TrainingPlan(steps=6000, learning_rate=8e-4),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from nextgpt.common.errors import UserError
+from nextgpt.decoders.pipelines import initial_noise
 from nextgpt.mini_world.component_training.samples import DECODED_FRAMES
 from nextgpt.mini_world.mini_decoders import SHARED_NOISE, build_scheduler
-from nextgpt.model.decoders import initial_noise
 
 LAST_FRAME_STEPS = 500
 SPREADING_STEPS = 500

@@ -24,6 +24,7 @@ from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
+from nextgpt.decoders.pipelines import build_decoder
 from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.transforms import load_views
@@ -37,7 +38,6 @@ from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plots import draw_grid
 from nextgpt.mini_world.scoreboard.runner import batched
 from nextgpt.model.build import build_media_encoder
-from nextgpt.model.decoders import build_decoder
 from nextgpt.model.loading import resolve_model_path
 
 CANDIDATES = 100

@@ -23,6 +23,7 @@ from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
+from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.generation.assistant import find_delta
 from nextgpt.model.build import build_media_encoder, build_on_meta
 from nextgpt.model.delta import load_delta, read_delta
@@ -34,7 +35,6 @@ from nextgpt.model.loading import (
     map_folder,
     map_tensors,
 )
-from nextgpt.model.text_encoders import TextEncoder
 from nextgpt.model.trainable import NEEDED_TO_ANSWER
 from nextgpt.model.upstream_checkpoint import NEW_ROWS, is_newer
 from nextgpt.tools.weights.detect import (

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.decoders.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 from nextgpt.media.writing import Frames, Output, Sound
 from nextgpt.model.loading import explain_load_errors, resolve_model_path
-from nextgpt.model.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 
 _VAE, _UNET_2D = "diffusers:AutoencoderKL", "diffusers:UNet2DConditionModel"
 Progress = Callable[[int, int], None]  # (steps done, steps in all)

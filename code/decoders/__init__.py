@@ -1,0 +1,1 @@
+"""Frozen diffusion decoders: adapters of diffusers pipelines and their text encoders."""
