@@ -28,6 +28,8 @@ from tiny_system import tiny_encoder
 
 PHOTO = MEDIA / "portrait.jpg"
 WORDS = ("Sure", "the music")
+# Options of a request whose answer is to be interrupted.
+SLOW_DECODING = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
 EVERYTHING = (WORDS[0], "image", "video", WORDS[1], "audio")
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from judge_files import judge_file
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.mini_world.appearance import sample_unnamed_colour, sample_unnamed_outline
 from nextgpt.mini_world.colours import distances_to_named, hue
 from nextgpt.mini_world.media_set import write_medium
 from nextgpt.mini_world.objects import SHAPES, sample_object
 from nextgpt.mini_world.render_image import RGB, Appearance, coverage, render_image
-from nextgpt.mini_world.scoreboard.judge import judge_file
 from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
 
 

@@ -40,7 +40,7 @@ def test_convert_delta_halves_a_published_file_for_the_same_model(
     load_delta(tiny_model(lora=True), after, required={"input_projection", "vocabulary", "lora"})
 
 
-def test_convert_delta_without_need_writes_nothing(
+def test_convert_delta_of_a_missing_input_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

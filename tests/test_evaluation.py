@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from judge_files import judge_file
 from nextgpt import evaluate as entry
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
@@ -45,11 +46,11 @@ from nextgpt.mini_world.scoreboard.items import (
     parse_cells,
     write_media,
 )
-from nextgpt.mini_world.scoreboard.judge import judge, judge_file
+from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plain_talk import perplexity, plain_questions
 from nextgpt.mini_world.scoreboard.report import format_table
 from nextgpt.mini_world.scoreboard.runner import decode_captions, written_caption
-from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, mean_accuracy, measure
+from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, measure
 from nextgpt.mini_world.scoreboard.scoring import chance_level, score_answer, summarize
 from nextgpt.mini_world.words import TemplateSet
 from tiny_components import tiny_overrides, write_tiny_components
@@ -338,8 +339,6 @@ def test_scoreboard_covers_every_cell_and_is_deterministic(
         if cell != SECOND:  # which sometimes generates
             for name in ("written", "ceiling", "passed"):
                 assert (name in figures) == (cell != "T→T")
-    accuracies = [boards[0].cells[cell]["right"] for cell in cells if cell in MATRIX]
-    assert mean_accuracy(boards[0].cells) == pytest.approx(np.mean(accuracies))
     printed = format_table(boards[0].cells, {}, {"judge": 3.0})
     assert all(cell in printed for cell in cells)
 

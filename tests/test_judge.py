@@ -8,13 +8,14 @@ import pytest
 from PIL import Image
 
 from disturbances import AUDIO_DISTURBANCES, IMAGE_DISTURBANCES, Disturbance, Rng
+from judge_files import judge_file
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.writing import Frames, Output, Sound, save_medium
 from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject, sample_object
 from nextgpt.mini_world.render_audio import SAMPLE_RATE, render_audio
 from nextgpt.mini_world.render_image import RADIUS, RGB, draw_frame, render_image
 from nextgpt.mini_world.render_video import FRAMES_PER_SECOND, render_video
-from nextgpt.mini_world.scoreboard.judge import Judgement, judge, judge_file
+from nextgpt.mini_world.scoreboard.judge import Judgement, judge
 
 DISTURBED = [
     *(("image", name) for name in IMAGE_DISTURBANCES),

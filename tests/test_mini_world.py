@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from judge_files import judge_file
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import Media
@@ -30,7 +31,7 @@ from nextgpt.mini_world.objects import (
     sample_object,
 )
 from nextgpt.mini_world.plain_talk import plain_talk_pairs
-from nextgpt.mini_world.scoreboard.judge import judge, judge_file
+from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.words import TemplateSet, fill_template
 from nextgpt.mini_world.write_data import FOLDERS, write_world
 

@@ -252,12 +252,12 @@ def test_find_modality_uses_content_not_name(tmp_path: Path) -> None:
 
 
 def test_sampling_settings_accept_their_range_only() -> None:
-    for knob in setting_specs(OPTIONS):
-        for value in (knob.low, knob.high, knob.default):
-            apply_settings(OPTIONS, {knob.name: value})
-        for value in (knob.low - knob.step, knob.high + knob.step, float("nan"), "1", True):
-            with pytest.raises(UserError, match=rf"{knob.name}.*give"):
-                apply_settings(OPTIONS, {knob.name: value})
+    for spec in setting_specs(OPTIONS):
+        for value in (spec.low, spec.high, spec.default):
+            apply_settings(OPTIONS, {spec.name: value})
+        for value in (spec.low - spec.step, spec.high + spec.step, float("nan"), "1", True):
+            with pytest.raises(UserError, match=rf"{spec.name}.*give"):
+                apply_settings(OPTIONS, {spec.name: value})
     turned = apply_settings(OPTIONS, {"steps_video": 7, "top_p": 0.5, "frames_video": None})
     assert turned.decode["video"] == replace(OPTIONS.decode["video"], num_inference_steps=7)
     assert turned.top_p == 0.5 and turned.decode["image"] == OPTIONS.decode["image"]

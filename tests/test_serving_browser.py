@@ -100,16 +100,16 @@ def send(page: Page, text: str, *files: Path) -> None:
     page.locator("#box textarea").press("Enter")
 
 
-def turn(page: Page, knob: str, value: str) -> None:
+def turn(page: Page, setting: str, value: str) -> None:
     """Fill a setting's field until its slider follows: just unfolded, it may lose input."""
-    field = page.locator(f"#setting_{knob} input[type=number]")
-    slider = page.locator(f"#setting_{knob} input[type=range]")
+    field = page.locator(f"#setting_{setting} input[type=number]")
+    slider = page.locator(f"#setting_{setting} input[type=range]")
     for _ in range(20):
         field.fill(value)
         page.wait_for_timeout(250)
         if slider.input_value() == value:
             return
-    raise AssertionError(f"{knob} stays at {slider.input_value()}")
+    raise AssertionError(f"{setting} stays at {slider.input_value()}")
 
 
 def answered(page: Page, rounds: int = 1) -> None:

@@ -28,29 +28,16 @@ from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, settin
 from nextgpt.serving.scheduler import Finished, Job, QueuePosition
 from serving_harness import (
     PHOTO,
+    SLOW_DECODING,
     Running,
     client,
     image_part,
     openai,
     running_server,
     sampling_assistant,
-    scripted_assistant,
     user,
     wait_until,
 )
-
-SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
-
-
-@pytest.fixture(scope="module")
-def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
-    return scripted_assistant(tmp_path_factory.mktemp("scripted"))
-
-
-@pytest.fixture(scope="module")
-def demo(assistant: Assistant) -> Iterator[Running]:
-    with running_server(assistant) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -172,10 +159,10 @@ def test_request_loading_files_while_the_chat_clears_is_dropped(
 
 def test_settings_work_at_both_ends_of_their_ranges(assistant: Assistant) -> None:
     options = GenerationSettings.from_config(assistant.config)
-    knobs = setting_specs(options)
-    low = {knob.name: knob.low for knob in knobs if knob.name != "max_new_tokens"}
-    quick = [knob for knob in knobs if knob.group == "Words" or knob.label == "guidance"]
-    for values in (low, {knob.name: knob.high for knob in quick}):
+    specs = setting_specs(options)
+    low = {spec.name: spec.low for spec in specs if spec.name != "max_new_tokens"}
+    quick = [spec for spec in specs if spec.group == "Words" or spec.label == "guidance"]
+    for values in (low, {spec.name: spec.high for spec in quick}):
         turned = apply_settings(options, values)
         prompt = Conversation((Turn("human", (Text("all of it"),)),))
         assert len(assistant.chat(prompt, seed=SEED_LIMIT, settings=turned).outputs) == 3
@@ -241,7 +228,7 @@ def test_broken_image_ends_the_answer_with_its_name(demo: Running, tmp_path: Pat
 
 
 def test_client_disconnect_frees_the_queue(demo: Running) -> None:
-    asked = {"messages": [user("all of it")], "stream": True} | SLOW
+    asked = {"messages": [user("all of it")], "stream": True} | SLOW_DECODING
     with httpx.stream("POST", f"{demo.address}/v1/chat/completions", json=asked) as reply:
         lines = reply.iter_lines()
         next(lines)
@@ -251,7 +238,7 @@ def test_client_disconnect_frees_the_queue(demo: Running) -> None:
 
 
 def test_client_partial_read_frees_the_queue(demo: Running) -> None:
-    asked = {"messages": [user("all of it")]} | SLOW
+    asked = {"messages": [user("all of it")]} | SLOW_DECODING
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=0.5)
     (job,) = demo.queue.pending

@@ -19,7 +19,6 @@ from openai import BadRequestError, InternalServerError
 
 import hostile_decoders
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
-from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media import decode_worker
 from nextgpt.media.decode_worker import TimeLimits
@@ -34,26 +33,11 @@ from serving_harness import (
     Running,
     image_part,
     openai,
-    running_server,
-    scripted_assistant,
     scripted_ids,
     user,
     wait_until,
 )
 from tiny_system import tiny_encoder
-
-SLOW = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
-
-
-@pytest.fixture(scope="module")
-def assistant(tmp_path_factory: pytest.TempPathFactory) -> Assistant:
-    return scripted_assistant(tmp_path_factory.mktemp("scripted"))
-
-
-@pytest.fixture(scope="module")
-def demo(assistant: Assistant) -> Iterator[Running]:
-    with running_server(assistant) as running:
-        yield running
 
 
 def audio_part() -> dict:
@@ -128,11 +112,11 @@ BAD = {
     "two users": ({"messages": [user("a"), user("b")]}, "take turns"),
     "nothing said": ({"messages": [user("  ")]}, "nothing to answer"),
     "temperature": ({"messages": [user("a")], "temperature": 9}, "temperature"),
-    "a knob": ({"messages": [user("a")], "steps_image": 10_000}, "steps_image"),
+    "a setting": ({"messages": [user("a")], "steps_image": 10_000}, "steps_image"),
     "no tokens": ({"messages": [user("a")], "max_completion_tokens": 0},
                   "max_completion_tokens 0"),
     "too few tokens": ({"messages": [user("a")], "max_tokens": 1}, "max_tokens 1"),
-    "a knob of that": ({"messages": [user("a")], "max_new_tokens": 9999}, "max_new_tokens 9999"),
+    "a setting of that": ({"messages": [user("a")], "max_new_tokens": 9999}, "max_new_tokens 9999"),
     "n": ({"messages": [user("a")], "n": 2}, "n:"),
     "too long": ({"messages": [user("word " * 5000)]}, "characters"),
 }  # fmt: skip
@@ -194,7 +178,7 @@ def test_gradio_client_chats_over_rounds_and_receives_files(demo: Running, tmp_p
 
 def test_gradio_settings_out_of_range_are_refused_by_name(demo: Running) -> None:
     options = GenerationSettings.from_config(demo.queue.assistant.config)
-    values = {knob.name: knob.default for knob in setting_specs(options)} | {"seed": -1}
+    values = {setting.name: setting.default for setting in setting_specs(options)} | {"seed": -1}
     with httpx.Client(base_url=demo.address, timeout=30) as page:
         for name, value in (("steps_image", 10_000), ("temperature", -1), ("seed", 2**40)):
             turned = (values | {name: value}).values()

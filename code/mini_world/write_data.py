@@ -25,6 +25,7 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.common.paths import project_path
 from nextgpt.mini_world.captions import canonical_caption, sample_caption
 from nextgpt.mini_world.dialogues import CASE_INPUT, OUTPUTS, DialogueSampler
 from nextgpt.mini_world.media_set import MediaSet, seeded_rng, write_medium
@@ -297,7 +298,7 @@ def _write_json(path: Path, value: Any) -> None:
 def main() -> None:
     """Parse the arguments and write the datasets."""
     parser = argparse.ArgumentParser(description="write the mini world in the course's layout")
-    parser.add_argument("--out", type=Path, default=Path("../data/mini_world"))
+    parser.add_argument("--out", type=Path, default=project_path("data/mini_world"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies all row counts")
     parser.add_argument(

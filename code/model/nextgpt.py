@@ -82,18 +82,19 @@ class NextGPT(nn.Module):
         """Number of the base model's tokens, and id of the first new one."""
         return len(self.language_model.get_input_embeddings().weight)
 
-    def embed(self, input_ids: Tensor, slots: Tensor, features: Tensor) -> Tensor:
+    def embed(self, input_ids: Tensor, media_positions: Tensor, features: Tensor) -> Tensor:
         """Input embeddings (B, L, H) of `input_ids` (B, L), and of media where those stand.
 
         Args:
-            slots: (S, 2) row and first position of each medium.
+            media_positions: (S, 2) row and first position of each medium.
             features: (S, E) of the media encoder.
         """
         embeddings = self.language_model.get_input_embeddings()(input_ids)
-        features = features.reshape(len(slots), self.input_projection.in_features)
+        features = features.reshape(len(media_positions), self.input_projection.in_features)
         projected = self.input_projection(features).to(embeddings.dtype)  # (S, K * H), S may be 0
-        rows = slots[:, :1]  # (S, 1)
-        columns = slots[:, 1:] + torch.arange(self.media_tokens, device=slots.device)  # (S, K)
+        rows = media_positions[:, :1]  # (S, 1)
+        offsets_K = torch.arange(self.media_tokens, device=media_positions.device)
+        columns = media_positions[:, 1:] + offsets_K  # (S, K)
         projected_SKH = projected.unflatten(1, (self.media_tokens, -1))
         return embeddings.index_put((rows, columns), projected_SKH)
 

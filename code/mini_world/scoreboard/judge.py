@@ -5,17 +5,12 @@ attribute that is absent or matches no value is None. On one core an image costs
 20 ms, an audio clip 5 ms; the first of a modality 0.5 s more, for the templates.
 """
 
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
 from nextgpt.common.modality import Modality
-from nextgpt.media.decoding import read_image, read_video_frames
-from nextgpt.media.transforms import read_audio
 from nextgpt.media.writing import Frames, Output, Sound
 from nextgpt.mini_world.objects import ATTRIBUTES, Value
-from nextgpt.mini_world.render_audio import SAMPLE_RATE
 from nextgpt.mini_world.scoreboard.judge_audio import judge_samples
 from nextgpt.mini_world.scoreboard.judge_visual import judge_frames
 
@@ -41,17 +36,3 @@ def judge(modality: Modality, medium: Output) -> Judgement:
     else:
         raise TypeError(f"a medium of {modality} cannot be {type(medium).__name__}")
     return {name: judged[name] for name in ATTRIBUTES[modality]}
-
-
-def judge_file(modality: Modality, path: Path) -> Judgement:
-    """Judge an image, video or audio file of any supported format.
-
-    Raises:
-        MediaError: the file is missing, broken or not of this modality.
-    """
-    if modality == "image":
-        return judge(modality, read_image(path))
-    if modality == "video":
-        frames = read_video_frames(path, lambda count, _: range(count))
-        return judge(modality, Frames(np.stack(frames), 0))
-    return judge(modality, Sound(read_audio(path, SAMPLE_RATE).numpy(), SAMPLE_RATE))

@@ -21,7 +21,7 @@ from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.objects import Split
-from nextgpt.mini_world.scoreboard.items import MATRIX, PLAIN, build_items, write_media
+from nextgpt.mini_world.scoreboard.items import PLAIN, build_items, write_media
 from nextgpt.mini_world.scoreboard.plain_talk import plain_questions, score_plain_talk
 from nextgpt.mini_world.scoreboard.plots import draw_contact_sheet, draw_matrix
 from nextgpt.mini_world.scoreboard.report import format_table
@@ -138,11 +138,6 @@ def measure(assistant: Assistant, settings: EvaluationSettings, folder: Path) ->
         for cell, group in by_cell.items()
     }
     return Scoreboard(summaries, plain, results, timer.seconds)
-
-
-def mean_accuracy(cells: dict[str, dict[str, Any]], names: Sequence[str] = MATRIX) -> float:
-    """Return the mean accuracy over those of `names` that were evaluated."""
-    return fmean(cells[name]["right"] for name in names if name in cells)
 
 
 def _summarize_captions(results: Sequence[Result]) -> dict[str, Any]:
