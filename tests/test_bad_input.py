@@ -159,7 +159,7 @@ ANSWERS = {
         ["--num_inference_steps_for_img", "1001"],
         "decoders.image.num_inference_steps",
     ),
-    "a picture too large": (["--height", "80000"], "decoders.video.height"),
+    "an image too large": (["--height", "80000"], "decoders.video.height"),
     "an infinite temperature": (["--temperature", "inf"], "finite number"),
 }
 

@@ -138,7 +138,7 @@ def load_batches(
     """The micro batches of each list of samples in `order`, prefetched by `num_workers` processes.
 
     Those processes are killed when the block ends, however it does: they ignore the signals by
-    which Python and the data loader would end them, and would be waited for in vain.
+    which Python and the data loader would end them.
     """
     loader = DataLoader(
         examples,
