@@ -4,6 +4,7 @@ import ast
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,15 @@ def is_upward(one: Import) -> bool:
 def test_rooms_all_have_a_layer() -> None:
     rooms = {path.relative_to(CODE).parts[0] for path in CODE.rglob("*.py") if path.parent != CODE}
     assert rooms == set(LAYER_OF)
+
+
+def test_wheel_contains_every_folder_with_files() -> None:
+    """The editable installation finds folders that pyproject.toml lacks; a wheel does not."""
+    suffixes = {".py", ".yaml", ".json"}
+    folders = {path.parent for path in CODE.rglob("*") if path.suffix in suffixes}
+    names = {".".join(("nextgpt", *folder.relative_to(CODE).parts)) for folder in folders}
+    settings = tomllib.loads((CODE.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(settings["tool"]["setuptools"]["packages"]) == names
 
 
 def test_imports_run_downwards() -> None:

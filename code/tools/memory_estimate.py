@@ -45,8 +45,8 @@ _BUCKET = 500_000_000  # numbers
 _MAX_LIVE = 1_000_000_000  # numbers gathered by ZeRO 3
 _VIDEO_VIEWS = 18_063_360  # bytes: 15 of two frames, 3 x 224 x 224 float32; the largest medium
 _PREFETCHED = 2  # batches per loader process, torch's default
-# Bytes of one number: 8 bits; 4 bits and, for every 64 numbers, a scale of 8 bits.
-_BYTES: dict[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
+# Bytes of one quantized number: 8 bits; 4 bits and, for every 64 numbers, a scale of 8 bits.
+_QUANTIZED_BYTES: dict[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,9 @@ def memory_saved(model: nn.Module, kind: Quantization) -> float:
     """Return the bytes that quantization saves of a prepared language model's weights."""
     if kind == "none":
         return 0.0
-    return sum(m.numel() * (m.itemsize - _BYTES[kind]) for m in _quantizable_matrices(model))
+    return sum(
+        m.numel() * (m.itemsize - _QUANTIZED_BYTES[kind]) for m in _quantizable_matrices(model)
+    )
 
 
 def _dequantized(language_model: nn.Module, quantization: Quantization) -> dict[str, float]:
