@@ -1,20 +1,26 @@
-"""Validates the data sets of a stage: records, media and caption embeddings.
+"""Validates the data sets of a stage, or explains one file: records, media and caption embeddings.
 
     python check_data.py --config 7b --stage 1 [cc3m_enc ...]
+    python check_data.py --config 7b --path my_data.csv
 
-Checks every record and the existence of every file, and decodes some media. Compares the recorded
-captions of caption embeddings with the data; embeddings without a record are sampled and computed
-again if the decoder is installed. The exit code is 1 if any conversation is unusable; a training
-run skips such samples, and fails if there are too many, or if captions and embeddings differ in
-more than 5 % of a data set.
+With `--stage`, checks every record and the existence of every file, and decodes some media.
+Compares the recorded captions of caption embeddings with the data; embeddings without a record are
+sampled and computed again if the decoder is installed. With `--path`, prints form, media, lengths
+in tokens and three samples as tokenized.
+
+The exit code is 1 if any conversation is unusable; a training run skips such samples, and fails if
+there are too many, or if captions and embeddings differ in more than 5 % of a data set.
 """
 
 import argparse
 import sys
+from pathlib import Path
 
 from nextgpt.common.cli import run_cli
 from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
+from nextgpt.dataset.catalog import DIRECTIONS
 from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
+from nextgpt.tools.describe_data import describe_data
 from nextgpt.tools.validate_data import check_datasets, compare_unrecorded
 from nextgpt.training.run_inputs import check_makers, find_wrong_captions
 
@@ -24,14 +30,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="validate data sets")
     parser.add_argument("datasets", nargs="*", help="names; default: all of the stage")
     add_config_arguments(parser, default="7b")
-    parser.add_argument("--stage", type=int, choices=STAGES, required=True)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--stage", type=int, choices=STAGES)
+    what.add_argument("--path", type=Path, help="explain this file or folder instead")
+    parser.add_argument("--media_dir", type=Path, help="folder of the media that --path names")
+    parser.add_argument("--direction", choices=DIRECTIONS, help="of --path; default: by its form")
     parser.add_argument(
         "--decode", type=int, default=20, help="number of media to decode, of each data set"
     )
     arguments = parser.parse_args()
-    datasets = ", ".join(arguments.datasets)
-    overrides = [f"data.datasets=[{datasets}]"] if datasets else []
-    config = load_config_from(arguments, arguments.stage, overrides)
+    config = load_config_from(arguments, arguments.stage)
+    if arguments.path:
+        found = describe_data(config, arguments.path, arguments.media_dir, arguments.direction)
+        print("\n".join(found.lines))
+        sys.exit(1 if found.unusable else 0)
+    if arguments.datasets:
+        entries = {entry.name: entry for entry in config.data.dataset_entries}
+        chosen = [entries.get(name, name) for name in dict.fromkeys(arguments.datasets)]
+        data = config.data.model_copy(update={"datasets": chosen})
+        config = config.model_copy(update={"data": data})
     aligned = "output_projections" in config.training.trainable
     shapes = prompt_embeds_shapes(config) if aligned else None
     dataset, unusable = open_conversations(config.data), 0

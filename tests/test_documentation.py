@@ -19,6 +19,7 @@ from nextgpt.config.loader import load_config
 from nextgpt.dataset.catalog import CATALOG
 from nextgpt.dataset.json_stream import iter_rows
 from nextgpt.dataset.readers import read_record
+from nextgpt.tools import preprocess_dataset
 from nextgpt.tools.preprocess_dataset import preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,10 +49,14 @@ THE_COURSES_FILES = {  # named in the course page's left column
     "code/model/agent.py", "code/model/custom_sd.py", "code/model/custom_vd.py",
     "code/model/custom_ad.py",
 }  # fmt: skip
-CAPTION_FILES = {  # what each snippet finds, and the one row it makes of it
+CAPTION_FILES = {  # what each command finds, and the one row it makes of it
     "cc3m": (
-        {"images/00000/000000012.jpg": "", "images/00000/000000012.txt": "a boat\n"},
-        {"image_name": "00000/000000012.jpg", "caption": "a boat"},
+        {
+            "images/00000/000000000.jpg": "",
+            "images/00000/000000000.txt": "a boat\n",
+            "Train_GCC-training.tsv": "a boat\thttp://u/0\ngone\thttp://u/1\n",
+        },
+        {"image_name": "00000/000000000.jpg", "caption": "a boat"},
     ),
     "webvid": (
         {
@@ -66,7 +71,7 @@ CAPTION_FILES = {  # what each snippet finds, and the one row it makes of it
             "audios/abc.wav": "",
             "train.csv": "audiocap_id,youtube_id,start_time,caption\n1,abc,0,ducks\n2,no,0,gone\n",
         },
-        {"audio_name": "abc.wav", "caption": "ducks"},
+        {"audio_name": "abc.wav", "caption": "ducks", "embedding_name": "abc.wav.1"},
     ),
 }
 
@@ -319,7 +324,7 @@ def test_raw_examples_convert_to_the_documented_rows(kind: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", CAPTION_FILES)
-def test_caption_snippets_list_the_existing_media(
+def test_conversion_commands_list_the_existing_media(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, row = CAPTION_FILES[name]
@@ -327,7 +332,10 @@ def test_caption_snippets_list_the_existing_media(
     for file, content in files.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(content)
-    monkeypatch.chdir(tmp_path)
-    (snippet,) = blocks(ROOT / "data/T-X_pair_data" / name / "prepare.md", "python")
-    exec(compile(snippet, name, "exec"), {})
+    (tmp_path / "code").mkdir()
+    monkeypatch.chdir(tmp_path / "code")
+    document = ROOT / "data/T-X_pair_data" / name / "prepare.md"
+    (words,) = (w for _, w in commands(document) if "preprocess_dataset.py" in w[1])
+    monkeypatch.setattr(sys, "argv", words[1:])
+    preprocess_dataset.main()
     assert json.loads((folder / f"{name}.json").read_text()) == [row]

@@ -15,7 +15,7 @@ from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Media, Text
-from nextgpt.dataset.readers import clean_caption
+from nextgpt.dataset.record_fields import clean_caption
 from nextgpt.evaluation.metrics import wilson_interval
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings

@@ -13,6 +13,7 @@ from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.generation.assistant import Assistant, find_delta
 from nextgpt.generation.history import read_history, write_history
+from nextgpt.generation.requests import read_cases
 from nextgpt.model.delta import DELTA_FILE
 from parity_tools import MEDIA
 from tiny_components import script_language_model, tiny_overrides, write_tiny_components
@@ -111,6 +112,13 @@ def test_inference_cases_get_separate_folders(scripted: Path, tmp_path: Path) ->
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["-T", "T+A-T"]
     heard = read_history(tmp_path / "out" / "T+A-T" / "history.json")[0]
     assert heard.parts == (Media("audio", path=str(tmp_path / "bell.wav")), Text("what?"))
+
+
+def test_cases_keep_the_letters_of_their_names(tmp_path: Path) -> None:
+    cases = [{"name": name, "text": "draw"} for name in ("图", "画", "ätsch 1")]
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps(cases), encoding="utf-8-sig")
+    assert [r.folder.name for r in read_cases(file, tmp_path)] == ["图", "画", "ätsch-1"]
 
 
 def test_inference_cases_with_unexpected_media_are_reported_and_counted(

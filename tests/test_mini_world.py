@@ -12,7 +12,8 @@ from judge_files import judge_file
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import Media
-from nextgpt.dataset.readers import clean_caption, read_record
+from nextgpt.dataset.readers import read_record
+from nextgpt.dataset.record_fields import clean_caption
 from nextgpt.mini_world import questions, request_templates
 from nextgpt.mini_world.captions import (
     CAPTION_TEMPLATES,

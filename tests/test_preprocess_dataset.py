@@ -51,7 +51,7 @@ VIDEOCHAT = [
 def converted(tmp_path: Path, kind: str, records: list[dict]) -> tuple[list, Counter, list]:
     raw, output = tmp_path / "raw.json", tmp_path / f"{kind}.json"
     raw.write_text(json.dumps(records))
-    written, dropped = preprocess(kind, raw, output)
+    written, dropped, _ = preprocess(kind, raw, output)
     rows = json.loads(output.read_text())
     assert len(rows) == written
     conversations = [read_record(row, "instruction", output, i) for i, row in enumerate(rows)]

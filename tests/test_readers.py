@@ -8,7 +8,8 @@ import pytest
 from nextgpt.common.errors import UserError
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.dataset.json_stream import iter_rows
-from nextgpt.dataset.readers import Kind, clean_caption, iter_captions, read_record
+from nextgpt.dataset.readers import Kind, iter_captions, read_record
+from nextgpt.dataset.record_fields import clean_caption
 
 FILE = Path("some.json")
 
@@ -167,9 +168,8 @@ PICTURE = {"modality": "image", "name": "x.png"}
         (
             "caption_in",
             {"conversations": [{"from": "human", "value": "<image>"}, GPT]},
-            r"conversations\[0\]",
+            "text conversations",
         ),
-        ("instruction", {"conversations": [HUMAN, GPT]}, "preprocess_dataset"),
         ("instruction", {"conversation": []}, "alternation"),
         ("instruction", {"conversation": [HUMAN]}, "alternation"),
         ("instruction", {"conversation": [HUMAN, {"from": "bot", "value": ""}]}, r"\[1\].from"),

@@ -37,15 +37,37 @@ def test_sampler_round_robin_runs_until_the_largest_data_set_ends() -> None:
             assert all(one != other for one, other in pairwise(shuffles))
 
 
-@pytest.mark.parametrize("mode", ["mixed", "round_robin"])
+def test_sampler_weighted_has_the_stated_proportions_and_covers_every_row() -> None:
+    weights = {"a": 1.0, "b": 2.5, "c": 0.5}
+    plan = BatchSchedule(SIZES, 4, "weighted", seed=1, weights=weights)
+    batches = list(plan.batches(epoch=0))
+    assert len(batches) == plan.steps_per_epoch == 9 and {len(b) for b in batches} == {4}
+    counts = Counter(name for batch in batches for name, _ in batch)
+    assert all(abs(counts[name] - 36 * weights[name] / 4) < 1 for name in SIZES)
+    rows = [row for batch in batches for name, row in batch if name == "b"]
+    shuffles = [sorted(rows[i : i + 7]) for i in range(0, 21, 7)]
+    assert shuffles == [list(range(7))] * 3 and rows[:7] != rows[7:14]
+    samples = {sample for epoch in range(9) for batch in plan.batches(epoch) for sample in batch}
+    assert {row for name, row in samples if name == "a"} == set(range(23))
+
+
+def test_sampler_weighted_mixes_batches_in_proportion() -> None:
+    sizes, weights = {"a": 9000, "b": 1000}, {"a": 1.0, "b": 3.0}
+    batches = BatchSchedule(sizes, 100, "weighted", seed=0, weights=weights).batches(0)
+    shares = [sum(name == "b" for name, _ in batch) for batch in batches]
+    assert sum(shares) == 7500 and min(shares) > 55 and max(shares) < 95
+
+
+@pytest.mark.parametrize("mode", ["mixed", "round_robin", "weighted"])
 def test_sampler_order_depends_on_seed_and_epoch_and_can_start_anywhere(mode: str) -> None:
-    plan = BatchSchedule(SIZES, 4, mode, seed=1)
+    weights = {"b": 3.0}
+    plan = BatchSchedule(SIZES, 4, mode, seed=1, weights=weights)
     full = list(plan.batches(epoch=2))
-    assert full == list(BatchSchedule(SIZES, 4, mode, seed=1).batches(epoch=2))
+    assert full == list(BatchSchedule(SIZES, 4, mode, 1, weights).batches(epoch=2))
     for start in range(plan.steps_per_epoch + 1):
         assert list(plan.batches(epoch=2, start=start)) == full[start:]
     assert full != list(plan.batches(epoch=3))
-    assert full != list(BatchSchedule(SIZES, 4, mode, seed=2).batches(epoch=2))
+    assert full != list(BatchSchedule(SIZES, 4, mode, 2, weights).batches(epoch=2))
 
 
 def test_split_for_rank_is_disjoint_and_complete() -> None:
@@ -78,7 +100,7 @@ def test_sampler_impossible_batching_names_the_remedy() -> None:
         split_for_rank([("a", row) for row in range(4)], rank=0, world=8, length=len)
 
 
-@pytest.mark.parametrize("mode", ["mixed", "round_robin"])
+@pytest.mark.parametrize("mode", ["mixed", "round_robin", "weighted"])
 def test_sampler_resumes_mid_epoch_in_a_million_rows_quickly(mode: str) -> None:
     plan = BatchSchedule({"big": 1_000_000, "small": 1000}, 64, mode, seed=0)
     begun = time.perf_counter()

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ import torch
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.conversation.messages import Text
+from nextgpt.dataset.catalog import DatasetSource
+from nextgpt.dataset.conversations import ConversationDataset
 from nextgpt.dataset.readers import iter_captions
-from nextgpt.dataset.shards import annotation_rows
+from nextgpt.dataset.tables import annotation_rows
 from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.transforms import load_views
 from test_training import copied_data, from_stage
@@ -84,18 +88,42 @@ def test_shards_share_cached_features_with_files(packed: Path, tmp_path: Path) -
     assert cache.get(inside).tolist() == [1.0, 2.0]
 
 
-def test_shards_incomplete_samples_are_skipped_and_counted(
+BROKEN = {  # by suffix and content, with the cause
+    (".json", b'{"caption": null}'): "caption empty",
+    (".txt", b" \n"): "caption empty",
+    (".txt", b'"(*)"'): "caption of signs only",
+    (".txt", "Ein grünes Boot".encode("latin-1")): "caption not UTF-8",
+    (".json", b"{"): "no caption",
+    (".json", b'{"text": "a boat"}'): "no caption",
+    (".json", b'{"caption": "a \\ud83d boat"}'): "half a surrogate pair",
+}
+
+
+def test_shards_unusable_samples_are_left_out_by_cause(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
-        add(tar, "000.jpg", b"a picture")
-        add(tar, "000.txt", b" A red boat.\n")
-        add(tar, "001.jpg", b"another")
-        add(tar, "001.json", json.dumps({"caption": None}).encode())
-        add(tar, "002.txt", b"A caption alone.")
-    rows = [row for row, _ in annotation_rows(tmp_path)]
-    assert rows == [{"image_name": "00000.tar/512+9/000.jpg", "caption": "A red boat."}]
-    assert "skipped 2 samples without a medium or a caption" in capsys.readouterr().out
+        for number in range(200):
+            add(tar, f"{number:03d}.jpg", b"a picture")
+            add(tar, f"{number:03d}.txt", b" A red boat.\n")
+        add(tar, "300.txt", b"A caption alone.")
+        for number, (suffix, content) in enumerate(BROKEN):
+            add(tar, f"{400 + number}.jpg", b"a picture")
+            add(tar, f"{400 + number}{suffix}", content)
+        add(tar, "500.jpg", b"the last")
+        add(tar, "500.txt", b"Ein gr\xc3\xbcnes Boot")
+    first = {"image_name": "00000.tar/512+9/000.jpg", "caption": "A red boat."}
+    assert next(annotation_rows(tmp_path))[0] == first
+    source = DatasetSource("pairs", "caption_in", tmp_path, tmp_path, tmp_path)
+    dataset = ConversationDataset([source], tmp_path / "cache")
+    assert (dataset.sizes["pairs"], dataset.file_row("pairs", 200)) == (201, 200 + 8)
+    assert dataset["pairs", 200].turns[1].parts == (Text("ein grünes boot"),)
+    left_out = dataset.indexes["pairs"].left_out
+    expected = Counter(BROKEN.values()) + Counter(["sample without a medium"])
+    assert {cause: count for cause, (count, _) in left_out.causes.items()} == expected
+    output = capsys.readouterr().out
+    assert "left out 2 (no caption), first: " in output and "404.json has no caption" in output
+    assert len(list(iter_captions(tmp_path, "image"))) == 201
 
 
 def test_shards_truncated_file_is_named(packed: Path, tmp_path: Path) -> None:
@@ -105,9 +133,9 @@ def test_shards_truncated_file_is_named(packed: Path, tmp_path: Path) -> None:
         list(annotation_rows(tmp_path))
 
 
-def test_shards_invalid_json_is_named(tmp_path: Path) -> None:
+def test_shards_many_unusable_samples_raise_and_name_the_first(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "00000.tar", "w") as tar:
         add(tar, "000.jpg", b"a picture")
         add(tar, "000.json", b"{")
-    with pytest.raises(UserError, match=r"00000.tar: 000.json has no caption"):
-        list(annotation_rows(tmp_path))
+    with pytest.raises(UserError, match=r"00000.tar: 000.json has no caption.*1 of the 1 rows"):
+        list(iter_captions(tmp_path, "image"))

@@ -11,7 +11,7 @@ from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Batch, Example, collate
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.conversation.prompt import PromptBuilder
-from nextgpt.dataset.readers import clean_caption
+from nextgpt.dataset.record_fields import clean_caption
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.trainable import group_of, tuned_parameters

@@ -7,7 +7,6 @@ file systems reassign them at each mount.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import NamedTuple, Self
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
-from nextgpt.common.json_io import to_json
+from nextgpt.common.json_io import read_json, to_json
 from nextgpt.common.locks import hold_lock
 
 _SETTLED_NS = 2_000_000_000  # resolution of the coarsest file-system clock in use
@@ -107,7 +106,7 @@ def _sha256(file: Path) -> str:
 def _read(entry: Path, key: dict) -> str | None:
     """Return the value cached in `entry`; None if its key differs or it is damaged."""
     try:
-        content = json.loads(entry.read_text(encoding="utf-8"))
+        content = read_json(entry)
         return content["value"] if content["key"] == key else None
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None

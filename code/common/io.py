@@ -16,6 +16,7 @@ from pathlib import Path
 
 from nextgpt.common.errors import UserError
 
+_TAIL = 50  # characters of a file's name that its temporary name ends with: at most 200 bytes
 _SYNC_THREADS = 16  # file systems batch concurrent fsyncs
 # Errors of file systems without fsync for folders (network, FUSE, SMB): their names are on the
 # server already, or cannot be made safer.
@@ -44,7 +45,7 @@ def atomic_write_many(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
     Each is complete or absent; a power failure between the renames leaves some of them renamed.
     """
-    partials = [path.with_name(f".{secrets.token_hex(4)}.partial.{path.name}") for path in paths]
+    partials = [_partial_path(path) for path in paths]
     named = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     try:
         for folder in {path.parent for path in paths}:
@@ -60,6 +61,11 @@ def atomic_write_many(paths: Sequence[Path]) -> Iterator[list[Path]]:
                 shutil.rmtree(partial)
             elif partial.exists():
                 partial.unlink()
+
+
+def _partial_path(path: Path) -> Path:
+    """A unique temporary path: a longer name than `path`'s must not be too long."""
+    return path.with_name(f".{secrets.token_hex(4)}.partial.{path.name[-_TAIL:]}")
 
 
 def rename_durably(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,6 +32,16 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def read_json(path: Path) -> Any:
+    """Read the JSON file at `path` (UTF-8, with or without a byte-order mark).
+
+    Raises:
+        OSError: unreadable.
+        ValueError: not JSON, or not UTF-8.
+    """
+    return json.loads(path.read_bytes().removeprefix(BOM_UTF8).decode())
+
+
 def read_typed_json(path: Path, kind: TypeAdapter[T], levels: tuple[str, ...]) -> T:
     """Read the JSON file at `path` and validate it as the type `kind`.
 
@@ -41,7 +52,7 @@ def read_typed_json(path: Path, kind: TypeAdapter[T], levels: tuple[str, ...]) -
         UserError: unreadable or invalid; names the file and the location of the first error.
     """
     try:
-        return kind.validate_json(path.read_bytes())
+        return kind.validate_json(path.read_bytes().removeprefix(BOM_UTF8))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValidationError as error:

@@ -9,7 +9,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from nextgpt.common.errors import UserError
 from nextgpt.config.renamed_keys import update_keys
-from nextgpt.config.schema import Config
+from nextgpt.config.schema import DATASET_TAGS, Config
 
 CONFIG_DIR = Path(__file__).parent
 STAGES = (1, 2, 3, 4)
@@ -152,7 +152,7 @@ def _merge(into: dict, layer: dict, source: str, origins: dict[str, str], prefix
 
 
 def _explain(error: ErrorDetails, origins: dict[str, str]) -> str:
-    location = [str(item) for item in error["loc"]]
+    location = [str(item) for item in error["loc"] if item not in DATASET_TAGS]
     key = ".".join(location)
     source = next(
         (origins[path] for n in range(len(location), 0, -1)
@@ -169,12 +169,16 @@ def _explain(error: ErrorDetails, origins: dict[str, str]) -> str:
 
 
 def _known_keys(location: list[str]) -> list[str]:
-    """Return the keys of the section at `location`; a modality's name is skipped."""
+    """Return the keys of the section at `location`; modalities and list indices are skipped."""
     section: type[BaseModel] = Config
     for name in location:
-        field = section.model_fields.get(name)
-        if field is None:
-            continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+        if field := section.model_fields.get(name):
+            section = _section_in(field.annotation) or section
     return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the section in a type such as `dict[str, DecoderConfig]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_section_in, get_args(annotation))), None)

@@ -4,9 +4,9 @@ The string below a key is its description; `tools/config_reference.py` collects 
 docs/configuration.md. Relative paths are resolved against the project root.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from nextgpt.common.modality import KnownModality
 
@@ -121,6 +121,41 @@ class DecoderConfig(Section):
     """seconds of audio"""
 
 
+class DatasetConfig(Section):
+    """An entry of `data.datasets` that is more than a name: own data, a weight or a limit."""
+
+    name: str
+    """name of the dataset; without path, one in dataset/catalog.py"""
+    path: str | None = None
+    """JSON, JSON lines, CSV, TSV or Parquet file, folder of WebDataset shards, or folder of media
+    with captions in .txt files"""
+    media_dir: str | None = None
+    """folder of the media that path names; null: the folder of path"""
+    direction: Literal["medium_to_caption", "caption_to_medium", "instruction"] | None = None
+    """what a sample of path learns: to describe a medium, to call a decoder, or a conversation"""
+    weight: AboveZero = 1.0
+    """share of the samples, relative to the other datasets, with `batching: weighted`"""
+    limit: Positive | None = None
+    """use the first rows only; null: all"""
+
+    @model_validator(mode="after")
+    def _own_data_has_a_direction(self) -> Self:
+        if self.path is not None and self.direction is None:
+            raise ValueError(
+                "path needs a direction: medium_to_caption, caption_to_medium or instruction"
+            )
+        if self.path is None and (self.media_dir or self.direction):
+            raise ValueError("media_dir and direction need a path")
+        return self
+
+
+def _dataset_tag(value: Any) -> str:
+    return DATASET_TAGS[not isinstance(value, str)]
+
+
+DATASET_TAGS = ("dataset name", "dataset entry")  # in the locations of pydantic's errors
+
+
 class DataConfig(Section):
     """Datasets, caches and batching."""
 
@@ -130,10 +165,16 @@ class DataConfig(Section):
     """folder of precomputed caption embeddings (.npy)"""
     cache_dir: str
     """folder of row indexes and cached media features"""
-    datasets: list[str] = []
-    """names in dataset/catalog.py"""
-    batching: Literal["mixed", "round_robin"]
-    """a batch mixes all datasets, or batches take datasets in turn"""
+    datasets: list[
+        Annotated[
+            Annotated[str, Tag(DATASET_TAGS[0])] | Annotated[DatasetConfig, Tag(DATASET_TAGS[1])],
+            Discriminator(_dataset_tag),
+        ]
+    ] = []
+    """names in dataset/catalog.py, or entries with the keys below"""
+    batching: Literal["mixed", "round_robin", "weighted"]
+    """a batch mixes all datasets, or batches take datasets in turn, or samples are drawn from the
+    datasets in proportion to their weights"""
     caption_embeddings: Literal["precomputed", "online"]
     """read caption embeddings from caption_embedding_dir, or compute them while training"""
     max_seq_length: Positive
@@ -142,6 +183,23 @@ class DataConfig(Section):
     """pack conversations into rows of this many tokens; null: one conversation per row"""
     num_workers: Annotated[int, Field(ge=0)]
     """data loader processes per rank"""
+
+    @property
+    def dataset_entries(self) -> list[DatasetConfig]:
+        """All data sets as entries."""
+        return [DatasetConfig(name=one) if isinstance(one, str) else one for one in self.datasets]
+
+    @model_validator(mode="after")
+    def _datasets_fit_together(self) -> Self:
+        names = [entry.name for entry in self.dataset_entries]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"datasets: {', '.join(repeated)} is named twice")
+        weighted = [entry.name for entry in self.dataset_entries if entry.weight != 1]
+        if weighted and self.batching != "weighted":
+            raise ValueError(
+                f"datasets: the weight of {', '.join(weighted)} needs batching: weighted"
+            )
+        return self
 
 
 class TrainingConfig(Section):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.json_io import read_json
 from nextgpt.common.modality import Modality
 
 _DAMAGED = (ValueError, TypeError, LookupError, AttributeError)  # raised by unexpected JSON
@@ -74,7 +75,7 @@ def read_maker(folder: Path, modality: Modality) -> EmbeddingMaker | None:
     """
     file = maker_file(folder, modality)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         tokenizer, shape = found.get("tokenizer", ""), tuple(found["shape"])
         return EmbeddingMaker(found["model"], found["fingerprint"], tokenizer, shape)
     except FileNotFoundError:

@@ -83,13 +83,15 @@ def _describe(
     ambiguous = _ambiguous(m for index in indexes for _, m in index.outputs() if _key(m) in keys)
     faults = {}
     for row, (medium, recorded) in wrong.items():
-        where = f"row {row} (the first is 0) of {source.annotation}"
+        number = dataset.file_row(source.name, row)
+        where = f"row {number} (the first is 0) of {source.annotation}"
         if _key(medium) in ambiguous:
             made = f" (the embedding there was made from {recorded!r})" if recorded else ""
             faults[row] = (
                 f"{where} gives {_name(medium)} the caption {medium.caption!r}, another row "
-                f"another one{made}: embeddings are found by file name, so give each medium a "
-                "unique name, or set data.caption_embeddings=online"
+                f"another one{made}: embeddings are found by file name without its folder, so give "
+                "each caption's medium a unique name, or each row an embedding_name, or set "
+                "data.caption_embeddings=online"
             )
         else:
             faults[row] = (

@@ -1,7 +1,9 @@
 """Map-style dataset of conversations, indexed by (data set, row)."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -13,29 +15,28 @@ from nextgpt.config.schema import Config, DataConfig
 from nextgpt.conversation.messages import ContentPart, Conversation, Media, Turn
 from nextgpt.dataset.catalog import DatasetSource, resolve_entry
 from nextgpt.dataset.readers import READER_VERSION
-from nextgpt.dataset.row_index import open_index
+from nextgpt.dataset.row_index import RowIndex, open_index
 from nextgpt.media.shard_members import medium_exists
 
 
 class ConversationDataset(Dataset[Conversation]):
     """Map-style: `dataset[name, row]` is a conversation with absolute paths.
 
-    Building it builds missing row indexes. A lookup costs tens of microseconds and opens no media.
+    Building it builds missing row indexes, which leave unusable rows out. A lookup costs tens of
+    microseconds and opens no media.
 
     Args:
         sources: the data sets, from `dataset.catalog.resolve_entry`.
         cache_dir: folder of the row indexes.
 
     Raises:
-        UserError: an annotation file is missing or has a wrong record.
+        UserError: an annotation file is missing, or has a record of an unknown form or too many
+            unusable rows.
     """
 
     def __init__(self, sources: Sequence[DatasetSource], cache_dir: Path) -> None:
         self.sources = {source.name: source for source in sources}
-        self.indexes = {
-            s.name: open_index(s.annotation, cache_dir, s.read, f"{s.kind}-{READER_VERSION}")
-            for s in sources
-        }
+        self.indexes = {source.name: _open_index(source, cache_dir) for source in sources}
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -52,7 +53,11 @@ class ConversationDataset(Dataset[Conversation]):
 
     def record(self, name: str, row: int) -> Conversation:
         """The conversation with media named relative to their folders."""
-        return self.sources[name].read(self.indexes[name][row], row)
+        return self.sources[name].read(self.indexes[name][row], self.file_row(name, row))
+
+    def file_row(self, name: str, row: int) -> int:
+        """Number of a row in its annotation file, for messages."""
+        return self.indexes[name].number(row)
 
     def __getitem__(self, key: tuple[str, int]) -> Conversation:
         """The conversation at (data set, row).
@@ -70,11 +75,21 @@ class ConversationDataset(Dataset[Conversation]):
                 return replace(part, embedding=str(source.embeddings / part.embedding))
             path = source.media / (part.path or "")
             if not medium_exists(path):
-                raise MediaError(f"{path} is missing: row {row} of {source.annotation} shows it")
+                row_there = self.file_row(name, row)
+                raise MediaError(
+                    f"{path} is missing: row {row_there} of {source.annotation} shows it"
+                )
             return replace(part, path=str(path))
 
         turns = self.record(name, row).turns
         return Conversation(tuple(Turn(t.role, tuple(map(resolve, t.parts))) for t in turns))
+
+
+def _open_index(source: DatasetSource, cache_dir: Path) -> RowIndex:
+    notes = Counter[str]()
+    version = f"{source.kind}-{READER_VERSION}-{source.media}"  # names depend on the media folder
+    read = partial(source.read, notes=notes)
+    return open_index(source.annotation, cache_dir, read, version, notes, source.limit)
 
 
 def open_conversations(data: DataConfig) -> ConversationDataset:
@@ -84,9 +99,9 @@ def open_conversations(data: DataConfig) -> ConversationDataset:
         UserError: none is named, a name is unknown, or an annotation file is missing or wrong.
     """
     if not data.datasets:
-        raise UserError("data.datasets is empty: name data sets of dataset/catalog.py")
+        raise UserError("data.datasets is empty: name data sets of dataset/catalog.py, or paths")
     root, embeddings = project_path(data.data_dir), project_path(data.caption_embedding_dir)
-    sources = [resolve_entry(name, root, embeddings) for name in data.datasets]
+    sources = [resolve_entry(entry, root, embeddings) for entry in data.dataset_entries]
     return ConversationDataset(sources, project_path(data.cache_dir))
 
 

@@ -1,4 +1,4 @@
-"""Streams a JSON array row by row in constant memory: one chunk (1 M characters) and one row."""
+"""Streams a JSON array or JSON lines in constant memory: one chunk (1 M characters) and one row."""
 
 import json
 import re
@@ -17,7 +17,8 @@ def iter_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield every object of the array in `file`, decoded and as its JSON text.
 
     Raises:
-        UserError: no such file, not UTF-8, not a JSON array of objects; names the row.
+        UserError: no such file, not UTF-8, not a JSON array of objects, numbers of thousands of
+            digits or hundreds of nested lists; names the row.
     """
     row = 0
     try:
@@ -37,6 +38,31 @@ def iter_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
             f"{file}: not a JSON array of objects at row {row}: {error.msg}, near "
             f"{'the end' if error.pos == len(error.doc) else near}"
         ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text after row {row}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: row {row} (the first is 0) cannot be read: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def iter_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the object of every line of `file`, decoded and as its JSON text; skips empty lines.
+
+    Raises:
+        UserError: no such file, not UTF-8, a line is not a JSON object; names the row.
+    """
+    row = 0
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            for text in filter(None, map(str.strip, stream)):
+                value = json.loads(text)
+                if not isinstance(value, dict):
+                    raise UserError(f"{file}: row {row} (the first is 0) is no JSON object")
+                yield value, text
+                row += 1
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not a JSON array, nor JSON lines at row {row}: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text after row {row}: {error}") from None
     except OSError as error:

@@ -1,255 +1,266 @@
 """Converts a record of an annotation file to a `Conversation`.
 
-Kinds of files:
+The form of a record is recognised from its fields (`FORMS`), so that every published file loads as
+it is, under any name. The kind of the data set decides what a form does not: the direction of
+caption pairs, and which forms belong there at all.
 
-- `caption_in`, `caption_out`: caption pairs, from medium to caption (stage 1) or from caption to
-  medium (stage 2); a record may also have the later release's form (`input_image` ..,
-  `conversations`);
-- `instruction`: `conversation` with `input_modality`, `output_modality`, media named outside of it;
-- `interleaved`: MosIT; `<image>`, `<video>`, `<audio>` stand for their turn's `media` in order.
+- `caption_in`: pairs, from medium to caption (stage 1);
+- `caption_out`: pairs, from caption to medium (stage 2);
+- `instruction`, `interleaved`: conversations; in `interleaved`, a placeholder without a medium is
+  an error in every form, not text.
 
-Placeholders have a meaning in the later release's form and in `interleaved` only; white space
-around them is dropped. Names of media are relative to the data set's media folder. The caption
-embedding of an output medium is named `<base name>.npy`. Costs about 5 microseconds a record.
+Names of media are relative to the data set's media folder. The caption embedding of an output
+medium is named `<base name>.npy`, or `<embedding_name>.npy` in caption pairs with this field, where
+a medium has several captions. Costs about 10 microseconds a record.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
-from nextgpt.dataset.shards import annotation_rows
+from nextgpt.conversation.messages import Conversation, Media
+from nextgpt.dataset.instruction_forms import (
+    input_keys,
+    output_keys,
+    read_alpaca,
+    read_conversations,
+    read_instruction,
+    read_videochat,
+)
+from nextgpt.dataset.interleaved_forms import read_interleaved, read_tagged
+from nextgpt.dataset.left_out import LeftOutRows, UnusableRow
+from nextgpt.dataset.pair_forms import named_modalities, read_caption_in, read_caption_out
+from nextgpt.dataset.record_fields import (
+    Reader,
+    Record,
+    RowContext,
+    has_lone_surrogate,
+    turn_list,
+)
+from nextgpt.dataset.row_index import usable_rows
 
 Kind = Literal["caption_in", "caption_out", "instruction", "interleaved"]
-Record = dict[str, Any]
-Role = Literal["human", "assistant"]
 
-READER_VERSION = 1  # part of an index's key: raise it when a reader accepts other records
+READER_VERSION = 2  # part of an index's key: raise it when a reader accepts other records
 PAIR_KINDS: tuple[Kind, ...] = ("caption_in", "caption_out")
-CAPTION_PROMPT = "generate a caption"  # stage 1's question
-_TO_SPACE = str.maketrans(dict.fromkeys('"()*#:;~', " "))
-_SPACES = re.compile(r"\s{2,}")
+_INSTRUCTION: tuple[Kind, ...] = ("instruction", "interleaved")
 
 
-def _placeholder() -> re.Pattern[str]:
-    return re.compile(rf"\s*<({'|'.join(MODALITIES)})>\s*")  # compiled once: `re` caches it
+@dataclass(frozen=True)
+class Form:
+    """A form of records.
 
-
-class _RecordError(Exception):
-    """A fault in a record; `read_record` adds file and row."""
-
-
-def clean_caption(caption: str) -> str:
-    """Normalize a caption for the language model; text encoders embed the original.
-
-    Lower case; each of `"()*#:;~` and two or more white-space characters become one space.
+    Attributes:
+        name: for messages.
+        kinds: of the data sets that it belongs to.
+        fields: for messages; X stands for each modality.
+        matches: whether a record has this form; earlier forms come first.
+        read: the reader.
     """
-    return _SPACES.sub(" ", caption.lower().translate(_TO_SPACE)).strip()
+
+    name: str
+    kinds: tuple[Kind, ...]
+    fields: str
+    matches: Callable[[Record], bool]
+    read: Reader
+
+    def __str__(self) -> str:
+        def expand(word: re.Match[str]) -> str:
+            return ", ".join(word[0].replace("X", modality) for modality in MODALITIES)
+
+        return f"{self.name}: {re.sub(r'[a-z_]*X[a-z_]*', expand, self.fields)}"
 
 
-def read_record(record: Record, kind: Kind, file: Path, row: int) -> Conversation:
+def _has_outputs(record: Record) -> bool:
+    keys = (key for modality in MODALITIES for key in output_keys(modality))
+    return "conversations" in record and any(key in record for key in keys)
+
+
+def _has_inputs(record: Record) -> bool:
+    keys = (key for modality in MODALITIES for key in input_keys(modality))
+    return "conversations" in record and any(key in record for key in keys)
+
+
+def _is_pair(record: Record) -> bool:
+    is_other = "conversation" in record or _has_outputs(record)
+    return "caption" in record and not is_other and len(named_modalities(record)) == 1
+
+
+def _has_tagged_lists(record: Record) -> bool:
+    return "conversation" in record and any(f"{m}_list" in record for m in MODALITIES)
+
+
+def _has_turn_media(record: Record) -> bool:
+    return any("media" in turn for turn in turn_list(record))
+
+
+def _is_instruction(record: Record) -> bool:
+    marked = any(turn.get("output_modality") in MODALITIES for turn in turn_list(record))
+    return "conversation" in record or ("conversations" in record and marked)
+
+
+_PAIR_FIELDS = "caption, and one of X_name"
+_OUTPUT_FIELDS = "conversations, X_captions, X_caption_embeddings or output_X"
+
+FORMS = (
+    Form("caption pair", ("caption_out",), _PAIR_FIELDS, _is_pair, read_caption_out),
+    Form(
+        "conversations with outputs",
+        ("caption_out", *_INSTRUCTION),
+        _OUTPUT_FIELDS,
+        _has_outputs,
+        read_conversations,
+    ),
+    Form(
+        "dialogue with tags",
+        _INSTRUCTION,
+        "conversation, X_list",
+        _has_tagged_lists,
+        read_tagged,
+    ),
+    Form(
+        "dialogue with the media of each turn",
+        _INSTRUCTION,
+        "conversation with media",
+        _has_turn_media,
+        read_interleaved,
+    ),
+    Form(
+        "instruction",
+        _INSTRUCTION,
+        "conversation with input_modality, output_modality; mm_name, X_name or source_data",
+        _is_instruction,
+        read_instruction,
+    ),
+    Form(
+        "conversations with inputs",
+        ("caption_in", *_INSTRUCTION),
+        "conversations, input_X, X_name or X",
+        _has_inputs,
+        read_conversations,
+    ),
+    Form("caption pair", ("caption_in",), _PAIR_FIELDS, _is_pair, read_caption_in),
+    Form(
+        "text conversations",
+        _INSTRUCTION,
+        "conversations",
+        lambda record: "conversations" in record,
+        read_conversations,
+    ),
+    Form(
+        "raw Alpaca",
+        _INSTRUCTION,
+        "instruction, input, output",
+        lambda record: {"instruction", "output"} <= record.keys(),
+        read_alpaca,
+    ),
+    Form(
+        "raw VideoChat",
+        _INSTRUCTION,
+        "video, QA",
+        lambda record: {"video", "QA"} <= record.keys(),
+        read_videochat,
+    ),
+)
+
+
+def read_record(
+    record: Record,
+    kind: Kind | None,
+    file: Path,
+    row: int,
+    media: Path | None = None,
+    notes: Counter[str] | None = None,
+) -> Conversation:
     """Convert `record` to a conversation; media are named relative to their folders.
 
     Args:
-        file, row: of the record (the first row is 0), for error messages.
+        kind: of the data set; None accepts every form, with caption pairs from caption to medium.
+        file, row: of the record (the first row is 0).
+        media: the media folder; without it, absolute names and tags of human turns are not kept.
+        notes: counts of what was kept or dropped by choice are added to it.
 
     Raises:
-        UserError: a field is missing or wrong; names file, row, field and the expected value.
+        UnusableRow: a field is wrong; names file, row, field and the expected value.
+        UserError: the form is unknown, or is not of this kind; names the fields and the nearest.
     """
-    is_later = kind in PAIR_KINDS and "conversations" in record
+    where = f"{file}: row {row} (the first is 0)"
+    form = _recognise(record, kind, where)
+    context = RowContext(row, media, strict=kind == "interleaved")
     try:
-        turns = tuple((_later_release if is_later else _READERS[kind])(record))
-        if [turn.role for turn in turns] != ["human", "assistant"] * (len(turns) // 2) or not turns:
-            raise _RecordError("expected turns of human and gpt in alternation, ending with gpt")
-        if not all(turn.parts for turn in turns):
-            raise _RecordError("value: a turn is empty; expected text or a medium")
-    except _RecordError as fault:
-        raise UserError(f"{file}: row {row} (the first is 0): {fault}") from None
-    return Conversation(turns)
+        conversation = Conversation(tuple(form.read(record, context)))
+        _check(conversation)
+    except UnusableRow as fault:
+        raise UnusableRow(fault.cause, f"{where}: {fault}") from None
+    if notes is not None:
+        notes.update(context.notes)
+    return conversation
 
 
-def iter_captions(file: Path, modality: Modality) -> Iterator[tuple[str, str]]:
+def _recognise(record: Record, kind: Kind | None, where: str) -> Form:
+    """The first form that matches and is of `kind`."""
+    matching = [form for form in FORMS if form.matches(record)]
+    for form in matching:
+        if kind is None or kind in form.kinds:
+            return form
+    if matching:
+        raise UserError(
+            f"{where}: has the form {matching[0]}; a data set of kind {kind} does not read it"
+        )
+    known = [form for form in FORMS if kind is None or kind in form.kinds]
+    words = {form: {*re.findall(r"\w+", str(form))} for form in known}
+    nearest = max(known, key=lambda form: (len(words[form] & record.keys()), -len(words[form])))
+    raise UserError(
+        f"{where}: no known form of a record. Its fields: {', '.join(list(record)[:20]) or 'none'}."
+        f" The nearest form is {nearest}"
+    )
+
+
+def _check(conversation: Conversation) -> None:
+    """Check what holds for the conversations of all forms."""
+    turns = conversation.turns
+    if [turn.role for turn in turns] != ["human", "assistant"] * (len(turns) // 2) or not turns:
+        raise UnusableRow(
+            "turns out of order", "expected turns of human and gpt in alternation, ending with gpt"
+        )
+    if not all(turn.parts for turn in turns):
+        raise UnusableRow("empty turn", "value: a turn is empty; expected text or a medium")
+    for part in (part for turn in turns for part in turn.parts):
+        text = part.caption or "" if isinstance(part, Media) else part.text
+        if has_lone_surrogate(text):
+            raise UnusableRow(
+                "half a surrogate pair", f"half a surrogate pair in the text {text[:200]!r}"
+            )
+
+
+def iter_captions(
+    file: Path, modality: Modality, left_out: LeftOutRows | None = None
+) -> Iterator[tuple[str, str]]:
     """Yield (medium's file name, unmodified caption) of all output media of `modality`.
 
     Args:
         file: an annotation file or a folder of shards; caption pairs count as output media.
+        left_out: unusable rows are added to it.
 
     Raises:
-        UserError: a wrong record, or no such medium in the file.
+        UserError: a record of an unknown form, too many unusable ones, or no such medium.
     """
     found = False
-    for row, (record, _) in enumerate(annotation_rows(file)):
-        for medium in read_record(record, _detect_kind(record), file, row).outputs:
+
+    def read(record: Record, row: int) -> Conversation:
+        # Only base names matter, so absolute names of any folder will do.
+        return read_record(record, None, file, row, media=Path("/"))
+
+    left_out = LeftOutRows() if left_out is None else left_out
+    for _, _, conversation in usable_rows(file, read, left_out):
+        for medium in conversation.outputs:
             if medium.modality == modality:
                 found = True
                 yield (medium.embedding or "").removesuffix(".npy"), medium.caption or ""
     if not found:
         raise UserError(f"{file} has no captions of {modality} outputs: is {modality} meant?")
-
-
-def _detect_kind(record: Record) -> Kind:
-    if "conversations" in record or "caption" in record:
-        return "caption_out"
-    turns = record.get("conversation")
-    is_mosit = isinstance(turns, list) and any("media" in t for t in turns if isinstance(t, dict))
-    return "interleaved" if is_mosit else "instruction"
-
-
-def _caption_in(record: Record) -> Iterator[Turn]:
-    modality, name, caption = _caption_pair(record)
-    yield Turn("human", (Media(modality, path=name), Text(CAPTION_PROMPT)))
-    yield Turn("assistant", (caption,))
-
-
-def _caption_out(record: Record) -> Iterator[Turn]:
-    modality, name, caption = _caption_pair(record)
-    yield Turn("human", (caption,))
-    yield Turn("assistant", (caption, _medium("assistant", modality, name, record)))
-
-
-def _caption_pair(record: Record) -> tuple[Modality, str, Text]:
-    """Modality, file name and cleaned caption."""
-    keys = {f"{modality}_name": modality for modality in MODALITIES}
-    named = [key for key in keys if key in record]
-    if len(named) != 1:
-        raise _RecordError(f"expected one of the fields {', '.join(keys)}")
-    caption = Text(clean_caption(_caption(record, "caption")))
-    return keys[named[0]], _name(record, named[0]), caption
-
-
-def _later_release(record: Record) -> Iterator[Turn]:
-    named: dict[tuple[Role, Modality], Media] = {}
-    for m in MODALITIES:
-        if f"input_{m}" in record:
-            named["human", m] = _medium("human", m, _name(record, f"input_{m}"), record)
-        if f"output_{m}" in record:
-            embedding = f"{m}_caption_embeddings"
-            file = _name(record, embedding if embedding in record else f"output_{m}")
-            name, key = file.removesuffix(".npy"), f"{m}_captions"
-            named["assistant", m] = _medium("assistant", m, name, record, key)
-    for role, value, _, where in _turns(record, "conversations"):
-        media = [named.pop((role, m), None) for m in _placeholder().findall(value)]
-        if None in media:
-            side = "input" if role == "human" else "output"
-            raise _RecordError(f"{where}.value: each placeholder needs an {side}_ field, used once")
-        yield Turn(role, _interleave(value, media, where))
-    for role, m in named:
-        raise _RecordError(f"conversations: no <{m}> in the {role}'s text for the {m} named")
-
-
-def _interleaved(record: Record) -> Iterator[Turn]:
-    for role, value, turn, where in _turns(record, "conversation"):
-        entries, media = turn.get("media", []), []
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise _RecordError(f"{where}.media: expected a list of objects")
-        for index, entry in enumerate(entries):
-            at = f"{where}.media[{index}]."
-            modality = _modality(entry.get("modality"), f"{at}modality")
-            media.append(_medium(role, modality, _name(entry, "name", at), entry, where=at))
-        yield Turn(role, _interleave(value, media, where))
-
-
-def _instruction(record: Record) -> Iterator[Turn]:
-    rounds = list(_turns(record, "conversation"))
-    outputs = [turn.get("output_modality") for _, _, turn, _ in rounds]
-    # A named medium that is no output is the first turn's input, even without input_modality.
-    first = next((m for m in MODALITIES if record.get(f"{m}_name") and m not in outputs), "text")
-    used: dict[Modality, Role] = {}
-    for index, (role, text, turn, where) in enumerate(rounds):
-        parts: tuple[ContentPart, ...] = (Text(text),) if text.strip() else ()
-        side = "input_modality" if role == "human" else "output_modality"
-        value = turn.get(side, first if index == 0 else "text")
-        modality = None if value == "text" else _modality(value, f"{where}.{side}", "text, ")
-        if modality and role == used.get(modality) == "human":
-            modality = None  # a later question about the medium of an earlier turn
-        if modality:
-            if modality in used:
-                raise _RecordError(
-                    f"{where}.{side}: a second {modality} has no name; use MosIT's form"
-                )
-            used[modality] = role
-            key = f"{modality}_name"
-            name = _name(record, key if record.get(key) else "mm_name")
-            medium = _medium(role, modality, name, turn, where=f"{where}.")
-            parts = (medium, *parts) if role == "human" else (*parts, medium)
-        yield Turn(role, parts)
-    if not used and any(record.get(f"{kind}_name") for kind in ("mm", *MODALITIES)):
-        raise _RecordError("input_modality, output_modality: no turn says what the named medium is")
-
-
-_READERS: dict[Kind, Callable[[Record], Iterable[Turn]]] = {
-    "caption_in": _caption_in,
-    "caption_out": _caption_out,
-    "instruction": _instruction,
-    "interleaved": _interleaved,
-}
-
-
-def _turns(record: Record, key: str) -> Iterator[tuple[Role, str, Record, str]]:
-    """Yield (role, text, turn, its name in error messages) of the list under `key`."""
-    turns = record.get(key)
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise _RecordError(
-            f"{key}: expected a list of turns; convert raw files with preprocess_dataset.py"
-        )
-    for index, turn in enumerate(turns):
-        where, role, value = f"{key}[{index}]", turn.get("from"), turn.get("value")
-        if role not in ("human", "gpt"):
-            raise _RecordError(f"{where}.from: expected human or gpt, not {role!r}")
-        if not isinstance(value, str):
-            raise _RecordError(f"{where}.value: expected text, found {value!r}")
-        yield ("human" if role == "human" else "assistant"), value, turn, where
-
-
-def _interleave(value: str, media: list[Media], where: str) -> tuple[ContentPart, ...]:
-    """Split `value` at its placeholders and put the media in their places."""
-    strings = _placeholder().split(value)  # text, modality, text, modality, text ..
-    expected, found = strings[1::2], [medium.modality for medium in media]
-    if expected != found:
-        raise _RecordError(
-            f"{where}.value: its placeholders {expected} differ from its media {found}"
-        )
-    parts = (media[i // 2] if i % 2 else Text(string) for i, string in enumerate(strings))
-    return tuple(part for part in parts if isinstance(part, Media) or part.text.strip())
-
-
-def _medium(
-    role: Role,
-    modality: Modality,
-    name: str,
-    captions: Record,
-    key: str = "caption",
-    where: str = "",
-) -> Media:
-    """An input medium, or an output medium with its caption under `key`."""
-    if role == "human":
-        return Media(modality, path=name)
-    caption = _caption(captions, key, where)
-    return Media(modality, caption=caption, embedding=f"{PurePosixPath(name).name}.npy")
-
-
-def _modality(value: Any, where: str, others: str = "") -> Modality:
-    if value not in tuple(MODALITIES):
-        known = others + ", ".join(MODALITIES)
-        raise _RecordError(f"{where}: expected one of {known}, not {value!r}")
-    return value
-
-
-def _caption(record: Record, key: str, where: str = "") -> str:
-    """The unmodified caption under `key`; it must not be empty after cleaning."""
-    caption = record.get(key)
-    if not isinstance(caption, str) or not clean_caption(caption):
-        raise _RecordError(f"{where}{key}: expected a caption, found {caption!r}")
-    return caption
-
-
-def _name(record: Record, key: str, where: str = "") -> str:
-    name = record.get(key)
-    if not isinstance(name, str) or not name or name.startswith("/") or ".." in name.split("/"):
-        raise _RecordError(
-            f"{where}{key}: expected a file name inside the media folder, found {name!r}"
-        )
-    return name

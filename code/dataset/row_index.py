@@ -1,13 +1,15 @@
 """Row index: random access to the rows of an annotation file through memory-mapped Arrow.
 
-The JSON array is streamed once; each row is checked and written to an Arrow file in the cache
-folder, which all processes memory-map, with its output media. Building costs 10 to 20 s for a
+The file, of any form of `dataset.tables`, is streamed once; each row is checked and written to an
+Arrow file in the cache folder, which all processes memory-map, with its number in the file and its
+output media. Unusable rows are left out (`dataset.left_out`). Building costs 10 to 20 s for a
 million caption pairs, opening milliseconds; memory is constant (`benchmarks/index.py`). The digest
 of all rows is computed at the same time, at no measurable cost.
 """
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,17 +19,17 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.file_digests import FileState
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.common.locks import hold_lock
 from nextgpt.common.modality import Modality
 from nextgpt.conversation.messages import Conversation, Media
-from nextgpt.dataset.shards import annotation_rows, shards_of
+from nextgpt.dataset.left_out import LeftOutRows, UnusableRow
+from nextgpt.dataset.tables import annotation_rows, annotation_state
 
 _BATCH = 4096  # rows of a record batch, held in memory while building
 Read = Callable[[dict[str, Any], int], Conversation]  # from a record and its row
-_FORMAT = 3  # of the Arrow file; raise it when older files cannot be read any more
+_FORMAT = 4  # of the Arrow file; raise it when older files cannot be read any more
 _SUMMARY = b"summary"  # metadata of the last record batch, which has no rows
 
 
@@ -36,8 +38,10 @@ class RowIndex:
 
     Attributes:
         source: digest of the annotation file's state and its reader's version.
-        digest: hex SHA-256 of all rows in order, each as its JSON text.
+        digest: hex SHA-256 of all usable rows in order, each as its JSON text.
         output_modalities: of all rows' output media.
+        left_out: the unusable rows, which have no number here.
+        notes: counts of what the reader kept or dropped by choice, by description.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,7 +52,9 @@ class RowIndex:
         self.source: str = summary["source"]
         self.digest: str = summary["digest"]
         self.output_modalities: list[Modality] = summary["output_modalities"]
-        self._rows, self._outputs = reader.read_all().columns
+        self.left_out = LeftOutRows({c: tuple(found) for c, found in summary["left_out"].items()})
+        self.notes: dict[str, int] = summary["notes"]
+        self._rows, self._outputs, self._numbers = reader.read_all().columns
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -59,6 +65,15 @@ class RowIndex:
     def length(self, row: int) -> int:
         """Characters of the row's JSON text, which is not parsed."""
         return len(self._rows[row].as_py())
+
+    def number(self, row: int) -> int:
+        """Number of the row in its file; higher than `row` if rows before it are left out."""
+        return self._numbers[row].as_py()
+
+    @property
+    def report(self) -> list[str]:
+        """Lines on the rows that are left out and on what was kept or dropped by choice."""
+        return [*self.left_out.lines, *(f"{count:,} {note}" for note, count in self.notes.items())]
 
     def outputs(self) -> Iterator[tuple[int, Media]]:
         """Yield (row, output medium) of all rows."""
@@ -71,28 +86,39 @@ class RowIndex:
         return RowIndex, (self.path,)
 
 
-def open_index(file: Path, cache_dir: Path, read: Read, version: str) -> RowIndex:
+def open_index(
+    file: Path,
+    cache_dir: Path,
+    read: Read,
+    version: str,
+    notes: Counter[str] | None = None,
+    limit: int | None = None,
+) -> RowIndex:
     """Open the index of `file`; built first unless `cache_dir` has one of the file's present state.
 
-    One process builds it while the others wait for a lock.
+    One process builds it, and prints its report, while the others wait for a lock.
 
     Args:
-        file: an annotation file, or a folder of shards, indexed as one file.
-        read: called once with each record and its row; raises `UserError` on a wrong one.
+        file: an annotation file, or a folder of shards or media, indexed as one file.
+        read: called once with each record and its row; raises `UnusableRow` on one to leave out.
         version: of `read`; part of the index's key.
+        notes: counts that `read` adds to.
+        limit: index the first rows of the file only; the others are not read.
 
     Raises:
-        UserError: the file is missing, empty or not a JSON array, a shard is broken, `read`
-            rejects a record, or `cache_dir` cannot be written.
+        UserError: the file is missing, empty, of no known form or broken, too many rows are
+            unusable, `read` rejects one, or `cache_dir` cannot be written.
     """
     if not file.exists():
         raise UserError(f"{file} does not exist")
     resolved = str(file.resolve())
+    version = version if limit is None else f"{version}-{limit}"
     key = hashlib.sha256(f"{resolved}\n{version}".encode()).hexdigest()[:16]
     path = cache_dir / f"{file.stem}-{key}.arrow"
-    states = [(f.name, *FileState.of(f)) for f in (shards_of(file) if file.is_dir() else [file])]
-    state = repr((_FORMAT, resolved, version, states))
-    source = hashlib.sha256(state.encode()).hexdigest()
+    state = hashlib.sha256(repr((_FORMAT, resolved, version)).encode())
+    for one in annotation_state(file):
+        state.update(repr(one).encode())
+    source = state.hexdigest()
     with hold_lock(path.with_name(f"{path.name}.lock")):
         try:
             if (index := RowIndex(path)).source == source:
@@ -100,29 +126,64 @@ def open_index(file: Path, cache_dir: Path, read: Read, version: str) -> RowInde
         except (FileNotFoundError, ValueError, LookupError):
             pass  # none, damaged or of an older format
         with atomic_write(path) as partial:
-            _build(file, partial, read, source)
-    return RowIndex(path)
+            _build(file, partial, read, source, Counter() if notes is None else notes, limit)
+    index = RowIndex(path)
+    for line in index.report:
+        print(f"{file}: {line}", flush=True)
+    return index
 
 
-def _build(file: Path, path: Path, read: Read, source: str) -> None:
-    digest, modalities = hashlib.sha256(), set[Modality]()
+def usable_rows(
+    file: Path, read: Read, left_out: LeftOutRows, limit: int | None = None
+) -> Iterator[tuple[int, str, Conversation]]:
+    """Yield (number, JSON text, conversation) of the usable rows, and add the others to `left_out`.
 
-    def columns() -> Iterator[tuple[str, str]]:
-        rows = tqdm(annotation_rows(file), desc=f"indexing {file.name}", unit=" rows", delay=2)
-        for row, (record, text) in enumerate(rows):
-            outputs = read(record, row).outputs
+    Raises:
+        UserError: the file is wrong, or has too many unusable rows; see `open_index`.
+    """
+    number = -1
+    for number, (record, text) in enumerate(islice(annotation_rows(file), limit)):
+        try:
+            if isinstance(record, UnusableRow):
+                raise record
+            conversation = read(record, number)
+        except UnusableRow as fault:
+            left_out.add(fault)
+            continue
+        yield number, text, conversation
+    left_out.check(file, number + 1)
+
+
+def _build(
+    file: Path, path: Path, read: Read, source: str, notes: Counter[str], limit: int | None
+) -> None:
+    digest, modalities, left_out = hashlib.sha256(), set[Modality](), LeftOutRows()
+
+    def columns() -> Iterator[tuple[str, str, int]]:
+        rows = usable_rows(file, read, left_out, limit)
+        for number, text, conversation in tqdm(
+            rows, desc=f"indexing {file.name}", unit=" rows", delay=2
+        ):
+            outputs = conversation.outputs
             modalities.update(medium.modality for medium in outputs)
             digest.update(text.encode())
-            yield text, to_json([(m.modality, m.caption, m.embedding) for m in outputs])
+            yield text, to_json([(m.modality, m.caption, m.embedding) for m in outputs]), number
 
-    schema = pa.schema([("row", pa.string()), ("outputs", pa.string())])
+    columns_of = {"row": pa.string(), "outputs": pa.string(), "number": pa.int64()}
+    schema = pa.schema([*columns_of.items()])
     rows, is_empty = columns(), True
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while batch := list(islice(rows, _BATCH)):
             writer.write_batch(pa.record_batch([*zip(*batch, strict=True)], schema=schema))
             is_empty = False
-        found = {"digest": digest.hexdigest(), "output_modalities": sorted(modalities)}
-        end = pa.record_batch([[], []], schema=schema)
-        writer.write_batch(end, custom_metadata={_SUMMARY: to_json({"source": source, **found})})
+        summary = {
+            "source": source,
+            "digest": digest.hexdigest(),
+            "output_modalities": sorted(modalities),
+            "left_out": left_out.causes,
+            "notes": notes,
+        }
+        end = pa.record_batch([[]] * len(schema), schema=schema)
+        writer.write_batch(end, custom_metadata={_SUMMARY: to_json(summary)})
     if is_empty:
         raise UserError(f"{file} has no rows")

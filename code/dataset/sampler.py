@@ -8,7 +8,7 @@ bytes a row and some 20 ms a million rows.
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
 
@@ -29,8 +29,11 @@ class BatchSchedule:
         mode: `round_robin`, as published: each batch is from one data set, in turns; smaller data
             sets are reshuffled and repeated until the largest is exhausted, as is the largest to
             fill its last batch. `mixed`: batches mix all rows, each once an epoch; the last batch
-            is filled from the epoch's first.
+            is filled from the epoch's first. `weighted`: as many samples an epoch as `mixed`; each
+            data set has its share by `weights`, to one sample, in random order, and is reshuffled
+            when exhausted.
         seed: of the permutations.
+        weights: of the data sets, for `weighted`; 1 by default.
 
     Raises:
         UserError: an empty data set, or more samples a batch than rows.
@@ -38,8 +41,9 @@ class BatchSchedule:
 
     sizes: Mapping[str, int]
     global_batch_size: int
-    mode: Literal["mixed", "round_robin"]
+    mode: Literal["mixed", "round_robin", "weighted"]
     seed: int
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         empty = [name for name, size in self.sizes.items() if size < 1]
@@ -54,17 +58,20 @@ class BatchSchedule:
     @property
     def _rows(self) -> int:
         """Rows that determine an epoch's length: all, or those of the largest data set."""
-        return (sum if self.mode == "mixed" else max)(self.sizes.values())
+        return (max if self.mode == "round_robin" else sum)(self.sizes.values())
 
     @property
     def steps_per_epoch(self) -> int:
         """Global batches an epoch."""
-        turns = 1 if self.mode == "mixed" else len(self.sizes)
+        turns = len(self.sizes) if self.mode == "round_robin" else 1
         return math.ceil(self._rows / self.global_batch_size) * turns
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[list[Sample]]:
         """Yield the batches of `epoch` from number `start` on; skipping costs nothing."""
-        return (self._mixed if self.mode == "mixed" else self._round_robin)(epoch, start)
+        modes = {
+            "mixed": self._mixed, "round_robin": self._round_robin, "weighted": self._weighted
+        }  # fmt: skip
+        return modes[self.mode](epoch, start)
 
     def _mixed(self, epoch: int, start: int) -> Iterator[list[Sample]]:
         names, ends = list(self.sizes), np.cumsum([*self.sizes.values()])
@@ -79,18 +86,41 @@ class BatchSchedule:
             ]
 
     def _round_robin(self, epoch: int, start: int) -> Iterator[list[Sample]]:
-        names, batch_size = list(self.sizes), self.global_batch_size
+        names, batch_size, draw = list(self.sizes), self.global_batch_size, self._draws(epoch)
+        for step in range(start, self.steps_per_epoch):
+            turn, which = divmod(step, len(names))
+            first = turn * batch_size
+            yield [draw(names[which], number) for number in range(first, first + batch_size)]
 
-        @lru_cache(maxsize=2 * len(names))  # a batch may span two shuffles
+    def _weighted(self, epoch: int, start: int) -> Iterator[list[Sample]]:
+        names, draw = list(self.sizes), self._draws(epoch)
+        shares = np.array([self.weights.get(name, 1.0) for name in names])
+        ends = np.cumsum(shares / shares.sum()) * self.steps_per_epoch * self.global_batch_size
+        counts = np.diff(np.rint(ends).astype(int), prepend=0)
+        order = np.repeat(np.arange(len(names)), counts)
+        order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        first = start * self.global_batch_size
+        drawn = np.bincount(order[:first], minlength=len(names))  # of each data set so far
+        for batch in order[first:].reshape(-1, self.global_batch_size):
+            samples = []
+            for which in batch:
+                samples.append(draw(names[which], int(drawn[which])))
+                drawn[which] += 1
+            yield samples
+
+    def _draws(self, epoch: int) -> Callable[[str, int], Sample]:
+        """A function from a data set and n to its n-th sample of an endless reshuffled order."""
+
+        @lru_cache(maxsize=2 * len(self.sizes))  # a batch may span two shuffles
         def permutation(name: str, repeat: int) -> np.ndarray:
             seed = [self.seed, epoch, zlib.crc32(name.encode()), repeat]
             return np.random.default_rng(seed).permutation(self.sizes[name])
 
-        for step in range(start, self.steps_per_epoch):
-            turn, which = divmod(step, len(names))
-            name, first = names[which], turn * batch_size
-            positions = [divmod(i, self.sizes[name]) for i in range(first, first + batch_size)]
-            yield [(name, int(permutation(name, repeat)[i])) for repeat, i in positions]
+        def draw(name: str, number: int) -> Sample:
+            repeat, index = divmod(number, self.sizes[name])
+            return name, int(permutation(name, repeat)[index])
+
+        return draw
 
 
 def split_for_rank(

@@ -13,9 +13,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES
-from nextgpt.dataset.json_stream import iter_rows
+from nextgpt.dataset.left_out import UnusableRow
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -23,44 +22,34 @@ def shards_of(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.tar"))
 
 
-def annotation_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield (record, its JSON text) of an annotation file, or caption pairs of a folder of shards.
-
-    Samples without a medium or a caption are skipped; their count is printed at the end.
+def iter_shard_pairs(folder: Path) -> Iterator[dict[str, Any] | UnusableRow]:
+    """Yield the caption pair of each sample of a folder's shards, or what is wrong with it.
 
     Raises:
-        UserError: the file is not a JSON array of objects, or a shard is broken.
+        UserError: a shard is broken.
     """
-    if not path.is_dir():
-        yield from iter_rows(path)
-        return
-    skipped = 0
-    for shard in shards_of(path):
-        for pair in _caption_pairs(shard):
-            if pair:
-                yield pair, to_json(pair, ensure_ascii=False)
-            skipped += pair is None
-    if skipped:
-        print(f"{path}: skipped {skipped} samples without a medium or a caption")
+    for shard in shards_of(folder):
+        yield from _caption_pairs(shard)
 
 
-def _caption_pairs(shard: Path) -> Iterator[dict[str, str] | None]:
-    """The caption pair of each sample; None without a medium or a caption."""
+def _caption_pairs(shard: Path) -> Iterator[dict[str, Any] | UnusableRow]:
     specs = sorted(MODALITIES.values(), key=lambda spec: -spec.shard_priority)
     try:
         with tarfile.open(shard, "r:") as tar:
             entries = (entry for entry in tar if entry.isfile())
-            for _, sample in groupby(entries, key=lambda entry: _key_and_suffix(entry.name)[0]):
+            for key, sample in groupby(entries, key=lambda entry: _key_and_suffix(entry.name)[0]):
                 files = {_key_and_suffix(entry.name)[1]: entry for entry in sample}
                 media = [(s, files[x]) for s in specs for x in s.shard_suffixes if x in files]
-                caption = _caption(shard, tar, files)
-                if not media or not caption:
-                    yield None
+                if not media:
+                    yield UnusableRow("sample without a medium", f"{shard}: {key} has no medium")
                     continue
                 spec, entry = media[0]
                 name = PurePosixPath(entry.name).name
                 member = f"{shard.name}/{entry.offset_data}+{entry.size}/{name}"
-                yield {f"{spec.name}_name": member, "caption": caption}
+                try:
+                    yield {f"{spec.name}_name": member, "caption": _caption(shard, tar, files)}
+                except UnusableRow as fault:
+                    yield fault
     except (tarfile.TarError, OSError) as error:
         raise UserError(
             f"{shard}: not a complete tar file ({error}): download it again or remove it"
@@ -74,12 +63,21 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
     return str(path.with_name(stem)), f".{suffix.lower()}"
 
 
-def _caption(shard: Path, tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> str:
+def _caption(shard: Path, tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> Any:
+    """The caption of a sample; None without one.
+
+    Raises:
+        UnusableRow: its file is broken.
+    """
     if not (entry := files.get(".txt") or files.get(".json")):
-        return ""
+        return None
     content = tar.extractfile(entry).read()  # type: ignore[union-attr]
     try:
-        is_text = ".txt" in files
-        return (content.decode() if is_text else str(json.loads(content)["caption"] or "")).strip()
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{shard}: {entry.name} has no caption: {error}") from error
+        caption = content.decode("utf-8-sig") if ".txt" in files else json.loads(content)["caption"]
+    except UnicodeDecodeError as error:
+        fault = UnusableRow("caption not UTF-8", f"{shard}: {entry.name} is not UTF-8: {error}")
+        raise fault from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        fault = UnusableRow("no caption", f"{shard}: {entry.name} has no caption: {error!r}")
+        raise fault from None
+    return caption.strip() if isinstance(caption, str) else caption

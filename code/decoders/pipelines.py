@@ -5,7 +5,6 @@ of the UNet, two with guidance. diffusers deprecates the video and audio pipelin
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nextgpt.common.errors import UserError
+from nextgpt.common.json_io import read_json
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.decoders.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 from nextgpt.media.writing import Frames, Output, Sound
@@ -148,7 +148,7 @@ class Decoder:
         if not index.is_file():
             return
         with explain_load_errors(path):
-            found = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+            found = read_json(index).get("_class_name")
         if found != expected:
             raise UserError(f"{path} is a {found}, but {modality} takes a {expected}: give another")
 

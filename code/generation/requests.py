@@ -108,7 +108,7 @@ def read_cases(path: Path, out: Path) -> list[Request]:
     requests: list[Request] = []
     for case in cases:
         media = {m: [path.parent / name] for m in MODALITIES if (name := getattr(case, m, None))}
-        folder = out / re.sub(r"[^\w+]+", "-", case.name, flags=re.ASCII)
+        folder = out / re.sub(r"[^\w+]+", "-", case.name)
         if folder in [request.folder for request in requests]:
             raise UserError(f"cases {path}: two cases would write to {folder}; rename one")
         requests.append(Request(case.name, (), human_turn(case.text, media), folder, case.expects))

@@ -10,7 +10,6 @@ in 30 s.
 """
 
 import argparse
-import json
 import shutil
 import time
 from collections.abc import Collection, Sequence
@@ -31,7 +30,7 @@ from transformers import (
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.io import rename_durably
-from nextgpt.common.json_io import to_json
+from nextgpt.common.json_io import read_json, to_json
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.mini_world.component_training.diffusion import train_unet
@@ -245,7 +244,7 @@ class ComponentBuilder:
 def _remove_origins(folder: Path) -> None:
     """Remove the paths that modules were loaded from out of their configuration files."""
     for path in folder.rglob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if isinstance(content, dict) and _ORIGIN_KEYS & content.keys():
             kept = {key: value for key, value in content.items() if key not in _ORIGIN_KEYS}
             path.write_text(to_json(kept, indent=2) + "\n", encoding="utf-8")
@@ -259,7 +258,7 @@ def _modules_of(component: Component) -> list[str]:
 def _read_record(folder: Path) -> dict[str, dict[str, float]]:
     """Read a component's training record; empty without one."""
     path = folder / TRAINING_RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def build_components(builder: ComponentBuilder, components: Sequence[Component]) -> None:

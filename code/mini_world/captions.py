@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from nextgpt.common.modality import Modality
-from nextgpt.dataset.readers import clean_caption
+from nextgpt.dataset.record_fields import clean_caption
 from nextgpt.mini_world.objects import ATTRIBUTES, PITCH_OF, TIMBRE_OF, Split, Value, WorldObject
 from nextgpt.mini_world.words import TemplateSet, choose, fill_template, phrase_values
 

@@ -4,10 +4,11 @@ Training on them (self-distillation) prevents forgetting. The answers are genera
 `record_plain_talk`; only those to greetings, which the model fails at, are written here.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
+
+from nextgpt.common.json_io import read_json
 
 ANSWERS_FILE = Path(__file__).with_name("plain_talk.json")
 _GREETINGS = (
@@ -28,6 +29,6 @@ _GREETINGS = (
 
 def plain_talk_pairs(rng: np.random.Generator) -> list[tuple[str, str]]:
     """Return all (question, answer) pairs in random order; questions are unique."""
-    recorded = json.loads(ANSWERS_FILE.read_text(encoding="utf-8"))
+    recorded = read_json(ANSWERS_FILE)
     pairs = [*_GREETINGS, *(tuple(pair) for pair in recorded)]
     return [pairs[index] for index in rng.permutation(len(pairs))]

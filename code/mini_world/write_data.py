@@ -9,7 +9,6 @@ folder, since caption embeddings stored there belong to the old captions.
 
 import argparse
 import itertools
-import json
 import math
 import os
 import shutil
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
-from nextgpt.common.json_io import to_json
+from nextgpt.common.json_io import read_json, to_json
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.mini_world.captions import canonical_caption, sample_caption
@@ -106,7 +105,7 @@ def write_world(
         "held_out_pairs": {s: sorted(map(list, pairs)) for s, pairs in HELD_OUT_PAIRS.items()},
     }
     if (out / "world.json").is_file():
-        if json.loads((out / "world.json").read_text(encoding="utf-8")) == world:
+        if read_json(out / "world.json") == world:
             print(f"{out} holds this world already")
             return
         print(f"{out} holds another world, which is replaced")

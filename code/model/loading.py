@@ -4,7 +4,6 @@ Weight files are memory-mapped: names, shapes and dtypes cost no memory, and onl
 used are read. File names and the index (`weight_map`) are those of transformers and diffusers.
 """
 
-import json
 import pickle
 import re
 import struct
@@ -24,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nextgpt.common.device import choose_device
 from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.json_io import read_json
 from nextgpt.common.paths import project_path
 
 disable_progress_bar()  # models load in seconds, and a bar for each hides other output
@@ -211,7 +211,7 @@ def weight_files(folder: Path) -> dict[Path, list[str]]:
             return {single: []}
         if index.is_file():
             try:
-                shard_of = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                shard_of = dict(read_json(index)["weight_map"])
             except (ValueError, TypeError, LookupError) as error:
                 raise UserError(f"{index} is no index of weight files, fetch it again") from error
             files: dict[Path, list[str]] = {}

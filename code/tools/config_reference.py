@@ -48,6 +48,11 @@ def format_reference() -> str:
             lines += ["", f"## {title}", "", section["description"], ""]
             staged = [stage.get(key, {}) for stage in stages]
             lines += _table(section["properties"], base[key], staged)
+            for name, values in section["properties"].items():
+                for entry in _entries_of(values):
+                    inner = schema["$defs"][entry]
+                    lines += ["", f"### {key}.{name}", "", inner["description"], ""]
+                    lines += _table(inner["properties"], {}, [])
     lines += ["", "## Renamed keys", "", "Deprecated names are still read, with a message.", ""]
     lines += ["| deprecated | use |", "| --- | --- |", *_renamed()]
     return "\n".join(lines) + "\n"
@@ -61,6 +66,12 @@ def _section_of(field: Schema) -> str | None:
     """Return the name of the section type that a top-level key holds; None for other values."""
     values = field.get("additionalProperties") or field
     return values["$ref"].rpartition("/")[2] if "$ref" in values else None
+
+
+def _entries_of(field: Schema) -> list[str]:
+    """Return the names of the section types in a list."""
+    options = field.get("items", {}).get("oneOf", [])
+    return [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
 
 
 def _table(fields: Mapping[str, Schema], base: Schema, stages: Sequence[Schema]) -> Iterator[str]:
@@ -77,7 +88,9 @@ def _table(fields: Mapping[str, Schema], base: Schema, stages: Sequence[Schema])
 
 def _default(key: str, field: Schema, base: Schema) -> str:
     """Format the default of a key; of the decoders, one per modality unless all are equal."""
-    if not base.keys() <= set(MODALITIES):
+    if not base and "default" not in field:
+        return "required"
+    if not base or not base.keys() <= set(MODALITIES):
         return _code(base.get(key, field.get("default")))
     values = {m: base[m].get(key, field.get("default")) for m in base}
     if all(value == values["image"] for value in values.values()):
@@ -92,6 +105,10 @@ def _code(value: Any) -> str:
 
 def _type(field: Schema) -> str:
     """Format a JSON schema type in words, e.g. `integer (> 0) or null`."""
+    if "$ref" in field:
+        return "entry"
+    if options := field.get("oneOf"):
+        return " or ".join(map(_type, options))
     if "anyOf" in field:
         return " or ".join(_type(option) for option in field["anyOf"])
     if "enum" in field:

@@ -6,7 +6,7 @@ shared with eight other processes.
 """
 
 from contextlib import closing
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -14,10 +14,10 @@ from tqdm import tqdm
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.dataset.caption_embeddings import EmbeddingMaker
+from nextgpt.dataset.left_out import MAX_SKIPPED_SHARE, LeftOutRows
 from nextgpt.dataset.readers import iter_captions
 from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.tools.embedding_store import EmbeddingStore
-from nextgpt.training.data import MAX_SKIPPED_SHARE
 
 
 def embed_captions(
@@ -36,7 +36,7 @@ def embed_captions(
     """Write `out`/<medium's file name>.npy for this rank's captions; existing files are kept.
 
     Args:
-        annotation: caption pairs, instruction data or MosIT.
+        annotation: caption pairs, instruction data or MosIT, in any form.
         model: the decoder's folder or hub name.
         dtype: of the text encoder; None: half precision on CUDA. Files are always half precision.
         replace: recompute embeddings of other captions instead of raising.
@@ -45,13 +45,13 @@ def embed_captions(
         the number of embeddings computed by this rank.
 
     Raises:
-        UserError: a file is malformed, too many of its media have two captions, or the folder's
-            embeddings are of another model or caption.
+        UserError: a file is malformed, too many of its rows are unusable or of its media have two
+            captions, or the folder's embeddings are of another model or caption.
     """
     if batch_size < 1:
         raise UserError(f"batch_size {batch_size}: give 1 or more")
-    captions, warning = _captions_by_name(annotation, modality)
-    if warning and rank == 0:
+    captions, warnings = _captions_by_name(annotation, modality)
+    for warning in warnings if rank == 0 else ():
         print(warning)
     encoder = TextEncoder(modality, model, device, dtype)
     maker = EmbeddingMaker(model, *encoder.fingerprints(), encoder.shape)
@@ -69,22 +69,26 @@ def embed_captions(
     return len(todo)
 
 
-def _captions_by_name(annotation: Path, modality: Modality) -> tuple[dict[str, str], str]:
-    """The first caption of each medium, and a warning of what is left out, or an empty one."""
+def _captions_by_name(annotation: Path, modality: Modality) -> tuple[dict[str, str], list[str]]:
+    """The first caption of each medium, and lines on what is left out."""
     captions: dict[str, str] = {}
-    total = left_out = 0
+    rows = LeftOutRows()
+    total = second = 0
     first = ""
-    for medium, caption in iter_captions(annotation, modality):
+    for name, caption in iter_captions(annotation, modality, rows):
         total += 1
-        name = PurePosixPath(medium).name
         if captions.setdefault(name, caption) != caption:
-            left_out += 1
+            second += 1
             first = first or (
-                f"{annotation}: {name} has two captions, {captions[name]!r} and {caption!r}; "
-                "give each medium a file name of its own"
+                f"{annotation}: {name} has two captions, {captions[name]!r} and {caption!r}: "
+                "embeddings are found by file name without its folder, so give each caption's "
+                "medium a unique name, or each row an embedding_name, or set "
+                "data.caption_embeddings=online"
             )
-    counted = f"{left_out:,} of {total:,} captions are second ones"
-    if left_out > MAX_SKIPPED_SHARE * total:
-        raise UserError(f"{first} ({counted})")
-    warning = f"{first} ({counted}: they are left out, and training skips them)"
-    return captions, warning if left_out else ""
+    warnings = [f"{annotation}: {line}" for line in rows.lines]
+    if second:
+        counted = f"{second:,} of {total:,} captions are second ones"
+        if second > MAX_SKIPPED_SHARE * total:
+            raise UserError(f"{first} ({counted})")
+        warnings.append(f"{first} ({counted}: they are left out, and training skips them)")
+    return captions, warnings

@@ -25,7 +25,7 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config, Quantization
 from nextgpt.conversation.batch import Batch
-from nextgpt.dataset.catalog import find_entry
+from nextgpt.dataset.catalog import kind_of
 from nextgpt.media.decode_worker import MAX_PEAK_MEMORY
 from nextgpt.model.build import build_on_meta
 from nextgpt.model.imagebind import ImageBind, read_imagebind_config
@@ -297,7 +297,7 @@ def _frozen_encoders(config: Config) -> dict[str, float]:
 
 def _may_show_media(config: Config) -> bool:
     """Whether a conversation may show a medium: in all kinds of data sets but `caption_out`."""
-    return any(find_entry(name).kind != "caption_out" for name in config.data.datasets)
+    return any(kind_of(entry) != "caption_out" for entry in config.data.dataset_entries)
 
 
 def _cpu_buffers(config: Config, processes: int) -> dict[str, float]:

@@ -1,138 +1,107 @@
-"""Converts downloaded instruction data to the common instruction format.
+"""Converts data sets as downloaded to the formats of training.
 
-    python dataset/preprocess_dataset.py alpaca    .../alpaca/alpaca_data.json
-    python dataset/preprocess_dataset.py llava     .../llava/llava_instruct_150k.json
-    python dataset/preprocess_dataset.py videochat .../videochat/videochat_instruct_11k.json
+    python dataset/preprocess_dataset.py alpaca         .../alpaca/alpaca_data.json
+    python dataset/preprocess_dataset.py llava          .../llava/llava_instruct_150k.json
+    python dataset/preprocess_dataset.py videochat      .../videochat/videochat_instruct_11k.json
+    python dataset/preprocess_dataset.py cc3m           .../cc3m/Train_GCC-training.tsv
+    python dataset/preprocess_dataset.py webvid         .../webvid/results_2M_train.csv
+    python dataset/preprocess_dataset.py audiocap       .../audiocap/train.csv
+    python dataset/preprocess_dataset.py llava_pretrain .../blip_laion_cc_sbu_558k.json
+    python dataset/preprocess_dataset.py videochat2     .../videochat2.json
 
-writes `alpaca.json`, `llava.json`, `videochat.json` to the folder of the input, as the catalog
-expects. Unusable records are dropped, counted by reason, and listed with row and reason in
-`<output>.dropped.jsonl`. Streams row by row in constant memory.
+writes `alpaca.json`, `llava.json`, ... to the folder of the input, as the catalog expects. The last
+two are not in the catalog: name the output in `data.datasets`. Unusable rows, such as those without
+a file, are dropped, counted by reason, and listed with row and reason in `<output>.dropped.jsonl`.
+Streams row by row in constant memory; run again after an interruption, it continues.
 """
 
 import argparse
 from collections import Counter
+from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
-from nextgpt.common.io import atomic_write
-from nextgpt.common.json_io import to_json
-from nextgpt.dataset.json_stream import iter_rows
-from nextgpt.dataset.readers import Record, read_record
+from nextgpt.common.file_digests import FileState
+from nextgpt.dataset.left_out import UnusableRow
+from nextgpt.dataset.readers import read_record
+from nextgpt.tools.raw_formats import RAW_FORMATS, MediaFolder
+from nextgpt.tools.resumable_output import open_output
 
 
-class _Dropped(Exception):
-    """The reason why a record is dropped."""
+class Summary(NamedTuple):
+    """Number of records written, of rows dropped by reason, of files found by pattern."""
+
+    written: int
+    dropped: Counter[str]
+    found: Counter[str]
 
 
-def preprocess(kind: str, raw: Path, output: Path) -> tuple[int, Counter[str]]:
-    """Convert the usable records of `raw` (alpaca, llava or videochat) to `output`, atomically.
+def preprocess(kind: str, raw: Path, output: Path, media: Path | None = None) -> Summary:
+    """Convert the usable rows of `raw` to `output`, atomically.
 
-    Returns:
-        The number of records written, and of those dropped for each reason.
+    Args:
+        kind: a key of `RAW_FORMATS`.
+        media: folder of the files; by default, for formats that do not name them, `images`,
+            `videos` or `audios` next to `raw`. For other formats, None: no file is looked for.
 
     Raises:
-        UserError: `raw` is not a JSON array, is also the output, or has no usable record.
+        UserError: `raw` is of another form, is also the output, or has no usable row, or the media
+            folder is missing.
     """
+    raw_format = RAW_FORMATS[kind]
     if raw.resolve() == output.resolve():
         raise UserError(f"{raw} would be overwritten: give another output")
-    dropped_file = output.with_suffix(".dropped.jsonl")
-    written, dropped = 0, Counter[str]()
-    with (
-        atomic_write(dropped_file) as partial_dropped,
-        atomic_write(output) as partial_rows,
-        partial_dropped.open("w") as dropped_out,
-        partial_rows.open("w") as rows_out,
-    ):
-        for row, (record, _) in enumerate(tqdm(iter_rows(raw), unit=" rows", delay=2)):
+    if not raw.is_file():
+        raise UserError(f"{raw} is no file")
+    if raw_format.needs_media and media is None:
+        media = raw.with_name(f"{raw_format.modality}s")
+    if media and not media.is_dir():
+        raise UserError(f"{media} is no folder: give the folder of the media with --media")
+    folder = MediaFolder(media, raw_format.modality) if media and raw_format.modality else None
+    identity = {
+        "kind": kind, "raw": str(raw.resolve()), "state": list(FileState.of(raw)),
+        "media": str(media and media.resolve()),
+    }  # fmt: skip
+    with open_output(output, output.with_suffix(".dropped.jsonl"), identity) as out:
+        rows = enumerate(tqdm(raw_format.rows(raw), unit=" rows", delay=2))
+        for row, record in islice(rows, out.rows, None):
             try:
-                converted = _CONVERTERS[kind](record)
-            except _Dropped as why:
-                dropped[str(why)] += 1
-                line = {"row": row, "reason": str(why), "record": record}
-                dropped_out.write(to_json(line) + "\n")
+                converted, pattern = raw_format.convert(row, record, folder)
+                read_record(converted, raw_format.kind, raw, row)
+            except UnusableRow as why:
+                out.drop(why.cause, record)
                 continue
-            read_record(converted, "instruction", raw, row)  # raises if the format is wrong
-            rows_out.write((",\n" if written else "[\n") + to_json(converted))
-            written += 1
-        rows_out.write("\n]\n")
-        if not written:
-            raise UserError(f"{raw}: no record is usable as {kind}: {_listed(dropped)}")
-    return written, dropped
+            if pattern:
+                out.count("found", pattern)
+            out.write(converted)
+        counts = [out.counts.get(name, Counter()) for name in ("dropped", "found")]
+        if not out.written:
+            raise UserError(f"{raw}: no record is usable as {kind}: {_listed(counts[0])}")
+    return Summary(out.written, *counts)
 
 
-def _alpaca(record: Record) -> Record:
-    question = f"{_text(record, 'instruction')}\n{record.get('input') or ''}".strip()
-    return _conversation([question, _text(record, "output")])
-
-
-def _llava(record: Record) -> Record:
-    turns = _list(record, "conversations")
-    if [turn.get("from") for turn in turns] != ["human", "gpt"] * (len(turns) // 2):
-        raise _Dropped("human and gpt do not take turns")
-    texts = [_text(turn, "value") for turn in turns]
-    shown = _name(record, "image") if "image" in record else None
-    if [text.count("<image>") for text in texts] != [int(shown is not None)] + [0] * len(texts[1:]):
-        raise _Dropped("not one <image>, in the first question, for the one image")
-    texts[0] = texts[0].replace("<image>", "").strip()
-    return _conversation(texts, "image", shown)
-
-
-def _videochat(record: Record) -> Record:
-    texts = []
-    for entry in _list(record, "QA"):
-        texts += [f"{entry.get('i') or ''}\n{_text(entry, 'q')}".strip(), _text(entry, "a")]
-    return _conversation(texts, "video", _name(record, "video"))
-
-
-_CONVERTERS = {"alpaca": _alpaca, "llava": _llava, "videochat": _videochat}
-
-
-def _conversation(texts: list[str], modality: str = "text", name: str | None = None) -> Record:
-    """A record of alternating questions and answers; a medium belongs to the first question."""
-    turns = []
-    for question, answer in zip(texts[::2], texts[1::2], strict=True):
-        shown = modality if name and not turns else "text"
-        turns.append({"from": "human", "value": question, "input_modality": shown})
-        turns.append({"from": "gpt", "value": answer, "caption": "", "output_modality": "text"})
-    return ({f"{modality}_name": name} if name else {}) | {"conversation": turns}
-
-
-def _text(record: Record, key: str) -> str:
-    if not isinstance(text := record.get(key), str) or not text.strip():
-        raise _Dropped(f"no {key}")
-    return text.strip()
-
-
-def _name(record: Record, key: str) -> str:
-    if (name := _text(record, key)).startswith("/") or ".." in name.split("/"):
-        raise _Dropped(f"{key} outside the media folder")
-    return name
-
-
-def _list(record: Record, key: str) -> list[Record]:
-    entries = record.get(key)
-    is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
-    if not is_list or not entries:
-        raise _Dropped(f"no {key}")
-    return entries
-
-
-def _listed(dropped: Counter[str]) -> str:
-    return ", ".join(f"{count} ({why})" for why, count in dropped.most_common()) or "none"
+def _listed(counts: Mapping[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{count} ({name})" for name, count in ordered) or "none"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("kind", choices=_CONVERTERS)
-    parser.add_argument("raw", type=Path, help="the downloaded JSON file")
+    parser.add_argument("kind", choices=RAW_FORMATS)
+    parser.add_argument("raw", type=Path, help="the downloaded file")
     parser.add_argument("output", type=Path, nargs="?", help="default: KIND.json, same folder")
+    parser.add_argument("--media", type=Path, help="folder of the media files")
     arguments = parser.parse_args()
     output = arguments.output or arguments.raw.with_name(f"{arguments.kind}.json")
-    written, dropped = preprocess(arguments.kind, arguments.raw, output)
-    print(f"{output}: {written} records; dropped: {_listed(dropped)}")
+    summary = preprocess(arguments.kind, arguments.raw, output, arguments.media)
+    print(f"{output}: {summary.written} records; dropped: {_listed(summary.dropped)}")
+    if summary.found:
+        print(f"files found by name: {_listed(summary.found)}")
 
 
 if __name__ == "__main__":

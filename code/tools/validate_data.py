@@ -30,9 +30,12 @@ class DatasetFinding:
     """Result of validating a data set.
 
     Attributes:
-        rows: number of conversations.
-        unusable: number of those with a missing or broken medium or caption embedding.
-        faults: messages for the first of them.
+        rows: number of rows of its file.
+        unusable: number of those that are left out, or have a missing or broken medium or caption
+            embedding.
+        left_out: number of those left out.
+        report: lines on those left out and on what was kept or dropped by choice.
+        faults: messages for the first of the others.
         decoded: number of media decoded successfully.
         unrecorded: number of caption embeddings without a record of their caption.
     """
@@ -40,6 +43,8 @@ class DatasetFinding:
     name: str
     rows: int
     unusable: int = 0
+    left_out: int = 0
+    report: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     decoded: int = 0
     unrecorded: int = 0
@@ -47,9 +52,9 @@ class DatasetFinding:
     def __str__(self) -> str:
         usable = self.rows - self.unusable
         lines = [f"{self.name}: {usable:,} of {self.rows:,} usable, {self.decoded} media decoded"]
-        lines += [f"  {fault}" for fault in self.faults]
-        if self.unusable > len(self.faults):
-            lines.append(f"  and {self.unusable - len(self.faults):,} more")
+        lines += [f"  {line}" for line in (*self.report, *self.faults)]
+        if more := self.unusable - self.left_out - len(self.faults):
+            lines.append(f"  and {more:,} more")
         if self.unrecorded:
             lines.append(
                 f"  {self.unrecorded:,} caption embeddings have no record of the caption they were "
@@ -72,13 +77,17 @@ def check_datasets(
         decode: number of evenly spaced conversations whose media are decoded and embeddings loaded.
     """
     for name, rows in dataset.sizes.items():
-        finding, compared = DatasetFinding(name, rows), captions.get(name, CaptionFinding())
+        index, compared = dataset.indexes[name], captions.get(name, CaptionFinding())
+        left_out = len(index.left_out)
+        finding = DatasetFinding(name, rows + left_out, left_out, left_out, index.report)
         finding.unrecorded = sum(compared.unrecorded.values())
         every = max(1, rows // decode) if decode else rows + 1
         for row in tqdm(range(rows), desc=name, unit=" rows", delay=2):
             try:
                 if row in compared.wrong_rows:
-                    raise UserError(compared.faults.get(row, f"row {row}: see the rows before it"))
+                    number = dataset.file_row(name, row)
+                    text = compared.faults.get(row, f"row {number}: see the rows before it")
+                    raise UserError(text)
                 for turn in dataset[name, row].turns:
                     for part in turn.parts:
                         if isinstance(part, Media):
@@ -109,7 +118,8 @@ def compare_unrecorded(
                     continue
                 if fault := _compare_with_encoder(encoder, medium):
                     finding.wrong_rows.add(row)
-                    finding.faults[row] = f"{fault} (row {row}; the first is 0)"
+                    number = dataset.file_row(name, row)
+                    finding.faults[row] = f"{fault} (row {number}; the first is 0)"
 
 
 def _compare_with_encoder(encoder: TextEncoder, medium: Media) -> str | None:

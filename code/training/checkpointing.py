@@ -10,7 +10,6 @@ A checkpoint is written under a temporary name, flushed, and renamed once all ra
 whatever is called `step_*` is complete. Killed during a save, a run resumes from the one before.
 """
 
-import json
 import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -22,7 +21,7 @@ from safetensors import SafetensorError
 from nextgpt.common.distributed import print_rank_0
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write, rename_durably
-from nextgpt.common.json_io import to_json
+from nextgpt.common.json_io import read_json, to_json
 from nextgpt.config.loader import format_config
 from nextgpt.config.renamed_keys import update_keys
 from nextgpt.config.schema import Config, DecoderConfig
@@ -176,7 +175,7 @@ class CheckpointManager:
 
 def read_run_state(checkpoint: Path) -> dict:
     """What `save` recorded: `step`, `world`, `counted`, `config`, `init_from`."""
-    return json.loads((checkpoint / "run.json").read_text())
+    return read_json(checkpoint / "run.json")
 
 
 def _differences(

@@ -32,8 +32,6 @@ from nextgpt.dataset.sampler import BatchSchedule, Sample, split_for_rank
 from nextgpt.media.feature_cache import DecodedMedium, FeatureCache
 from nextgpt.media.transforms import load_views
 
-MAX_SKIPPED_SHARE = 0.05  # of a run's samples, or a data set's rows; more is an error
-
 
 @dataclass(eq=False)
 class ExampleDataset(Dataset[Example]):
@@ -70,13 +68,15 @@ class ExampleDataset(Dataset[Example]):
             try:
                 return self._load(name, row, skipped)
             except MediaError as error:
-                skipped.append(SkippedSample(name, row, str(error)))
+                number = self.conversations.file_row(name, row)
+                skipped.append(SkippedSample(name, number, str(error)))
         raise UserError(f"no sample of {name} can be used; the last: {skipped[-1].reason}")
 
     def _load(self, name: str, row: int, skipped: list[SkippedSample]) -> Example:
         if row in self.wrong_rows.get(name, ()):
+            file = self.conversations.sources[name].annotation
             raise MediaError(
-                f"row {row} (the first is 0) of {self.conversations.sources[name].annotation}: its "
+                f"row {self.conversations.file_row(name, row)} (the first is 0) of {file}: its "
                 "embedding is of another caption: check_data.py names the first of these rows"
             )
         prompt = self.prompt_builder.encode(self.conversations[name, row], self.max_seq_length)

@@ -5,7 +5,6 @@ clipping, optimizer and schedule come from the run. Trainable parameters, gradie
 are float32; the frozen language model and matrix products use the run's precision (autocast).
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +20,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from nextgpt.common.errors import UserError
+from nextgpt.common.json_io import read_json
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import TrainingConfig
@@ -76,7 +76,7 @@ def read_deepspeed_config(training: TrainingConfig) -> dict[str, Any]:
     """
     path = project_path(training.deepspeed_config)
     try:
-        settings = json.loads(path.read_text())
+        settings = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"training.deepspeed_config: {path} cannot be read: {error}") from error
     if not isinstance(settings, dict):

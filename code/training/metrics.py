@@ -14,7 +14,7 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.conversation.batch import SkippedSample
-from nextgpt.training.data import MAX_SKIPPED_SHARE
+from nextgpt.dataset.left_out import MAX_SKIPPED_SHARE
 from nextgpt.training.engine import StepMetrics
 
 _MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checked

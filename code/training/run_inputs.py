@@ -7,7 +7,6 @@
 """
 
 import hashlib
-import json
 import shlex
 from collections.abc import Set
 from contextlib import suppress
@@ -19,7 +18,7 @@ import torch
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.io import atomic_write
-from nextgpt.common.json_io import to_json
+from nextgpt.common.json_io import read_json, to_json
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
@@ -31,10 +30,10 @@ from nextgpt.dataset.caption_records import (
     sample_outputs,
 )
 from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.dataset.left_out import MAX_SKIPPED_SHARE
 from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.model.imagebind import fingerprint
 from nextgpt.model.loading import find_folder, tokenizer_files, weight_files
-from nextgpt.training.data import MAX_SKIPPED_SHARE
 from nextgpt.training.engine import read_deepspeed_config
 
 RunInputs = dict[str, Any]  # as in the file: by section, by name, the identity
@@ -84,7 +83,7 @@ def read_inputs(file: Path) -> RunInputs | None:
         UserError: the file is damaged.
     """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return read_json(file)
     except FileNotFoundError:
         return None
     except ValueError as error:

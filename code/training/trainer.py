@@ -146,7 +146,8 @@ class Trainer:
         length = config.data.max_seq_length
         self.examples = ExampleDataset(conversations, builder, length, caches, shapes, wrong_rows)
         size, sizes = training.global_batch_size, conversations.sizes
-        self.schedule = BatchSchedule(sizes, size, config.data.batching, training.seed)
+        weights = {entry.name: entry.weight for entry in config.data.dataset_entries}
+        self.schedule = BatchSchedule(sizes, size, config.data.batching, training.seed, weights)
         self.total_steps = self.schedule.steps_per_epoch * training.epochs
         if training.max_steps is not None:
             self.total_steps = min(self.total_steps, training.max_steps)

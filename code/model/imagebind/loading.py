@@ -4,7 +4,6 @@ The model is built on the meta device and assigned the memory-mapped tensors: it
 once, and the published file's unused trunks are never read.
 """
 
-import json
 import re
 from dataclasses import asdict
 from hashlib import sha256
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.io import atomic_write
-from nextgpt.common.json_io import to_json
+from nextgpt.common.json_io import read_json, to_json
 from nextgpt.model.imagebind.encoder import IMAGEBIND_HUGE, ImageBind, ImageBindConfig, TrunkConfig
 from nextgpt.model.loading import compare_state_dicts, map_tensors, refuse_faults
 
@@ -60,7 +59,7 @@ def read_imagebind_config(path: Path | str) -> ImageBindConfig:
         return IMAGEBIND_HUGE
     file = weights.with_name("config.json")
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         trunks = {name: TrunkConfig(**values.pop(name)) for name in ("vision", "audio")}
         return ImageBindConfig(**trunks, **values)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
