@@ -127,7 +127,7 @@ def measure_answer(config: Config, device: torch.device) -> str:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     encoder = PromptBuilder(tokenizer, signals, template, config.input_projection.tokens_per_medium)
     model = random_model(config, device, lora=True, outputs=True)
-    assistant = Assistant(config, encoder, model, device, [])
+    assistant = Assistant(config, encoder, model.eval(), device, [])
     options = replace(GenerationSettings.from_config(config), max_new_tokens=WORDS, temperature=0)
     write = assistant_module.generate_answers
 

@@ -45,7 +45,7 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     """The micro batches of the first `count` steps of the stage, with all they need."""
     trainer.open_dataset()
     samples, config = trainer.examples, trainer.config
-    order = rank_batches(trainer.schedule, 0, count, samples.conversations.length)
+    order = rank_batches(trainer.schedule, 0, count, samples.length)
     completer = BatchEncoder(config, samples.caches, trainer.device)
     size, row = config.training.micro_batch_size, config.data.packed_seq_length
     with load_batches(samples, order, size, config.encoder.width, 0, row) as ready:

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # From a fresh clone to answers: installs, renders the mini world's data, computes the caption
-# embeddings, trains all stages, answers the course's four cases and evaluates the answers on
-# held-out objects. Run again after an interruption, it resumes.
+# embeddings, trains all stages and compares their held-out losses with recorded ones, answers the
+# course's four cases and evaluates the answers on held-out objects. Run again after an interruption,
+# it resumes.
 set -euo pipefail
 root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
 cd "$root"
@@ -19,13 +20,10 @@ python -m nextgpt.mini_world.write_data --out $world
 step "caption embeddings"
 bash scripts/embed_mini.sh $world
 
-processes=localhost:0
-if [ ! -e /dev/nvidia0 ] && [ "$(nproc)" -ge 2 ]; then
-    processes=localhost:0,1 # two processes of one core are faster than one of two
-fi
 for stage in 1 2 3 4; do
     step "training stage $stage"
-    bash scripts/train.sh --stage $stage --resume --include $processes
+    bash scripts/mini_stage.sh $stage
+    python -m nextgpt.mini_world.validation_curve ckpt/delta_ckpt/nextgpt/mini_tiva_v0 --stage $stage
 done
 
 step "the course's four cases"

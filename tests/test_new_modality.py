@@ -49,7 +49,7 @@ def test_registered_modality_trains_and_answers(
     favour(model, [builder.signals.span("depth")[0] - builder.signals.first_id], strength=1e3)
     settings = GenerationSettings.from_config(config)
     assert "guidance_depth" in [spec.name for spec in setting_specs(settings)]
-    assistant = Assistant(config, builder, model, cpu, [])
+    assistant = Assistant(config, builder, model.eval(), cpu, [])
     answers = (
         assistant.chat(Conversation((question,)), seed=s, settings=settings) for s in range(9)
     )

@@ -473,7 +473,9 @@ def test_unusable_rows_are_left_out_by_cause_up_to_5_percent(
     assert dataset["pairs", 1].outputs[0].caption == "thing 1"
     output = capsys.readouterr().out
     assert f"left out 1 ({cause}), first: {file}: row 1 (the first is 0)" in output
-    assert len(list(iter_captions(file, "image"))) == 39
+    # The media folder is unknown there, so that any absolute name may lie in it.
+    embedded = 40 if str(record["image_name"]).startswith("/") else 39
+    assert len(list(iter_captions(file, "image"))) == embedded
     (finding,) = check_datasets(dataset, None, {}, decode=0)
     assert "39 of 40 usable" in str(finding) and f"left out 1 ({cause})" in str(finding)
     file.write_text(json.dumps([*rows[:18], record]))

@@ -40,6 +40,7 @@ def test_quickstart_in_a_fresh_clone_gives_four_answers(tmp_path: Path) -> None:
         losses = [json.loads(line)["loss"] for line in (folder / "log/metrics.jsonl").open()]
         third = len(losses) // 3
         assert sum(losses[-third:]) < sum(losses[:third]), f"stage {stage} learned nothing"
+        assert f"stage {stage}: as expected" in printed
     answers = clone / "outputs/quickstart"
     cases = json.loads((clone / "data/mini_world/examples/cases.json").read_text())
     assert len(cases) == 4

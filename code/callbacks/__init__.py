@@ -1,6 +1,7 @@
-"""Training callbacks: warm starts of new projections and the hidden-state cache."""
+"""Training callbacks: warm starts, the hidden-state cache, answers to held-out samples."""
 
 from nextgpt.callbacks.hidden_state_cache import HiddenStateCache, caches_hidden_states
+from nextgpt.callbacks.validation_samples import ValidationSamples
 from nextgpt.callbacks.warm_start import LeastSquaresInit, WhiteningInit
 from nextgpt.common.distributed import print_rank_0
 from nextgpt.config.schema import Config
@@ -24,4 +25,6 @@ def build_callbacks(config: Config) -> list[TrainerCallback]:
         print_rank_0("training.cache_hidden_states: off, one epoch needs no state twice")
     if config.output_projection.whiten_inputs:
         callbacks.append(WhiteningInit(cache))
+    if config.training.validation_samples:
+        callbacks.append(ValidationSamples(config.training.validation_samples))
     return callbacks

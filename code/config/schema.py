@@ -156,6 +156,33 @@ def _dataset_tag(value: Any) -> str:
 DATASET_TAGS = ("dataset name", "dataset entry")  # in the locations of pydantic's errors
 
 
+DatasetList = list[
+    Annotated[
+        Annotated[str, Tag(DATASET_TAGS[0])] | Annotated[DatasetConfig, Tag(DATASET_TAGS[1])],
+        Discriminator(_dataset_tag),
+    ]
+]
+
+
+class ValidationConfig(Section):
+    """Held-out samples: a proportion of the training rows, or data sets that do not train."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """proportion of each dataset's rows that is drawn at random and never trains"""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """random seed of that draw"""
+    datasets: DatasetList = []
+    """names or entries as in data.datasets, instead of a share"""
+    max_samples: Positive | None = None
+    """samples at most, evenly spaced; null: all"""
+
+    @model_validator(mode="after")
+    def _has_one_source(self) -> Self:
+        if (self.share is None) == (not self.datasets):
+            raise ValueError("give either share or datasets")
+        return self
+
+
 class DataConfig(Section):
     """Datasets, caches and batching."""
 
@@ -165,13 +192,10 @@ class DataConfig(Section):
     """folder of precomputed caption embeddings (.npy)"""
     cache_dir: str
     """folder of row indexes and cached media features"""
-    datasets: list[
-        Annotated[
-            Annotated[str, Tag(DATASET_TAGS[0])] | Annotated[DatasetConfig, Tag(DATASET_TAGS[1])],
-            Discriminator(_dataset_tag),
-        ]
-    ] = []
+    datasets: DatasetList = []
     """names in dataset/catalog.py, or entries with the keys below"""
+    validation: ValidationConfig | None = None
+    """held-out samples; null: none"""
     batching: Literal["mixed", "round_robin", "weighted"]
     """a batch mixes all datasets, or batches take datasets in turn, or samples are drawn from the
     datasets in proportion to their weights"""
@@ -247,6 +271,12 @@ class TrainingConfig(Section):
     """optimizer steps between resumable checkpoints"""
     save_total_limit: Positive
     """resumable checkpoints kept; older ones are deleted"""
+    validate_steps: Positive | None = None
+    """optimizer steps between validations on data.validation, and one at the end; null: none"""
+    save_best: bool = False
+    """keep the parameters with the lowest validation loss in best.safetensors"""
+    validation_samples: Annotated[int, Field(ge=0)] = 0
+    """held-out samples that are answered at each validation, with media, for TensorBoard"""
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     """random seed"""
     deepspeed_config: str = ""

@@ -2,40 +2,52 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from nextgpt.common.errors import UserError
+
+Object = dict[str, Any]
 
 _CHUNK = 1 << 20  # characters read at once
 _MAX_ROW = 1 << 26  # characters; a longer row is a syntax error, not one cut by a chunk's end
 _MARK = re.compile(r"[ \t\n\r]*(.?)", re.DOTALL)  # the next character that is not white space
 
 
-def iter_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
+def iter_rows(file: Path) -> Iterator[tuple[Object, str]]:
     """Yield every object of the array in `file`, decoded and as its JSON text.
 
     Raises:
         UserError: no such file, not UTF-8, not a JSON array of objects, numbers of thousands of
             digits or hundreds of nested lists; names the row.
     """
+    return _parse(file, _array_objects, "a JSON array of objects")
+
+
+def iter_lines(file: Path) -> Iterator[tuple[Object, str]]:
+    """Yield the object of every line of `file`, decoded and as its JSON text; skips empty lines.
+
+    Raises:
+        UserError: as `iter_rows`, for JSON lines.
+    """
+    return _parse(file, _line_objects, "JSON lines, one object a line,")
+
+
+def _parse(
+    file: Path, parse: Callable[[TextIO], Iterator[tuple[Object, str]]], expected: str
+) -> Iterator[tuple[Object, str]]:
+    """Yield what `parse` yields; errors name the file and the row."""
     row = 0
     try:
         with file.open(encoding="utf-8-sig") as stream:
-            buffer = _Buffer(stream)
-            buffer.take("[")
-            mark = buffer.take("{", "]")
-            while mark == "{":
-                yield buffer.take_object()
-                if (mark := buffer.take(",", "]")) == ",":
-                    row += 1
-                    mark = buffer.take("{")
-            buffer.take("")
+            for item in parse(stream):
+                yield item
+                row += 1
     except json.JSONDecodeError as error:
         near = repr(error.doc[max(0, error.pos - 30) : error.pos + 30])
         raise UserError(
-            f"{file}: not a JSON array of objects at row {row}: {error.msg}, near "
+            f"{file}: not {expected} at row {row}: {error.msg}, near "
             f"{'the end' if error.pos == len(error.doc) else near}"
         ) from None
     except UnicodeDecodeError as error:
@@ -46,27 +58,25 @@ def iter_rows(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def iter_lines(file: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the object of every line of `file`, decoded and as its JSON text; skips empty lines.
+def _array_objects(stream: TextIO) -> Iterator[tuple[Object, str]]:
+    buffer = _Buffer(stream)
+    buffer.take("[")
+    mark = buffer.take("{", "]")
+    while mark == "{":
+        item = buffer.take_object()
+        mark = buffer.take(",", "]")  # before the row is counted: a missing comma is its error
+        yield item
+        if mark == ",":
+            mark = buffer.take("{")
+    buffer.take("")
 
-    Raises:
-        UserError: no such file, not UTF-8, a line is not a JSON object; names the row.
-    """
-    row = 0
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            for text in filter(None, map(str.strip, stream)):
-                value = json.loads(text)
-                if not isinstance(value, dict):
-                    raise UserError(f"{file}: row {row} (the first is 0) is no JSON object")
-                yield value, text
-                row += 1
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not a JSON array, nor JSON lines at row {row}: {error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text after row {row}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+
+def _line_objects(stream: TextIO) -> Iterator[tuple[Object, str]]:
+    for text in filter(None, map(str.strip, stream)):
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise json.JSONDecodeError("expected an object", text, 0)
+        yield value, text
 
 
 class _Buffer:
@@ -88,7 +98,7 @@ class _Buffer:
         self.position = found.end()
         return found[1]
 
-    def take_object(self) -> tuple[dict[str, Any], str]:
+    def take_object(self) -> tuple[Object, str]:
         """Consume the object whose brace was taken; its value and its JSON text."""
         self.position -= 1
         while True:

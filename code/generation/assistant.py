@@ -69,7 +69,7 @@ class Assistant:
     Args:
         config: the whole configuration.
         prompt_builder: of the language model.
-        model: with its tuned parameters loaded.
+        model: with its tuned parameters loaded, in evaluation mode.
         device: of all components.
         report: what was loaded, a line a component.
     """
@@ -86,7 +86,7 @@ class Assistant:
         self.prompt_builder = prompt_builder
         self.device = device
         self.report = report
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = model.to(device)
         # Sampling follows GenerationSettings, not the defaults in the model's folder.
         self.model.language_model.generation_config = GenerationConfig()
         self._media_encoder: ImageBind | None = None
@@ -111,6 +111,7 @@ class Assistant:
         model = build_model(config, dtype, lora=tuned.holds("lora"), output_projections=True)
         report = load_delta(model, tuned, NEEDED_TO_ANSWER)
         merge_lora(model)
+        model.eval().requires_grad_(False)
         report = [f"tuned parameters of {tuned.source}", *report]
         return cls(config, prompt_builder, model, device, report)
 
@@ -292,7 +293,8 @@ class Assistant:
         if key not in self._features:
             views = load_views(medium.modality, path, check, limits).to(self.device)
             encoder = self.load_media_encoder()
-            self._features[key] = encoder.encode(medium.modality, views[None])[0]
+            with torch.autocast(self.device.type, enabled=False):  # as in training
+                self._features[key] = encoder.encode(medium.modality, views[None])[0]
             if len(self._features) > _CACHED_FEATURES:
                 del self._features[next(iter(self._features))]
         return self._features[key]
@@ -314,12 +316,13 @@ class Assistant:
         return self._decoders[modality]
 
     def _find_signal_spans(self, ids: list[list[int]]) -> dict[Modality, list[_SignalSpan]]:
+        """Find the spans that can be decoded: none without output projections."""
         spans: dict[Modality, list[_SignalSpan]] = {}
         for row, answer in enumerate(ids):
             number = 0
             for position, token_id in enumerate(answer):
                 modality = self.prompt_builder.signals.modality_starting_with(token_id)
-                if modality:
+                if modality in self.model.output_projections:
                     spans.setdefault(modality, []).append(_SignalSpan(row, number, position))
                     number += 1
         return spans
@@ -357,9 +360,8 @@ class Assistant:
                 [(span.row, len(prompts[span.row]) + span.position) for span in found],
                 device=self.device,
             )
-            prompt_embeds[modality] = self.model.project_signals(
-                modality, starts, hidden, embeddings
-            )
+            projected = self.model.project_signals(modality, starts, hidden, embeddings)
+            prompt_embeds[modality] = projected.float()  # under autocast it is not
         return prompt_embeds
 
     def _decode(
@@ -387,7 +389,8 @@ class Assistant:
                 seed = tuple(seeds[span.row] + span.number for span in group)
                 diffusion = replace(settings.decode[modality], seed=seed)
                 embeds = prompt_embeds[modality][first : first + media_at_once]
-                with self._timed(seconds, modality):
+                no_autocast = torch.autocast(self.device.type, enabled=False)
+                with self._timed(seconds, modality), no_autocast:
                     decoded = decoder.decode(embeds, diffusion, progress)
                 for span, output in zip(group, decoded, strict=True):
                     outputs[span] = output

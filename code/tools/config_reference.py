@@ -69,8 +69,8 @@ def _section_of(field: Schema) -> str | None:
 
 
 def _entries_of(field: Schema) -> list[str]:
-    """Return the names of the section types in a list."""
-    options = field.get("items", {}).get("oneOf", [])
+    """Return the names of the section types that a key of a section, or its list, holds."""
+    options = field.get("items", {}).get("oneOf") or field.get("anyOf", [])
     return [option["$ref"].rpartition("/")[2] for option in options if "$ref" in option]
 
 
@@ -106,9 +106,9 @@ def _code(value: Any) -> str:
 def _type(field: Schema) -> str:
     """Format a JSON schema type in words, e.g. `integer (> 0) or null`."""
     if "$ref" in field:
-        return "entry"
-    if options := field.get("oneOf"):
-        return " or ".join(map(_type, options))
+        return "section"
+    if options := field.get("oneOf"):  # entries of a list
+        return " or ".join("entry" if "$ref" in option else _type(option) for option in options)
     if "anyOf" in field:
         return " or ".join(_type(option) for option in field["anyOf"])
     if "enum" in field:

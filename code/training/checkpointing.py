@@ -2,9 +2,11 @@
 
     stage_N/config.yaml               the resolved configuration, written at the start
     stage_N/delta.safetensors         the trained parameters, written at the end
+    stage_N/best.safetensors          those with the lowest validation loss (training.save_best)
     stage_N/inputs.json               what they were built from, by content
     stage_N/checkpoints/inputs.json   the same of an unfinished run, written at its start
     stage_N/checkpoints/step_*        exact training states; removed when the stage is finished
+    stage_N/checkpoints/best_*        parameters of an unfinished run's best validation so far
 
 A checkpoint is written under a temporary name, flushed, and renamed once all ranks are done:
 whatever is called `step_*` is complete. Killed during a save, a run resumes from the one before.
@@ -28,14 +30,17 @@ from nextgpt.config.schema import Config, DecoderConfig
 from nextgpt.model.delta import DELTA_FILE, Tensors, write_delta
 from nextgpt.training.engine import TrainEngine
 from nextgpt.training.run_inputs import RunInputs, compare_inputs, read_inputs, write_inputs
+from nextgpt.training.validation import Best
 
 INPUTS_FILE = "inputs.json"
+BEST_FILE = "best.safetensors"
 _TRAINING_KEYS = ("path", "signal_tokens", "prompt_embeds_shape")  # of a decoder
 # Keys that may change when a run is resumed: they do not affect what it computes.
 _CHANGEABLE = (
     "name", "save_path", "data.num_workers", "data.data_dir", "data.caption_embedding_dir",
-    "data.cache_dir", "training.save_steps", "training.save_total_limit", "generation.*",
-    "serving.*",
+    "data.cache_dir", "training.save_steps", "training.save_total_limit",
+    "training.validate_steps", "training.save_best", "training.validation_samples",
+    "generation.*", "serving.*",
     *(f"decoders.*.{key}" for key in DecoderConfig.model_fields if key not in _TRAINING_KEYS),
 )  # fmt: skip
 # Paths of what `run_inputs` identifies by content.
@@ -54,6 +59,7 @@ class CheckpointManager:
         self.path, self.stage, self.config = path, stage, config
         self.init_from: Path | None = None
         self.delta = path / DELTA_FILE
+        self.best = path / BEST_FILE
         self.checkpoints = path / "checkpoints"
         self._inputs = self.checkpoints / INPUTS_FILE
 
@@ -127,8 +133,12 @@ class CheckpointManager:
         """Remove checkpoints and partial saves of an earlier run."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def save(self, engine: TrainEngine, step: int, counted: dict[str, int]) -> None:
+    def save(
+        self, engine: TrainEngine, step: int, counted: dict[str, int], best: Best | None
+    ) -> None:
         """Save the exact state after `step` steps unless it is there; all ranks take part.
+
+        Parameters of validations that no checkpoint knows as the best are removed.
 
         Raises:
             UserError: the disk is full; the checkpoint before is still there.
@@ -146,7 +156,7 @@ class CheckpointManager:
             engine.save(partial)
             if is_first:
                 state = {
-                    "step": step, "world": dist.get_world_size(), "counted": counted,
+                    "step": step, "world": dist.get_world_size(), "counted": counted, "best": best,
                     "config": self.config.model_dump(mode="json"),
                     "init_from": self.init_from and str(self.init_from),
                 }  # fmt: skip
@@ -159,14 +169,30 @@ class CheckpointManager:
             rename_durably(partial, final)
             for old in self._saved()[: -self.config.training.save_total_limit]:
                 shutil.rmtree(old)
+            known = [read_run_state(checkpoint).get("best") for checkpoint in self._saved()]
+            kept = {self._best_of(one["step"]) for one in known if one}
+            for file in self.checkpoints.glob("best_*"):
+                if file not in kept:
+                    file.unlink()
         dist.barrier()
 
-    def finish(self, tensors: Tensors, vocabulary_size: int) -> None:
-        """Write the delta and its inputs, then remove the checkpoints; on rank 0."""
+    def save_best(self, tensors: Tensors, vocabulary_size: int, step: int) -> None:
+        """Write the trained parameters after `step` steps; on rank 0."""
+        write_delta(tensors, vocabulary_size, self._best_of(step))
+
+    def finish(self, tensors: Tensors, vocabulary_size: int, best: Best | None) -> None:
+        """Write the delta, the best one and the inputs, then remove the checkpoints; on rank 0."""
         write_delta(tensors, vocabulary_size, self.delta)
+        if best is None:
+            self.best.unlink(missing_ok=True)  # of an earlier run
+        elif (file := self._best_of(best["step"])).is_file():  # else an interrupted end moved it
+            rename_durably(file, self.best)
         if inputs := read_inputs(self._inputs):
             write_inputs(inputs, self.path / INPUTS_FILE)
         self.clear()
+
+    def _best_of(self, step: int) -> Path:
+        return self.checkpoints / f"best_{step:06d}.safetensors"
 
     def _saved(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -174,7 +200,7 @@ class CheckpointManager:
 
 
 def read_run_state(checkpoint: Path) -> dict:
-    """What `save` recorded: `step`, `world`, `counted`, `config`, `init_from`."""
+    """What `save` recorded: `step`, `world`, `counted`, `best`, `config`, `init_from`."""
     return read_json(checkpoint / "run.json")
 
 

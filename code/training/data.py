@@ -9,7 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, islice
 from multiprocessing.process import BaseProcess
@@ -35,13 +35,14 @@ from nextgpt.media.transforms import load_views
 
 @dataclass(eq=False)
 class ExampleDataset(Dataset[Example]):
-    """Map-style dataset: `dataset[name, row]` is that sample, or the next usable one.
+    """Map-style dataset: `dataset[name, number]` is that sample, or the next usable one.
 
     Attributes:
         max_seq_length: tokens of a conversation.
         caches: of features, by modality.
         prompt_embeds_shapes: of caption embeddings; None: captions are encoded online.
         wrong_rows: by data set the rows to skip, whose embeddings are of other captions.
+        rows: by data set the rows that train.
     """
 
     conversations: ConversationDataset
@@ -50,29 +51,45 @@ class ExampleDataset(Dataset[Example]):
     caches: Mapping[Modality, FeatureCache]
     prompt_embeds_shapes: dict[Modality, tuple[int, ...]] | None
     wrong_rows: Mapping[str, set[int]]
+    rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of rows that train, by data set."""
+        return {name: len(rows) for name, rows in self.rows.items()}
 
     def __len__(self) -> int:
-        return len(self.conversations)
+        return sum(self.sizes.values())
+
+    def length(self, key: Sample) -> int:
+        """Approximate length of the sample at (data set, number among `rows`)."""
+        name, number = key
+        return self.conversations.length((name, self.rows[name][number]))
 
     def __getitem__(self, key: Sample) -> Example:
-        """The example at (data set, row).
+        """The example at (data set, number among `rows`).
 
         Raises:
             UserError: no sample of the data set is usable.
         """
-        name, first_row = key
-        size = self.conversations.sizes[name]
+        name, first = key
+        rows = self.rows[name]
         skipped: list[SkippedSample] = []
-        for offset in range(size):
-            row = (first_row + offset) % size
+        for offset in range(len(rows)):
+            row = rows[(first + offset) % len(rows)]
             try:
-                return self._load(name, row, skipped)
+                return replace(self.load(name, row), skipped=skipped)
             except MediaError as error:
                 number = self.conversations.file_row(name, row)
                 skipped.append(SkippedSample(name, number, str(error)))
         raise UserError(f"no sample of {name} can be used; the last: {skipped[-1].reason}")
 
-    def _load(self, name: str, row: int, skipped: list[SkippedSample]) -> Example:
+    def load(self, name: str, row: int) -> Example:
+        """The example in row `row` of data set `name`, whether it trains or is held out.
+
+        Raises:
+            MediaError: the sample is unusable.
+        """
         if row in self.wrong_rows.get(name, ()):
             file = self.conversations.sources[name].annotation
             raise MediaError(
@@ -88,7 +105,7 @@ class ExampleDataset(Dataset[Example]):
             else None
             for _, medium in prompt.signal_spans
         ]
-        return Example(prompt, features, caption_embeds, skipped)
+        return Example(prompt, features, caption_embeds)
 
     def _feature(self, medium: Media) -> Tensor | UnencodedMedium:
         decode = partial(load_views, medium.modality)

@@ -5,7 +5,7 @@ clipping, optimizer and schedule come from the run. Trainable parameters, gradie
 are float32; the frozen language model and matrix products use the run's precision (autocast).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite, log
@@ -27,7 +27,7 @@ from nextgpt.config.schema import TrainingConfig
 from nextgpt.conversation.batch import Batch
 from nextgpt.model.loading import compare_state_dicts, refuse_faults
 from nextgpt.model.nextgpt import Losses, NextGPT
-from nextgpt.model.trainable import group_of, tuned_parameters
+from nextgpt.model.trainable import dropout_disabled, group_of, tuned_parameters
 from nextgpt.training.loss_scale import LossScale, non_finite_gradient
 
 _SET_BY_RUN = (
@@ -150,10 +150,7 @@ class TrainEngine:
         for index, batch in enumerate(batches):
             losses: Losses = self.engine(batch)
             self.engine.backward(self._normalize(losses, counts))
-            zero = torch.zeros_like(losses.text)
-            parts = [losses.text, *(losses.alignment.get(m, zero) for m in MODALITIES)]
-            sums[1:] += torch.stack(parts).detach()
-            sums[0] += losses.tokens
+            sums += _as_vector(losses)
             if index + 1 == len(batches):
                 tokens, text_total, *alignment_totals = self._reduce_finite(sums)
             self.engine.step()
@@ -166,22 +163,35 @@ class TrainEngine:
             raise non_finite_gradient(self.dtype)
         norm = None if overflowed else self.engine.get_global_grad_norm()
 
-        text_loss = text_total / max(counts.tokens, 1)
-        alignment = {
-            modality: total / counts.signal_spans[modality]
-            for modality, total in zip(MODALITIES, alignment_totals, strict=True)
-            if counts.signal_spans[modality]
-        }
-        weights = self.training.alignment_loss_weights
         return {
-            "loss": text_loss + sum(weights[m] * value for m, value in alignment.items()),
-            "text_loss": text_loss if tokens else None,
-            **{f"alignment_{modality}": value for modality, value in alignment.items()},
+            **self._average(tokens, text_total, alignment_totals, counts),
             "learning_rate": rate,
             "gradient_norm": None if norm is None else float(norm),
             **scale,
             "tokens": int(tokens),
         }
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> StepMetrics:
+        """Losses over all ranks' `batches`, without dropout or an update.
+
+        Every rank gives equally many batches. The modes and the random state are restored.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        sums = torch.zeros(2 + 2 * len(MODALITIES), dtype=torch.float64, device=self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with dropout_disabled(self.model), torch.random.fork_rng(devices):
+            for batch in batches:
+                losses: Losses = self.engine(batch)
+                spans = sums.new_tensor([losses.signal_spans.get(m, 0) for m in MODALITIES])
+                sums += torch.cat([_as_vector(losses), spans])
+        dist.all_reduce(sums)
+        tokens, text_total, *totals = _check_finite(sums)
+        alignment_totals, spans = totals[: len(MODALITIES)], map(int, totals[len(MODALITIES) :])
+        counts = StepCounts(int(tokens), dict(zip(MODALITIES, spans, strict=True)))
+        return self._average(tokens, text_total, alignment_totals, counts)
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the exact state into `folder`; all ranks take part."""
@@ -226,12 +236,27 @@ class TrainEngine:
             loss = loss + weights[modality] * total / counts.signal_spans[modality]
         return loss * self.world * self.accumulation + losses.unused
 
+    def _average(
+        self, tokens: float, text_total: float, alignment_totals: list[float], counts: StepCounts
+    ) -> StepMetrics:
+        """The mean losses; `tokens` is 0 where the language model did not run."""
+        text_loss = text_total / max(counts.tokens, 1)
+        alignment = {
+            modality: total / counts.signal_spans[modality]
+            for modality, total in zip(MODALITIES, alignment_totals, strict=True)
+            if counts.signal_spans[modality]
+        }
+        weights = self.training.alignment_loss_weights
+        return {
+            "loss": text_loss + sum(weights[m] * value for m, value in alignment.items()),
+            "text_loss": text_loss if tokens else None,
+            **{f"alignment_{modality}": value for modality, value in alignment.items()},
+        }
+
     def _reduce_finite(self, sums: torch.Tensor) -> list[float]:
         """All-reduce `sums`, and check losses and gradients before the update."""
         dist.all_reduce(sums)
-        totals = sums.tolist()
-        if not all(map(isfinite, totals)):
-            raise UserError("the loss is not finite: lower the learning rate or look at the data")
+        totals = _check_finite(sums)
         if not self.engine.zero_optimization():
             # DeepSpeed would apply them. Accumulated and averaged, they are the same on all ranks.
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -259,6 +284,20 @@ class TrainEngine:
                 "lower_precision_safe_modules": [],
             },
         }
+
+
+def _as_vector(losses: Losses) -> torch.Tensor:
+    """Number of tokens, text loss and alignment loss by modality, float64 sums."""
+    zero = torch.zeros_like(losses.text)
+    alignment = (losses.alignment.get(m, zero) for m in MODALITIES)
+    return torch.stack([zero + losses.tokens, losses.text, *alignment]).detach().double()
+
+
+def _check_finite(sums: torch.Tensor) -> list[float]:
+    totals = sums.tolist()
+    if not all(map(isfinite, totals)):
+        raise UserError("the loss is not finite: lower the learning rate or look at the data")
+    return totals
 
 
 def _load_trainable(src: dict[str, torch.Tensor], dst: NextGPT) -> None:

@@ -23,6 +23,9 @@ _MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checke
 class MetricsLogger:
     """The logs of one run in `folder`; opening them drops lines of steps after `first_step`.
 
+    Attributes:
+        board: TensorBoard's writer; None on other ranks than 0.
+
     Args:
         counted: `samples`, `skipped` and `cut_tokens` of all ranks so far.
     """
@@ -31,16 +34,17 @@ class MetricsLogger:
         self, folder: Path, rank: int, first_step: int, steps: int, counted: dict[str, int]
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.is_logging = rank == 0
         self.counted = counted
         self._metrics_file = folder / "metrics.jsonl"
         self._skipped_file = folder / "skipped.jsonl"
         self._last_time = time.perf_counter()
-        if self.is_logging:
+        self._last_validation: dict[str, str] = {}  # for the progress bar
+        self.board: SummaryWriter | None = None
+        if rank == 0:
             for file in (self._metrics_file, self._skipped_file):
                 _truncate(file, first_step)
             # TensorBoard drops what earlier runs wrote of `purge_step` and all later steps.
-            self._board = SummaryWriter(str(folder), purge_step=first_step + 1)
+            self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
 
     def count(self, step: int, skipped: list[SkippedSample], counts: dict[str, int]) -> None:
@@ -61,11 +65,18 @@ class MetricsLogger:
                 "repair the data and --resume"
             )
 
+    def list_held_out(self, step: int, skipped: list[SkippedSample]) -> None:
+        """List the held-out samples that this rank skipped in the validation after `step`."""
+        lines = [{"step": step, **one._asdict(), "held_out": True} for one in skipped]
+        if lines:
+            _append(self._skipped_file, lines)
+
     def log(self, step: int, metrics: StepMetrics) -> None:
-        """Log the metrics of step number `step`, from 1."""
+        """Log the metrics of step number `step`, from 1, and of the validation after it."""
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
-        if not self.is_logging:
+        seconds -= metrics.get("validation_seconds") or 0.0
+        if self.board is None:
             return
         line = {
             "step": step,
@@ -78,18 +89,21 @@ class MetricsLogger:
         shown = {}
         for name, value in line.items():
             if name != "step" and value is not None:
-                self._board.add_scalar(name, value, step)
+                self.board.add_scalar(name, value, step)
                 if name in ("loss", "text_loss") or name.startswith("alignment_"):
                     shown[name.removeprefix("alignment_")] = f"{value:.3f}"
-        self._board.flush()  # so that a killed run leaves the steps before its checkpoint
-        self._bar.set_postfix(shown, tokens_per_second=line["tokens_per_second"], refresh=False)
+        if "validation_loss" in metrics:
+            self._last_validation = {"validation": f"{metrics['validation_loss']:.3f}"}
+        self.board.flush()  # so that a killed run leaves the steps before its checkpoint
+        shown |= self._last_validation | {"tokens_per_second": line["tokens_per_second"]}
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
     def close(self) -> None:
         """Flush and close the logs."""
-        if self.is_logging:
+        if self.board is not None:
             self._bar.close()
-            self._board.close()
+            self.board.close()
 
 
 def _append(file: Path, lines: list[dict]) -> None:

@@ -56,17 +56,22 @@ def identify_inputs(
     cache_dir = project_path(config.data.cache_dir)
     digests, outputs = DigestCache(cache_dir), output_modalities(dataset)
     online = config.data.caption_embeddings == "online"
-    files = {name: str(source.annotation) for name, source in dataset.sources.items()}
     return {
         "predecessor": predecessor
         and {"file": str(predecessor), "digest": digests.digest(predecessor)},
-        "datasets": {
-            name: {"file": files[name], "rows": len(index), "digest": index.digest}
-            for name, index in dataset.indexes.items()
-        },
+        "datasets": identify_datasets(dataset),
         "caption_embeddings": {} if online else _identify_embeddings(config, dataset, outputs),
         "frozen": _identify_frozen(config, dataset, outputs if online else set(), digests),
         "deepspeed": read_deepspeed_config(config.training),
+    }
+
+
+def identify_datasets(dataset: ConversationDataset) -> dict[str, _Identity]:
+    """By name the rows of the data sets."""
+    files = {name: str(source.annotation) for name, source in dataset.sources.items()}
+    return {
+        name: {"file": files[name], "rows": len(index), "digest": index.digest}
+        for name, index in dataset.indexes.items()
     }
 
 

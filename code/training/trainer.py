@@ -16,21 +16,34 @@ from nextgpt.common.distributed import all_reduce_sum, compute_on_rank_0, print_
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES
 from nextgpt.common.paths import project_path
-from nextgpt.config.schema import Config, TrainableGroup
+from nextgpt.config.schema import Config, DataConfig, TrainableGroup
 from nextgpt.conversation.batch import Batch
 from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
-from nextgpt.dataset.sampler import BatchSchedule
+from nextgpt.dataset.held_out import split_rows
+from nextgpt.dataset.sampler import BatchSchedule, Sample
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.delta import Delta, load_delta, read_delta, tensors_of_absent_groups
 from nextgpt.model.nextgpt import NextGPT
 from nextgpt.model.quantization import check_zero_stage
 from nextgpt.model.trainable import count_parameters, format_parameter_counts, set_trainable
+from nextgpt.model.upstream_checkpoint import Tensors
 from nextgpt.training.checkpointing import CheckpointManager, read_run_state
 from nextgpt.training.data import ExampleDataset, load_batches, rank_batches
-from nextgpt.training.engine import StepCounts, TrainEngine, read_deepspeed_config
+from nextgpt.training.engine import (
+    StepCounts,
+    StepMetrics,
+    TrainEngine,
+    read_deepspeed_config,
+)
 from nextgpt.training.media_features import BatchEncoder, FeatureCaches
 from nextgpt.training.metrics import MetricsLogger
-from nextgpt.training.run_inputs import RunInputs, check_caption_embeddings, identify_inputs
+from nextgpt.training.run_inputs import (
+    RunInputs,
+    check_caption_embeddings,
+    identify_datasets,
+    identify_inputs,
+)
+from nextgpt.training.validation import Validator, validates
 
 # What the stages before have trained, and a stage's predecessor must therefore bring.
 TRAINED_BEFORE: dict[int, set[TrainableGroup]] = {
@@ -70,6 +83,9 @@ class TrainerCallback:
     def on_step_begin(self, trainer: "Trainer", batches: list[Batch]) -> None:
         """Called before each optimizer step with this rank's micro batches, on the device."""
 
+    def on_validate(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+        """Called after each validation with its losses, before they are logged."""
+
     def on_train_end(self, trainer: "Trainer") -> None:
         """Called after the last step, before the delta is written."""
 
@@ -82,6 +98,7 @@ class Trainer:
         examples, schedule: the stage's samples, and which make up which global batch.
         checkpoints, checkpoint: the stage's folder, and what the run is resumed from.
         delta: tuned parameters that the run starts from.
+        validator: computes the held-out losses; None if the run has none.
         model, engine, metrics: as their classes document.
     """
 
@@ -98,6 +115,7 @@ class Trainer:
         self.checkpoints = CheckpointManager(folder, options.stage, config)
         self.checkpoint: Path | None = None
         self.delta: Delta | None = None
+        self.validator: Validator | None = None
 
     def train(self) -> bool:
         """Train the stage; False if a signal stopped it early, after saving a checkpoint."""
@@ -110,7 +128,7 @@ class Trainer:
         self.read_predecessor()
         recorded = self.checkpoint and folder.check_inputs(self.identify_inputs(), self.checkpoint)
         self.build_model()
-        vocabulary_size = self.model.base_vocabulary_size  # ZeRO 3 will shard the matrix
+        self._vocabulary_size = self.model.base_vocabulary_size  # ZeRO 3 will shard the matrix
         for callback in self.callbacks:
             callback.on_train_begin(self)
         self.engine = TrainEngine(self.model, training, self.total_steps, self.device, self.dtype)
@@ -127,13 +145,41 @@ class Trainer:
             return False
         for callback in self.callbacks:
             callback.on_train_end(self)
-        self.save_delta(vocabulary_size)
+        self.save_delta()
         return True
 
     def open_dataset(self) -> None:
-        """Open the data sets, compare their caption embeddings, and schedule the batches."""
-        config, training = self.config, self.config.training
-        conversations = open_conversations(config.data)
+        """Open the data sets, hold samples out, and schedule the batches."""
+        training, data = self.config.training, self.config.data
+        self.examples = self._open_examples(data)
+        rows, held_out = split_rows(self.examples.conversations, data.validation)
+        self.examples.rows = rows
+        size, sizes = training.global_batch_size, self.examples.sizes
+        weights = {entry.name: entry.weight for entry in data.dataset_entries}
+        self.schedule = BatchSchedule(sizes, size, data.batching, training.seed, weights)
+        self.total_steps = self.schedule.steps_per_epoch * training.epochs
+        if training.max_steps is not None:
+            self.total_steps = min(self.total_steps, training.max_steps)
+        print_rank_0(f"{self.total_steps} steps of {size} samples out of {sizes}")
+        if validates(self.config):
+            self._open_validator(held_out)
+
+    def _open_validator(self, held_out: list[Sample]) -> None:
+        """Prepare to validate on `held_out`, or on the data sets named for it."""
+        data, examples = self.config.data, self.examples
+        if names := data.validation.datasets:
+            examples = self._open_examples(data.model_copy(update={"datasets": names}))
+            sizes = examples.conversations.sizes
+            held_out = [(name, row) for name, size in sizes.items() for row in range(size)]
+        self.validator = Validator(self.config, examples, held_out)
+        print_rank_0(
+            f"validation on {len(self.validator.samples)} of {len(held_out)} held-out samples, "
+            f"every {self.config.training.validate_steps} steps and at the end"
+        )
+
+    def _open_examples(self, data: DataConfig) -> ExampleDataset:
+        """Open the data sets of `data` and compare their caption embeddings."""
+        config, conversations = self.config, open_conversations(data)
         shapes = prompt_embeds_shapes(config)
         wrong_rows: dict[str, set[int]] = {}
         if shapes is not None:
@@ -143,15 +189,8 @@ class Trainer:
             for line in lines:
                 print_rank_0(line)
         builder, caches = build_prompt_builder(config), FeatureCaches(config)
-        length = config.data.max_seq_length
-        self.examples = ExampleDataset(conversations, builder, length, caches, shapes, wrong_rows)
-        size, sizes = training.global_batch_size, conversations.sizes
-        weights = {entry.name: entry.weight for entry in config.data.dataset_entries}
-        self.schedule = BatchSchedule(sizes, size, config.data.batching, training.seed, weights)
-        self.total_steps = self.schedule.steps_per_epoch * training.epochs
-        if training.max_steps is not None:
-            self.total_steps = min(self.total_steps, training.max_steps)
-        print_rank_0(f"{self.total_steps} steps of {size} samples out of {sizes}")
+        length = data.max_seq_length
+        return ExampleDataset(conversations, builder, length, caches, shapes, wrong_rows)
 
     def read_predecessor(self) -> None:
         """Read the delta that the run starts from, or was started from."""
@@ -167,7 +206,11 @@ class Trainer:
     def identify_inputs(self) -> RunInputs:
         """What the run is built from, by content."""
         predecessor = self.delta and self.delta.source
-        return identify_inputs(self.config, self.examples.conversations, predecessor)
+        inputs = identify_inputs(self.config, self.examples.conversations, predecessor)
+        if self.validator:
+            held_out = identify_datasets(self.validator.examples.conversations)
+            inputs["datasets"] |= {f"validation on {name}": one for name, one in held_out.items()}
+        return inputs
 
     def build_model(self) -> None:
         """Build the model, load the predecessor's parameters and freeze what does not train."""
@@ -199,6 +242,8 @@ class Trainer:
         self.engine.load(self.checkpoint)
         run = read_run_state(self.checkpoint)
         self.step = run["step"]
+        if self.validator:
+            self.validator.best = run.get("best")
         print_rank_0(f"resumed after step {self.step} from {self.checkpoint}")
         return run["counted"]
 
@@ -213,18 +258,39 @@ class Trainer:
             for batches in islice(steps, end - self.step):  # one more would end the processes
                 counts = self.count_step(batches)
                 if counts is None:
-                    self.checkpoints.save(self.engine, self.step, self.metrics.counted)
+                    self._save_checkpoint()
                     return False
                 batches = [encoder.encode(batch) for batch in batches]
                 for callback in self.callbacks:
                     callback.on_step_begin(self, batches)
                 result = self.engine.step(batches, counts)
                 self.step += 1
+                if self.validator and self._is_due(self.config.training.validate_steps, last=True):
+                    result |= self.validate(self.validator, encoder)
                 self.metrics.log(self.step, result)
-                at_save = self.step % self.config.training.save_steps == 0
-                if at_save and self.step < self.total_steps:
-                    self.checkpoints.save(self.engine, self.step, self.metrics.counted)
+                if self._is_due(self.config.training.save_steps, last=False):
+                    self._save_checkpoint()
         return True
+
+    def _is_due(self, steps: int, *, last: bool) -> bool:
+        """Whether the step is a multiple of `steps`; the run's end counts as `last`."""
+        return last if self.step == self.total_steps else self.step % steps == 0
+
+    def _save_checkpoint(self) -> None:
+        best = self.validator and self.validator.best
+        self.checkpoints.save(self.engine, self.step, self.metrics.counted, best)
+
+    def validate(self, validator: Validator, encoder: BatchEncoder) -> StepMetrics:
+        """The losses on the held-out samples; keeps the parameters of the best validation."""
+        result = validator.validate(self.step, self.engine, encoder)
+        self.metrics.list_held_out(self.step, validator.skipped)
+        if self.config.training.save_best and validator.best["step"] == self.step:
+            tensors = self._delta_tensors()
+            if self.rank == 0:
+                self.checkpoints.save_best(tensors, self._vocabulary_size, self.step)
+        for callback in self.callbacks:
+            callback.on_validate(self, result)
+        return result
 
     def count_step(self, batches: list[Batch]) -> StepCounts | None:
         """Counts of the next step over all ranks; None if any of them received a signal."""
@@ -244,16 +310,23 @@ class Trainer:
         self.metrics.count(self.step + 1, skipped, counts)
         return StepCounts(tokens, dict(zip(MODALITIES, totals[: len(spans)], strict=True)))
 
-    def save_delta(self, vocabulary_size: int) -> None:
-        """Write the tuned parameters, and those of the predecessor that this run does not use."""
+    def save_delta(self) -> None:
+        """Write the tuned parameters, and those of the best validation."""
+        tensors, best = self._delta_tensors(), None
+        if self.validator and self.config.training.save_best:
+            best = self.validator.best
+            print_rank_0(f"lowest validation loss {best['loss']:.4f}, after step {best['step']}")
+        if self.rank == 0:
+            self.checkpoints.finish(tensors, self._vocabulary_size, best)
+        print_rank_0(f"stage {self.options.stage} is finished: {self.checkpoints.delta}")
+
+    def _delta_tensors(self) -> Tensors:
+        """The tuned parameters, and those of the predecessor that this run does not use."""
         delta = self.delta
         whole = self.config.language_model.trainable_embeddings == "full"
         whole = whole or bool(delta and delta.holds_base_vocabulary)
-        tensors = self.engine.tuned_tensors(base_vocabulary=whole)
-        if self.rank == 0:
-            unused = tensors_of_absent_groups(self.model, delta) if delta else {}
-            self.checkpoints.finish(unused | tensors, vocabulary_size)
-        print_rank_0(f"stage {self.options.stage} is finished: {self.checkpoints.delta}")
+        unused = tensors_of_absent_groups(self.model, delta) if delta else {}
+        return unused | self.engine.tuned_tensors(base_vocabulary=whole)
 
     def starts_new(self, group: TrainableGroup) -> bool:
         """Whether the parameters of `group` are neither resumed nor loaded from a predecessor."""
@@ -272,7 +345,7 @@ class Trainer:
         self, first: int, end: int, size: int, num_workers: int = 0, packed: int | None = None
     ) -> AbstractContextManager[Iterator[list[Batch]]]:
         """This rank's micro batches of each step from number `first` up to `end`."""
-        length, width = self.examples.conversations.length, self.config.encoder.width
+        length, width = self.examples.length, self.config.encoder.width
         order = rank_batches(self.schedule, first, end, length, self.rank, self.world)
         return load_batches(self.examples, order, size, width, num_workers, packed)
 
