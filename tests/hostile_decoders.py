@@ -3,6 +3,7 @@
 import ctypes
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,21 @@ def crash(*_: str) -> None:
 def abort(*_: str) -> None:
     """Abort, as the C library does on heap corruption."""
     os.abort()
+
+
+def kill(*_: str) -> None:
+    """The kernel's SIGKILL, as for lack of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave(*_: str) -> None:
+    """Exit the process, as some libraries do on errors."""
+    os._exit(1)
+
+
+def swell_in_the_answer(*_: str) -> np.ndarray:
+    """Return an array whose contiguous copy exceeds the memory."""
+    return np.broadcast_to(np.zeros(1), 1 << 30)
 
 
 def hang(*_: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from media_files import write_heic, write_non_finite
 from nextgpt import inference, process_embeddings
 from nextgpt.common.cli import INTERRUPTED, run_cli
 from nextgpt.common.errors import UserError
@@ -162,6 +163,24 @@ ANSWERS = {
     "an image too large": (["--height", "80000"], "decoders.video.height"),
     "an infinite temperature": (["--temperature", "inf"], "finite number"),
 }
+
+
+ODD_MEDIA = {
+    "a HEIC picture": (["--image"], write_heic, "convert it to JPEG or PNG"),
+    "a HEIC picture as a video": (["--video"], write_heic, "convert it to JPEG or PNG"),
+    "a sound with a sample that is no number": (
+        ["--audio"], write_non_finite, "its samples are not finite"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", ODD_MEDIA)
+def test_inference_unusable_medium_is_named(
+    fault: str, system: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option, write, expected = ODD_MEDIA[fault]
+    path = write(tmp_path / "odd.wav")
+    message = answer_refused(system, tmp_path, capsys, *option, str(path))
+    assert expected in message and str(path) in message
 
 
 @pytest.mark.parametrize("fault", ANSWERS)

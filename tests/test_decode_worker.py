@@ -1,6 +1,7 @@
 """The decode worker: limits, failures and process lifetime."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import hostile_decoders as hostile
 import tiny_run
+from media_files import write_tone
 from nextgpt.common.errors import MediaError
 from nextgpt.common.modality import Modality
 from nextgpt.media import decode_worker, transforms
@@ -62,6 +64,9 @@ def wait_until(true: Callable[[], object], seconds: float) -> None:
     [
         (hostile.crash, "SIGSEGV"),
         (hostile.abort, "SIGABRT"),
+        (hostile.kill, "SIGKILL"),
+        (hostile.leave, "ended with code 1"),
+        (hostile.swell_in_the_answer, "more than 4 GB of memory"),
         (hostile.swell, "more than 4 GB of memory"),
         (hostile.refuse, "broken"),
     ],
@@ -137,8 +142,15 @@ def test_decode_of_audio_copies_little_memory(tmp_path: Path) -> None:
     assert (len(samples), rate) == (30_000_000, 16000)
 
 
+def test_decode_of_damaged_media_is_noticed(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    path = write_tone(tmp_path / "s.mp3", "libmp3lame")
+    path.write_bytes(path.read_bytes() + b"\xff")
+    load_views("audio", path)
+    assert re.fullmatch(rf"{path}: damaged, skipped 1 of \d\d packets\n", capfd.readouterr().err)
+
+
 def test_decode_program_error_is_not_a_media_error(capfd: pytest.CaptureFixture) -> None:
-    with pytest.raises(RuntimeError, match="a file: the decoder ended with code 1"):
+    with pytest.raises(RuntimeError, match="a file: ZeroDivisionError in the decoding process"):
         decode(hostile.err, "a file")
     assert "ZeroDivisionError: a fault of the program" in capfd.readouterr().err
     assert decode(hostile.same, "alive") == "alive"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -17,9 +18,18 @@ import torch
 from PIL import Image
 
 from golden_preprocessing import GOLDEN, measure
+from media_files import (
+    wave_pixels,
+    write_frames,
+    write_heic,
+    write_images,
+    write_non_finite,
+    write_tone,
+)
 from nextgpt.common.errors import MediaError
 from nextgpt.media.decoding import (
     measure_video,
+    pick_frames,
     read_image,
     read_pixels,
     read_samples,
@@ -28,8 +38,14 @@ from nextgpt.media.decoding import (
 from nextgpt.media.shard_members import medium_state
 from nextgpt.media.transforms import load_views, read_audio, video_frame_indices
 from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.serving.limits import find_modality
 from parity_tools import MEDIA, cases, fill_by_recipe, relative_error
 from test_imagebind import TINY
+
+
+def find_by_content(path: Path) -> str:
+    return find_modality(str(path), path.name)
+
 
 RECORDED = [
     ("image", "gray.png", 1e-3, 1e-3),
@@ -110,6 +126,92 @@ def test_image_modes_convert_to_rgb(tmp_path: Path, mode: str) -> None:
     assert load_views("image", path).shape == SHAPES["image"]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tiff", "avif"])
+def test_image_exif_orientation_is_undone(suffix: str, orientation: int, tmp_path: Path) -> None:
+    upright = wave_pixels()
+    stored = {  # the transposition that each orientation undoes
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+        5: upright.swapaxes(0, 1), 6: np.rot90(upright), 7: np.rot90(upright, 2).swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = Image.fromarray(np.ascontiguousarray(stored))
+    path = save_picture(tmp_path / f"phone.{suffix}", picture, exif=exif)
+    assert np.abs(read_pixels(path) - upright.astype(float)).mean() < 4
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_image_grey_tiff_is_turned(dtype: type, orientation: int, tmp_path: Path) -> None:
+    grey = wave_pixels()[..., 0]
+    scale = {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[dtype]
+    stored = (np.rot90(grey, 1 if orientation == 6 else -1) * float(scale)).astype(dtype)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save_picture(tmp_path / "grey.tiff", Image.fromarray(stored), exif=exif)
+    assert np.array_equal(read_pixels(path)[..., 0], grey)
+
+
+def test_image_of_each_kind_keeps_its_pixels(tmp_path: Path) -> None:
+    for path in write_images(tmp_path):
+        pixels, expected = read_pixels(path), wave_pixels().astype(float)
+        if path.stem in ("16_bits", "floats"):
+            expected = expected[..., :1]
+        opaque = (pixels != 255).any(axis=-1)
+        tolerance = 6 if path.suffix in (".jpg", ".webp", ".avif", ".gif") else 0
+        if path.name == "palette.png":  # of 16 colours, one of them transparent
+            assert 0.9 < opaque.mean() < 0.95
+            tolerance = 20
+        assert np.abs(pixels - expected)[opaque].mean() <= tolerance, path.name
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+@pytest.mark.parametrize("brightest", [0.2, 1, 1.05])
+def test_image_of_floats_is_scaled_by_its_white(
+    white: int, brightest: float, tmp_path: Path
+) -> None:
+    pixels = np.linspace(0, brightest, 40 * 50, dtype=np.float32).reshape(40, 50) * white
+    path = save_picture(tmp_path / "floats.tiff", Image.fromarray(pixels))
+    expected = (pixels * (255 / white)).clip(0, 255)
+    assert np.abs(read_pixels(path)[..., 0] - expected).max() < 1
+
+
+def test_image_of_floats_clips_highlights_and_refuses_the_rest(tmp_path: Path) -> None:
+    pixels = np.full((40, 50), 0.5, np.float32)
+    pixels[0, 0] = 7
+    path = save_picture(tmp_path / "highlight.tiff", Image.fromarray(pixels))
+    assert read_image(path).getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(path).getpixel((9, 9)) == (128, 128, 128)
+    for fault in (np.nan, np.inf, -7, 1e9):
+        pixels[0, 0] = fault
+        path = save_picture(tmp_path / "odd.tiff", Image.fromarray(pixels))
+        with pytest.raises(MediaError, match=r"odd\.tiff: pixels from .* scale them to 0\.\.255"):
+            read_image(path)
+
+
+HEIC_BRANDS = [b"heic\0\0\0\0mif1heic", b"mif1\0\0\0\0mif1heix", b"msf1\0\0\0\0msf1hevc"]
+
+
+@pytest.mark.parametrize("brands", HEIC_BRANDS)
+@pytest.mark.parametrize("reader", [read_pixels, read_samples, measure_video, find_by_content])
+def test_image_heic_is_refused_by_name_with_the_remedy(
+    brands: bytes, reader: Callable, tmp_path: Path
+) -> None:
+    path = write_heic(tmp_path / "phone.jpg", brands)
+    with pytest.raises(MediaError, match=r"phone\.jpg: a HEIC picture.*convert it to JPEG or PNG"):
+        reader(path)
+
+
+@pytest.mark.parametrize("reader", [read_samples, measure_video])
+def test_image_avif_is_neither_video_nor_audio(reader: Callable, tmp_path: Path) -> None:
+    path = save_picture(tmp_path / "a.mp4", Image.fromarray(wave_pixels()), format="AVIF")
+    assert find_by_content(path) == "image"
+    with pytest.raises(MediaError, match=r"a\.mp4: an AVIF picture, neither a video nor a sound"):
+        reader(path)
+
+
 # --- videos
 
 
@@ -126,15 +228,8 @@ def read_number(frame: np.ndarray) -> int:
     return sum(int(frame[72, bit * 16 + 8].mean() > 128) << bit for bit in range(8))
 
 
-def write_video(path: Path, codec: str, frames: int, rate: int = 25) -> Path:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt, stream.gop_size = 128, 96, "yuv420p", 24
-        for number in range(frames):
-            picture = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode(None))
-    return path
+def write_video(path: Path, codec: str, frames: int, milliseconds: list[int] | None = None) -> Path:
+    return write_frames(path, codec, list(map(numbered_frame, range(frames))), milliseconds)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +272,74 @@ def test_video_rotation_metadata_is_applied(tmp_path: Path) -> None:
     assert frame[10, 80, 0] > 150 > frame[120, 80, 0]  # what was left is now above
 
 
+TURN, MIRROR = np.array([[0, 1], [-1, 0]]), np.array([[-1, 0], [0, 1]])  # (x, y) times it
+
+
+def with_display_matrix(path: Path, matrix: np.ndarray) -> Path:
+    """Replace the display matrix in the track's header, version 0: 9 numbers of 32 bits."""
+    content = path.read_bytes()
+    start = content.index(b"tkhd") + 44
+    (xx, xy), (yx, yy) = (matrix << 16).tolist()
+    numbers = struct.pack(">9i", xx, xy, 0, yx, yy, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:start] + numbers + content[start + 36 :])
+    return path
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_video_is_shown_by_its_display_matrix(turns: int, mirrored: bool, tmp_path: Path) -> None:
+    path = write_frames(tmp_path / "phone.mp4", "libx264", [wave_pixels()] * 3)
+    matrix = np.linalg.matrix_power(TURN, turns)
+    shown = np.rot90(wave_pixels(), -turns)  # clockwise, as y points down
+    if mirrored:
+        matrix, shown = matrix @ MIRROR, shown[:, ::-1]
+    (frame,) = read_video_frames(with_display_matrix(path, matrix), lambda count, rate: [0])
+    assert frame.shape == shown.shape
+    assert np.abs(frame - shown.astype(float)).mean() < 6
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
+def test_video_of_variable_rate_gives_clips_by_time(name: str, tmp_path: Path) -> None:
+    """A second at 25 a second, then one frame a second."""
+    shown = [*range(0, 1000, 40), *range(1000, 11_000, 1000)]
+    path = write_video(tmp_path / name, "libx264", len(shown), shown)
+    frames, rate, times_T = measure_video(path)
+    assert frames == 35 and times_T == pytest.approx(np.array(shown) / 1000)
+    indices = video_frame_indices(frames, rate, times_T)  # of clips at 0, 1.66, 3.3, 5 and 6.6 s
+    assert indices == [0, 25, 25, 27, 27, 29, 28, 30, 30, 32]
+    picked = pick_frames(path, indices, times_T[indices])
+    assert [read_number(frame) for frame in picked] == indices
+
+
+@pytest.mark.parametrize(("name", "codec"), [("v.mp4", "libx264"), ("v.mov", "libx265")])
+def test_video_with_two_kilobytes_overwritten_yields_the_other_frames(
+    name: str, codec: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 60, (60, 96, 128, 3), np.uint8)
+    frames = [np.maximum(numbered_frame(number), noise[number]) for number in range(60)]
+    path = write_frames(tmp_path / name, codec, frames)
+    content = bytearray(path.read_bytes())
+    start = len(content) // 3
+    content[start : start + 2000] = noise.tobytes()[:2000]
+    path.write_bytes(content)
+    wanted = list(range(0, 60, 6))
+    found = [read_number(f) for f in read_video_frames(path, lambda count, rate: wanted)]
+    wrong = [one for one, other in zip(wanted, found, strict=True) if one != other]
+    assert len(wrong) <= 3 and found == sorted(found)  # of one group of 24 frames
+    assert re.search(rf"{name}: damaged, skipped \d of \d\d packets", caplog.text)
+    assert load_views("video", path).shape == SHAPES["video"]
+
+
+def test_video_mostly_undecodable_is_refused(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "v.mp4", "libx264", 100)
+    content = bytearray(path.read_bytes())
+    start, end = content.index(b"mdat") + 1000, content.index(b"moov")
+    content[start:end] = np.random.default_rng(0).bytes(end - start)
+    path.write_bytes(content)
+    with pytest.raises(MediaError, match=r"v\.mp4: damaged, only \d+ of \d+"):
+        load_views("video", path)
+
+
 def test_video_truncated_yields_its_readable_frames(tmp_path: Path) -> None:
     path = write_video(tmp_path / "v.mkv", "libx264", 100)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -205,6 +368,56 @@ def write_wav(path: Path, samples: np.ndarray, rate: int = 16000) -> Path:
 
 def sine(seconds: float, rate: int, hertz: float = 440.0) -> np.ndarray:
     return 8192 * np.sin(2 * np.pi * hertz * np.arange(int(seconds * rate)) / rate)
+
+
+@pytest.mark.parametrize(
+    ("codec", "tolerance"), [("pcm_u8", 8e-3), ("pcm_s16le", 1e-4), ("pcm_s24le", 1e-6),
+    ("pcm_s32le", 1e-6), ("pcm_f32le", 1e-6), ("pcm_f64le", 1e-6)],
+)  # fmt: skip
+def test_audio_of_each_sample_type_keeps_its_samples(
+    codec: str, tolerance: float, tmp_path: Path
+) -> None:
+    samples, rate = read_samples(write_tone(tmp_path / "tone.wav", codec, rate=16000))
+    assert rate == 16000 and np.abs(samples - sine(1, 16000) / 32768).max() < tolerance
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a byte appended": lambda content: content + b"\xff",
+    "300 bytes overwritten": lambda content: content[:4000] + bytes(300) + content[4300:],
+    "joined": lambda content: content + content,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("name", "codec"), [("s.mp3", "libmp3lame"), ("s.aac", "aac"), ("s.m4a", "aac")]
+)
+def test_audio_with_undecodable_packets_yields_the_others(
+    name: str, codec: str, damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_tone(tmp_path / name, codec, seconds=3, rate=16000)
+    whole = len(read_samples(path)[0])
+    assert "damaged" not in caplog.text
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    found = len(read_samples(path)[0])
+    if damage == "joined" and name != "s.m4a":  # whose index lists the first file alone
+        assert 2 * whole <= found < 2.1 * whole
+    else:
+        assert 0.8 * whole < found <= whole
+    skipped = {"a byte appended": ["s.mp3"], "joined": ["s.mp3"]}.get(damage, [name])
+    assert (f"{name}: damaged, skipped " in caplog.text) == (name in skipped)
+    assert load_views("audio", path).shape == SHAPES["audio"]
+
+
+def test_audio_joined_of_two_rates_has_the_first(tmp_path: Path) -> None:
+    first, second = (
+        write_tone(tmp_path / f"{rate}.mp3", "libmp3lame", rate=rate) for rate in (16000, 48000)
+    )
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    samples, rate = read_samples(first)
+    assert rate == 16000 and len(samples) == pytest.approx(32_000, abs=4000)
+    second_half = torch.from_numpy(samples[20_000:28_000])
+    assert torch.fft.rfft(second_half).abs().argmax() * 2 == pytest.approx(440, abs=4)  # Hz
 
 
 @pytest.mark.parametrize("channels", [2, 6])
@@ -317,6 +530,14 @@ def test_audio_absurd_sampling_rate_is_refused_at_once(rate: int, tmp_path: Path
     assert time.monotonic() - start < 10
 
 
+@pytest.mark.parametrize("fault", [np.nan, np.inf, -np.inf])
+def test_audio_with_one_non_finite_sample_is_refused(fault: float, tmp_path: Path) -> None:
+    path = write_non_finite(tmp_path / "odd.wav", fault)
+    for read in (read_audio, lambda path: load_views("audio", path)):
+        with pytest.raises(MediaError, match=r"odd\.wav: its samples are not finite"):
+            read(path)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_audio_non_finite_samples_are_refused(value: float, tmp_path: Path) -> None:
     path = write_wav(tmp_path / "nan.wav", np.zeros(32000))  # as 16000 samples of floats
@@ -372,6 +593,16 @@ def test_media_file_that_vanishes_is_named_with_the_reason(
     monkeypatch.setattr("nextgpt.media.decoding.medium_exists", stale)
     with pytest.raises(MediaError, match=r"gone: not readable.*Stale file handle"):
         read(path)
+
+
+@pytest.mark.parametrize("reader", [read_pixels, find_by_content])
+def test_media_program_error_is_not_a_broken_file(
+    reader: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module, name in (("media.decoding", "ImageOps"), ("serving.limits", "MAX_PIXELS")):
+        monkeypatch.setattr(f"nextgpt.{module}.{name}", None)
+    with pytest.raises((AttributeError, TypeError), match="None"):
+        reader(MEDIA / "landscape.png")
 
 
 def bad_file(folder: Path, name: str) -> Path:

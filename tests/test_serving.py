@@ -20,6 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
+from media_files import write_heic, write_media
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
@@ -113,6 +114,7 @@ REFUSED = {
     "text named .mp4": (lambda p: written(p / "a.mp4", b"hello " * 99), "neither a picture"),
     "text named .png": (lambda p: written(p / "a.png", b"hello " * 99), "neither a picture"),
     "a playlist": (lambda p: written(p / "a.mp4", b"#EXTM3U\n/etc/passwd\n"), "neither a picture"),
+    "a HEIC picture": (lambda p: write_heic(p / "a.mp4"), "a HEIC picture.* convert it to JPEG"),
     "an SVG": (lambda p: written(p / "a.png", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
                "neither a picture"),
     "30000 x 30000 pixels": (lambda p: png_of_size(p / "a.png", 30000, 30000), "million pixels"),
@@ -249,6 +251,12 @@ def test_find_modality_uses_content_not_name(tmp_path: Path) -> None:
     }
     for modality, path in wrong.items():
         assert check_medium(path, "it") == modality
+
+
+def test_find_modality_knows_every_kind_of_file(tmp_path: Path) -> None:
+    for modality, path in write_media(tmp_path):
+        shown = "image" if path.suffix == ".gif" else modality
+        assert check_medium(path, path.name) == shown, path.name
 
 
 def test_sampling_settings_accept_their_range_only() -> None:

@@ -5,7 +5,7 @@ import base64
 import http.client
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +16,10 @@ import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from openai import BadRequestError, InternalServerError
+from PIL import Image
 
 import hostile_decoders
+from media_files import write_heic, write_non_finite
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media import decode_worker
@@ -322,6 +324,35 @@ def test_audio_of_eight_channels_is_accepted(demo: Running, channels: int) -> No
     said = user("listen", {"type": "input_audio", "input_audio": shown})
     reply = openai(demo).chat.completions.create(model="any", messages=[said])
     assert reply.choices[0].message.content == "\n".join(WORDS)
+
+
+def file_part(kind: str, path: Path) -> dict:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return {"type": kind, kind: {"url": f"data:application/octet-stream;base64,{data}"}}
+
+
+def test_image_avif_is_accepted(demo: Running, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "a.avif")
+    shown = file_part("image_url", tmp_path / "a.avif")
+    reply = openai(demo).chat.completions.create(model="any", messages=[user("look", shown)])
+    assert reply.choices[0].message.content == "\n".join(WORDS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "write", "reason"),
+    [
+        ("image_url", write_heic, "a HEIC picture, not supported: convert it to JPEG or PNG"),
+        ("video_url", write_heic, "a HEIC picture, not supported: convert it to JPEG or PNG"),
+        ("audio_url", write_non_finite, "its samples are not finite"),
+    ],
+)
+def test_media_unusable_are_refused_with_the_reason(
+    kind: str, write: Callable[[Path], Path], reason: str, demo: Running, tmp_path: Path
+) -> None:
+    asked = [user("look", file_part(kind, write(tmp_path / "odd.wav")))]
+    with pytest.raises(BadRequestError, match=reason) as refused:
+        openai(demo).chat.completions.create(model="any", messages=asked)
+    assert str(demo.folder) not in str(refused.value)
 
 
 def test_upload_too_large_is_refused_while_streaming(demo: Running) -> None:

@@ -6,8 +6,10 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES, Modality
@@ -16,6 +18,7 @@ from nextgpt.dataset.catalog import DatasetSource
 from nextgpt.dataset.conversations import ConversationDataset
 from nextgpt.dataset.readers import iter_captions
 from nextgpt.dataset.tables import annotation_rows
+from nextgpt.media.decoding import read_image
 from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.transforms import load_views
 from test_training import copied_data, from_stage
@@ -124,6 +127,20 @@ def test_shards_unusable_samples_are_left_out_by_cause(
     output = capsys.readouterr().out
     assert "left out 2 (no caption), first: " in output and "404.json has no caption" in output
     assert len(list(iter_captions(tmp_path, "image"))) == 201
+
+
+def test_shards_images_of_each_suffix_are_read(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for suffix in MODALITIES["image"].shard_suffixes:
+            file = tmp_path / f"one{suffix}"
+            Image.new("RGB", (50, 40), (200, 10, 10)).save(file)
+            add(tar, f"{suffix[1:]}{suffix}", file.read_bytes())
+            add(tar, f"{suffix[1:]}.txt", b"a red picture")
+    rows = [row for row, _ in annotation_rows(tmp_path) if isinstance(row, dict)]
+    assert {Path(row["image_name"]).suffix for row in rows} >= {".jpg", ".webp", ".avif"}
+    for row in rows:
+        red, *_ = np.asarray(read_image(tmp_path / row["image_name"])).reshape(-1, 3).mean(axis=0)
+        assert red == pytest.approx(200, abs=5)
 
 
 def test_shards_truncated_file_is_named(packed: Path, tmp_path: Path) -> None:

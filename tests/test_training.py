@@ -13,6 +13,7 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 
 import tiny_run
+from media_files import write_heic, write_non_finite
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.config.loader import load_config
 from nextgpt.model.delta import write_delta
@@ -383,21 +384,21 @@ def test_diverging_run_keeps_the_previous_checkpoint(tmp_path: Path) -> None:
 
 def test_unusable_media_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     data = copied_data(tmp_path)
-    missing, broken, truncate = (
-        media(data, "image")[0],
-        media(data, "audio")[0],
-        media(data, "video")[0],
-    )
+    missing, heic, *_ = media(data, "image")
+    broken, not_finite, *_ = media(data, "audio")
+    truncate = media(data, "video")[0]
     missing.unlink()
+    write_heic(heic)
     broken.write_bytes(b"no sound")
+    write_non_finite(not_finite)
     truncate.write_bytes(truncate.read_bytes()[:100])
     sets = [f"data.data_dir={data}", f"data.cache_dir={tmp_path / 'cache'}", "training.max_steps=9"]
     for world in (1, 2):
         run = TinyRun(tmp_path / str(world), 1, sets, world=world).finish()
         reasons = [line["reason"] for line in run.skipped]
-        for file in (missing, broken, truncate):
+        for file in (missing, heic, broken, not_finite, truncate):
             assert any(file.name in reason for reason in reasons)
-        assert run.metrics[-1]["skipped"] == len(reasons) >= 3
+        assert run.metrics[-1]["skipped"] == len(reasons) >= 5
         assert run.metrics[-1]["samples"] == 9 * 8
 
 

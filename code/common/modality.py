@@ -85,7 +85,7 @@ for _spec in (
         suffix=".png",
         mime_type="image/png",
         decoder="nextgpt.decoders.pipelines:StableDiffusionDecoder",
-        shard_suffixes=(".jpg", ".jpeg", ".png", ".webp"),
+        shard_suffixes=(".jpg", ".jpeg", ".png", ".webp", ".avif"),
     ),
     ModalitySpec(
         name="video",

@@ -14,6 +14,7 @@ and raw arrays: nothing is unpickled.
 
 import atexit
 import json
+import logging
 import math
 import os
 import resource
@@ -89,7 +90,8 @@ def decode(
 
     Raises:
         MediaError: raised by the function, or it crashed or exceeded a limit.
-        RuntimeError: the function raised something else (printed to stderr), or no worker starts.
+        RuntimeError: the function raised something else, a program error that is printed to
+            stderr; or no worker starts.
     """
     with _borrow_worker(check) as worker:
         call = _Call(function, arguments, label or str(arguments[0]), limits)
@@ -147,15 +149,18 @@ class _Worker:
         try:
             answer = json.loads(self.answers.readline(_MAX_ANSWER))
             self.exceeded_peak = answer["peak"] > MAX_PEAK_MEMORY
-            return answer["error"], _unpack(answer["result"], self.answers)
+            result = _unpack(answer["result"], self.answers)
         except (EOFError, ValueError, LookupError, TypeError) as error:
             raise self._death(call) from error
+        if answer["fault"]:
+            raise RuntimeError(answer["fault"])
+        return answer["error"], result
 
     def _send(self, line: bytes) -> None:
         self.requests.write(line)
         self.requests.flush()
 
-    def _death(self, call: _Call) -> Exception:
+    def _death(self, call: _Call) -> MediaError:
         """The error of a call during which the worker died."""
         try:
             self.process.wait(5)  # for its exit code
@@ -163,8 +168,6 @@ class _Worker:
             self.process.kill()
             self.process.wait()
         reason = self._exit_reason(call.limits)
-        if self.process.returncode > 0:
-            return RuntimeError(f"{call.label}: {reason}, its error is above")
         return MediaError(f"{call.label}: cannot be decoded: {reason}")
 
     def _exit_reason(self, limits: TimeLimits = DEFAULT_LIMITS) -> str:
@@ -291,18 +294,22 @@ def main() -> None:
 
 
 def _serve(line: bytes, answers: BinaryIO) -> None:
-    """Run one call; an exception other than `MediaError` and `MemoryError` ends the process."""
+    """Run one call, and answer with its result or its error."""
     (module, name), arguments, label, limits = json.loads(line)
     _start_limits(*limits)
-    error, result = "", None
+    error = fault = ""
+    packed, arrays = None, []
     try:
-        result = getattr(import_module(module), name)(*arguments)
-    except MediaError as fault:
-        error = str(fault)
+        result: list[np.ndarray] = []
+        packed, arrays = _pack(getattr(import_module(module), name)(*arguments), result), result
+    except MediaError as refused:
+        error = str(refused)
     except MemoryError:
         error = f"{label}: cannot be decoded: it takes more than {MEMORY >> 30} GB of memory"
-    arrays: list[np.ndarray] = []
-    answer = {"error": error, "result": _pack(result, arrays), "peak": _peak_memory()}
+    except Exception as unexpected:
+        logging.exception("%s", label)  # to stderr
+        fault = f"{label}: {type(unexpected).__name__} in the decoding process, see its log"
+    answer = {"error": error, "fault": fault, "result": packed, "peak": _peak_memory()}
     answers.write(to_json(answer).encode() + b"\n")
     for array in arrays:
         answers.write(_bytes(array))

@@ -43,9 +43,17 @@ def open_medium(path: Path) -> BinaryIO:
     Raises:
         OSError: it does not exist.
     """
-    if not (member := _parse(path)):
-        return path.open("rb")
-    shard, offset, size = member
-    with shard.open("rb") as stream:
+    member = _parse(path)
+    return BytesIO(read_head(path, member[2])) if member else path.open("rb")
+
+
+def read_head(path: Path, length: int) -> bytes:
+    """The first `length` bytes of a file, or of a medium in a shard; all if there are fewer.
+
+    Raises:
+        OSError: it does not exist.
+    """
+    file, offset, size = _parse(path) or (path, 0, length)
+    with file.open("rb") as stream:
         stream.seek(offset)
-        return BytesIO(stream.read(size))
+        return stream.read(min(size, length))

@@ -7,7 +7,7 @@ of 2 s, 2 frames each, 3 crops: 18 MB), audio 3 (clips of 2 s). As published, cl
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -27,7 +27,7 @@ from nextgpt.media.resampling import MAX_KERNEL, kernel_size, resample
 
 # Part of the feature cache's key: raise it when a modality's decoding or preprocessing gives other
 # numbers (`tests/golden_preprocessing.py` records them).
-PREPROCESSING_VERSIONS: dict[Modality, int] = {"image": 1, "video": 1, "audio": 1}
+PREPROCESSING_VERSIONS: dict[Modality, int] = {"image": 2, "video": 2, "audio": 1}
 SIZE = 224  # pixels
 _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 _STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
@@ -62,16 +62,14 @@ def load_views(
     if modality == "image":
         return image_views(Image.fromarray(decode(read_pixels, file, check=check, limits=limits)))
     if modality == "video":
-        frames, rate = decode(measure_video, file, check=check, limits=limits)
-        indices = video_frame_indices(frames, rate)
-        return video_views(decode(pick_frames, file, indices, check=check, limits=limits))
+        frames, rate, times_T = decode(measure_video, file, check=check, limits=limits)
+        indices = video_frame_indices(frames, rate, times_T)
+        times = times_T[indices].tolist() if len(times_T) else []
+        return video_views(decode(pick_frames, file, indices, times, check=check, limits=limits))
     samples_S = read_audio(path, RATE, check, limits)
     if len(samples_S) < _WINDOW:
         raise MediaError(f"{path}: {len(samples_S)} samples at {RATE} Hz, shorter than 25 ms")
-    views = audio_views(samples_S)
-    if not views.isfinite().all():  # possible in files of floats
-        raise MediaError(f"{path}: its samples are not finite")
-    return views
+    return _finite(path, audio_views(samples_S))  # squares of huge samples may not be
 
 
 def read_audio(
@@ -83,13 +81,21 @@ def read_audio(
     """All samples of an audio file, or of a video's audio, as mono (S,) float32 at `rate` Hz.
 
     Raises:
-        MediaError: as in `load_views`, or the sampling rate has no simple ratio to `rate`.
+        MediaError: as in `load_views`, a sample is not finite, or the sampling rate has no simple
+            ratio to `rate`.
     """
     file = str(Path(path).absolute())
     samples, found_rate = decode(read_samples, file, check=check, limits=limits)
     if found_rate < 1 or kernel_size(found_rate, rate) > MAX_KERNEL:
         raise MediaError(f"{path}: unusual sampling rate {found_rate} Hz, convert it to {rate} Hz")
-    return resample(torch.from_numpy(samples), found_rate, rate)
+    return _finite(path, resample(_finite(path, torch.from_numpy(samples)), found_rate, rate))
+
+
+def _finite(path: Path | str, values: Tensor) -> Tensor:
+    """Return `values`; files of floats may hold others than finite ones, or huge ones."""
+    if not values.isfinite().all():
+        raise MediaError(f"{path}: its samples are not finite")
+    return values
 
 
 def image_views(image: Image.Image) -> Tensor:
@@ -113,12 +119,27 @@ def clip_starts(duration: float, clips: int) -> list[Fraction]:
     return [latest * clip / clips for clip in range(clips)]
 
 
-def video_frame_indices(frames: int, rate: float) -> list[int]:
-    """First and last frame of each of the 5 clips: 10 indices below `frames`, at `rate` fps."""
+def video_frame_indices(
+    frames: int, rate: float, times_T: np.ndarray | Sequence[float] = ()
+) -> list[int]:
+    """First and last frame of each of the 5 clips: 10 indices below `frames`.
+
+    Args:
+        rate: frames per second.
+        times_T: of the frames in s, if known. When they differ from the constant `rate` by more
+            than a frame, the frames are those shown at a clip's start and before its end.
+    """
+    shown = np.subtract(times_T, times_T[:1])
+    constant = np.abs(shown * rate - np.arange(len(shown))).max(initial=0) <= 1
+    duration = frames / rate if constant else shown[-1] * frames / (frames - 1)
     indices = []
-    for start in clip_starts(frames / rate, VIDEO_CLIPS):
-        first = min(math.ceil(rate * start), frames - 1)
-        end = min(math.ceil(rate * (start + CLIP_SECONDS)), frames)
+    for start in clip_starts(duration, VIDEO_CLIPS):
+        if constant:
+            first = min(math.ceil(rate * start), frames - 1)
+            end = min(math.ceil(rate * (start + CLIP_SECONDS)), frames)
+        else:
+            first = int(np.searchsorted(shown, float(start), side="right")) - 1
+            end = int(np.searchsorted(shown, float(start + CLIP_SECONDS)))
         indices += [first, max(end - 1, first)]
     return indices
 

@@ -5,20 +5,18 @@ formats), audio decoding it once up to the limit; all in `media.decode_worker`'s
 for the media encoder comes later and may still refuse a broken file.
 """
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import av
-from av.audio.stream import AudioStream
 from av.container import InputContainer
-from av.video.stream import VideoStream
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.errors import MediaError, UserError, is_program_error
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.media.decode_worker import MAX_WORKERS, TimeLimits, decode
-from nextgpt.media.decoding import CONTAINER_FORMATS, IMAGE_FORMATS, MAX_CHANNELS, find_video_stream
+from nextgpt.media.decoding import MAX_CHANNELS, decode_frames, read_packets
+from nextgpt.media.detection import find_audio_stream, find_video_stream, open_any
 
 MAX_BYTES = 50_000_000  # of a file
 MAX_PIXELS = 40_000_000  # of an image
@@ -68,70 +66,49 @@ def find_modality(file: str, name: str) -> Modality:
         raise MediaError(f"{name}: an empty file (0 bytes)")
     if size > MAX_BYTES:
         raise MediaError(f"{name}: {size / 1e6:.0f} MB, more than {MAX_BYTES / 1e6:.0f} MB")
-    return "image" if _is_image(path, name) else _check_stream(path, name)
-
-
-def _is_image(path: Path, name: str) -> bool:
     try:
-        with warnings.catch_warnings():  # Pillow's own limit is higher, it warns first
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=IMAGE_FORMATS) as image:
-                width, height = image.size
-    except UnidentifiedImageError:
-        return False
+        with open_any(path, name) as (modality, medium):
+            _CHECKS[modality](medium, name)
+            return modality
+    except (MediaError, MemoryError):
+        raise
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name}: {_too_many_pixels()}") from error
-    except Exception as error:  # Pillow raises undocumented types
+    except Exception as error:  # Pillow and PyAV raise undocumented types
+        if is_program_error(error):
+            raise
         if isinstance(error, OSError) and error.errno:  # its message would name the path
             raise _unreadable(name, error) from error
-        raise MediaError(f"{name}: a broken picture: {error}") from error
-    if width * height > MAX_PIXELS:
-        raise MediaError(f"{name}: {width}x{height}: {_too_many_pixels()}")
-    return True
+        raise MediaError(
+            f"{name}: neither a picture nor a video nor a sound that can be read"
+        ) from error
 
 
 def _unreadable(name: str, error: OSError) -> MediaError:
     return MediaError(f"{name}: cannot be read ({error.strerror}): upload it again")
 
 
+def _check_image(image: Image.Image, name: str) -> None:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise MediaError(f"{name}: {width}x{height}: {_too_many_pixels()}")
+
+
 def _too_many_pixels() -> str:
     return f"a picture may have at most {MAX_PIXELS / 1e6:.0f} million pixels, make it smaller"
 
 
-def _check_stream(path: Path, name: str) -> Modality:
-    try:
-        with av.open(str(path), options={"format_whitelist": CONTAINER_FORMATS}) as container:
-            return _check_container(container, name)
-    except MediaError:
-        raise
-    except FileNotFoundError as error:
-        raise _unreadable(name, error) from error
-    except Exception as error:
-        raise MediaError(
-            f"{name}: neither a picture nor a video nor a sound that can be read"
-        ) from error
-
-
-def _check_container(container: InputContainer, name: str) -> Modality:
-    moving = find_video_stream(container)
-    if moving is not None:
-        _check_video(container, moving, name)
-        return "video"
-    if not container.streams.audio:
-        raise MediaError(f"{name}: neither moving pictures nor sound in it")
-    _check_audio(container, container.streams.audio[0], name)
-    return "audio"
-
-
-def _check_video(container: InputContainer, stream: VideoStream, name: str) -> None:
+def _check_video(container: InputContainer, name: str) -> None:
+    stream = find_video_stream(container)
+    assert stream is not None
     frame_pixels = stream.width * stream.height
     if frame_pixels > MAX_FRAME_PIXELS:
         raise MediaError(f"{name}: {frame_pixels} pixels a frame are too many, make it smaller")
     frames = 0
-    for packet in container.demux(stream):  # the header's duration may be wrong
+    for packet in filter(None, read_packets(container, stream)):
         frames += packet.size > 0
         if packet.pts is not None and packet.time_base is not None:
-            start = stream.start_time or 0
+            start = stream.start_time or 0  # the header's duration may be wrong
             seconds = float((packet.pts - start + (packet.duration or 0)) * packet.time_base)
             if seconds > MAX_SECONDS["video"] + 0.5:
                 raise MediaError(f"{name}: {_too_long('video')}")
@@ -141,7 +118,9 @@ def _check_video(container: InputContainer, stream: VideoStream, name: str) -> N
         raise MediaError(f"{name}: nothing in it")
 
 
-def _check_audio(container: InputContainer, stream: AudioStream, name: str) -> None:
+def _check_audio(container: InputContainer, name: str) -> None:
+    stream = find_audio_stream(container)
+    assert stream is not None
     rate = stream.codec_context.sample_rate
     if rate > MAX_RATE:
         raise MediaError(f"{name}: {rate} samples a second, more than {MAX_RATE}, convert it")
@@ -149,12 +128,19 @@ def _check_audio(container: InputContainer, stream: AudioStream, name: str) -> N
     if channels > MAX_CHANNELS:
         raise MediaError(f"{name}: {channels} channels, more than {MAX_CHANNELS}, mix it down")
     samples = 0
-    for frame in container.decode(stream):  # a few bytes may be an hour, whatever their timestamps
+    for frame in decode_frames(name, container, stream):  # a few bytes may be an hour of sound
         samples += frame.samples
         if samples > (MAX_SECONDS["audio"] + 0.5) * rate:
             raise MediaError(f"{name}: {_too_long('audio')}")
     if not samples:
         raise MediaError(f"{name}: nothing in it")
+
+
+_CHECKS: dict[Modality, Callable[[Any, str], None]] = {
+    "image": _check_image,
+    "video": _check_video,
+    "audio": _check_audio,
+}
 
 
 def _too_long(modality: Modality) -> str:
