@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "float32"])
     replace = "recompute embeddings of other captions instead of refusing them"
     parser.add_argument("--replace", action="store_true", help=replace)
+    parser.add_argument("--local_rank", type=int, help="given by the launcher")
     arguments = parser.parse_args()
     for annotation in arguments.captions:
         embed_captions(

@@ -37,10 +37,12 @@ DOCUMENTS = [
 PROGRAMS = [
     *(f"code/{name}.py" for name in (
         "train", "inference", "demo_app", "evaluate", "evaluate_parts", "process_embeddings",
+        "process_features",
         "check_data", "prepare_checkpoints", "merge_vicuna", "convert_delta",
         "dataset/preprocess_dataset", "mini_world/write_data", "mini_world/build_components",
     )),
-    "benchmarks/gpu.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
+    "benchmarks/gpu.py", "benchmarks/features.py",
+    "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
 ]  # fmt: skip
 OTHERS_FLAGS = {"--help", "--logdir"}  # of every program; TensorBoard's
 # Roots of paths in the documents. Data, weights and outputs are not in the repository.

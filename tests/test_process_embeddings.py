@@ -233,7 +233,8 @@ def test_process_embeddings_accepts_course_arguments_and_launcher_rank(
 ) -> None:
     file = written(tmp_path, pairs(3))
     out, model = str(tmp_path / "out"), str(tiny_decoder("image"))
-    monkeypatch.setattr(sys, "argv", ["process_embeddings.py", str(file), "image", out, model])
+    words = ["process_embeddings.py", "--local_rank=0", str(file), "image", out, model]
+    monkeypatch.setattr(sys, "argv", words)
     for rank, names in (("1", ["1.png.npy"]), ("0", ["0.png.npy", "1.png.npy", "2.png.npy"])):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import time
@@ -12,13 +14,21 @@ from typing import Any
 
 import psutil
 import pytest
+from PIL import Image
 
+import tiny_run
+from nextgpt.training import data as training_data
+from nextgpt.training import loader
+from test_training import copied_data
 from tiny_run import TinyRun
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 20  # in which everything is gone
 CAUSE = "a fault of this very test"
-LONG = ["training.epochs=1000", "training.max_steps=20000", "data.num_workers=2"]
+LONG = [
+    "training.epochs=1000", "training.max_steps=20000", "training.save_steps=1",
+    "data.num_workers=2",
+]  # fmt: skip
 
 
 def _train_failing(*given: Any) -> None:
@@ -82,6 +92,30 @@ def _train_unlike(*given: Any) -> None:
         return own_choice(*arguments)
 
     trainer.choose_dtype = choose_dtype
+    tiny_run._train(*given)
+
+
+def _train_with_short_hang(*given: Any) -> None:
+    """Train; a loader process hangs after 6 s without progress."""
+    loader.HANG_SECONDS = 6
+    tiny_run._train(*given)
+
+
+def _train_without_shared_memory(*given: Any) -> None:
+    """Train; loader processes cannot create files, shared memory among them, of more than 4 kB."""
+    own_start = loader._start_worker
+
+    def start_worker(*arguments: Any) -> None:
+        own_start(*arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
+    loader._start_worker = start_worker
+    tiny_run._train(*given)
+
+
+def _train_with_short_decoding(*given: Any) -> None:
+    """Train; decoding may take a second of processor time."""
+    training_data.DECODE_LIMITS = training_data.DECODE_LIMITS._replace(cpu_seconds=0)
     tiny_run._train(*given)
 
 
@@ -222,15 +256,78 @@ def test_error_before_training_ends_all_processes(start_run: Start) -> None:
     assert run.outputs.count(CAUSE) == 1
 
 
+def assert_one_line_and_intact_checkpoint(run: TinyRun, line: str) -> None:
+    """The ended run has printed `line` as its only error, and can be resumed."""
+    assert {process.exitcode for process in run.processes} == {2}, run.outputs
+    assert run.outputs.count("error: ") == 1 and "Traceback" not in run.outputs
+    assert re.search(line, run.outputs), run.outputs
+    resumed = TinyRun(run.save_path, 1, run.sets, ["--resume"], run.world)
+    steps = len(run.metrics)
+    resumed.start()
+    try:
+        wait_until(lambda: len(run.metrics) > steps or not resumed.processes[0].is_alive())
+        assert "resumed after step" in resumed.outputs
+        resumed.processes[0].terminate()
+        assert resumed.wait() == 143
+    finally:
+        for process in resumed.processes:
+            process.kill()
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("cause", [signal.SIGKILL, signal.SIGBUS])
 @pytest.mark.parametrize("world", [1, 2])
-def test_killed_loader_worker_ends_the_run(start_run: Start, tmp_path: Path, world: int) -> None:
+def test_killed_loader_process_ends_the_run_with_one_line(
+    start_run: Start, tmp_path: Path, world: int, cause: signal.Signals
+) -> None:
     run = failing_run(start_run, tmp_path, "RuntimeError", [], world)
     processes = family(run)
-    processes[-1].kill()
+    processes[-1].send_signal(cause)
     assert_gone(processes)
-    assert run.wait() == 1
-    assert run.outputs.count("is killed by signal: Killed") == 1
+    remedy = {signal.SIGKILL: "too little memory", signal.SIGBUS: "--shm-size"}[cause]
+    line = rf"error: data-loader process {processes[-1].pid} died \({cause.name}\): .*{remedy}.*"
+    assert_one_line_and_intact_checkpoint(run, line)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_stopped_loader_process_ends_the_run_with_one_line(
+    start_run: Start, tmp_path: Path, world: int
+) -> None:
+    run = start_run(world, _train_with_short_hang)
+    processes = family(run)
+    processes[-1].suspend()
+    assert_gone(processes)
+    assert loader.HANG_SECONDS <= 90
+    line = rf"error: data-loader process {processes[-1].pid} made no progress for 6 s: .*"
+    assert_one_line_and_intact_checkpoint(run, line)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2])
+def test_full_shared_memory_ends_the_run_with_one_line(start_run: Start, world: int) -> None:
+    run = start_run(world, _train_without_shared_memory)
+    assert_gone([psutil.Process(process.pid) for process in run.processes], 120)
+    assert {process.exitcode for process in run.processes} == {2}
+    assert run.outputs.count("error: ") == 1 and "Traceback" not in run.outputs
+    assert "found no shared memory" in run.outputs and "--shm-size" in run.outputs
+
+
+@pytest.mark.slow
+def test_sample_that_decodes_too_long_is_skipped(tmp_path: Path) -> None:
+    data = copied_data(tmp_path)
+    pairs = data / "mini_world" / "T-X_pair_data" / "image"
+    name = json.loads((pairs / "image.json").read_text())[3]["image_name"]
+    Image.new("RGB", (11_000, 11_000)).save(pairs / "images" / name, compress_level=1)
+    sets = [
+        f"data.data_dir={data}", "data.datasets=[mini_image_enc]", "data.num_workers=2",
+        "training.max_steps=5", f"data.cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    run = TinyRun(tmp_path / "run", 1, sets).start(target=_train_with_short_decoding)
+    assert run.wait() == 0, run.outputs
+    assert len(run.losses) == 5  # an epoch
+    skipped = {(one["dataset"], one["row"]) for one in run.skipped}
+    assert skipped == {("mini_image_enc", 3)}
+    assert "s of processor time" in run.skipped[0]["reason"]
 
 
 @pytest.mark.slow
@@ -264,5 +361,5 @@ def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) 
             _kill_all(script)
     message = (tmp_path / "output").read_text()
     assert code != 0, message
-    cause = "is killed by signal: Killed" if kind == "loader" else "ended without an error message"
+    cause = "died (SIGKILL)" if kind == "loader" else "ended without an error message"
     assert message.count(cause) == 1, message

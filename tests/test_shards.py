@@ -20,6 +20,7 @@ from nextgpt.dataset.readers import iter_captions
 from nextgpt.dataset.tables import annotation_rows
 from nextgpt.media.decoding import read_image
 from nextgpt.media.feature_cache import FeatureCache
+from nextgpt.media.shard_members import medium_exists
 from nextgpt.media.transforms import load_views
 from test_training import copied_data, from_stage
 from tiny_run import TinyRun, tiny_world, trained
@@ -80,6 +81,21 @@ def test_shards_have_the_media_and_captions_of_files(packed: Path, modality: Mod
         assert torch.equal(views, own)
     names = [(Path(name).name, caption) for name, caption in iter_captions(shards, modality)]
     assert names == list(iter_captions(files / f"{modality}.json", modality))
+
+
+def test_shards_hidden_files_are_no_error(tmp_path: Path) -> None:
+    """macOS's tar adds such files, with nothing before the first dot, between those of a sample."""
+    with tarfile.open(tmp_path / "00000.tar", "w") as tar:
+        for name in ("._1.png", "1.png", ".DS_Store", "1.txt"):
+            add(tar, name, b"a star")
+        add(tar, "2.png", b"")
+        add(tar, "2.txt", b"a ring")
+    assert [record["caption"] for record, _ in annotation_rows(tmp_path)] == ["a star", "a ring"]
+
+
+def test_shards_and_files_with_too_long_names_do_not_exist(tmp_path: Path) -> None:
+    assert not medium_exists(tmp_path / f"{'a' * 300}.png")
+    assert not medium_exists(tmp_path / "a.tar/0+1" / ("b/" * 3000))
 
 
 def test_shards_share_cached_features_with_files(packed: Path, tmp_path: Path) -> None:

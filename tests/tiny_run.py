@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib import import_module
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from tempfile import mkdtemp
@@ -240,11 +241,10 @@ def _free_port() -> int:
         return found.getsockname()[1]
 
 
-def _train(
-    arguments: list[str], environment: dict[str, str], output: Path, file_bytes: int
+def run_entry(
+    entry: str, arguments: list[str], environment: dict[str, str], output: Path, file_bytes: int
 ) -> None:
-    """Run the training entry in this process."""
-    from nextgpt import train
+    """Run code/<entry>.py in this process."""
     from nextgpt.common.cli import run_cli
 
     with output.open("wb") as file:
@@ -253,8 +253,13 @@ def _train(
     os.environ.update(environment)
     multiprocessing.set_start_method("fork", force=True)  # the system's own, for loader processes
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
-    sys.argv = ["train.py", *arguments]
-    run_cli(train.main)
+    sys.argv = [f"{entry}.py", *arguments]
+    run_cli(import_module(f"nextgpt.{entry}").main)
+
+
+def _train(*given: Any) -> None:
+    """Run the training entry in this process."""
+    run_entry("train", *given)
 
 
 def _train_watched(*given: Any) -> None:

@@ -18,11 +18,19 @@ def choose_device() -> torch.device:
     return torch.device("cpu")
 
 
-def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+def choose_dtype(
+    precision: Precision,
+    device: torch.device,
+    key: str = "training.precision",
+    others: str = "auto or fp16",
+) -> torch.dtype:
     """The dtype of frozen weights and matrix products.
 
     `auto` is bf16 where the hardware supports it, else fp16 (with loss scaling) on a GPU and fp32
     on a CPU. bf16 and fp16 work on every CPU, but slowly.
+
+    Args:
+        key, others: name of the configuration key and its values besides bf16, for the message.
 
     Raises:
         UserError: bf16 on a GPU that lacks it.
@@ -33,8 +41,8 @@ def choose_dtype(precision: Precision, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if has_bf16 else torch.float16 if on_gpu else torch.float32
     if precision == "bf16" and on_gpu and not has_bf16:
         raise UserError(
-            "training.precision bf16: this GPU only emulates it (compute capability below 8.0): "
-            "set it to auto or fp16"
+            f"{key} bf16: this GPU only emulates it (compute capability below 8.0): set it to "
+            f"{others}"
         )
     return _DTYPES[precision]
 

@@ -3,6 +3,7 @@
 import json
 import math
 from codecs import BOM_UTF8
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,12 @@ def to_json(value: Any, *, indent: int | None = None, ensure_ascii: bool = True)
         TypeError: a value is not JSON-serializable, e.g. a path.
     """
     return json.dumps(_finite(value), indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+
+
+def append_json_lines(file: Path, lines: Iterable[Any]) -> None:
+    """Append each of `lines` as one line of JSON."""
+    with file.open("a", encoding="utf-8") as stream:
+        stream.writelines(to_json(line) + "\n" for line in lines)
 
 
 def _finite(value: Any) -> Any:

@@ -201,6 +201,9 @@ class DataConfig(Section):
     datasets in proportion to their weights"""
     caption_embeddings: Literal["precomputed", "online"]
     """read caption embeddings from caption_embedding_dir, or compute them while training"""
+    feature_precision: Literal["bf16", "fp16"] | None
+    """half precision of the media encoder's products for training; features of each precision are
+    cached apart; null: float32. Answers always use float32"""
     max_seq_length: Positive
     """maximum tokens of a conversation"""
     packed_seq_length: Positive | None

@@ -51,7 +51,15 @@ class Conversation:
     turns: tuple[Turn, ...]
 
     @property
+    def inputs(self) -> list[Media]:
+        """The media of the human's turns, in order."""
+        return self._media_of("human")
+
+    @property
     def outputs(self) -> list[Media]:
         """The media of the assistant's turns, in order."""
-        answers = (turn.parts for turn in self.turns if turn.role == "assistant")
-        return [part for parts in answers for part in parts if isinstance(part, Media)]
+        return self._media_of("assistant")
+
+    def _media_of(self, role: str) -> list[Media]:
+        turns = (turn.parts for turn in self.turns if turn.role == role)
+        return [part for parts in turns for part in parts if isinstance(part, Media)]

@@ -100,7 +100,7 @@ def _has_turn_media(record: Record) -> bool:
 
 
 def _is_instruction(record: Record) -> bool:
-    marked = any(turn.get("output_modality") in MODALITIES for turn in turn_list(record))
+    marked = any(turn.get("output_modality") in tuple(MODALITIES) for turn in turn_list(record))
     return "conversation" in record or ("conversations" in record and marked)
 
 
@@ -212,9 +212,11 @@ def _recognise(record: Record, kind: Kind | None, where: str) -> Form:
         raise UserError(
             f"{where}: has the form {matching[0]}; a data set of kind {kind} does not read it"
         )
-    known = [form for form in FORMS if kind is None or kind in form.kinds]
-    words = {form: {*re.findall(r"\w+", str(form))} for form in known}
-    nearest = max(known, key=lambda form: (len(words[form] & record.keys()), -len(words[form])))
+    words = {form: {*re.findall(r"\w+", str(form))} for form in FORMS}
+    nearest = max(
+        FORMS,
+        key=lambda form: (len(words[form] & record.keys()), kind in form.kinds, -len(words[form])),
+    )
     raise UserError(
         f"{where}: no known form of a record. Its fields: {', '.join(list(record)[:20]) or 'none'}."
         f" The nearest form is {nearest}"

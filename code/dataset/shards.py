@@ -36,7 +36,7 @@ def _caption_pairs(shard: Path) -> Iterator[dict[str, Any] | UnusableRow]:
     specs = sorted(MODALITIES.values(), key=lambda spec: -spec.shard_priority)
     try:
         with tarfile.open(shard, "r:") as tar:
-            entries = (entry for entry in tar if entry.isfile())
+            entries = (entry for entry in tar if entry.isfile() and not _is_hidden(entry.name))
             for key, sample in groupby(entries, key=lambda entry: _key_and_suffix(entry.name)[0]):
                 files = {_key_and_suffix(entry.name)[1]: entry for entry in sample}
                 media = [(s, files[x]) for s in specs for x in s.shard_suffixes if x in files]
@@ -54,6 +54,11 @@ def _caption_pairs(shard: Path) -> Iterator[dict[str, Any] | UnusableRow]:
         raise UserError(
             f"{shard}: not a complete tar file ({error}): download it again or remove it"
         ) from error
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a member has no name before its first dot, such as macOS's `._1.png`."""
+    return not PurePosixPath(name).name.partition(".")[0]
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:

@@ -129,6 +129,8 @@ class FeatureCache:
     def put_many(self, features: Iterable[tuple[MediumContent, np.ndarray]]) -> None:
         """Store float32 (width,) features of these contents in one transaction.
 
+        A stored feature is kept: a resumed run reads what it has read before.
+
         Raises:
             ValueError: a feature has another shape or is not finite.
         """
@@ -143,7 +145,7 @@ class FeatureCache:
         files = [(str(c.path), _text(c.state), c.digest) for c in self._unwritten.values()]
         with self._database() as database, database:  # the second one is the transaction
             database.executemany("INSERT OR REPLACE INTO medium VALUES (?, ?, ?)", files)
-            database.executemany("INSERT OR REPLACE INTO feature VALUES (?, ?, ?)", rows)
+            database.executemany("INSERT OR IGNORE INTO feature VALUES (?, ?, ?)", rows)
         self._unwritten.clear()
 
     def _feature(self, content: MediumContent) -> np.ndarray | None:

@@ -24,7 +24,10 @@ def in_shard(path: Path) -> bool:
 def medium_exists(path: Path) -> bool:
     """Whether the file, or the medium's shard, exists."""
     member = _parse(path)
-    return (member[0] if member else path).is_file()
+    try:
+        return (member[0] if member else path).is_file()
+    except OSError:  # its name is too long, or its folder must not be entered
+        return False
 
 
 def medium_state(path: Path) -> FileState:

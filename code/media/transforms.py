@@ -33,6 +33,7 @@ _MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073)).view(3, 1, 1)
 _STD = torch.tensor((0.26862954, 0.26130258, 0.27577711)).view(3, 1, 1)
 CLIP_SECONDS = 2
 VIDEO_CLIPS, AUDIO_CLIPS, CROPS = 5, 3, 3
+VIEWS: dict[Modality, int] = {"image": 1, "video": VIDEO_CLIPS * CROPS, "audio": AUDIO_CLIPS}
 RATE = 16000  # Hz
 MEL_BINS, MEL_FRAMES = 128, 204
 _WINDOW, _SHIFT, _FFT = 400, 160, 512  # samples: 25 ms, 10 ms, and the next power of two

@@ -4,23 +4,20 @@ An unusable sample is replaced by the next usable row of its data set, so that b
 the order stays a function of seed and epoch. Skipped samples travel with the batch to be counted.
 """
 
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, islice
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from nextgpt.common.child_process import die_with_parent
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.common.modality import Modality
 from nextgpt.conversation.batch import Batch, Example, SkippedSample, UnencodedMedium, collate
@@ -28,9 +25,22 @@ from nextgpt.conversation.messages import Media
 from nextgpt.conversation.prompt import PromptBuilder
 from nextgpt.dataset.caption_embeddings import read_embedding
 from nextgpt.dataset.conversations import ConversationDataset
+from nextgpt.dataset.left_out import MAX_SKIPPED_SHARE
 from nextgpt.dataset.sampler import BatchSchedule, Sample, split_for_rank
+from nextgpt.media.decode_worker import DEFAULT_LIMITS
 from nextgpt.media.feature_cache import DecodedMedium, FeatureCache
 from nextgpt.media.transforms import load_views
+from nextgpt.training.loader import load_in_processes, report_progress
+
+_MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checked
+# Other ranks wait for a sample, and their collectives time out after ten minutes.
+DECODE_LIMITS = DEFAULT_LIMITS._replace(wall_seconds=240)
+
+
+def check_skipped(skipped: int, total: int, message: str) -> None:
+    """Raise a `UserError` with `message` if more than 5 % of a thousand or more were skipped."""
+    if total >= _MIN_SAMPLES and skipped > MAX_SKIPPED_SHARE * total:
+        raise UserError(f"{skipped} of {total} {message}")
 
 
 @dataclass(eq=False)
@@ -77,6 +87,7 @@ class ExampleDataset(Dataset[Example]):
         skipped: list[SkippedSample] = []
         for offset in range(len(rows)):
             row = rows[(first + offset) % len(rows)]
+            report_progress()
             try:
                 return replace(self.load(name, row), skipped=skipped)
             except MediaError as error:
@@ -108,11 +119,40 @@ class ExampleDataset(Dataset[Example]):
         return Example(prompt, features, caption_embeds)
 
     def _feature(self, medium: Media) -> Tensor | UnencodedMedium:
-        decode = partial(load_views, medium.modality)
-        found = self.caches[medium.modality].get_or_decode(medium.path, decode)
-        if isinstance(found, DecodedMedium):
-            return UnencodedMedium(medium.modality, found.views, found.content)
-        return torch.from_numpy(found)
+        found = load_medium(medium, self.caches[medium.modality])
+        return found if isinstance(found, UnencodedMedium) else torch.from_numpy(found)
+
+
+def load_medium(medium: Media, cache: FeatureCache) -> np.ndarray | UnencodedMedium:
+    """The cached feature (E,) float32 of an input medium, or its views to be encoded.
+
+    Raises:
+        MediaError: it cannot be read, decoded, or decoded within `DECODE_LIMITS`.
+    """
+
+    def decode(path: Path) -> Tensor:
+        return load_views(medium.modality, path, _progress_until(path), DECODE_LIMITS)
+
+    found = cache.get_or_decode(medium.path, decode)
+    if isinstance(found, DecodedMedium):
+        return UnencodedMedium(medium.modality, found.views, found.content)
+    return found
+
+
+def _progress_until(path: Path) -> Callable[[], None]:
+    """A function that reports progress while `path` is decoded, and raises after the time limit.
+
+    The decoding process has the same limit, but it may be stopped, or wait for a dead disk.
+    """
+    seconds = 2 * DECODE_LIMITS.wall_seconds  # a video takes two calls
+    end = time.monotonic() + seconds
+
+    def check() -> None:
+        report_progress()
+        if time.monotonic() > end:
+            raise MediaError(f"{path}: cannot be decoded: it takes more than {seconds} s")
+
+    return check
 
 
 def collate_by_length(examples: Sequence[Example], size: int, **options: Any) -> list[Batch]:
@@ -143,7 +183,6 @@ def rank_batches(
         yield split_for_rank(global_batch, rank, world, length)
 
 
-@contextmanager
 def load_batches(
     examples: ExampleDataset,
     order: Iterator[list[Sample]],
@@ -151,51 +190,21 @@ def load_batches(
     feature_width: int,
     num_workers: int,
     packed_seq_length: int | None = None,
-) -> Iterator[Iterator[list[Batch]]]:
+) -> AbstractContextManager[Iterator[list[Batch]]]:
     """The micro batches of each list of samples in `order`, prefetched by `num_workers` processes.
 
-    Those processes are killed when the block ends, however it does: they ignore the signals by
-    which Python and the data loader would end them.
+    See `load_in_processes`.
     """
-    loader = DataLoader(
+    load = partial(
+        _load_step,
         examples,
-        batch_sampler=order,
-        num_workers=num_workers,
-        collate_fn=partial(
-            collate_by_length,
-            size=micro_batch_size,
-            pad_id=examples.prompt_builder.tokenizer.eos_token_id,
-            feature_width=feature_width,
-            packed_seq_length=packed_seq_length,
-        ),
-        generator=torch.Generator(),  # leaves the global random state as it is, for exact resume
-        worker_init_fn=partial(_start_worker, os.getpid()),
+        size=micro_batch_size,
+        pad_id=examples.prompt_builder.tokenizer.eos_token_id,
+        feature_width=feature_width,
+        packed_seq_length=packed_seq_length,
     )
-    others = set(multiprocessing.active_children())
-    own: set[BaseProcess] = set()
-    try:
-        try:
-            batches = iter(loader)
-        finally:  # also of a start that failed halfway
-            own = set(multiprocessing.active_children()) - others
-        yield batches
-    finally:
-        if own:
-            _kill_and_join(own)
+    return load_in_processes(load, order, num_workers)
 
 
-def _start_worker(parent: int, _: int) -> None:
-    """Ignore signals that are sent to all processes: the run saves a checkpoint first."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent(parent)
-
-
-def _kill_and_join(workers: Set[BaseProcess]) -> None:
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's would raise at their end
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join()
-    if handler is not None:  # one that C code had set, which Python cannot set again
-        signal.signal(signal.SIGCHLD, handler)
+def _load_step(examples: ExampleDataset, samples: list[Sample], **options: Any) -> list[Batch]:
+    return collate_by_length([examples[sample] for sample in samples], **options)

@@ -10,14 +10,11 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write
-from nextgpt.common.json_io import to_json
+from nextgpt.common.json_io import append_json_lines
 from nextgpt.conversation.batch import SkippedSample
-from nextgpt.dataset.left_out import MAX_SKIPPED_SHARE
+from nextgpt.training.data import check_skipped
 from nextgpt.training.engine import StepMetrics
-
-_MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checked
 
 
 class MetricsLogger:
@@ -54,22 +51,21 @@ class MetricsLogger:
             UserError: more than 5 % of a thousand or more samples were skipped.
         """
         if skipped:
-            _append(self._skipped_file, [{"step": step, **one._asdict()} for one in skipped])
+            append_json_lines(
+                self._skipped_file, [{"step": step, **one._asdict()} for one in skipped]
+            )
         for key, value in counts.items():
             self.counted[key] += value
         num_skipped = self.counted["skipped"]
+        remedy = f"see {self._skipped_file}, repair the data and --resume"
         total = self.counted["samples"] + num_skipped
-        if total >= _MIN_SAMPLES and num_skipped > MAX_SKIPPED_SHARE * total:
-            raise UserError(
-                f"{num_skipped} of {total} samples could not be used: see {self._skipped_file}, "
-                "repair the data and --resume"
-            )
+        check_skipped(num_skipped, total, f"samples could not be used: {remedy}")
 
     def list_held_out(self, step: int, skipped: list[SkippedSample]) -> None:
         """List the held-out samples that this rank skipped in the validation after `step`."""
         lines = [{"step": step, **one._asdict(), "held_out": True} for one in skipped]
         if lines:
-            _append(self._skipped_file, lines)
+            append_json_lines(self._skipped_file, lines)
 
     def log(self, step: int, metrics: StepMetrics) -> None:
         """Log the metrics of step number `step`, from 1, and of the validation after it."""
@@ -85,7 +81,7 @@ class MetricsLogger:
             "tokens_per_second": round(metrics["tokens"] / seconds, 1),
             **self.counted,
         }
-        _append(self._metrics_file, [line])
+        append_json_lines(self._metrics_file, [line])
         shown = {}
         for name, value in line.items():
             if name != "step" and value is not None:
@@ -104,11 +100,6 @@ class MetricsLogger:
         if self.board is not None:
             self._bar.close()
             self.board.close()
-
-
-def _append(file: Path, lines: list[dict]) -> None:
-    with file.open("a") as stream:
-        stream.writelines(to_json(line) + "\n" for line in lines)
 
 
 def _truncate(file: Path, last_step: int) -> None:

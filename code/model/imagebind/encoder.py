@@ -7,6 +7,7 @@ An image becomes a still clip of two frames, audio its mel spectrogram. Paramete
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -120,13 +121,18 @@ class _AudioStem(nn.Module):
         return self.norm_layer(self.proj(views).flatten(2).transpose(1, 2))
 
 
-def _first_alike(views: Tensor) -> Tensor:
-    """For each view (N, ...), the index of the first equal one: (N,) int64."""
-    firsts: list[int] = []
-    for view in views:
-        alike = (n for n in dict.fromkeys(firsts) if torch.equal(views[n], view))
-        firsts.append(next(alike, len(firsts)))
-    return torch.tensor(firsts, device=views.device)
+def _distinct_views(media: Iterable[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The distinct views of each medium (V, ...), and of every view the number of the equal one."""
+    distinct: list[Tensor] = []
+    rows: list[int] = []
+    for views in media:
+        first = len(distinct)
+        for view in views:
+            alike = (n for n in range(first, len(distinct)) if torch.equal(distinct[n], view))
+            rows.append(next(alike, len(distinct)))
+            if rows[-1] == len(distinct):
+                distinct.append(view)
+    return distinct, rows
 
 
 def _head(width: int, output_dim: int) -> nn.Sequential:
@@ -169,17 +175,18 @@ class ImageBind(nn.Module):
         x_NTW = self.modality_trunks[trunk](self.modality_preprocessors[trunk](views))
         return normalize(self.modality_heads[trunk](x_NTW[:, 0]), dim=-1)  # of the CLS token
 
-    def encode(self, modality: Modality, views: Tensor) -> Tensor:
+    def encode(self, modality: Modality, views: Tensor | Sequence[Tensor]) -> Tensor:
         """Features (B, D) of B media: the mean over each one's views, not normalised again.
 
-        Video and audio have V views each: (B, V, 3, 2, 224, 224) or (B, V, 1, 128, 204).
+        Video and audio have V views each: (B, V, 3, 2, 224, 224) or (B, V, 1, 128, 204). Equal
+        views of a medium, as all 15 of a short square video, are encoded once, and only distinct
+        ones are copied to the encoder's device.
         """
+        device = self.modality_heads["vision"][2].weight.device
         if modality == "image":
-            return self.forward_views(modality, views)
-        flat = views.flatten(0, 1)
-        firsts_N = _first_alike(flat)  # encode equal views once: all 15 of a short square video
-        kept, rows_N = firsts_N.unique(return_inverse=True)
-        features_ND = self.forward_views(modality, flat[kept])[rows_N]
-        return features_ND.unflatten(0, views.shape[:2]).mean(dim=1)
+            return self.forward_views(modality, torch.stack([*views]).to(device))
+        distinct, rows_N = _distinct_views(views)
+        features_ND = self.forward_views(modality, torch.stack(distinct).to(device))[rows_N]
+        return features_ND.unflatten(0, (len(views), -1)).mean(dim=1)
 
     forward = encode

@@ -1,0 +1,1 @@
+code/process_features.py
