@@ -351,8 +351,9 @@ def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) 
             started = psutil.Process(script.pid).children(recursive=True)
             trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
             ranks = [one for one in trainers if "deepspeed" not in " ".join(one.cmdline())]
-            loaders = [one for one in ranks if one.parent() in ranks]
-            ranks = [one for one in ranks if one not in loaders]
+            ranks = [one for one in ranks if one.parent() not in ranks]
+            # A loader's decoding process has its command line until it starts its own program.
+            loaders = [one for one in trainers if one.parent() in ranks]
             assert (len(ranks), len(loaders)) == (2, 4)
             (loaders if kind == "loader" else ranks)[1].kill()
             assert_gone(started)
