@@ -226,6 +226,13 @@ def test_features_unreadable_media_are_skipped_counted_and_listed(
         assert "broken.png" in skipped[0]["reason"] and "gone.png" in skipped[1]["reason"]
 
 
+def test_features_name_rows_by_their_number_in_the_file(pairs: Path, tmp_path: Path) -> None:
+    write_pairs(pairs, ["0.png", "https://host/left_out.png", *(f"{n}.png" for n in range(1, 30))])
+    sets = (f"data.data_dir={tmp_path / 'data'}", "data.datasets=[cc3m_enc]")
+    found = list_input_media(open_conversations(config_of(run_in(tmp_path, *sets)).data))
+    assert [shown.row for shown in found["image"]] == [0, *range(2, 31)]
+
+
 def test_features_too_many_unreadable_media_raise(pairs: Path, tmp_path: Path) -> None:
     write_pairs(pairs, [f"{number}.png" for number in range(1000)])
     sets = (f"data.data_dir={tmp_path / 'data'}", "data.datasets=[cc3m_enc]")

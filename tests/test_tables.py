@@ -16,7 +16,7 @@ from nextgpt.conversation.messages import Media, Text
 from nextgpt.dataset.catalog import resolve_entry
 from nextgpt.dataset.conversations import ConversationDataset, open_conversations
 from nextgpt.dataset.readers import iter_captions
-from nextgpt.dataset.tables import annotation_rows, describe_form, modality_of
+from nextgpt.dataset.tables import annotation_rows, describe_form, modality_of_file
 from tiny_run import TinyRun, tiny_world
 
 CAPTIONS = {"a.jpg": "a ring, red", "sub/b.JPG": "ein „Ring“\tblau"}
@@ -89,7 +89,7 @@ def test_tables_take_the_modality_from_column_or_suffix(tmp_path: Path) -> None:
     table.write_text("audio,caption,embedding_name\nclip,x,one\n")
     ((record, _),) = annotation_rows(table)
     assert record == {"audio_name": "clip", "caption": "x", "embedding_name": "one"}
-    assert modality_of("a.FLAC") == "audio" and modality_of("notes.txt") is None
+    assert modality_of_file("a.FLAC") == "audio" and modality_of_file("notes.txt") is None
 
 
 FAULTS = {

@@ -150,7 +150,7 @@ class DatasetConfig(Section):
 
 
 def _dataset_tag(value: Any) -> str:
-    return DATASET_TAGS[not isinstance(value, str)]
+    return DATASET_TAGS[0] if isinstance(value, str) else DATASET_TAGS[1]
 
 
 DATASET_TAGS = ("dataset name", "dataset entry")  # in the locations of pydantic's errors

@@ -80,7 +80,7 @@ def describe_form(path: Path) -> str:
     return _form(path)
 
 
-def modality_of(name: str) -> Modality | None:
+def modality_of_file(name: str) -> Modality | None:
     """The modality of a media file by its name's suffix; None for other files."""
     suffix = Path(name).suffix.lower()
     kind = (mimetypes.guess_type(f"a{suffix}")[0] or "").partition("/")[0]
@@ -129,7 +129,7 @@ def _to_record(values: Row, path: Path, row: int, *, is_table: bool = False) -> 
             )
         return values
     name = values[file]
-    modality = modality or (modality_of(name) if isinstance(name, str) else None)
+    modality = modality or (modality_of_file(name) if isinstance(name, str) else None)
     if modality is None:
         return UnusableRow(
             "unknown kind of file",
@@ -210,7 +210,7 @@ def _captioned_media(folder: Path) -> Iterator[Row | UnusableRow]:
     """
     found = False
     for file in _files_below(folder):
-        if not (modality := modality_of(file.name)):
+        if not (modality := modality_of_file(file.name)):
             continue
         found, text = True, file.with_suffix(".txt")
         try:

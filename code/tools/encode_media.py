@@ -32,7 +32,7 @@ _CHUNK_VIEWS = 16  # decoded by a process at a time: 18 MB at most, through shar
 
 
 class InputMedium(NamedTuple):
-    """An input medium with its absolute path, and the first row that shows it."""
+    """An input medium with its absolute path, and the number in the file of its first row."""
 
     medium: Media
     dataset: str
@@ -112,7 +112,8 @@ def list_input_media(
         for row in tqdm(rows, desc=f"listing {name}", unit=" rows", delay=2, disable=rank > 0):
             for medium in conversations.record(name, row).inputs:
                 path = str(folder / (medium.path or ""))
-                shown = InputMedium(replace(medium, path=path), name, row)
+                number = conversations.file_row(name, row)
+                shown = InputMedium(replace(medium, path=path), name, number)
                 found.setdefault(medium.modality, {}).setdefault(path, shown)
     return {modality: list(media.values()) for modality, media in found.items()}
 

@@ -119,7 +119,8 @@ class Validator:
             try:
                 examples.append(self.examples.load(name, row))
             except MediaError as error:
-                self.skipped.append(SkippedSample(name, row, str(error)))
+                number = self.examples.conversations.file_row(name, row)
+                self.skipped.append(SkippedSample(name, number, str(error)))
         pad_id = self.examples.prompt_builder.tokenizer.eos_token_id
         nothing = Example(EncodedPrompt([pad_id] * 2, [IGNORE_INDEX] * 2), [], [])
         width, packed = self.config.encoder.width, self.config.data.packed_seq_length
