@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument(
         "--cells",
         default=",".join(CELLS),
-        help="T-I,I-T,..., second, plain; quick: six cells, text and one medium; cases: the four",
+        help="T-I,I-T,..., second, plain, unsupported; quick: six cells, text and one medium; "
+        "cases: the four",
     )
     parser.add_argument("--split", choices=HELD_OUT_PAIRS, default="validation")
     parser.add_argument("--seed", type=int, default=0, help="seed of the items")

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Trains the shipped delta (ckpt/delta_ckpt/nextgpt/mini_tiva_v0): the quickstart's stages, with ten
-# times the data and seven times the steps in stage 3, and a phase at a low learning rate at its end.
+# times the data and seven times the steps in stage 3, requests that are declined, and a phase at a
+# low learning rate at its end.
 # Arguments go to train.sh: bash scripts/tune_mini.sh --include localhost:0,1
 # Run again after an interruption, it resumes.
 set -euo pipefail
@@ -13,11 +14,11 @@ runs=ckpt/build/tuned
 
 python -m nextgpt.mini_world.write_data --out data/mini_world
 bash scripts/embed_mini.sh
-python -m nextgpt.mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11
+python -m nextgpt.mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11 --unsupported 300
 # Without unnamed colours: a model trained on them for long omits colours that it never saw on a shape.
 # Half of it plain text: with less, one plain question in a hundred is answered with a medium.
 python -m nextgpt.mini_world.write_data --out data/finishing/mini_world --scale 2 --seed 14 \
-    --unnamed_colours 0 --plain_talk 7000
+    --unnamed_colours 0 --plain_talk 7000 --unsupported 1500
 
 train() { # stage, folder of the runs, arguments
     bash scripts/train.sh --stage "$1" --resume --save_path "$2" "${@:3}"

@@ -14,10 +14,11 @@ from nextgpt import evaluate as entry
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
-from nextgpt.conversation.messages import Media, Text
+from nextgpt.conversation.messages import Media, Text, Turn
 from nextgpt.dataset.record_fields import clean_caption
 from nextgpt.evaluation.metrics import wilson_interval
 from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import Answer
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.media_set import render_medium
@@ -40,6 +41,7 @@ from nextgpt.mini_world.scoreboard.items import (
     PLAIN,
     QUICK,
     SECOND,
+    UNSUPPORTED,
     Expected,
     Item,
     build_items,
@@ -52,6 +54,8 @@ from nextgpt.mini_world.scoreboard.report import format_table
 from nextgpt.mini_world.scoreboard.runner import decode_captions, written_caption
 from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, measure
 from nextgpt.mini_world.scoreboard.scoring import chance_level, score_answer, summarize
+from nextgpt.mini_world.scoreboard.unsupported import summarize_unsupported, unsupported_requests
+from nextgpt.mini_world.unsupported_requests import sample_unsupported
 from nextgpt.mini_world.words import TemplateSet
 from tiny_components import tiny_overrides, write_tiny_components
 
@@ -107,7 +111,7 @@ def test_items_hold_held_out_pairs_in_every_second_coloured_item() -> None:
         held_out = [item.held_out for item in items_of(cell, samples=8)]
         if cell in without:
             assert not any(held_out)
-        elif cell != PLAIN:
+        elif cell not in (PLAIN, UNSUPPORTED):
             assert held_out == [False, True] * 4, cell
 
 
@@ -290,7 +294,7 @@ def test_report_leaves_pair_columns_empty_without_held_out_pairs() -> None:
     def row(*cells: str) -> str:
         items = items_of(*cells, samples=4)
         scores = [score_answer([RED], "", [("image", SEEN_RED)])] * 4
-        return format_table({"X": summarize(items, scores)}, {}, {}).splitlines()[-2]
+        return format_table({"X": summarize(items, scores)}, {}, {}, {}).splitlines()[-2]
 
     assert row("T→A").split()[4:6] == ["100", "2.8"]  # media, then chance
     assert row("T→I").split()[4:7] == ["100", "100", "100"]
@@ -339,7 +343,7 @@ def test_scoreboard_covers_every_cell_and_is_deterministic(
         if cell != SECOND:  # which sometimes generates
             for name in ("written", "ceiling", "passed"):
                 assert (name in figures) == (cell != "T→T")
-    printed = format_table(boards[0].cells, {}, {"judge": 3.0})
+    printed = format_table(boards[0].cells, {}, {}, {"judge": 3.0})
     assert all(cell in printed for cell in cells)
 
 
@@ -361,7 +365,8 @@ def test_evaluate_writes_json_and_plots(
 ) -> None:
     settings = [word for override in overrides_of(tiny_folder) for word in ("--set", override)]
     line = ["evaluate.py", "--config", "7b", *settings, "--samples", "2", "--seed", "4"]
-    line += ["--cells", "T-T,I-I,A->V,T+V-T+A,second,plain", "--out", str(tmp_path / "board")]
+    line += ["--cells", "T-T,I-I,A->V,T+V-T+A,second,plain,unsupported"]
+    line += ["--out", str(tmp_path / "board")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", line)
         run_cli(entry.main)
@@ -371,6 +376,8 @@ def test_evaluate_writes_json_and_plots(
     assert len(written["items"]) == 10
     assert set(written["cells"]) == {"T→T", "I→I", "A→V", "T+V→T+A", SECOND}
     assert written["plain"]["n"] == 100 and written["plain"]["ratio"] > 0
+    unsupported = written["unsupported"]
+    assert unsupported["n"] == 100 and unsupported["explained"] <= unsupported["right"]
     assert "language_model" in written["seconds"]
     for name in ("matrix.png", "contact_sheet.png"):
         picture = np.asarray(Image.open(tmp_path / "board" / name).convert("L"))
@@ -402,6 +409,26 @@ def test_plain_questions_are_a_hundred_per_split_and_not_trained_on() -> None:
     validation, test = (set(plain_questions(split)) for split in ("validation", "test"))
     assert len(validation) == len(test) == 100
     assert not validation & test and not (validation | test) & trained
+
+
+def test_unsupported_requests_are_a_hundred_per_split_and_not_trained_on() -> None:
+    validation, test = (set(unsupported_requests(split)) for split in ("validation", "test"))
+    assert len(validation) == len(test) == 100 and not validation & test
+    rng = np.random.default_rng(0)
+    trained = {sample_unsupported(rng)[0] for _ in range(5000)}
+    assert not (validation | test) & trained
+
+
+def test_unsupported_requests_count_media_and_what_the_answers_name() -> None:
+    parts = (
+        Text("I cannot draw a cat. I can draw circles, squares and rings."),
+        Text("I like cats."),
+        Media("image", caption="a red circle", embedding="a.npy"),
+        Media("image", caption="a red circle", embedding="a.npy"),
+    )
+    answers = [Answer(Turn("assistant", (part,)), (), (), [], [], 0, {}) for part in parts]
+    found = summarize_unsupported(["Draw a cat."] * 4, answers)
+    assert (found["n"], found["right"], found["explained"]) == (4, 0.5, 0.25)
 
 
 @torch.no_grad()

@@ -28,11 +28,13 @@ from nextgpt.mini_world.objects import (
     COLOURS,
     HELD_OUT_PAIRS,
     SHAPES,
+    TIMBRE_OF,
     VALUES,
     sample_object,
 )
 from nextgpt.mini_world.plain_talk import plain_talk_pairs
 from nextgpt.mini_world.scoreboard.judge import judge
+from nextgpt.mini_world.unsupported_requests import sample_unsupported
 from nextgpt.mini_world.words import TemplateSet, fill_template
 from nextgpt.mini_world.write_data import FOLDERS, write_world
 
@@ -303,6 +305,34 @@ def test_plain_talk_has_hundreds_of_unique_questions() -> None:
     assert pairs == plain_talk_pairs(rng())
     for question, answer in pairs:
         assert answer.strip() == answer != "", question
+
+
+def test_unsupported_requests_ask_for_what_the_world_does_not_have() -> None:
+    nouns = {"draw": SHAPES, "film": SHAPES, "play": TIMBRE_OF.values()}
+    modalities: dict[str, Modality] = {"draw": "image", "film": "video", "play": "audio"}
+    generator = rng()
+    for _ in range(2000):
+        request, answer = sample_unsupported(generator)
+        verb = re.match(r"I cannot (draw|film|play) ", answer)[1]
+        named = parse_caption(request)
+        assert named.keys() != set(ATTRIBUTES[modalities[verb]]), request
+        assert all(noun in answer for noun in nouns[verb]) or named.keys() >= {"shape"}, answer
+        assert request[-1] in ".?" and "{" not in request + answer
+
+
+def test_unsupported_requests_are_written_as_text_and_as_edits_in_dialogues(tmp_path: Path) -> None:
+    def declined(name: str) -> list[dict]:
+        dialogues = rows(tmp_path / "world", f"IT_data/{name}.json")
+        turns = [turn for dialogue in dialogues for turn in dialogue["conversation"][1::2]]
+        return [turn for turn in turns if turn["value"].startswith("I cannot")]
+
+    for count in (0, 300):
+        write_world(tmp_path / "world", scale=0.1, unsupported=count, progress=False)
+        edits = declined("MosIT_data/mini_mosit/mini_mosit")
+        assert len(declined("text/mini_text")) == count / 10
+        assert bool(edits) == bool(count) and not any(turn["media"] for turn in edits)
+    with pytest.raises(UserError, match=r"--unsupported -1: expected 0 or more"):
+        write_world(tmp_path / "world", unsupported=-1, progress=False)
 
 
 def test_write_data_is_deterministic_and_skipped_if_up_to_date(

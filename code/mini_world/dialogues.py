@@ -35,6 +35,7 @@ from nextgpt.mini_world.request_templates import (
     REVERSE_REQUESTS,
     VISUAL_REQUESTS,
 )
+from nextgpt.mini_world.unsupported_requests import sample_unsupported_edit
 from nextgpt.mini_world.words import as_sentence, choose, fill_template
 
 OUTPUTS: tuple[str, ...] = ("text", *MODALITIES)
@@ -103,11 +104,14 @@ class DialogueSampler:
     Attributes:
         split: split of the request templates, and of objects that no medium shows.
         edit_splits: splits of the (shape, colour) pairs that an edit may lead to.
+        unsupported_edits: proportion of later rounds that ask for an unsupported edit of the image
+            or video shown last, see `unsupported_requests`.
     """
 
     rng: np.random.Generator
     split: Split = "training"
     edit_splits: Collection[Split] = ("training",)
+    unsupported_edits: float = 0.0
 
     def opening(self, output: str, obj: WorldObject | None = None) -> Exchange:
         """Sample a first request without media.
@@ -184,6 +188,8 @@ class DialogueSampler:
                 name, obj = media_set.sample(source, self.rng)
                 state, media = DialogueState.after_input(obj, source), [(name, source, obj)]
             exchange = self._exchange(state, goal)
+            if number and self.unsupported_edits and self.rng.random() < self.unsupported_edits:
+                exchange = self._unsupported_edit(state) or exchange
             state = exchange.state
             turns += [
                 self._human_turn(exchange.request, media),
@@ -196,6 +202,13 @@ class DialogueSampler:
             obj = state.obj if state else sample_object(self.rng, self.split)
             return self.course_case(goal, obj)
         return self.follow_up(state, goal) if state else self.opening(goal)
+
+    def _unsupported_edit(self, state: DialogueState | None) -> Exchange | None:
+        """Sample an edit that is declined; None unless an image or video was shown last."""
+        if state is None or state.last not in ("image", "video"):
+            return None
+        request, answer = sample_unsupported_edit(state.last, self.rng)
+        return Exchange(request, (answer,), state)
 
     def _human_turn(self, request: str, media: list[tuple[str, Modality, WorldObject]]) -> Turn:
         value = request

@@ -37,6 +37,7 @@ from nextgpt.mini_world.objects import (
 from nextgpt.mini_world.plain_talk import plain_talk_pairs
 from nextgpt.mini_world.questions import sample_question, sample_world_question, world_facts
 from nextgpt.mini_world.request_templates import COURSE_REQUESTS
+from nextgpt.mini_world.unsupported_requests import sample_unsupported
 from nextgpt.mini_world.words import as_sentence, choose, fill_template
 
 VERSION = 18  # increment when the same arguments give different data
@@ -55,6 +56,7 @@ ROW_COUNTS = {  # at scale 1
     "mosit_audio": 100,
     "text_world": 600,
     "text_plain": 400,
+    "text_unsupported": 0,
 }
 _CANONICAL_PAIRS = 0.75  # proportion of caption pairs with canonical captions
 # Proportion of descriptions among questions. A description covers all that is seen, but not which
@@ -62,6 +64,7 @@ _CANONICAL_PAIRS = 0.75  # proportion of caption pairs with canonical captions
 _DESCRIBE_PROPORTION: dict[Modality, float] = {"image": 0.65, "video": 0.65, "audio": 0.4}
 # Modalities of questions, by weight: motions are learned last.
 _QUESTION_MODALITIES: tuple[Modality, ...] = ("image", "video", "video", "audio")
+_UNSUPPORTED_EDITS = 0.05  # proportion of later rounds in dialogues, where there are such requests
 _UNNAMED_COLOURS = 0.1  # proportion of the images and videos in pairs and questions
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
@@ -81,6 +84,7 @@ def write_world(
     scale: float = 1.0,
     unnamed_colours: float = _UNNAMED_COLOURS,
     plain_talk: int = ROW_COUNTS["text_plain"],
+    unsupported: int = ROW_COUNTS["text_unsupported"],
     progress: bool = True,
 ) -> None:
     """Write all datasets into the folder `out`, unless it holds the same world already.
@@ -89,13 +93,17 @@ def write_world(
         unnamed_colours: proportion of the images and videos in pairs and questions that are in
             unnamed colours, see `appearance`.
         plain_talk: rows of plain talk at scale 1.
+        unsupported: rows of unsupported requests at scale 1; with any, one later round in twenty of
+            the dialogues is an unsupported edit, too.
 
     Raises:
         UserError: `out` holds something other than a mini world, or a number is out of range.
     """
-    _check_arguments(out, seed, scale, unnamed_colours, plain_talk)
-    row_counts = ROW_COUNTS | {"text_plain": plain_talk}
-    counts = {name: max(1, round(count * scale)) for name, count in row_counts.items()}
+    _check_arguments(out, seed, scale, unnamed_colours, plain_talk, unsupported)
+    row_counts = ROW_COUNTS | {"text_plain": plain_talk, "text_unsupported": unsupported}
+    counts = {
+        name: round(max(1, count * scale)) if count else 0 for name, count in row_counts.items()
+    }
     world = {
         "version": VERSION,
         "seed": seed,
@@ -122,7 +130,7 @@ def write_world(
 
 
 def _check_arguments(
-    out: Path, seed: int, scale: float, unnamed_colours: float, plain_talk: int
+    out: Path, seed: int, scale: float, unnamed_colours: float, plain_talk: int, unsupported: int
 ) -> None:
     if not 0 < scale < math.inf:
         raise UserError(f"--scale {scale}: expected a number above 0")
@@ -132,6 +140,8 @@ def _check_arguments(
         raise UserError(f"--unnamed_colours {unnamed_colours}: expected 0 to 1")
     if plain_talk < 1:
         raise UserError(f"--plain_talk {plain_talk}: expected 1 or more")
+    if unsupported < 0:
+        raise UserError(f"--unsupported {unsupported}: expected 0 or more")
     if out.exists() and not (out / "world.json").is_file() and any(out.iterdir()):
         raise UserError(f"{out} holds no mini world (no world.json): name an empty or new folder")
 
@@ -176,9 +186,9 @@ def _write_instructions(
         folder / "T-T+X_data" / "mini_request" / "mini_request.json": _request_rows(
             seed, counts["request"]
         ),
-        dialogue_folder / "mini_mosit.json": _dialogue_rows(dialogues, seed, counts["mosit"]),
+        dialogue_folder / "mini_mosit.json": _dialogue_rows(dialogues, seed, counts),
         folder / "text" / "mini_text.json": _text_rows(
-            seed, counts["text_world"], counts["text_plain"]
+            seed, counts["text_world"], counts["text_plain"], counts["text_unsupported"]
         ),
     }.items():
         _write_json(path, rows)
@@ -214,29 +224,32 @@ def _request_rows(seed: int, count: int) -> Rows:
     return rows
 
 
-def _dialogue_rows(media_set: MediaSet, seed: int, count: int) -> Rows:
+def _dialogue_rows(media_set: MediaSet, seed: int, counts: dict[str, int]) -> Rows:
     """Build in-place dialogues of one to four rounds; first exchanges rotate through all cells."""
     rng = seeded_rng(seed, "dialogues")
-    sampler = DialogueSampler(rng)
+    unsupported = _UNSUPPORTED_EDITS if counts["text_unsupported"] else 0
+    sampler = DialogueSampler(rng, unsupported_edits=unsupported)
     rows = []
-    for index in range(count):
+    for index in range(counts["mosit"]):
         source, goal = _CELLS[index % len(_CELLS)]
         rounds = int(rng.choice(4, p=(0.3, 0.35, 0.2, 0.15))) + 1
         rows.append({"conversation": sampler.dialogue(source, goal, rounds, media_set)})
     return rows
 
 
-def _text_rows(seed: int, world: int, plain: int) -> Rows:
-    """Build text-only instruction rows: about the world's sounds, and plain talk.
+def _text_rows(seed: int, world: int, plain: int, unsupported: int) -> Rows:
+    """Build text-only instruction rows: about the world's sounds, plain talk, declined requests.
 
     Args:
         world: questions about sounds, besides the facts.
         plain: rows of plain talk; repeated if there are fewer.
+        unsupported: requests for media of what the world does not have.
     """
     rng = seeded_rng(seed, "texts")
     pairs = world_facts() + [sample_world_question(sample_object(rng), rng) for _ in range(world)]
     pairs = list(dict(pairs).items())
     pairs += itertools.islice(itertools.cycle(plain_talk_pairs(rng)), plain)
+    pairs += [sample_unsupported(rng) for _ in range(unsupported)]
     return [{"conversation": _turns(*pairs[index])} for index in rng.permutation(len(pairs))]
 
 
@@ -311,6 +324,12 @@ def main() -> None:
         type=int,
         default=ROW_COUNTS["text_plain"],
         help="rows of plain talk at scale 1",
+    )
+    parser.add_argument(
+        "--unsupported",
+        type=int,
+        default=ROW_COUNTS["text_unsupported"],
+        help="rows of requests for what the mini world does not have, at scale 1",
     )
     write_world(**vars(parser.parse_args()))
 

@@ -38,7 +38,8 @@ MATRIX = tuple(f"{given}→{wanted}" for given in LETTERS for wanted in LETTERS)
 CASES = tuple(CASE_INPUT)
 SECOND = "second"  # second rounds, which refer to an answer
 PLAIN = "plain"  # plain talk, text only
-CELLS = (*MATRIX, *CASES, SECOND, PLAIN)
+UNSUPPORTED = "unsupported"  # requests for media of what the world does not have
+CELLS = (*MATRIX, *CASES, SECOND, PLAIN, UNSUPPORTED)
 QUICK = ("T→I", "T→V", "T→A", "I→T", "V→T", "A→T")
 
 _AUDIO_SOURCE = {"pitch": "size", "timbre": "shape"}  # visual attributes behind those of audio
@@ -118,7 +119,7 @@ def build_items(
     return [
         _item(cell, number, seed, folder, split)
         for cell in cells
-        if cell != PLAIN
+        if cell not in (PLAIN, UNSUPPORTED)
         for number in range(samples)
     ]
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.events import Answer
 from nextgpt.generation.sampling import greedy_answers
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.objects import Split
@@ -45,21 +46,40 @@ def score_plain_talk(
         `n`, `right` (no media generated) and its `interval`; `perplexity` (tuned model) and
         `untuned_perplexity` of the untuned model's answers, and their `ratio`; `examples`.
     """
-    turns = [Turn("human", (Text(question),)) for question in questions]
-    conversations = [Conversation((turn,)) for turn in turns]
+    conversations = [Conversation((Turn("human", (Text(text),)),)) for text in questions]
+    answers = answer_texts(assistant, conversations, settings, timer, on_progress)
+    with timer.time("perplexity"):
+        perplexities = _perplexities(assistant, conversations)
+    examples = list(zip(questions, (answer.text for answer in answers), strict=True))
+    return {
+        **proportion([not has_media(answer) for answer in answers]),
+        **perplexities,
+        "examples": examples,
+    }
+
+
+def answer_texts(
+    assistant: Assistant,
+    conversations: Sequence[Conversation],
+    settings: GenerationSettings,
+    timer: Timer,
+    on_progress: OnProgress,
+) -> list[Answer]:
+    """Answer with at most 64 tokens each."""
     settings = replace(settings, max_new_tokens=min(settings.max_new_tokens, _ANSWER_TOKENS))
-    answers = []
+    answers: list[Answer] = []
     for batch in batched(conversations):
         answers += assistant.answer(
             batch, seeds=[0] * len(batch), settings=settings, media_at_once=BATCH_SIZE
         )
         timer.add(answers[-1].seconds)
         on_progress(len(batch))
-    has_media = [any(isinstance(part, Media) for part in answer.turn.parts) for answer in answers]
-    with timer.time("perplexity"):
-        perplexities = _perplexities(assistant, conversations)
-    examples = list(zip(questions, (answer.text for answer in answers), strict=True))
-    return {**proportion([not found for found in has_media]), **perplexities, "examples": examples}
+    return answers
+
+
+def has_media(answer: Answer) -> bool:
+    """Whether an answer calls for a medium."""
+    return any(isinstance(part, Media) for part in answer.turn.parts)
 
 
 def _perplexities(assistant: Assistant, conversations: Sequence[Conversation]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The scoreboard as a text table: a line per cell, plain talk, timings."""
+"""The scoreboard as a text table: a line per cell, plain talk, unsupported requests, timings."""
 
 from collections.abc import Mapping
 from statistics import fmean
@@ -13,7 +13,10 @@ _HEAD = (
 
 
 def format_table(
-    cells: Mapping[str, dict[str, Any]], plain: Mapping[str, Any], seconds: Mapping[str, float]
+    cells: Mapping[str, dict[str, Any]],
+    plain: Mapping[str, Any],
+    unsupported: Mapping[str, Any],
+    seconds: Mapping[str, float],
 ) -> str:
     """Format all metrics, in percent; `seen` and `held-out` are the (shape, colour) pairs.
 
@@ -30,6 +33,11 @@ def format_table(
             f"plain talk: {percent(plain['right'])} % of {plain['n']} answers without media; "
             f"perplexity of the untuned model's answers {plain['perplexity']:.2f}, "
             f"untuned {plain['untuned_perplexity']:.2f}, ratio {plain['ratio']:.3f}"
+        )
+    if unsupported:
+        lines.append(
+            f"unsupported requests: {percent(unsupported['right'])} % of {unsupported['n']} "
+            f"answers without media, {percent(unsupported['explained'])} % name what there is"
         )
     longest = sorted(seconds.items(), key=lambda item: -item[1])
     timings = ", ".join(f"{name} {value:.0f} s" for name, value in longest if value >= 0.5)

@@ -21,16 +21,17 @@ from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.objects import Split
-from nextgpt.mini_world.scoreboard.items import PLAIN, build_items, write_media
+from nextgpt.mini_world.scoreboard.items import PLAIN, UNSUPPORTED, build_items, write_media
 from nextgpt.mini_world.scoreboard.plain_talk import plain_questions, score_plain_talk
 from nextgpt.mini_world.scoreboard.plots import draw_contact_sheet, draw_matrix
 from nextgpt.mini_world.scoreboard.report import format_table
 from nextgpt.mini_world.scoreboard.runner import Result, Timer, answer_items, score_captions
 from nextgpt.mini_world.scoreboard.scoring import summarize
+from nextgpt.mini_world.scoreboard.unsupported import score_unsupported, unsupported_requests
 from nextgpt.model.delta import read_delta
 
 SCOREBOARD, MATRIX_PLOT, CONTACT_SHEET = "scoreboard.json", "matrix.png", "contact_sheet.png"
-_PLAIN_QUESTIONS = 100
+_TEXTS = 100  # plain questions, and unsupported requests
 _MAX_NEW_TOKENS = 128  # right answers have at most 90
 
 
@@ -58,12 +59,14 @@ class Scoreboard:
     Attributes:
         cells: metrics by cell, from `scoring.summarize` and `_summarize_captions`.
         plain: metrics from `plain_talk.score_plain_talk`; empty if not evaluated.
+        unsupported: metrics from `unsupported.score_unsupported`; empty if not evaluated.
         results: every item with its answers.
         seconds: duration by activity.
     """
 
     cells: dict[str, dict[str, Any]]
     plain: dict[str, Any]
+    unsupported: dict[str, Any]
     results: list[Result]
     seconds: dict[str, float]
 
@@ -99,7 +102,7 @@ def evaluate(config: Config, delta: Path, settings: EvaluationSettings, out: Pat
         "samples": samples,
         "seed": seed,
     }
-    print(format_table(board.cells, board.plain, board.seconds))
+    print(format_table(board.cells, board.plain, board.unsupported, board.seconds))
     _write(board, header, out / SCOREBOARD)
     written = [name for name in (SCOREBOARD, MATRIX_PLOT, CONTACT_SHEET) if (out / name).is_file()]
     print(f"in {out}: {', '.join(written)}")
@@ -126,9 +129,14 @@ def measure(assistant: Assistant, settings: EvaluationSettings, folder: Path) ->
         results = score_captions(assistant, results, generation, timer, bar.update)
     plain: dict[str, Any] = {}
     if PLAIN in settings.cells:
-        with tqdm(total=_PLAIN_QUESTIONS, desc="plain talk", unit="answer", disable=None) as bar:
+        with tqdm(total=_TEXTS, desc="plain talk", unit="answer", disable=None) as bar:
             questions = plain_questions(settings.split)
             plain = score_plain_talk(assistant, questions, generation, timer, bar.update)
+    unsupported: dict[str, Any] = {}
+    if UNSUPPORTED in settings.cells:
+        with tqdm(total=_TEXTS, desc="unsupported", unit="answer", disable=None) as bar:
+            requests = unsupported_requests(settings.split)
+            unsupported = score_unsupported(assistant, requests, generation, timer, bar.update)
     by_cell: dict[str, list[Result]] = {}
     for result in results:
         by_cell.setdefault(result.item.cell, []).append(result)
@@ -137,7 +145,7 @@ def measure(assistant: Assistant, settings: EvaluationSettings, folder: Path) ->
         | _summarize_captions(group)
         for cell, group in by_cell.items()
     }
-    return Scoreboard(summaries, plain, results, timer.seconds)
+    return Scoreboard(summaries, plain, unsupported, results, timer.seconds)
 
 
 def _summarize_captions(results: Sequence[Result]) -> dict[str, Any]:
@@ -162,6 +170,7 @@ def _write(board: Scoreboard, header: dict[str, Any], path: Path) -> None:
         "seconds": board.seconds,
         "cells": board.cells,
         "plain": board.plain,
+        "unsupported": board.unsupported,
         "items": [_row(result) for result in board.results],
     }
     with atomic_write(path) as partial:
