@@ -34,8 +34,8 @@ from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.conversation.prompt import PromptBuilder
 from nextgpt.conversation.signal_tokens import SignalTokens
 from nextgpt.conversation.templates import TEMPLATES
-from nextgpt.generation import assistant as assistant_module
 from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.decoding import GeneratedSequence, TokenGenerator
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.model.build import build_on_meta, signal_counts
 from nextgpt.model.nextgpt import NextGPT
@@ -128,17 +128,26 @@ def measure_answer(config: Config, device: torch.device) -> str:
     encoder = PromptBuilder(tokenizer, signals, template, config.input_projection.tokens_per_medium)
     model = random_model(config, device, lora=True, outputs=True)
     assistant = Assistant(config, encoder, model.eval(), device, [])
-    options = replace(GenerationSettings.from_config(config), max_new_tokens=WORDS, temperature=0)
-    write = assistant_module.generate_answers
+    tokens = WORDS + sum(signals.counts.values())
+    options = replace(GenerationSettings.from_config(config), max_new_tokens=tokens, temperature=0)
+    sample = TokenGenerator._append_token
 
-    def write_and_call(*arguments: object, **keywords: object) -> list[list[int]]:
+    def sample_and_call(
+        generator: TokenGenerator, sequence: GeneratedSequence, scores: torch.Tensor
+    ) -> None:
         """Random weights call for no media: what they write is followed by all three."""
-        own = min(len(tokenizer), known[1])
-        ids = [[one % own for one in row] for row in write(*arguments, **keywords)]
-        runs = [token for modality in MODALITIES for token in signals.span(modality)]
-        return [row + runs for row in ids]
+        spans = [signals.span(modality)[0] for modality in MODALITIES]
+        written = sum(one < signals.first_id for one in sequence.ids)
+        called = sum(one in spans for one in sequence.ids)
+        forced = torch.full_like(scores, -torch.inf)
+        if written < WORDS:
+            own = min(len(tokenizer), known[1])
+            forced[int(scores.argmax()) % own] = 0
+        else:
+            forced[spans[called]] = 0
+        sample(generator, sequence, forced)
 
-    assistant_module.generate_answers = write_and_call
+    TokenGenerator._append_token = sample_and_call
     asked = Conversation((Turn("human", (Text("Show me all of it, and let me hear it."),)),))
     for modality in MODALITIES:
         assistant.load_decoder(modality)

@@ -1,6 +1,7 @@
 """A running server with tiny components on a free loopback port, and requests to it."""
 
 import base64
+import json
 import os
 import socket
 import threading
@@ -10,15 +11,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
+from typing import Any
 
 import gradio as gr
+import httpx
+import torch
 import uvicorn
 from gradio_client import Client
 from openai import OpenAI
+from torch import nn
 
-from nextgpt.common.modality import MODALITIES
+from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.config.loader import load_config
 from nextgpt.generation.assistant import Assistant
+from nextgpt.serving.access import Access
 from nextgpt.serving.scheduler import InferenceQueue
 from nextgpt.serving.server import build_app
 from nextgpt.serving.sessions import Sessions
@@ -28,6 +34,7 @@ from tiny_system import tiny_encoder
 
 PHOTO = MEDIA / "portrait.jpg"
 WORDS = ("Sure", "the music")
+MODEL = "7b_tiva_v0"  # name of the served configuration
 # Options of a request whose answer is to be interrupted.
 SLOW_DECODING = {"steps_image": 100, "steps_video": 100, "steps_audio": 100}
 EVERYTHING = (WORDS[0], "image", "video", WORDS[1], "audio")
@@ -46,19 +53,42 @@ def scripted_ids(*script: str) -> list[int]:
 
 
 def scripted_assistant(
-    folder: Path, script: Sequence[str] = EVERYTHING, steps: int = 2
+    folder: Path,
+    script: Sequence[str] = EVERYTHING,
+    steps: int = 2,
+    options: Sequence[str] = (),
+    *,
+    endless: bool = False,
 ) -> Assistant:
-    """Return an assistant that always generates `script`."""
+    """Return an assistant that always generates `script`.
+
+    Args:
+        options: overrides of the configuration.
+        endless: whether it repeats the script up to the longest answer.
+    """
     write_tiny_components(folder)
-    overrides = script_language_model(folder, scripted_ids(*script))
+    overrides = script_language_model(folder, scripted_ids(*script), endless=endless)
     overrides += [
         "serving.examples=code/mini_world/demo_examples",
         "serving.caption_bank=code/mini_world/caption_bank.json",
     ]
     overrides += [f"decoders.{modality}.num_inference_steps={steps}" for modality in MODALITIES]
+    overrides += options
     return Assistant.from_config(
         load_config("7b", overrides=overrides), folder / "tuned" / "stage_3"
     )
+
+
+class _Hungry(nn.Module):
+    """A layer that needs more memory than any machine has."""
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return torch.empty(1 << 56)
+
+
+def starve(assistant: Assistant, modality: Modality) -> None:
+    """Let the decoder of `modality` run out of memory in its first step."""
+    assistant.load_decoder(modality).pipeline.unet.conv_in = _Hungry()
 
 
 def sampling_assistant(folder: Path) -> Assistant:
@@ -88,7 +118,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def running_server(assistant: Assistant) -> Iterator[Running]:
+def running_server(
+    assistant: Assistant, access: Access | None = None, host: str = "127.0.0.1"
+) -> Iterator[Running]:
     """Serve `assistant` until the block ends."""
     port = free_port()
     before = os.environ.get("GRADIO_TEMP_DIR")
@@ -97,12 +129,12 @@ def running_server(assistant: Assistant) -> Iterator[Running]:
     with TemporaryDirectory(dir=together) as name:
         folder = Path(name)
         queue = InferenceQueue(assistant)
-        app = build_app(queue, folder)
+        app = build_app(queue, folder, host, access)
         # Gradio takes uploads from the one folder that this names. Of several servers in one
         # process, which only tests have, the first would refuse its own from the second's start on.
         os.environ["GRADIO_TEMP_DIR"] = str(together)
         server = uvicorn.Server(
-            uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=1)
+            uvicorn.Config(app, host, port, log_level="warning", timeout_graceful_shutdown=1)
         )
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -143,6 +175,26 @@ def user(*parts: dict | str) -> dict:
 def image_part(path: Path = PHOTO) -> dict:
     data = base64.b64encode(path.read_bytes()).decode()
     return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
+
+
+def audio_part() -> dict:
+    data = base64.b64encode((MEDIA / "tone_16k.wav").read_bytes()).decode()
+    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+
+
+def opened(url: str) -> bytes:
+    """Decode a data URL."""
+    head, _, body = url.partition(",")
+    assert head.startswith("data:") and head.endswith(";base64")
+    return base64.b64decode(body)
+
+
+def sse_events(reply: httpx.Response) -> list[dict[str, Any]]:
+    """Parse a complete stream of server-sent events."""
+    assert reply.status_code == 200, reply.text
+    lines = [line for line in reply.text.split("\n") if line.startswith("data: ")]
+    assert lines.pop() == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
 def client(running: Running) -> Client:

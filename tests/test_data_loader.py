@@ -55,7 +55,8 @@ def test_loader_workers_of_a_failed_start_end(
 
 
 def test_decode_worker_of_a_dead_loader_ends_silently() -> None:
-    request = [["nextgpt.media.decoding", "read_pixels"], ["missing.png"], "missing.png", [10, 10]]
+    limits = [10, 10, 2**30]
+    request = [["nextgpt.media.decoding", "read_pixels"], ["missing.png"], "missing.png", limits]
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "nextgpt.media.decode_worker", str(os.getpid())],
         stdin=subprocess.PIPE,

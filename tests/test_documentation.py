@@ -41,8 +41,8 @@ PROGRAMS = [
         "check_data", "prepare_checkpoints", "merge_vicuna", "convert_delta",
         "dataset/preprocess_dataset", "mini_world/write_data", "mini_world/build_components",
     )),
-    "benchmarks/gpu.py", "benchmarks/features.py",
-    "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
+    "benchmarks/gpu.py", "benchmarks/features.py", "benchmarks/decoding.py",
+    "benchmarks/serving.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
 ]  # fmt: skip
 OTHERS_FLAGS = {"--help", "--logdir"}  # of every program; TensorBoard's
 # Roots of paths in the documents. Data, weights and outputs are not in the repository.

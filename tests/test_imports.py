@@ -163,7 +163,7 @@ class NoMiniWorld:
 
 
 sys.meta_path.insert(0, NoMiniWorld())
-uvicorn.Server.run = lambda self: print("the server runs")
+uvicorn.Server.run = lambda self, sockets: print("the server runs")
 from nextgpt.common.cli import run_cli
 
 entry = sys.argv.pop(1)
@@ -208,5 +208,6 @@ def test_server_starts_without_the_mini_world(tmp_path: Path) -> None:
     write_tiny_components(tmp_path)
     sets = [word for override in tiny_overrides(tmp_path) for word in ("--set", override)]
     delta = str(tmp_path / "tuned" / "stage_3")
-    done = run_without_mini_world("demo_app", "--config", "7b", *sets, "--nextgpt_ckpt_path", delta)
+    where = ("--nextgpt_ckpt_path", delta, "--server_port", "0")
+    done = run_without_mini_world("demo_app", "--config", "7b", *sets, *where)
     assert done.returncode == 0 and "the server runs" in done.stdout, done.stderr

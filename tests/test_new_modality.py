@@ -33,6 +33,7 @@ def test_registered_modality_trains_and_answers(
     overrides = [f"decoders.depth.{key}={value}" for key, value in decoder.items()]
     config = load_config("7b", 2, [*tiny_overrides(tmp_path), *overrides])
     builder, cpu = build_prompt_builder(config), torch.device("cpu")
+    torch.manual_seed(0)
     model = build_model(config, torch.float32, lora=False, output_projections=True)
     set_trainable(model, ["output_projections", "vocabulary"], base_vocabulary=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)

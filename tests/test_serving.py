@@ -22,6 +22,7 @@ from PIL import Image
 
 from media_files import write_heic, write_media
 from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.paths import PROJECT_ROOT
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.decoders.text_encoders import TextEncoder
@@ -32,13 +33,13 @@ from nextgpt.media.writing import Frames, Sound, save_medium
 from nextgpt.mini_world.captions import parse_caption
 from nextgpt.mini_world.page_files import BANK, EXAMPLES, bank_captions, write_caption_bank
 from nextgpt.serving.answer_state import AnswerState
-from nextgpt.serving.chat_view import chat_messages, unescape_text
+from nextgpt.serving.chat_view import EXPIRED, chat_messages, unescape_text
 from nextgpt.serving.examples import read_examples
 from nextgpt.serving.explanation import explanation_html
 from nextgpt.serving.limits import MAX_BYTES, MAX_CHECKS, check_medium, find_modality
 from nextgpt.serving.nearest_captions import CaptionBank
 from nextgpt.serving.sampling_settings import apply_settings, check_seed, setting_specs
-from nextgpt.serving.scheduler import Finished, MediumSaved, QueuePosition
+from nextgpt.serving.scheduler import Finished, MediumNotMade, MediumSaved, QueuePosition
 from nextgpt.serving.sessions import Round, Session, Sessions, safe_name
 from nextgpt.serving.temporary_folder import temporary_folder
 from parity_tools import MEDIA
@@ -427,6 +428,36 @@ def test_explanation_covers_unfinished_answers() -> None:
     html = explanation_html(reply)
     assert "Sure" in html and "[IMG0]" in html and "Seed 5" in html
     assert "Seconds" not in html and "nearest" not in html
+    stopped = AnswerState(5, text="Su", token_names=("Su", "re"), stopped=True)  # in its words
+    assert "<code>re</code>" in explanation_html(stopped)
+
+
+def test_chat_view_names_failed_media_and_shows_the_others(tmp_path: Path) -> None:
+    session = Sessions(tmp_path).get("tab", "ada")
+    reply = AnswerState(5, turn=Turn("assistant", (Media("image"), Media("audio"))))
+    session.rounds.append(Round(session.build_turn("draw", []), reply))
+    reply.update(MediumNotMade(0, f"the picture was not made: {PROJECT_ROOT}/sd is no <folder>"))
+    reply.update(MediumSaved(1, session.new_folder() / "audio_2.wav"))
+    shown = [one.value for one in chat_messages(session)[0][1]["content"]]
+    assert "the picture was not made: sd is no &lt;folder&gt;" in shown[0]
+    assert "audio_2.wav" in shown[1]
+
+
+def test_chat_view_tells_that_the_conversation_expired(tmp_path: Path) -> None:
+    sessions = Sessions(tmp_path)
+    session = sessions.get("tab", "ada")
+    sessions.sweep(idle=-1)
+    assert chat_messages(sessions.get("tab", "ada")) == ([], [])  # it had no rounds
+    session = sessions.get("tab", "ada")
+    for _ in range(2):  # also of one that is a continuation already
+        session.rounds.append(Round(session.build_turn("hi", []), AnswerState(0, text="ho")))
+        sessions.sweep(idle=-1)
+        session = sessions.get("tab", "ada")
+    session.rounds.append(Round(session.build_turn("hi", []), AnswerState(0, text="ho")))
+    messages, rounds = chat_messages(session)
+    assert EXPIRED in messages[0]["content"][0].value and rounds == [-1, 0, 0]
+    session.clear()
+    assert chat_messages(session) == ([], [])
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio"])

@@ -9,6 +9,7 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 from nextgpt.mini_world.page_files import EXAMPLES
+from nextgpt.serving.chat_view import EXPIRED
 from nextgpt.serving.examples import read_examples
 from serving_harness import (
     EVERYTHING,
@@ -17,6 +18,7 @@ from serving_harness import (
     Running,
     running_server,
     scripted_assistant,
+    starve,
     wait_until,
 )
 
@@ -26,13 +28,14 @@ CHROMIUM = [
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
 ]  # fmt: skip
-SECONDS = 60_000  # milliseconds that anything may take on a busy machine
+SECONDS = 180_000  # milliseconds that anything may take on a busy machine
 HOLDS_FILE = """(data) => {
     const bytes = Uint8Array.from(atob(data), one => one.charCodeAt(0));
     const held = new DataTransfer();
     held.items.add(new File([bytes], 'seen.jpg', {type: 'image/jpeg'}));
     return held;
 }"""
+WIDTH = "async (image) => { await image.decode(); return image.naturalWidth; }"
 PLAYS = """async (medium) => {
     medium.muted = true;
     await medium.play();
@@ -73,6 +76,25 @@ def text_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def audio_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     yield from served(tmp_path_factory, (WORDS[0], "audio"), 2)
+
+
+@pytest.fixture(scope="module")
+def endless_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose answers are 512 tokens."""
+    folder, options = tmp_path_factory.mktemp("endless"), ["generation.max_new_tokens=512"]
+    with running_server(
+        scripted_assistant(folder, WORDS, options=options, endless=True)
+    ) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def starved_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server that lacks the memory for videos."""
+    assistant = scripted_assistant(tmp_path_factory.mktemp("starved"))
+    starve(assistant, "video")
+    with running_server(assistant) as running:
+        yield running
 
 
 @pytest.fixture
@@ -118,6 +140,11 @@ def answered(page: Page, rounds: int = 1) -> None:
     expect(page.locator("#box .submit-button")).to_be_visible()
 
 
+def is_shown(image: Locator) -> bool:
+    """Wait until an image is loaded; return whether it has pixels."""
+    return image.evaluate(WIDTH) > 0
+
+
 def plays(medium: Locator) -> float:
     return medium.evaluate(PLAYS)
 
@@ -152,8 +179,7 @@ def test_page_answers_an_image_with_audio(visitor: BrowserContext, audio_server:
     page = opened(visitor, audio_server)
     send(page, "What does it sound like?", PHOTO)
     answered(page)
-    shown = page.locator("#chat figure.image img")
-    assert shown.evaluate("image => image.naturalWidth") > 0
+    assert is_shown(page.locator("#chat figure.image img"))
     assert plays(page.locator("#chat audio")) > 0
     assert downloaded(page, "audio").startswith(b"RIFF")
 
@@ -173,7 +199,7 @@ def test_page_shows_all_media_with_progress_over_two_rounds(
         ".some(bar => bar.value > 0 && bar.value < bar.max)"
     )
     answered(page)
-    assert page.locator("#chat figure.image img").evaluate("image => image.naturalWidth") > 0
+    assert is_shown(page.locator("#chat figure.image img"))
     assert plays(page.locator("#chat video")) > 0
     assert plays(page.locator("#chat audio")) > 0
     assert downloaded(page, "image").startswith(b"\x89PNG")
@@ -224,6 +250,51 @@ def test_page_stops_retries_edits_and_clears(
     page.get_by_label("Clear").first.click()
     expect(page.locator("#chat figure.medium")).to_have_count(0)
     expect(page.locator("#chat details.why")).to_have_count(0)
+
+
+def test_page_shows_the_tokens_of_an_answer_stopped_in_its_words(
+    visitor: BrowserContext, endless_server: Running
+) -> None:
+    page = opened(visitor, endless_server)
+    send(page, "go on")
+    expect(page.locator("#chat .bot-row").last).to_contain_text(WORDS[0])
+    page.locator("#box .stop-button").click()
+    expect(page.locator("#chat p.note", has_text="stopped")).to_be_visible()
+    page.locator("#chat details.why summary").click()
+    tokens = page.locator("#chat details.why .tokens code")
+    assert 0 < tokens.count() < 512
+    expect(tokens.first).to_contain_text(WORDS[0])
+    expect(page.locator("#chat details.why")).not_to_contain_text("Seconds")
+
+
+def test_page_tells_that_the_conversation_expired(
+    visitor: BrowserContext, text_server: Running
+) -> None:
+    page = opened(visitor, text_server)
+    send(page, "the first")
+    answered(page)
+    text_server.sessions.sweep(idle=-1)
+    send(page, "the second")
+    expect(page.locator("#chat p.note", has_text=EXPIRED)).to_be_visible()
+    answered(page)
+    assert "the second" in said_by(page, "user") and "the first" not in said_by(page, "user")
+    send(page, "the third")
+    answered(page, rounds=2)
+
+
+def test_page_names_the_medium_that_failed_and_shows_the_others(
+    visitor: BrowserContext, starved_server: Running
+) -> None:
+    page = opened(visitor, starved_server)
+    for rounds in (1, 2):
+        send(page, "all of it")
+        answered(page, rounds)
+    faults = page.locator("#chat p.fault")
+    expect(faults).to_have_count(2)
+    expect(faults.last).to_contain_text("the video was not made: this video needs more memory")
+    assert is_shown(page.locator("#chat figure.image img").last)
+    assert plays(page.locator("#chat audio").last) > 0
+    assert page.locator("#chat video").count() == 0
 
 
 def test_page_names_a_broken_file_and_keeps_the_message(
@@ -277,7 +348,7 @@ def test_page_example_chips_fill_the_textbox_with_text_and_file(
         expect(page.locator("#box .thumbnail-item")).to_have_count(1 if example.file else 0)
     page.locator("#box textarea").press("Enter")
     answered(page)
-    assert page.locator("#chat figure.image img").evaluate("image => image.naturalWidth") == 64
+    assert page.locator("#chat figure.image img").evaluate(WIDTH) == 64
 
 
 def test_page_uses_settings_and_seed(visitor: BrowserContext, audio_server: Running) -> None:
@@ -316,7 +387,7 @@ def test_page_records_from_microphone_and_camera(
     expect(page.locator("#box .thumbnail-item")).to_have_count(3)
     send(page, "what do you see and hear?")
     answered(page)
-    assert page.locator("#chat .user-row figure.image img").evaluate("i => i.naturalWidth") > 0
+    assert is_shown(page.locator("#chat .user-row figure.image img"))
     assert plays(page.locator("#chat .user-row audio")) > 0.5
     assert plays(page.locator("#chat .user-row video")) > 0.5  # or without end
 
@@ -357,8 +428,9 @@ def test_page_closed_tab_frees_work_and_files(
 
 
 def test_page_tabs_are_separate_conversations_with_queue_positions(
-    visitor: BrowserContext, media_server: Running
+    visitor: BrowserContext, media_server: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(media_server.queue.engine, "max_batch_size", 1)
     first, second = opened(visitor, media_server), opened(visitor, media_server)
     send(first, "mine")
     expect(first.locator("#chat .making progress").first).to_be_visible()

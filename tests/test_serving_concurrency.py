@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 from gradio_client import handle_file
-from openai import BadRequestError, InternalServerError
+from openai import BadRequestError, RateLimitError
 
 from nextgpt.common.errors import UserError
 from nextgpt.conversation.messages import Conversation, Text, Turn
@@ -25,8 +25,9 @@ from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media.writing import Output, save_medium
 from nextgpt.serving.handlers import Handlers
 from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, setting_specs
-from nextgpt.serving.scheduler import Finished, Job, QueuePosition
+from nextgpt.serving.scheduler import MAX_OF_CLIENT, Finished, Job, QueuePosition
 from serving_harness import (
+    MODEL,
     PHOTO,
     SLOW_DECODING,
     Running,
@@ -94,6 +95,7 @@ def job(running: Running, **overrides: int) -> Job:
 
 def test_queue_reports_positions_and_drops_leavers(assistant: Assistant) -> None:
     with running_server(assistant) as running:
+        running.queue.engine.max_batch_size = 1
 
         async def follow(one: Job, seen: list) -> None:
             async for event in running.queue.answer(one):
@@ -125,9 +127,11 @@ def test_queue_refuses_requests_beyond_its_limit(
     demo: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nextgpt.serving.scheduler.MAX_PENDING", 0)
-    with pytest.raises(InternalServerError, match="try again later") as refused:
-        openai(demo).chat.completions.create(model="any", messages=[user("a")])
-    assert refused.value.status_code == 503
+    for stream in (False, True):
+        with pytest.raises(RateLimitError, match="try again later") as refused:
+            openai(demo).chat.completions.create(model=MODEL, messages=[user("a")], stream=stream)
+        assert refused.value.status_code == 429 and refused.value.code == "queue_full"
+        assert int(refused.value.response.headers["Retry-After"]) > 0
 
 
 def test_request_sent_while_the_tab_closes_is_dropped(demo: Running) -> None:
@@ -185,45 +189,20 @@ def test_stop_ends_generation_soon(demo: Running) -> None:
     assert not (one.folder / "audio_3.wav").exists()
 
 
-def test_decoder_failure_ends_one_answer_with_a_message(
-    demo: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise RuntimeError(f"secret of {demo.folder}")
-
-    decoder = demo.queue.assistant.load_decoder("video")
-    monkeypatch.setattr(decoder.pipeline.unet, "forward", fail)
-    asked = {"model": "any", "messages": [user("all of it")]}
-    with pytest.raises(InternalServerError, match="internal error") as failed:
-        openai(demo).chat.completions.create(**asked)
-    assert str(demo.folder) not in str(failed.value)
-    monkeypatch.undo()
-    assert openai(demo).chat.completions.create(**asked).choices[0].message.content
-
-
-def test_component_load_failure_is_reported_as_a_server_error(
-    demo: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    assistant = demo.queue.assistant
-    gone = {"path": str(tmp_path / "gone")}
-    audio = assistant.config.decoders["audio"].model_copy(update=gone)
-    monkeypatch.setitem(assistant.config.decoders, "audio", audio)
-    monkeypatch.setattr(assistant, "_decoders", {})
-    with pytest.raises(InternalServerError, match="gone") as failed:
-        openai(demo).chat.completions.create(model="any", messages=[user("all of it")])
-    assert failed.value.status_code == 500
-
-
 def test_prompt_beyond_the_context_is_a_client_error(demo: Running) -> None:
-    with pytest.raises(BadRequestError, match="the language model holds"):
-        openai(demo).chat.completions.create(model="any", messages=[user("a " * 9000)])
+    for stream in (False, True):
+        with pytest.raises(BadRequestError, match="maximum context length is") as refused:
+            openai(demo).chat.completions.create(
+                model=MODEL, messages=[user("a " * 9000)], stream=stream
+            )
+        assert refused.value.code == "context_length_exceeded"
 
 
 def test_broken_image_ends_the_answer_with_its_name(demo: Running, tmp_path: Path) -> None:
     broken = tmp_path / "half.jpg"
     broken.write_bytes(PHOTO.read_bytes()[:2000])
     with pytest.raises(BadRequestError, match="not readable as an image") as refused:
-        openai(demo).chat.completions.create(model="any", messages=[user("a", image_part(broken))])
+        openai(demo).chat.completions.create(model=MODEL, messages=[user("a", image_part(broken))])
     assert str(demo.folder) not in str(refused.value)
 
 
@@ -246,6 +225,33 @@ def test_client_partial_read_frees_the_queue(demo: Running) -> None:
     wait_until(lambda: not demo.queue.pending, seconds=5)
 
 
+def test_client_with_many_answers_keeps_no_other_waiting(demo: Running) -> None:
+    """Client addresses of the loopback network, answers of one and then of another."""
+
+    async def ask(address: str, number: int) -> list[httpx.Response]:
+        transport = httpx.AsyncHTTPTransport(local_address=address)
+        body = {"messages": [user("all of it")]}
+        async with httpx.AsyncClient(transport=transport, timeout=120) as http:
+            place = f"{demo.address}/v1/chat/completions"
+            return await asyncio.gather(*[http.post(place, json=body) for _ in range(number)])
+
+    async def scene() -> None:
+        greedy = asyncio.create_task(ask("127.0.0.2", MAX_OF_CLIENT + 3))
+        while len(demo.queue.pending) < MAX_OF_CLIENT:
+            await asyncio.sleep(0.01)
+        (reply,) = await ask("127.0.0.1", 1)
+        assert reply.is_success
+        assert len(demo.queue.pending) > MAX_OF_CLIENT / 2 and not greedy.done()
+        for job in demo.queue.pending:
+            job.stopped.set()
+        refused = [one for one in await greedy if one.status_code == 429]
+        assert len(refused) == 3
+        for one in refused:
+            assert "of your answers" in one.text and int(one.headers["Retry-After"]) > 0
+
+    asyncio.run(scene())
+
+
 @pytest.mark.slow
 def test_server_memory_stays_flat_over_200_requests(sampling_server: Running) -> None:
     process = psutil.Process(os.getpid())
@@ -259,7 +265,7 @@ def test_server_memory_stays_flat_over_200_requests(sampling_server: Running) ->
             one.predict(api_name="/forget")
             return
         openai(sampling_server).chat.completions.create(
-            model="any", messages=[user(f"number {number}", image_part())], seed=number
+            model=MODEL, messages=[user(f"number {number}", image_part())], seed=number
         )
 
     grown = []

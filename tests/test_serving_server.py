@@ -24,17 +24,21 @@ from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.media import decode_worker
 from nextgpt.media.decode_worker import TimeLimits
-from nextgpt.serving.middleware import COOKIE, MAX_JSON
+from nextgpt.serving.middleware import COOKIE
+from nextgpt.serving.request_bodies import MAX_JSON
 from nextgpt.serving.sampling_settings import setting_specs
 from nextgpt.serving.scheduler import Event, Finished, Job
 from parity_tools import MEDIA
 from serving_harness import (
     EVERYTHING,
+    MODEL,
     PHOTO,
     WORDS,
     Running,
+    audio_part,
     image_part,
     openai,
+    opened,
     scripted_ids,
     user,
     wait_until,
@@ -42,25 +46,14 @@ from serving_harness import (
 from tiny_system import tiny_encoder
 
 
-def audio_part() -> dict:
-    data = base64.b64encode((MEDIA / "tone_16k.wav").read_bytes()).decode()
-    return {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
-
-
 def video_part() -> dict:
     data = base64.b64encode((MEDIA / "move_wide.mp4").read_bytes()).decode()
     return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
 
 
-def opened(url: str) -> bytes:
-    head, _, body = url.partition(",")
-    assert head.startswith("data:") and head.endswith(";base64")
-    return base64.b64decode(body)
-
-
 def test_openai_client_receives_text_and_media_in_order(demo: Running) -> None:
     reply = openai(demo).chat.completions.create(
-        model="any", messages=[user("all of it", image_part(), audio_part(), video_part())], seed=3
+        model=MODEL, messages=[user("all of it", image_part(), audio_part(), video_part())], seed=3
     )
     message = reply.choices[0].message
     assert message.content == "\n".join(WORDS)
@@ -79,7 +72,7 @@ def test_openai_client_lists_the_served_model(demo: Running) -> None:
 
 
 def test_openai_stream_equals_the_completion_over_rounds(demo: Running) -> None:
-    asked = {"model": "any", "messages": [user("all of it", image_part())], "seed": 4}
+    asked = {"model": MODEL, "messages": [user("all of it", image_part())], "seed": 4}
     whole = openai(demo).chat.completions.create(**asked).choices[0].message
     text, parts = "", {}
     response = {"stream": True, "stream_options": {"include_usage": True}}
@@ -94,7 +87,7 @@ def test_openai_stream_equals_the_completion_over_rounds(demo: Running) -> None:
     assert text == whole.content
     assert parts == {i: p for i, p in enumerate(whole.parts) if p["type"] != "text"}
     again = [user("all of it", image_part()), whole.model_dump(), user("more", audio_part())]
-    answer = openai(demo).chat.completions.create(model="any", messages=again)
+    answer = openai(demo).chat.completions.create(model=MODEL, messages=again)
     assert answer.choices[0].message.content == "\n".join(WORDS)
     assert answer.usage.prompt_tokens > 60  # signal runs of the first answer were read again
 
@@ -111,15 +104,13 @@ BAD = {
     "no medium": ({"messages": [user({"type": "audio_url", "audio_url":
                   {"url": "data:audio/wav;base64,aGVsbG8="}})]}, "neither a picture"),
     "no messages": ({"messages": []}, "messages"),
-    "two users": ({"messages": [user("a"), user("b")]}, "take turns"),
     "nothing said": ({"messages": [user("  ")]}, "nothing to answer"),
     "temperature": ({"messages": [user("a")], "temperature": 9}, "temperature"),
     "a setting": ({"messages": [user("a")], "steps_image": 10_000}, "steps_image"),
     "no tokens": ({"messages": [user("a")], "max_completion_tokens": 0},
-                  "max_completion_tokens 0"),
-    "too few tokens": ({"messages": [user("a")], "max_tokens": 1}, "max_tokens 1"),
+                  "max_completion_tokens: "),
     "a setting of that": ({"messages": [user("a")], "max_new_tokens": 9999}, "max_new_tokens 9999"),
-    "n": ({"messages": [user("a")], "n": 2}, "n:"),
+    "n": ({"messages": [user("a")], "n": 5}, "n: "),
     "too long": ({"messages": [user("word " * 5000)]}, "characters"),
 }  # fmt: skip
 
@@ -137,7 +128,7 @@ def test_openai_bad_request_is_refused_with_a_reason(
         assert reply.status_code == 400
         with pytest.raises(BadRequestError):
             openai(demo).chat.completions.create(
-                model="any", messages=body["messages"], extra_body=body
+                model=MODEL, messages=body["messages"], extra_body=body
             )
 
 
@@ -150,7 +141,7 @@ def test_server_refuses_other_content_types_and_host_names(demo: Running) -> Non
 
 
 def test_openai_completion_leaves_no_files(demo: Running) -> None:
-    openai(demo).chat.completions.create(model="any", messages=[user("a", image_part())])
+    openai(demo).chat.completions.create(model=MODEL, messages=[user("a", image_part())])
     wait_until(lambda: not demo.queue.pending)
     assert not list(demo.sessions.folder.glob("*/*/*"))
 
@@ -288,7 +279,7 @@ def workers() -> list[psutil.Process]:
 def test_decoder_crash_costs_one_request(
     where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
-    asked = {"model": "any", "messages": [user("what is it?", image_part(MEDIA / "gray.png"))]}
+    asked = {"model": MODEL, "messages": [user("what is it?", image_part(MEDIA / "gray.png"))]}
     demo.queue.assistant._features.clear()
     with monkeypatch.context() as patch:
         patch.setattr(where, hostile_decoders.crash)
@@ -301,12 +292,13 @@ def test_decoder_crash_costs_one_request(
 @pytest.mark.parametrize(
     "where", ["nextgpt.serving.limits.find_modality", "nextgpt.media.transforms.read_pixels"]
 )
+@pytest.mark.parametrize("stream", [False, True])
 def test_client_disconnect_kills_a_hanging_decoder(
-    where: str, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
+    where: str, stream: bool, demo: Running, monkeypatch: pytest.MonkeyPatch, hostile_files: None
 ) -> None:
     monkeypatch.setattr(where, hostile_decoders.hang)
     demo.queue.assistant._features.clear()
-    asked = {"messages": [user("what is it?", image_part())]}
+    asked = {"messages": [user("what is it?", image_part())], "stream": stream}
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{demo.address}/v1/chat/completions", json=asked, timeout=2)
     wait_until(lambda: not demo.queue.pending, seconds=5)
@@ -322,7 +314,7 @@ def test_audio_of_eight_channels_is_accepted(demo: Running, channels: int) -> No
     wav += b"data" + struct.pack("<I", len(data)) + data
     shown = {"data": base64.b64encode(wav).decode(), "format": "wav"}
     said = user("listen", {"type": "input_audio", "input_audio": shown})
-    reply = openai(demo).chat.completions.create(model="any", messages=[said])
+    reply = openai(demo).chat.completions.create(model=MODEL, messages=[said])
     assert reply.choices[0].message.content == "\n".join(WORDS)
 
 
@@ -334,7 +326,7 @@ def file_part(kind: str, path: Path) -> dict:
 def test_image_avif_is_accepted(demo: Running, tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), "red").save(tmp_path / "a.avif")
     shown = file_part("image_url", tmp_path / "a.avif")
-    reply = openai(demo).chat.completions.create(model="any", messages=[user("look", shown)])
+    reply = openai(demo).chat.completions.create(model=MODEL, messages=[user("look", shown)])
     assert reply.choices[0].message.content == "\n".join(WORDS)
 
 
@@ -351,7 +343,7 @@ def test_media_unusable_are_refused_with_the_reason(
 ) -> None:
     asked = [user("look", file_part(kind, write(tmp_path / "odd.wav")))]
     with pytest.raises(BadRequestError, match=reason) as refused:
-        openai(demo).chat.completions.create(model="any", messages=asked)
+        openai(demo).chat.completions.create(model=MODEL, messages=asked)
     assert str(demo.folder) not in str(refused.value)
 
 
@@ -424,7 +416,7 @@ def test_file_checks_that_hang_do_not_block_the_queue(
         try:
             wait_until(lambda: decode_worker._pool.slots._value == 1)
             assert isinstance(asyncio.run(answer())[-1], Finished)
-            words = openai(demo).chat.completions.create(model="any", messages=[user("hello")])
+            words = openai(demo).chat.completions.create(model=MODEL, messages=[user("hello")])
             assert words.choices[0].message.content
             assert decode_worker._pool.slots._value == 1 and not any(a.done() for a in attacks)
         finally:
@@ -438,7 +430,7 @@ def test_media_decoding_timeout_ends_the_answer(
 ) -> None:
     monkeypatch.setattr("nextgpt.media.transforms.read_pixels", hostile_decoders.hang)
     demo.queue.assistant._features.clear()
-    asked = {"model": "any", "messages": [user("what is it?", image_part())]}
+    asked = {"model": MODEL, "messages": [user("what is it?", image_part())]}
     with monkeypatch.context() as patch:
         patch.setattr("nextgpt.serving.scheduler.MAX_DECODING_SECONDS", 1)
         with pytest.raises(BadRequestError, match="the media take more than 1 s to decode"):
@@ -456,5 +448,5 @@ def test_upload_is_refused_when_the_disk_quota_is_used(
     reply = httpx.post(f"{demo.address}/gradio_api/upload", files={"files": ("a.png", b"a")})
     assert reply.status_code == 507 and set(demo.sessions._uploads) == before
     with pytest.raises(InternalServerError, match="too many files") as refused:
-        openai(demo).chat.completions.create(model="any", messages=[user("a", image_part())])
+        openai(demo).chat.completions.create(model=MODEL, messages=[user("a", image_part())])
     assert refused.value.status_code == 503

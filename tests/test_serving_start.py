@@ -13,6 +13,7 @@ import pytest
 
 from nextgpt import demo_app
 from nextgpt.config.schema import Config
+from nextgpt.serving.access import Access
 from serving_harness import free_port, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,10 +25,10 @@ CASE = json.loads((ROOT / "code/mini_world/demo_examples/cases.json").read_text(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], ("mini_tiva_v0", None, "127.0.0.1", 7860)),
+        ([], ("mini_tiva_v0", None, "127.0.0.1", 7860, Access())),
         (
             ["--config", "7b", "--nextgpt_ckpt_path", "a", "--server_name", "0.0.0.0"],
-            ("7b_tiva_v0", Path("a"), "0.0.0.0", 7860),
+            ("7b_tiva_v0", Path("a"), "0.0.0.0", 7860, Access()),
         ),
     ],
 )
@@ -111,7 +112,7 @@ import nextgpt.serving.server
 from nextgpt.config.loader import load_config
 from serving_harness import scripted_assistant
 
-how, folder, port = sys.argv[1:]
+how, folder, host, port = sys.argv[1:]
 build_app = nextgpt.serving.server.build_app
 
 
@@ -134,20 +135,21 @@ def build_stuck(queue, *given):
 nextgpt.serving.server.Assistant = Loader
 nextgpt.serving.server.build_app = build_stuck
 nextgpt.serving.server._END_SECONDS = 4.0
-nextgpt.serving.server.serve(load_config("mini"), Path("none"), "127.0.0.1", int(port))
+nextgpt.serving.server.serve(load_config("mini"), Path("none"), host, int(port))
 """
 
 
 @pytest.fixture
-def scene(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, psutil.Popen]]]:
-    """Start servers and end them after the test."""
+def scene(tmp_path: Path) -> Iterator[Callable[..., tuple[str, psutil.Popen]]]:
+    """Start servers, whose output is in `output N`, and end them after the test."""
     processes = []
 
-    def start(how: str) -> tuple[str, psutil.Popen]:
+    def start(how: str, host: str = "127.0.0.1") -> tuple[str, psutil.Popen]:
         port, parts = free_port(), tmp_path / f"parts {len(processes)}"
         environment = os.environ | {"TMPDIR": str(tmp_path)}
-        command = [sys.executable, "-c", SCENE, how, str(parts), str(port)]
-        processes.append(psutil.Popen(command, env=environment))
+        command = [sys.executable, "-c", SCENE, how, str(parts), host, str(port)]
+        with (tmp_path / f"output {len(processes)}").open("w") as output:
+            processes.append(psutil.Popen(command, env=environment, stdout=output))
         address = f"http://127.0.0.1:{port}"
         wait_until(lambda: answers(address), seconds=120)
         return address, processes[-1]
@@ -162,7 +164,7 @@ def scene(tmp_path: Path) -> Iterator[Callable[[str], tuple[str, psutil.Popen]]]
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["loop", "queue", "not"])
 def test_demo_app_that_hangs_still_ends_on_signal(
-    how: str, scene: Callable[[str], tuple[str, psutil.Popen]], tmp_path: Path
+    how: str, scene: Callable[..., tuple[str, psutil.Popen]], tmp_path: Path
 ) -> None:
     address, process = scene(how)
     assert list(tmp_path.glob("nextgpt_demo_*"))
@@ -178,7 +180,7 @@ def test_demo_app_that_hangs_still_ends_on_signal(
 
 @pytest.mark.slow
 def test_demo_app_removes_folders_of_killed_servers_only(
-    scene: Callable[[str], tuple[str, psutil.Popen]], tmp_path: Path
+    scene: Callable[..., tuple[str, psutil.Popen]], tmp_path: Path
 ) -> None:
     killed, running = scene("not"), scene("not")
     first, second = sorted(
@@ -193,3 +195,17 @@ def test_demo_app_removes_folders_of_killed_servers_only(
     left = {*tmp_path.glob("nextgpt_demo_*")}
     assert first not in left and second in left and len(left) == 2
     assert answers(running[0])
+
+
+@pytest.mark.slow
+def test_demo_app_warns_when_it_listens_on_all_addresses(
+    scene: Callable[..., tuple[str, psutil.Popen]], tmp_path: Path
+) -> None:
+    address, _ = scene("not", "0.0.0.0")
+    port = address.rpartition(":")[2]
+    warning = f"warning: open to everyone who can reach port {port} of this machine, without a key"
+    wait_until(lambda: warning in (tmp_path / "output 0").read_text())
+    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+        asked = {"messages": [{"role": "user", "content": "a"}]}
+        reply = httpx.post(f"{address}/v1/chat/completions", json=asked, headers=headers)
+        assert reply.status_code in (400, 403)

@@ -95,12 +95,17 @@ def favour(model: NextGPT, favoured: Sequence[int], strength: float = 25.0) -> N
     model.language_model.get_output_embeddings().new_rows[list(favoured)] *= strength
 
 
-def script_language_model(folder: Path, answer: Sequence[int]) -> list[str]:
+def script_language_model(
+    folder: Path, answer: Sequence[int], *, endless: bool = False
+) -> list[str]:
     """Write a language model that always generates the distinct ids `answer`; return overrides.
 
     Attention and feed-forward layers add nothing; the tokens of the prompt's end and of the answer
     have directions of their own, and the head leads from each to the next. The folder gets tuned
     parameters without LoRA.
+
+    Args:
+        endless: repeat the answer instead of its last token, which ends it.
     """
     overrides = [*tiny_overrides(folder), f"language_model.path={folder / 'scripted'}"]
     own = AutoModelForCausalLM.from_pretrained(PARITY / "llama_tiny")
@@ -115,7 +120,8 @@ def script_language_model(folder: Path, answer: Sequence[int]) -> list[str]:
     rows = own.config.vocab_size
     embedding = torch.zeros(rows + 38, own.config.hidden_size)
     head = embedding.clone()
-    for direction, (token, following) in enumerate(pairwise(chain)):
+    last = answer[0] if endless else answer[-1]
+    for direction, (token, following) in enumerate(pairwise([*chain[:-1], last])):
         embedding[token, direction] = 1
         head[following, direction] = 9
     with torch.no_grad():

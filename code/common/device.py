@@ -52,6 +52,12 @@ def autocast_to(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether `error` reports a failed allocation, on a GPU or a CPU."""
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return on_cpu or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Whether `device` multiplies bf16 in hardware.
 

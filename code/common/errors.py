@@ -18,6 +18,10 @@ class MediaError(UserError):
     """One medium or sample is missing, broken or too long; training skips and counts it."""
 
 
+class ContextLengthError(MediaError):
+    """Prompt and answer exceed the language model's context."""
+
+
 def is_program_error(error: Exception) -> bool:
     """Whether a line of this package raised `error`, rather than a library on faulty input."""
     *_, (frame, _) = walk_tb(error.__traceback__)

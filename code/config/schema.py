@@ -45,7 +45,8 @@ class LanguageModelConfig(Section):
     """how turns are delimited: `### Human:` as published, `<|im_start|>`, or the tokenizer's chat
     template"""
     attn_implementation: Literal["sdpa", "eager"]
-    """attention kernel of transformers; eager is faster on CPU for short conversations"""
+    """attention kernel of transformers in training; eager is faster on CPU for short conversations;
+    answers are always generated with SDPA"""
     lora_rank: Positive
     """rank of the adapters"""
     lora_alpha: Positive
@@ -304,10 +305,22 @@ class ServingConfig(Section):
 
     offload_decoders: bool
     """keep idle decoders in CPU memory instead of on the GPU, for small cards"""
+    max_batch_size: Positive
+    """answers that the server generates together; others wait"""
+    media_batch_size: Positive
+    """media of one modality that the server denoises together; each takes memory"""
     caption_bank: str | None
     """JSON file of captions by modality, of which the page shows the nearest; null: shows none"""
     examples: str | None
     """folder with a cases.json and its media, for the example buttons; null: no buttons"""
+    max_event_bytes: Annotated[int, Field(ge=4000)]
+    """longest line of a streamed answer; larger media are sent as a URL, sound also in pieces"""
+    media_url_seconds: Annotated[int, Field(gt=0, le=3600)]
+    """time after which the URL of a generated medium expires"""
+    max_media_pixels: Positive
+    """largest size, width times height, that a request for an image or a video may give"""
+    task_prompts: dict[KnownModality, Annotated[str, Field(pattern=r"\{prompt\}")]]
+    """how the routes for a single medium ask the language model for it"""
 
 
 class Config(Section):

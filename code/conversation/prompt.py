@@ -4,6 +4,7 @@ Training and inference share `PromptBuilder.encode`, so a prompt is always a pre
 trained on.
 """
 
+from array import array
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import groupby
@@ -17,6 +18,7 @@ from nextgpt.conversation.templates import Markup, Special, Template
 
 IGNORE_INDEX = -100  # label of a position without a loss, the default of torch's cross entropy
 PLACEHOLDER_ID = 0  # input id at an input medium's positions; its embeddings replace the token's
+_MAX_CACHED = 512  # characters of a text whose ids are cached
 _AS_TEXT = {"add_special_tokens": False, "split_special_tokens": True}  # none has a meaning in text
 
 
@@ -53,9 +55,16 @@ class _Segment:
     num_labels: int = 0  # ids from the first on that are labels
 
 
-@lru_cache(maxsize=16384)  # hits: markup, and the texts of later epochs
-def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    return tuple(tokenizer(text, **_AS_TEXT).input_ids)
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> array:
+    return (_cached_ids if len(text) <= _MAX_CACHED else _ids)(tokenizer, text)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> array:
+    return array("i", tokenizer(text, **_AS_TEXT).input_ids)
+
+
+# Hits: markup, and the texts of later epochs. At most 100 MB.
+_cached_ids = lru_cache(maxsize=16384)(_ids)
 
 
 class PromptBuilder:

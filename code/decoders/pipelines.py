@@ -5,7 +5,8 @@ of the UNet, two with guidance. diffusers deprecates the video and audio pipelin
 No safety checker is loaded, as in the published system: put one behind anything that is public.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from inspect import signature
@@ -17,12 +18,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nextgpt.common.device import is_out_of_memory
 from nextgpt.common.errors import UserError
 from nextgpt.common.json_io import read_json
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.decoders.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 from nextgpt.media.writing import Frames, Output, Sound
 from nextgpt.model.loading import explain_load_errors, resolve_model_path
+from nextgpt.model.packed_linear import pack_linear_layers
 
 _VAE, _UNET_2D = "diffusers:AutoencoderKL", "diffusers:UNet2DConditionModel"
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -173,8 +176,12 @@ class Decoder:
             )
         if self.device.type == "cuda":
             pipeline.vae.enable_slicing()  # 24 large frames at once would be the peak of memory
+        else:
+            for name in self.networks:
+                pack_linear_layers(getattr(pipeline, name))
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline if self.offloaded else pipeline.to(self.device)
+        with self._explain_out_of_memory():
+            return pipeline if self.offloaded else pipeline.to(self.device)
 
     def decode(
         self,
@@ -190,7 +197,8 @@ class Decoder:
             progress: called after every step; an exception in it ends the decoding.
 
         Raises:
-            UserError: embeddings of another shape, or settings that the pipeline refuses.
+            UserError: embeddings of another shape, settings that the pipeline refuses, or not
+                enough memory.
         """
         settings = settings or DiffusionSettings()
         if tuple(prompt_embeds.shape[1:]) != self.text_encoder.shape:
@@ -202,15 +210,28 @@ class Decoder:
         encoder = self.text_encoder.encoder
         networks = [c for c in components if isinstance(c, nn.Module) and c is not encoder]
         try:
-            for network in networks:
-                network.to(self.device)
-            result = self.pipeline(**self._arguments(prompt_embeds, settings, progress))
-        except (ValueError, torch.OutOfMemoryError) as error:
+            with self._explain_out_of_memory():
+                for network in networks:
+                    network.to(self.device)
+                result = self.pipeline(**self._arguments(prompt_embeds, settings, progress))
+        except ValueError as error:
             raise UserError(f"{self.path} cannot make this {self.modality}: {error}") from error
         finally:
             for network in networks:
                 network.to(torch.device("cpu"))
         return self.wrap_outputs(result, settings)
+
+    @contextmanager
+    def _explain_out_of_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"this {self.modality} needs more memory than there is: choose a smaller or "
+                "shorter one"
+            ) from error
 
     def _arguments(
         self, prompt_embeds: Tensor, settings: DiffusionSettings, progress: Progress | None

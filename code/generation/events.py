@@ -1,7 +1,7 @@
 """Answers, and the events of one while it is generated.
 
 In order: `TextDelta`s, one `TurnComplete`, then for each medium its `DiffusionStep`s and its
-`MediumReady`, at last `AnswerComplete`.
+`MediumReady` or `MediumFailed`, at last `AnswerComplete`.
 """
 
 from collections.abc import Callable, Generator
@@ -23,13 +23,16 @@ class Answer:
 
     Attributes:
         turn: the content parts in order; the media have no path yet.
-        outputs: the decoded media, in the order of the turn's `Media` parts.
-        prompt_embeds: input of each decoder, (T, D) or (D,) float32 on the CPU, in the same order.
+        outputs: the decoded media, in the order of the turn's `Media` parts; of the modalities that
+            the settings ask for, without those that failed.
+        prompt_embeds: input of each decoder, (T, D) or (D,) float32 on the CPU, in the same order;
+            also of media that failed.
         token_ids: as generated, the stop sequence included.
         token_names: of the same tokens.
         prompt_tokens: length of the prompt.
         seconds: of each step: `load` (components that were not loaded yet), `encode`,
-            `language_model`, `projection` and each decoder's modality; shared by a batch.
+            `language_model`, `projection` and each decoder's modality; a batch shares steps, and
+            each of its answers has their whole duration.
     """
 
     turn: Turn
@@ -59,10 +62,12 @@ class TurnComplete:
 
     Attributes:
         token_names: of all generated tokens.
+        truncated: whether the answer ended at `max_new_tokens`.
     """
 
     turn: Turn
     token_names: tuple[str, ...]
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,21 @@ class MediumReady:
 
 
 @dataclass(frozen=True)
+class MediumFailed:
+    """Medium `number` of the answer cannot be decoded; only where the request keeps the others."""
+
+    number: int
+    error: Exception
+
+
+@dataclass(frozen=True)
 class AnswerComplete:
     """The last event."""
 
     answer: Answer
 
 
-Event = TextDelta | TurnComplete | DiffusionStep | MediumReady | AnswerComplete
+Event = TextDelta | TurnComplete | DiffusionStep | MediumReady | MediumFailed | AnswerComplete
 Emit = Callable[[Event], None]
 
 
@@ -97,18 +110,20 @@ class Cancelled(Exception):
     """Nobody waits for the answer any more."""
 
 
-def stream_events(generate: Callable[[Emit], object]) -> Generator[Event, None, None]:
+def stream_events(
+    generate: Callable[[Emit], object], closed: Flag | None = None
+) -> Generator[Event, None, None]:
     """Run `generate` in a thread and yield the events that it emits.
 
-    transformers and diffusers report progress through callbacks, from inside their calls. When the
-    iterator is closed, the next event that `generate` emits raises `Cancelled` in the thread;
-    closing returns once the thread has ended.
+    diffusers reports progress through callbacks, from inside its calls. When the iterator is
+    closed, `closed` is set and the next event that `generate` emits raises `Cancelled` in the
+    thread; closing returns once the thread has ended.
 
     Raises:
         Exception: whatever `generate` raises.
     """
     events: SimpleQueue[Event | None] = SimpleQueue()
-    closed = Flag()
+    closed = closed or Flag()
 
     def emit(event: Event) -> None:
         if closed.is_set():

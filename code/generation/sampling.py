@@ -1,44 +1,27 @@
-"""Token generation: complete signal spans, a generator for each row, stop sequences, streaming.
-
-Hugging Face's `generate` with its key-value cache: a forward pass over the prompts, then one for
-each token of the batch. SmolLM2-135M generates about 15 tokens a second on two cores, four times
-as many in a batch of sixteen.
-"""
+"""Sampling of tokens: complete signal spans, a generator for each answer, stops, streamed text."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
-from transformers.generation.streamers import BaseStreamer
 
 from nextgpt.conversation.messages import ContentPart, Text
 from nextgpt.conversation.prompt import PromptBuilder
 from nextgpt.conversation.signal_tokens import SignalTokens
 from nextgpt.generation.settings import GenerationSettings
+from nextgpt.generation.stop_strings import StopStrings
 
 _MAX_CHARACTER_BYTES = 4  # in UTF-8
 _INVALID = "\N{REPLACEMENT CHARACTER}"  # decoded from bytes that are no character
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's byte fallback
 
 
-class CompleteSignalSpans(LogitsProcessor):
+class CompleteSignalSpans:
     """Allow signal tokens in complete spans only.
 
-    A span starts with its first token, and only if all of it fits into the answer; each token
-    forces the next. `<Img>` and `</Img>` are never generated: they enclose the human's media.
+    A span starts with its first token, and only if all of it fits into the answer; the others
+    follow without being sampled. `<Img>` and `</Img>` are never generated: they enclose the human's
+    media.
 
     Args:
         signals: the new tokens, the last ids of the vocabulary.
@@ -46,84 +29,95 @@ class CompleteSignalSpans(LogitsProcessor):
     """
 
     def __init__(self, signals: SignalTokens, max_new_tokens: int) -> None:
-        self.signals = signals
         self.max_new_tokens = max_new_tokens
-        self._next: dict[int, int] = {}
-        self._lengths: dict[int, int] = {}  # by first token
-        for modality in signals.counts:
-            span = signals.span(modality)
-            self._next |= dict(pairwise(span))
-            self._lengths[span[0]] = len(span)
+        self._new_ids = range(signals.first_id, signals.end_id)
+        self._spans = {span[0]: span for span in map(signals.span, signals.counts)}
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask scores (B, V + N) with -inf, given the generated ids (B, A)."""
-        room = self.max_new_tokens - input_ids.shape[1]
-        allowed = {first for first, length in self._lengths.items() if length <= room}
-        masked = [i for i in range(self.signals.first_id, self.signals.end_id) if i not in allowed]
-        scores = scores.index_fill(1, torch.tensor(masked, device=scores.device), -torch.inf)
-        for row, last in enumerate(input_ids[:, -1:].tolist()):
-            if last and last[0] in self._next:
-                scores[row] = -torch.inf
-                scores[row, self._next[last[0]]] = 0.0
-        return scores
+    def mask(self, scores: torch.Tensor, written: int) -> torch.Tensor:
+        """Mask the scores (V + N,) of the token after `written` ones with -inf."""
+        room = self.max_new_tokens - written
+        allowed = {first for first, span in self._spans.items() if len(span) <= room}
+        masked = [i for i in self._new_ids if i not in allowed]
+        return scores.index_fill(0, torch.tensor(masked, device=scores.device), -torch.inf)
+
+    def starting_with(self, token_id: int) -> list[int] | None:
+        """Return the span whose first token is `token_id`."""
+        return self._spans.get(token_id)
 
 
-class PerRowSampler(LogitsProcessor):
-    """Sample each row with its own generator, so that a batch does not change an answer.
+class TokenSampler:
+    """Sample the tokens of one answer with a generator of its own: a batch does not change it.
 
     Args:
-        seeds: of the B rows.
+        settings: temperature, top-k and top-p.
+        seed: the same one gives the same tokens. Torch's global random state is left alone.
         device: of the scores.
     """
 
-    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    def __init__(self, settings: GenerationSettings, seed: int, device: torch.device) -> None:
+        self.settings = settings
+        self.generator = torch.Generator(device).manual_seed(seed)
 
-    def __call__(self, _: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores (B, V + N) in which only the sampled token is finite."""
-        sampled = [
-            torch.multinomial(row.softmax(dim=-1), 1, generator=generator)
-            for row, generator in zip(scores, self.generators, strict=True)
-        ]
-        return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(sampled), 0.0)
+    def sample(self, scores: torch.Tensor) -> int:
+        """Return the next token, given scores (V + N,) float32."""
+        settings = self.settings
+        if not settings.temperature:
+            return int(scores.argmax())
+        # Of the top k alone: sorting the whole vocabulary takes longer than a layer.
+        count = min(settings.top_k or len(scores), len(scores))
+        values, ids = (scores / settings.temperature).topk(count)
+        likelihoods = values.softmax(dim=-1)
+        more_likely = likelihoods.cumsum(dim=-1) - likelihoods
+        values = values.masked_fill(more_likely >= settings.top_p, -torch.inf)
+        probabilities = torch.zeros_like(scores).scatter(0, ids, values.softmax(dim=-1))
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
+
+    def skip(self, tokens: int, vocabulary: int) -> None:
+        """Advance the generator by `tokens` that were certain.
+
+        A seed thus gives the answer that sampling every token gives.
+        """
+        if self.settings.temperature:
+            certain = torch.zeros(vocabulary, device=self.generator.device)
+            certain[0] = 1
+            for _ in range(tokens):
+                torch.multinomial(certain, 1, generator=self.generator)
 
 
-class StopSequences(StoppingCriteria):
-    """Stop a row once its last tokens are one of `sequences`."""
+class StopSequences:
+    """Ends of answers."""
 
     def __init__(self, sequences: list[list[int]]) -> None:
         self.sequences = sequences
 
-    def __call__(self, input_ids: torch.Tensor, _: torch.Tensor, **__: object) -> torch.Tensor:
-        """Return which of the rows (B, A) are complete, (B,) bool."""
-        ended = [self._ends(ids) for ids in input_ids.tolist()]
-        return torch.tensor(ended, device=input_ids.device)
-
-    def truncate(self, ids: list[int]) -> list[int]:
-        """Cut `ids` after the first stop sequence: behind it is the padding of a batch."""
-        ends = (n for n in range(1, len(ids) + 1) if self._ends(ids[:n]))
-        return ids[: next(ends, len(ids))]
-
-    def _ends(self, ids: list[int]) -> bool:
+    def ends(self, ids: list[int]) -> bool:
+        """Whether the last of `ids` are a stop sequence."""
         return any(ids[-len(stop) :] == stop for stop in self.sequences)
 
 
-class TextStreamer(BaseStreamer):
+class TextStreamer:
     """Pass on an answer's text while it is generated.
 
-    Incomplete characters, stop sequences and signal tokens are held back: the text so far is always
-    a prefix of `join_texts(readable_parts(...))` of the complete answer.
+    Incomplete characters, stop sequences, beginnings of stop strings and signal tokens are held
+    back: the text so far is always a prefix of `join_texts(readable_parts(...))` of the complete
+    answer.
     """
 
-    def __init__(self, prompt_builder: PromptBuilder, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        prompt_builder: PromptBuilder,
+        on_text: Callable[[str], None],
+        stop: StopStrings | None = None,
+    ) -> None:
         self.prompt_builder = prompt_builder
         self.on_text = on_text
+        self.stop = stop or StopStrings(())
         self._ids: list[int] = []
         self._text = ""
 
-    def put(self, value: torch.Tensor) -> None:
-        """Append tokens; called by `generate`."""
-        self._ids += value.flatten().tolist()
+    def put(self, ids: list[int]) -> None:
+        """Append tokens."""
+        self._ids += ids
         # Sentencepiece decodes a sequence of byte tokens as a whole, across special tokens: hold
         # it back until it is complete.
         end, special = len(self._ids), self.prompt_builder.tokenizer.all_special_ids
@@ -131,14 +125,14 @@ class TextStreamer(BaseStreamer):
             self._ids[end - 1] in special or _is_byte(self.prompt_builder, self._ids[end - 1])
         ):
             end -= 1
-        self._flush(self._ids[:end])
+        self._pass_on(self.stop.settled(readable_text(self.prompt_builder, self._ids[:end])))
 
     def end(self) -> None:
-        """Pass on the rest; called by `generate`."""
-        self._flush(self._ids)
+        """Pass on the rest of the complete answer."""
+        text = readable_text(self.prompt_builder, self._ids)
+        self._pass_on(text[: self.stop.find(text)])
 
-    def _flush(self, ids: list[int]) -> None:
-        text = join_texts(readable_parts(self.prompt_builder, ids))
+    def _pass_on(self, text: str) -> None:
         if len(text) > len(self._text) and text.startswith(self._text):
             self.on_text(text[len(self._text) :])
             self._text = text
@@ -174,6 +168,11 @@ def readable_parts(prompt_builder: PromptBuilder, ids: list[int]) -> tuple[Conte
     return parts
 
 
+def readable_text(prompt_builder: PromptBuilder, ids: list[int]) -> str:
+    """The text of an answer, complete or not, as `join_texts`."""
+    return join_texts(readable_parts(prompt_builder, ids))
+
+
 def _is_byte(prompt_builder: PromptBuilder, token_id: int) -> bool:
     token = prompt_builder.tokenizer.convert_ids_to_tokens(token_id)
     return bool(_BYTE_TOKEN.fullmatch(token or ""))
@@ -182,85 +181,3 @@ def _is_byte(prompt_builder: PromptBuilder, token_id: int) -> bool:
 def join_texts(parts: Iterable[ContentPart]) -> str:
     """Join the text parts of an answer, a line each."""
     return "\n".join(part.text for part in parts if isinstance(part, Text))
-
-
-def generate_answers(
-    language_model: PreTrainedModel,
-    prompt_builder: PromptBuilder,
-    prompts: Sequence[torch.Tensor],
-    settings: GenerationSettings,
-    seeds: Sequence[int],
-    on_text: Callable[[str], None] | None = None,
-) -> list[list[int]]:
-    """Generate answers as token ids, stop sequences included.
-
-    Args:
-        language_model: with extended vocabulary, in evaluation mode.
-        prompt_builder: of the prompts.
-        prompts: B input embeddings (L, H), of any lengths.
-        settings: for sampling.
-        seeds: B; the same one gives the same ids. Torch's global random state is left alone.
-        on_text: called with the text of a single answer while it is generated.
-    """
-    processors: list[LogitsProcessor] = [
-        CompleteSignalSpans(prompt_builder.signals, settings.max_new_tokens)
-    ]
-    if settings.temperature > 0:  # transformers wants floats
-        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k:
-            processors.append(TopKLogitsWarper(settings.top_k))
-        processors.append(TopPLogitsWarper(float(settings.top_p)))
-        processors.append(PerRowSampler(seeds, prompts[0].device))
-    streamer = TextStreamer(prompt_builder, on_text) if on_text else None
-    return _generate(
-        language_model, prompt_builder, prompts, settings.max_new_tokens, processors, streamer
-    )
-
-
-def greedy_answers(
-    language_model: PreTrainedModel,
-    prompt_builder: PromptBuilder,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-) -> list[list[int]]:
-    """Decode greedily with a pretrained language model, without signal tokens.
-
-    Args:
-        language_model: without extended vocabulary.
-        prompt_builder: of the prompts.
-        prompts: B rows of ids, without media.
-        max_new_tokens: of an answer.
-
-    Returns:
-        B answers' ids, stop sequences included.
-    """
-    embed = language_model.get_input_embeddings()
-    rows = [embed(torch.tensor(prompt, device=language_model.device)) for prompt in prompts]
-    return _generate(language_model, prompt_builder, rows, max_new_tokens)
-
-
-@torch.no_grad()
-def _generate(
-    language_model: PreTrainedModel,
-    prompt_builder: PromptBuilder,
-    prompts: Sequence[torch.Tensor],
-    max_new_tokens: int,
-    processors: Sequence[LogitsProcessor] = (),
-    streamer: TextStreamer | None = None,
-) -> list[list[int]]:
-    stops = StopSequences(prompt_builder.stop_sequences)
-    masks = [prompt.new_ones(len(prompt), dtype=torch.long) for prompt in prompts]
-    ids = language_model.generate(
-        # Left padding: all answers start in one column. Position ids follow from the mask.
-        inputs_embeds=pad_sequence(prompts, batch_first=True, padding_side="left"),  # (B, L, H)
-        attention_mask=pad_sequence(masks, batch_first=True, padding_side="left"),
-        generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,  # PerRowSampler samples
-            pad_token_id=prompt_builder.tokenizer.eos_token_id,
-        ),
-        logits_processor=LogitsProcessorList(processors),
-        stopping_criteria=StoppingCriteriaList([stops]),
-        streamer=streamer,
-    )
-    return [stops.truncate(row) for row in ids.tolist()]

@@ -18,6 +18,9 @@ class GenerationSettings:
         temperature: 0: greedy.
         max_new_tokens: of the answer, signal tokens and stop sequence included.
         decode: by modality; the `seed`s are set for each answer.
+        stop: strings before which the answer ends.
+        modalities: of the media that are decoded; None: all. Of others the answer's turn has the
+            medium, and so later prompts its signal span, but there is no output.
     """
 
     top_k: int
@@ -25,6 +28,8 @@ class GenerationSettings:
     temperature: float
     max_new_tokens: int
     decode: dict[Modality, DiffusionSettings]
+    stop: tuple[str, ...] = ()
+    modalities: frozenset[Modality] | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -40,6 +45,12 @@ class GenerationSettings:
             raise UserError(f"temperature {self.temperature}: give 0 or more")
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens {self.max_new_tokens}: give 1 or more")
+        if not all(self.stop):
+            raise UserError("stop: an empty string would end every answer")
+
+    def decodes(self, modality: Modality) -> bool:
+        """Whether media of `modality` are decoded."""
+        return self.modalities is None or modality in self.modalities
 
     @classmethod
     def from_config(cls, config: Config) -> "GenerationSettings":

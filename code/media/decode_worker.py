@@ -44,15 +44,17 @@ _PING, _PONG = b"\n", b"ready\n"
 
 
 class TimeLimits(NamedTuple):
-    """Time limits of a call.
+    """Limits of a call.
 
     Attributes:
         cpu_seconds: of processor time, all threads together.
         wall_seconds: of wall time; larger, for slow disks and busy processors.
+        memory: bytes of address space beyond what the worker has before; at most `MEMORY` in all.
     """
 
     cpu_seconds: int
     wall_seconds: int
+    memory: int = MEMORY
 
 
 DEFAULT_LIMITS = TimeLimits(cpu_seconds=120, wall_seconds=600)
@@ -305,7 +307,8 @@ def _serve(line: bytes, answers: BinaryIO) -> None:
     except MediaError as refused:
         error = str(refused)
     except MemoryError:
-        error = f"{label}: cannot be decoded: it takes more than {MEMORY >> 30} GB of memory"
+        most = limits[-1] >> 30
+        error = f"{label}: cannot be decoded: it takes more than {most} GB of memory"
     except Exception as unexpected:
         logging.exception("%s", label)  # to stderr
         fault = f"{label}: {type(unexpected).__name__} in the decoding process, see its log"
@@ -321,8 +324,13 @@ def _peak_memory() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def _start_limits(cpu_seconds: int, wall_seconds: int) -> None:
-    """Have the kernel kill this process when it exceeds these times from now on."""
+def _start_limits(cpu_seconds: int, wall_seconds: int, memory: int) -> None:
+    """Have the kernel kill this process when it exceeds these times from now on, and limit memory.
+
+    Allocations beyond the limit fail.
+    """
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    _set_limit(resource.RLIMIT_AS, min(MEMORY, pages * resource.getpagesize() + memory))
     used = resource.getrusage(resource.RUSAGE_SELF)
     _set_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime) + 1 + cpu_seconds)
     signal.setitimer(signal.ITIMER_REAL, wall_seconds)

@@ -38,6 +38,8 @@ MAX_AUDIO_SECONDS = 3 * 3600  # at up to `MAX_AUDIO_RATE`; at higher rates as ma
 MAX_AUDIO_RATE = 48_000  # Hz; 3 hours of it hold 2.1 GB, half of a worker's memory
 MAX_CHANNELS = 64  # limit of FFmpeg's resampler
 _DECODE_TIME_FORMATS = ("avi", "asf")  # their stamps are in the order of decoding
+_MAX_FRAME_PIXELS = 7680 * 4320  # of a video that is decoded: 8K
+_MAX_GROWTH, _FREE_PIXELS = 16, 100_000_000  # of frames larger than the header's
 _log = logging.getLogger("media")
 _WHITE_LEVELS = ((1, 16), (255, 280), (65535, 72_000))  # and the highest value of each
 _MAX_ASPECT = 50  # beyond it, scaling the short side to the encoder's size makes the other huge
@@ -272,8 +274,10 @@ def pick_frames(
     decoded, frame = 0, None
     with _as_media_errors(path, "a video") as file, open_container(file, str(path)) as container:
         stream = _open_video_stream(file, container)
+        budget = _PixelBudget(file, stream)
         for frame in decode_frames(path, container, stream):
             decoded += 1
+            budget.spend(frame)
             time = _seconds(frame.pts, stream) if due and frame.pts is not None else None
             while wanted and (wanted[-1] < decoded if time is None else due[wanted[-1]] <= time):
                 picked[wanted.pop()] = _upright(file, frame)
@@ -285,11 +289,38 @@ def pick_frames(
         return [picked[index] for index in indices]
 
 
+class _PixelBudget:
+    """Limits the pixels of frames that are larger than the header's, which limits have checked.
+
+    Browsers' recordings may grow with the connection, from 320x240 to 1280x720.
+    """
+
+    def __init__(self, path: Path, stream: VideoStream) -> None:
+        self.path = path
+        self.declared = stream.width, stream.height
+        self.left = float(_FREE_PIXELS)
+
+    def spend(self, frame: av.VideoFrame) -> None:
+        """Count a decoded frame.
+
+        Raises:
+            MediaError: the frames have far more pixels than the header declares.
+        """
+        width, height = self.declared
+        self.left -= max(0, frame.width * frame.height - _MAX_GROWTH * width * height)
+        if self.left < 0:
+            raise MediaError(
+                f"{self.path}: frames of {frame.width}x{frame.height}, in its header "
+                f"{width}x{height}: convert it"
+            )
+
+
 def _open_video_stream(path: Path, container: InputContainer) -> VideoStream:
     stream = find_video_stream(container)
     if stream is None:
         raise MediaError(f"{path}: no video stream in it that can be decoded")
     _check_size(path, stream.width, stream.height)
+    stream.codec_context.options = {"max_pixels": str(_MAX_FRAME_PIXELS)}
     stream.thread_type = "AUTO"
     return stream
 

@@ -18,7 +18,8 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import to_json
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Text, Turn
-from nextgpt.generation.sampling import greedy_answers, join_texts
+from nextgpt.generation.decoding import greedy_answers
+from nextgpt.generation.sampling import join_texts
 from nextgpt.mini_world.plain_talk import ANSWERS_FILE
 from nextgpt.model.build import build_prompt_builder
 from nextgpt.model.loading import load_pretrained, resolve_model_path

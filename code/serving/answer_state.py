@@ -13,7 +13,9 @@ from nextgpt.serving.scheduler import (
     Event,
     Finished,
     InferenceQueue,
+    Interrupted,
     Job,
+    MediumNotMade,
     MediumSaved,
     QueuePosition,
 )
@@ -27,8 +29,10 @@ class AnswerState:
         seed: of the answer.
         before: the number of answers before it in the queue; None until it is queued.
         text: streamed so far.
-        turn, token_names: once the language model is done.
-        steps: (step, total) of the media, by number; files: of the decoded ones.
+        turn, token_names, truncated: once the language model is done, or the answer has ended
+            before.
+        steps: (step, total) of the media, by number; files: of the decoded ones; failures:
+            messages on those that cannot be made.
         finished: the rest of the explanation, once the answer is complete.
         error: the message of the error that ended it; error_type: of that error.
         stopped: whether it was cancelled.
@@ -39,8 +43,10 @@ class AnswerState:
     text: str = ""
     turn: Turn | None = None
     token_names: tuple[str, ...] = ()
+    truncated: bool = False
     steps: dict[int, tuple[int, int]] = field(default_factory=dict)
     files: dict[int, Path] = field(default_factory=dict)
+    failures: dict[int, str] = field(default_factory=dict)
     finished: Finished | None = None
     error: str = ""
     error_type: type[UserError] = UserError
@@ -73,12 +79,16 @@ class AnswerState:
                 self.before = before
             case TextDelta(text):
                 self.text += text
-            case TurnComplete(turn, token_names):
-                self.turn, self.token_names = turn, token_names
+            case TurnComplete(turn, token_names, truncated):
+                self.turn, self.token_names, self.truncated = turn, token_names, truncated
             case DiffusionStep(number, step, total):
                 self.steps[number] = (step, total)
             case MediumSaved(number, path):
                 self.files[number] = path
+            case MediumNotMade(number, message):
+                self.failures[number] = _without_folders(message, PROJECT_ROOT)
+            case Interrupted(token_names):
+                self.token_names = token_names
             case Finished():
                 self.finished = event
 
@@ -101,6 +111,13 @@ async def follow_answer(
     except Cancelled:
         state.stopped = True
     except UserError as error:
-        message = str(error).replace(f"{private or job.folder}/", "")
-        state.error = message.replace(f"{PROJECT_ROOT}/", "")  # nor the program's own folder
+        # Nor the program's own folder.
+        state.error = _without_folders(str(error), private or job.folder, PROJECT_ROOT)
         state.error_type = type(error)
+
+
+def _without_folders(message: str, *folders: Path) -> str:
+    """Return `message` with paths below `folders` relative to those."""
+    for folder in folders:
+        message = message.replace(f"{folder}/", "")
+    return message

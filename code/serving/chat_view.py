@@ -14,6 +14,7 @@ from nextgpt.serving.explanation import explanation_html
 from nextgpt.serving.sessions import Round, Session
 
 Message = dict[str, Any]
+EXPIRED = "The earlier conversation has expired: this is a new one."
 
 
 def escape_text(text: str) -> str:
@@ -27,9 +28,12 @@ def unescape_text(text: str) -> str:
 
 
 def chat_messages(session: Session, notice: str = "") -> tuple[list[Message], list[int]]:
-    """Render the conversation; return its messages, and each message's round."""
+    """Render the conversation; return its messages, and each message's round, -1 for none."""
     messages: list[Message] = []
     rounds: list[int] = []
+    if session.replaces_expired:
+        messages.append(_message("assistant", [_html([f'<p class="note">{EXPIRED}</p>'])]))
+        rounds.append(-1)
     for number, one in enumerate(session.rounds):
         rendered = [
             *_human_messages(one, session.folder),
@@ -84,6 +88,8 @@ def _medium(part: Media, number: int, state: AnswerState, folder: Path) -> str:
     if part.path:
         return _player(part, folder)
     title = MODALITIES[part.modality].display_name
+    if number in state.failures:
+        return _fault(state.failures[number])
     if state.ended:
         return f'<p class="note">the {title} was not made</p>'
     step, total = state.steps.get(number, (0, 0))
@@ -110,7 +116,11 @@ def _player(part: ContentPart, folder: Path) -> str:
 
 
 def _error(text: str) -> gr.HTML:
-    return _html([f'<p class="fault" role="alert">{escape(text)}</p>'])
+    return _html([_fault(text)])
+
+
+def _fault(text: str) -> str:
+    return f'<p class="fault" role="alert">{escape(text)}</p>'
 
 
 def _html(pieces: Sequence[str]) -> gr.HTML:

@@ -21,10 +21,12 @@ _STEPS = {
 
 def explanation_html(state: AnswerState) -> str:
     """Render the fold-out of an answer that has ended, complete or not; all content is escaped."""
-    if state.turn is None or not state.ended:
+    if not state.token_names or not state.ended:
         return ""
     finished = state.finished
-    nearest = _nearest(state.turn, finished.nearest) if finished and finished.nearest else ""
+    nearest = ""
+    if finished and finished.nearest and state.turn:
+        nearest = _nearest(state.turn, finished.nearest)
     return (
         '<details class="why"><summary>Why this answer</summary>'
         f"<h4>What the language model wrote</h4>{_tokens(state.token_names)}{nearest}"

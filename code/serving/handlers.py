@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from nextgpt.common.errors import UserError
 from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.generation.sampling import join_texts
 from nextgpt.generation.settings import GenerationSettings
+from nextgpt.serving.access import client_address
 from nextgpt.serving.answer_state import AnswerState, follow_answer
-from nextgpt.serving.chat_view import Message, chat_messages
+from nextgpt.serving.chat_view import EXPIRED, Message, chat_messages
 from nextgpt.serving.limits import check_text
+from nextgpt.serving.metrics import Metrics
 from nextgpt.serving.middleware import COOKIE
 from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, check_seed
-from nextgpt.serving.scheduler import InferenceQueue, Job
+from nextgpt.serving.scheduler import Event, InferenceQueue, Job
 from nextgpt.serving.sessions import Round, Session, Sessions, safe_name
 
 _BUSY = "an answer is in progress: wait for it, or stop it"
@@ -30,16 +32,20 @@ class Handlers:
 
     Attributes:
         defaults: the configuration's settings.
+        metrics: of all answers.
     """
 
     queue: InferenceQueue
     sessions: Sessions
     defaults: GenerationSettings
+    metrics: Metrics = field(default_factory=Metrics)
 
     def session(self, request: gr.Request) -> Session:
         """Return the session of the tab or client that sent the request."""
         visitor = request.cookies.get(COOKIE, "")
-        return self.sessions.get(str(request.session_hash), visitor)
+        session = self.sessions.get(_session_key(request), visitor)
+        session.client = client_address(request.request.scope)
+        return session
 
     async def send(
         self, message: dict[str, Any], values: dict[str, Any], request: gr.Request
@@ -61,8 +67,8 @@ class Handlers:
     ) -> AsyncIterator[list[Message]]:
         """Answer round `number` again, with a new seed or with an edited text."""
         session = self.session(request)
-        if not 0 <= number < len(session.rounds) or session.job:
-            yield chat_messages(session, _BUSY if session.job else "")[0]
+        if not 0 <= number < len(session.rounds) or session.jobs:
+            yield chat_messages(session, _BUSY if session.jobs else "")[0]
             return
         one = session.rounds[number]
         try:
@@ -84,16 +90,24 @@ class Handlers:
         state = AnswerState(secrets.randbelow(SEED_LIMIT) if seed is None else seed)
         conversation = Conversation((*session.turns(), human))
         session.rounds.append(Round(human, state))
-        session.job = job = Job(conversation, settings, state.seed, session.new_folder())
-        try:
-            yield chat_messages(session)[0]
-            async with aclosing(follow_answer(self.queue, state, job, session.folder)) as events:
-                async for _ in events:
-                    yield chat_messages(session)[0]
-        finally:
-            state.stopped |= not state.ended  # the tab was closed
-            session.job = None
+        job = Job(conversation, settings, state.seed, session.new_folder())
+        async with aclosing(self.follow(state, job, session)) as events:
+            async for _ in events:
+                yield chat_messages(session)[0]
         yield chat_messages(session)[0]
+
+    async def follow(self, state: AnswerState, job: Job, session: Session) -> AsyncIterator[Event]:
+        """Yield the events of an answer of `session`, as `follow_answer`."""
+        session.jobs.append(job)
+        job.client = session.client
+        try:
+            async with aclosing(follow_answer(self.queue, state, job, session.folder)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            state.stopped |= not state.ended  # the tab was closed, or the client left
+            session.jobs.remove(job)
+            self.metrics.add_answer(state)
 
     def parse_settings(self, values: dict[str, Any]) -> tuple[GenerationSettings, int | None]:
         """Return settings and seed; UserError if one is out of range."""
@@ -116,7 +130,7 @@ class Handlers:
         else:
             human = session.build_turn(text, files)
         session.check_open(clearings)
-        if session.job:
+        if session.jobs:
             raise UserError(_BUSY)
         for path, _ in files:
             self.sessions.revoke_access(str(path), session.visitor)
@@ -133,7 +147,7 @@ class Handlers:
 
     def close(self, request: gr.Request) -> None:
         """Close the session of a tab that was closed."""
-        self.sessions.close(str(request.session_hash), request.cookies.get(COOKIE, ""))
+        self.sessions.close(_session_key(request), request.cookies.get(COOKIE, ""))
 
     async def chat(
         self,
@@ -156,7 +170,12 @@ class Handlers:
             if state and state.error:
                 raise gr.Error(state.error, print_exception=False)
             if state:
-                yield _as_data(state)
+                yield _as_data(state, EXPIRED if session.replaces_expired else "")
+
+
+def _session_key(request: gr.Request) -> str:
+    """Return the key of a tab's session; nobody can claim another visitor's."""
+    return f"{request.cookies.get(COOKIE, '')} {request.session_hash}"
 
 
 def _path_and_name(file: Any) -> tuple[Path, str]:
@@ -171,7 +190,7 @@ def _path_and_name(file: Any) -> tuple[Path, str]:
     return Path(file["path"]), safe_name(name if isinstance(name, str) else file["path"])
 
 
-def _as_data(state: AnswerState) -> dict[str, Any]:
+def _as_data(state: AnswerState, notice: str) -> dict[str, Any]:
     return {
         "text": join_texts(state.parts),
         "files": [
@@ -181,6 +200,8 @@ def _as_data(state: AnswerState) -> dict[str, Any]:
         "tokens": list(state.token_names),
         "seconds": state.finished.seconds if state.finished else {},
         "seed": state.seed,
+        "failed": [state.failures[number] for number in sorted(state.failures)],
+        "notice": notice,
         "finished": state.finished is not None,
     }
 

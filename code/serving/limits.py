@@ -27,8 +27,14 @@ MAX_RATE = 192_000  # of audio, samples a second
 MAX_SECONDS: dict[Modality, float] = {"video": 120, "audio": 300}
 MAX_FILES = 8  # of a message
 MAX_CHARACTERS = 20_000  # of a message
+MAX_MESSAGES = 1000  # of a conversation, and of parts in it: its tokens fit no context long before
+MAX_CONVERSATION = 100_000  # characters of all texts of a conversation: 0.3 s of tokenization
+MAX_MEDIA = 64  # of a conversation
 MAX_CHECKS = MAX_WORKERS - 1  # at once, of all visitors: one worker is left to the inference queue
-_CHECK_LIMITS = TimeLimits(cpu_seconds=30, wall_seconds=60)
+MAX_MEMORY = 1 << 30  # bytes of a decode worker
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10
+MAX_SCAN_PIXELS = 1_000_000_000  # scans times pixels: each scan decodes all pixels again
+_CHECK_LIMITS = TimeLimits(cpu_seconds=30, wall_seconds=60, memory=MAX_MEMORY)
 
 
 def check_text(text: str) -> None:
@@ -39,6 +45,16 @@ def check_text(text: str) -> None:
     """
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"the text has {len(text)} characters, more than {MAX_CHARACTERS}")
+
+
+def check_number(files: int) -> None:
+    """Refuse too many files in a message, before any is copied.
+
+    Raises:
+        UserError: names number and limit.
+    """
+    if files > MAX_FILES:
+        raise UserError(f"{files} files at once: give at most {MAX_FILES}")
 
 
 def check_medium(path: Path, name: str, check: Callable[[], None] | None = None) -> Modality:
@@ -69,6 +85,8 @@ def find_modality(file: str, name: str) -> Modality:
     try:
         with open_any(path, name) as (modality, medium):
             _CHECKS[modality](medium, name)
+            if modality == "image" and medium.format in ("JPEG", "MPO"):
+                _check_scans(path, medium.width * medium.height, name)
             return modality
     except (MediaError, MemoryError):
         raise
@@ -92,6 +110,13 @@ def _check_image(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise MediaError(f"{name}: {width}x{height}: {_too_many_pixels()}")
+
+
+def _check_scans(path: Path, pixels: int, name: str) -> None:
+    """Refuse a JPEG of many scans; in data, the marker's first byte is always followed by zero."""
+    scans = path.read_bytes().count(b"\xff\xda")
+    if scans > MAX_SCANS or scans * pixels > MAX_SCAN_PIXELS:
+        raise MediaError(f"{name}: a JPEG of {scans} scans, too many: save it again")
 
 
 def _too_many_pixels() -> str:

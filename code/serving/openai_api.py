@@ -1,261 +1,267 @@
-"""An OpenAI-style `/v1/chat/completions`, with media as data URLs in both directions.
+"""`/v1/chat/completions` and `/v1/models`, for clients of OpenAI, OpenRouter, LiteLLM and vLLM.
 
-Request: a user's `content` is a text or a list of parts `text`, `image_url`, `video_url`,
-`audio_url` (each `{"url": "data:..."}`) and `input_audio` (`{"data", "format"}`). URLs other than
-data URLs are refused, none is ever fetched or opened. Response: `content` holds the text and
-`parts` the whole answer in order, media as parts of the same kinds; in a stream a medium comes as
-`delta.parts` when it is decoded, with its `index` among all parts. The settings of the page are
-fields of the request (`extra_body` in OpenAI's package).
+The request: `openai_request.py` and `openai_messages.py`; the answer: `openai_answers.py`.
 """
 
 import asyncio
-import base64
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import aclosing, contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import ValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES
-from nextgpt.conversation.messages import Conversation, Media, Text
-from nextgpt.generation.events import TextDelta
-from nextgpt.generation.sampling import join_texts
-from nextgpt.generation.settings import GenerationSettings
-from nextgpt.serving.answer_state import AnswerState, follow_answer
+from nextgpt.config.schema import Config
+from nextgpt.conversation.messages import Turn
+from nextgpt.generation.events import TextDelta, TurnComplete
+from nextgpt.serving.event_stream import (
+    Started,
+    event_lines,
+    event_stream_response,
+    resumed,
+    start,
+)
 from nextgpt.serving.handlers import Handlers
-from nextgpt.serving.openai_messages import CompletionRequest, conversation_turns, has_media
-from nextgpt.serving.sampling_settings import SEED_LIMIT, apply_settings, check_seed, setting_specs
-from nextgpt.serving.scheduler import Event, InternalError, Job, MediumSaved, Overloaded
+from nextgpt.serving.media_sources import MediaSources
+from nextgpt.serving.openai_answers import AnswerFormat, finish_reason, usage
+from nextgpt.serving.openai_errors import RequestError, error_body
+from nextgpt.serving.openai_messages import conversation_turns, has_media
+from nextgpt.serving.openai_request import CompletionRequest, choice_seeds
+from nextgpt.serving.sampling_settings import SEED_LIMIT
+from nextgpt.serving.scheduler import (
+    Event,
+    Finished,
+    InternalError,
+    Interrupted,
+    MediumNotMade,
+    MediumSaved,
+    QueuePosition,
+)
+from nextgpt.serving.served_files import ROUTE
+from nextgpt.serving.session_answers import SessionAnswers, while_connected
 from nextgpt.serving.sessions import Session
 
-MAX_BODY = 100_000_000  # bytes of a request
+_START_SECONDS = 10.0  # an error up to then gets its status, later ones are events of the stream
+_Body = TypeVar("_Body", bound=BaseModel)
 
 
-def openai_routes(handlers: Handlers) -> APIRouter:
-    """Build the routes, served by the handlers' queue."""
+def openai_routes(handlers: Handlers, sources: MediaSources) -> APIRouter:
+    """Build the routes, served by the handlers' queue.
+
+    Args:
+        handlers: of the server.
+        sources: of the requests' media, and of files in the answers.
+    """
     router = APIRouter(prefix="/v1")
-    name = handlers.queue.assistant.config.name
+    assistant = handlers.queue.assistant
+    context = assistant.model.language_model.config.max_position_embeddings
+    model = _describe_model(assistant.config, context)
 
     @router.get("/models")
     def models() -> dict[str, Any]:
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "nextgpt"}
         return {"object": "list", "data": [model]}
+
+    @router.get("/models/{name:path}")
+    def find_model(name: str) -> dict[str, Any]:
+        check_model(name, assistant.config)
+        return model
 
     @router.post("/chat/completions")
     async def complete(request: Request) -> Response:
-        try:
-            body = await _read_body(request)
-            if handlers.sessions.full():
-                raise Overloaded("the server holds too many files already: try again later")
-            completion = _Completion(handlers, body)
-            if body.stream:
-                return StreamingResponse(completion.stream(), media_type="text/event-stream")
-            return JSONResponse(await _while_connected(request, completion.complete()))
-        except UserError as error:
-            return JSONResponse(_error_body(error), _status(error))
+        body = await read_json_body(request, CompletionRequest)
+        check_model(body.model, assistant.config)
+        completion = _Completion(handlers, sources, body, request)
+        if not body.stream:
+            return JSONResponse(await while_connected(request, completion.complete()))
+        started = await while_connected(request, completion.start())
+        return event_stream_response(completion.stream(started))
 
     return router
 
 
-async def _read_body(request: Request) -> CompletionRequest:
+def unknown_routes() -> APIRouter:
+    """Build the answer to all other requests below `/v1`; included last."""
+    router = APIRouter(prefix="/v1")
+
+    @router.api_route("/{path:path}", methods=["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"])
+    def refuse(path: str, request: Request) -> Response:
+        message = f"no such route: {request.method} /v1/{path}"
+        raise RequestError(message, status=404, code="unknown_url")
+
+    return router
+
+
+def _describe_model(config: Config, context: int) -> dict[str, Any]:
+    """Describe the model: OpenAI's fields, OpenRouter's modalities, vLLM's context length."""
+    return {
+        "id": config.name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "nextgpt",
+        "context_length": context,
+        "max_model_len": context,
+        "architecture": {
+            "input_modalities": ["text", *MODALITIES],
+            "output_modalities": ["text", *config.decoders],
+        },
+    }
+
+
+def check_model(name: str | None, config: Config) -> None:
+    """Refuse a request for another model than the one served; None is this one.
+
+    Raises:
+        RequestError: it is another.
+    """
+    if name not in (None, "", config.name):
+        message = f"the model {name!r} does not exist: this server has {config.name}"
+        raise RequestError(message, "model", 404, "model_not_found")
+
+
+def content_type(request: Request) -> str:
+    """Return the body's media type without parameters, in lower case."""
+    return request.headers.get("content-type", "").split(";")[0].strip().lower()
+
+
+async def read_json_body(request: Request, kind: type[_Body]) -> _Body:
     """Read and validate the body.
 
     Raises:
-        UserError: names the field.
+        RequestError: names the field.
     """
-    if request.headers.get("content-type", "").split(";")[0].strip() != "application/json":
-        raise UserError("send Content-Type: application/json")
+    if content_type(request) != "application/json":
+        raise RequestError("send Content-Type: application/json")
     body = bytearray()
-    async for chunk in request.stream():
+    async for chunk in request.stream():  # bounded by `BodyLimitMiddleware`
         body += chunk
-        if len(body) > MAX_BODY:
-            raise UserError(f"the request is larger than {MAX_BODY / 1e6:.0f} MB")
     try:
-        return CompletionRequest.model_validate_json(bytes(body))
+        return await asyncio.to_thread(kind.model_validate_json, body)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-
-
-async def _while_connected(
-    request: Request, answer: Coroutine[Any, Any, dict[str, Any]]
-) -> dict[str, Any]:
-    """Await `answer`; cancel it when the client, whose request is read, disconnects."""
-    answering = asyncio.create_task(answer)
-    disconnect = asyncio.create_task(request.receive())
-    try:
-        await asyncio.wait((answering, disconnect), return_when=asyncio.FIRST_COMPLETED)
-        if not answering.done():
-            raise UserError("the client disconnected")
-        return answering.result()
-    finally:
-        disconnect.cancel()
-        answering.cancel()
-
-
-def _status(error: UserError) -> int:
-    if isinstance(error, Overloaded):
-        return 503
-    return 500 if isinstance(error, InternalError) else 400
-
-
-def _error_body(error: UserError) -> dict[str, Any]:
-    kind = "server_error" if isinstance(error, InternalError) else "invalid_request_error"
-    return {"error": {"message": str(error), "type": kind, "code": None}}
+        raise RequestError.from_validation(error) from error
 
 
 class _Completion:
-    """One completion, with a session of its own."""
+    """One completion of up to `n` choices.
 
-    def __init__(self, handlers: Handlers, body: CompletionRequest) -> None:
-        """Validate settings and seed.
+    Raises:
+        RequestError: a setting is out of range, or asks for what this model cannot do.
+        Overloaded: no capacity.
+    """
 
-        Raises:
-            UserError: one is out of range.
-        """
-        self.handlers = handlers
-        self.settings = _settings(body, handlers.defaults)
-        seed = check_seed(body.seed)
-        self.state = AnswerState(secrets.randbelow(SEED_LIMIT) if seed is None else seed)
-        self.messages = body.messages
-        self.include_usage = bool(body.stream_options and body.stream_options.include_usage)
+    def __init__(
+        self, handlers: Handlers, sources: MediaSources, body: CompletionRequest, request: Request
+    ) -> None:
+        body.check_supported()
+        settings = body.settings(handlers.defaults)
+        seeds = choice_seeds(body.seed, body.n or 1, secrets.randbelow(SEED_LIMIT))
+        self.answers = SessionAnswers(handlers, settings, seeds)
+        self.states = self.answers.states
+        self.settings = settings
+        self.body = body
+        self.sources = sources
+        files = sources.files
+        self.format = AnswerFormat(
+            max_line=handlers.queue.assistant.config.serving.max_event_bytes,
+            url_of=lambda path: str(request.url_for(ROUTE, file_id=files.add(path))),
+            expires_at=files.expires_at,
+            content_parts=body.content_format == "parts",
+        )
+        if body.audio and body.audio.format:
+            self.format = replace(self.format, audio_format=body.audio.format)
         self.head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": handlers.queue.assistant.config.name,
         }
-        self.key = f"v1 {self.head['id']}"
 
-    @contextmanager
-    def _session(self) -> Iterator[Session]:
-        """Open a session for this completion alone."""
-        try:
-            yield self.handlers.sessions.get(self.key, self.key)
-        finally:
-            self.handlers.sessions.close(self.key, self.key)
-
-    async def _events(self, session: Session) -> AsyncIterator[Event]:
-        """Check the messages' media, then generate the answer.
-
-        Raises:
-            UserError: a message or a medium is unusable.
-            InternalError: the answer failed, or there is no capacity.
-        """
-        if has_media(self.messages):
-            run_check = self.handlers.sessions.run_check
-            turns = await run_check(session.visitor, conversation_turns, self.messages, session)
-        else:
-            turns = conversation_turns(self.messages, session)
-        job = Job(Conversation(turns), self.settings, self.state.seed, session.new_folder())
-        session.job = job
-        events = follow_answer(self.handlers.queue, self.state, job, session.folder)
+    async def _events(self) -> AsyncIterator[tuple[int, Event]]:
+        """Yield the events but those of waiting and of errors: the first shows a valid request."""
+        events = self.answers.events(self._turns, has_media=has_media(self.body.messages))
         async with aclosing(events):
-            async for event in events:
-                yield event
-        if self.state.error:
-            raise self.state.error_type(self.state.error)
+            async for index, event in events:
+                if not isinstance(event, QueuePosition | Interrupted):
+                    yield index, event
+
+    def _turns(self, session: Session) -> tuple[Turn, ...]:
+        try:
+            return conversation_turns(self.body.messages, session, self.sources)
+        except InternalError:
+            raise
+        except UserError as error:
+            raise RequestError(str(error), "messages") from error
 
     async def complete(self) -> dict[str, Any]:
         """Return the whole completion.
 
         Raises:
-            UserError: as in `_events`.
+            UserError: the messages are unusable, or an answer failed.
         """
-        with self._session() as session:
-            async with aclosing(self._events(session)) as events:
-                async for _ in events:
-                    pass
-            message = {
-                "role": "assistant",
-                "content": join_texts(self.state.parts),
-                "refusal": None,
-                "parts": _parts(self.state),
+        messages: dict[int, dict[str, Any]] = {}
+        async with aclosing(self._events()) as events:
+            async for index, event in events:
+                if isinstance(event, Finished):
+                    state = self.states[index]
+                    messages[index] = await asyncio.to_thread(self.format.message, state)
+        choices = [
+            {
+                "index": index, "message": messages[index], "logprobs": None,
+                "finish_reason": finish_reason(state),
             }
-        choice = {
-            "index": 0, "message": message, "finish_reason": self._finish_reason(), "logprobs": None
-        }  # fmt: skip
-        return self.head | {
-            "object": "chat.completion", "choices": [choice], "usage": self._usage()
-        }  # fmt: skip
+            for index, state in enumerate(self.states)
+        ]  # fmt: skip
+        usages = usage(self.states)
+        return self.head | {"object": "chat.completion", "choices": choices, "usage": usages}
 
-    async def stream(self) -> AsyncIterator[str]:
+    async def start(self) -> Started[tuple[int, Event]]:
+        """Check the messages and enter the queue.
+
+        Raises:
+            UserError: the messages are unusable, or there is no capacity.
+        """
+        return await start(self._events(), _START_SECONDS)
+
+    async def stream(self, started: Started[tuple[int, Event]]) -> AsyncIterator[str]:
         """Yield the completion as server-sent events; an error is the last one."""
-        yield self._chunk({"role": "assistant", "content": ""})
         try:
-            with self._session() as session:
-                async with aclosing(self._events(session)) as events:
-                    async for event in events:
-                        if isinstance(event, TextDelta):
-                            yield self._chunk({"content": event.text})
-                        elif isinstance(event, MediumSaved):
-                            yield self._chunk({"parts": [self._indexed_part(event.number)]})
-            yield self._chunk({}, self._finish_reason())
-            if self.include_usage:
-                yield self._event({"choices": [], "usage": self._usage()})
+            for index in range(len(self.states)):
+                yield self._chunk(index, {"role": "assistant", "content": ""})
+            async with aclosing(resumed(started)) as events:
+                async for index, event in events:
+                    for delta in await self._deltas(index, event):
+                        yield self._chunk(index, delta)
+                    if isinstance(event, Finished):
+                        yield self._chunk(index, {}, finish_reason(self.states[index]))
+            options = self.body.stream_options
+            if options and options.include_usage:
+                yield self._event({"choices": [], "usage": usage(self.states)})
         except UserError as error:
-            yield f"data: {to_json(_error_body(error))}\n\n"
+            yield event_lines(error_body(error))
         yield "data: [DONE]\n\n"
 
-    def _indexed_part(self, number: int) -> dict[str, Any]:
-        """Return medium `number` as a part, with its index among all parts."""
-        media = [i for i, part in enumerate(self.state.parts) if isinstance(part, Media)]
-        return {"index": media[number], **_parts(self.state)[media[number]]}
+    async def _deltas(self, index: int, event: Event) -> list[dict[str, Any]]:
+        """Return what an event adds to choice `index`."""
+        state = self.states[index]
+        match event:
+            case TextDelta(text):
+                return [{"content": text}]
+            case TurnComplete():
+                return self.format.undecoded_deltas(state, self.settings)
+            case MediumSaved(number):
+                pieces = self.format.medium_deltas(state, number)
+                return await asyncio.to_thread(list, pieces)
+            case MediumNotMade(number):
+                return [self.format.failure_delta(state, number)]
+        return []
 
-    def _chunk(self, delta: dict[str, Any], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason, "logprobs": None}
+    def _chunk(self, index: int, delta: dict[str, Any], reason: str | None = None) -> str:
+        choice = {"index": index, "delta": delta, "finish_reason": reason, "logprobs": None}
         return self._event({"choices": [choice]})
 
     def _event(self, content: dict[str, Any]) -> str:
-        chunk = self.head | {"object": "chat.completion.chunk"} | content
-        return f"data: {to_json(chunk, ensure_ascii=False)}\n\n"
-
-    def _finish_reason(self) -> str:
-        generated = len(self.state.token_names)
-        return "length" if generated >= self.settings.max_new_tokens else "stop"
-
-    def _usage(self) -> dict[str, int]:
-        prompt = self.state.finished.prompt_tokens if self.state.finished else 0
-        completion = len(self.state.token_names)
-        return {
-            "prompt_tokens": prompt, "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }  # fmt: skip
-
-
-def _settings(body: CompletionRequest, defaults: GenerationSettings) -> GenerationSettings:
-    """Override the defaults with the request's settings; errors name its fields."""
-    fields = body.model_dump(exclude={"messages"})
-    values = {spec.name: fields.get(spec.name) for spec in setting_specs(defaults)}
-    names = ("max_completion_tokens", "max_tokens", "max_new_tokens")  # in order of precedence
-    name = next((name for name in names if fields.get(name) is not None), "max_new_tokens")
-    values["max_new_tokens"] = fields.get(name)
-    try:
-        return apply_settings(defaults, values)
-    except UserError as error:
-        raise UserError(str(error).replace("max_new_tokens", name)) from error
-
-
-def _parts(state: AnswerState) -> list[dict[str, Any]]:
-    """Return all parts of an answer; a medium that is not decoded yet has an empty URL."""
-    parts: list[dict[str, Any]] = []
-    for part in state.parts:
-        if isinstance(part, Text):
-            parts.append({"type": "text", "text": part.text})
-        else:
-            kind = f"{part.modality}_url"
-            parts.append({"type": kind, kind: {"url": _data_url(part)}})
-    return parts
-
-
-def _data_url(medium: Media) -> str:
-    if not medium.path:
-        return ""
-    data = base64.b64encode(Path(medium.path).read_bytes()).decode()
-    return f"data:{MODALITIES[medium.modality].mime_type};base64,{data}"
+        return event_lines(self.head | {"object": "chat.completion.chunk"} | content)

@@ -1,6 +1,6 @@
 """The settings that people may change for an answer, with their ranges: one table for all APIs."""
 
-import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,11 +100,11 @@ def check_seed(seed: Any) -> int | None:
 
 
 def _validate(spec: SettingSpec, value: Any) -> float:
-    valid = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not valid or not spec.low <= value <= spec.high:
-        raise UserError(f"{spec.name} {value!r}: give {spec.low:g} to {spec.high:g}")
+    valid = isinstance(value, int | float) and not isinstance(value, bool)
+    if not valid or not spec.low <= value <= spec.high:  # of NaN neither
+        raise UserError(f"{spec.name} {reprlib.repr(value)}: give {spec.low:g} to {spec.high:g}")
     if spec.step == 1:
         if value != int(value):
-            raise UserError(f"{spec.name} {value!r}: give a whole number")
+            raise UserError(f"{spec.name} {value}: give a whole number")
         return int(value)
     return float(value)

@@ -5,10 +5,12 @@ the server. SIGTERM ends it within seconds, whatever it is doing.
 """
 
 import asyncio
-import mimetypes
+import ctypes
+import gc
 import os
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,55 +22,70 @@ from types import FrameType
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Mount
 
+from nextgpt.common.errors import UserError
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
+from nextgpt.serving.access import LOOPBACK, Access, AccessMiddleware, listen
 from nextgpt.serving.examples import read_examples
 from nextgpt.serving.handlers import Handlers
 from nextgpt.serving.limits import MAX_BYTES
+from nextgpt.serving.media_sources import MediaSources
+from nextgpt.serving.metrics import MetricsMiddleware, status_routes
 from nextgpt.serving.middleware import COOKIE, VisitorMiddleware
-from nextgpt.serving.openai_api import openai_routes
+from nextgpt.serving.openai_api import openai_routes, unknown_routes
+from nextgpt.serving.openai_errors import error_response
 from nextgpt.serving.page import STYLE, THEME, build_page
+from nextgpt.serving.page_queue import PageQueueMiddleware
+from nextgpt.serving.request_bodies import BodyLimitMiddleware, bound_uploads
 from nextgpt.serving.scheduler import InferenceQueue
+from nextgpt.serving.served_files import ServedFiles, file_routes, media_response
 from nextgpt.serving.sessions import Sessions
+from nextgpt.serving.task_routes import task_routes
 from nextgpt.serving.temporary_folder import temporary_folder
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SWEEP_SECONDS = 60.0
 _END_SECONDS = 10.0  # from the signal to the end, of which open requests get 2
 
 
-def serve(config: Config, delta: Path | None, host: str, port: int) -> None:
+def serve(
+    config: Config, delta: Path | None, host: str, port: int, access: Access | None = None
+) -> None:
     """Load the system and serve until SIGTERM or SIGINT.
 
+    Requests that come while it loads wait.
+
     Raises:
-        UserError: a component is missing or invalid.
+        UserError: the port is taken, or a component is missing or invalid.
     """
     start = time.perf_counter()
+    access = access or Access()
+    listener = listen(host, port)
+    port = listener.getsockname()[1]
     # uvicorn shuts down, then re-raises the signal: without a handler nothing below would clean up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with temporary_folder() as folder:
         assistant = Assistant.from_config(config, delta)
         print("\n".join(assistant.report))
         queue = InferenceQueue(assistant)
-        app = build_app(queue, folder, host)
+        app = build_app(queue, folder, host, access)
         queue.warm_up()
-        print(f"ready after {time.perf_counter() - start:.1f} s: http://{host}:{port}", flush=True)
-        run_server(app, queue, folder, host, port)
+        seconds = time.perf_counter() - start
+        address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        print(access.describe(host, port))
+        print(f"ready after {seconds:.1f} s: {address}", flush=True)
+        run_server(app, queue, folder, listener)
 
 
-def run_server(app: FastAPI, queue: InferenceQueue, folder: Path, host: str, port: int) -> None:
+def run_server(app: FastAPI, queue: InferenceQueue, folder: Path, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT. In the main thread, which receives signals."""
-    settings = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2
-    )
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
     try:
-        _Server(settings, folder).run()
+        _Server(settings, folder).run(sockets=[listener])
     finally:
         queue.close()
 
@@ -95,44 +112,59 @@ class _Server(uvicorn.Server):
         os._exit(1)
 
 
-def build_app(queue: InferenceQueue, folder: Path, host: str = LOOPBACK[0]) -> FastAPI:
+def build_app(
+    queue: InferenceQueue,
+    folder: Path,
+    host: str = LOOPBACK[0],
+    access: Access | None = None,
+) -> FastAPI:
     """Build the application.
 
     Args:
         queue: with the assistant.
         folder: for temporary files, without symbolic links in its path.
         host: to listen on; on the loopback interface, requests to other host names are refused.
+        access: who may use it; by default everyone who can reach it.
     """
+    access = access or Access()
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    sessions = Sessions(folder)
     config = queue.assistant.config
+    sessions = Sessions(folder)
+    files = ServedFiles(sessions.root / "served", config.serving.media_url_seconds)
     handlers = Handlers(queue, sessions, GenerationSettings.from_config(config))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        sweep = asyncio.create_task(_sweep(sessions))
+        sweep = asyncio.create_task(_sweep(sessions, files))
         yield
         sweep.cancel()
         sessions.end_checks()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.sessions = sessions
-    app.include_router(openai_routes(handlers))
+    app.add_exception_handler(UserError, lambda _, error: error_response(error))
+    app.include_router(openai_routes(handlers, MediaSources(files, access.media_domains)))
+    app.include_router(task_routes(handlers, files))
+    app.include_router(file_routes(files))
+    app.include_router(status_routes(handlers))
+    app.include_router(unknown_routes())
 
     @app.get("/media/{token}/{name:path}")
     def media(token: str, name: str, request: Request) -> Response:
         path = sessions.media_file(token, name, request.cookies.get(COOKIE, ""))
-        return _media_response(path) if path else Response("not found", 404)
+        return media_response(path) if path else Response("not found", 404)
 
     folder_of_examples = config.serving.examples
     examples = read_examples(project_path(folder_of_examples)) if folder_of_examples else []
     page = build_page(handlers, examples, _about(config))
+    bound_uploads()
     page.queue(default_concurrency_limit=None, max_size=None)
     app = gr.mount_gradio_app(
         app,
         page,
         path="",
         server_name=host,
+        root_path=access.root_path,
         max_file_size=MAX_BYTES,
         theme=THEME,
         css=STYLE.read_text(encoding="utf-8"),
@@ -146,9 +178,19 @@ def build_app(queue: InferenceQueue, folder: Path, host: str = LOOPBACK[0]) -> F
         True  # else a mounted page counts as not launched, and Gradio's check of paths is off
     )
     app.state.page = next(route.app for route in app.routes if isinstance(route, Mount))
+    app.add_middleware(PageQueueMiddleware, sessions=sessions, cookie=COOKIE)
     app.add_middleware(VisitorMiddleware, sessions=sessions)
-    if host in LOOPBACK:  # against DNS rebinding by other sites
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    app.add_middleware(BodyLimitMiddleware)
+    app.add_middleware(AccessMiddleware, access=access, host=host)
+    # Also without other origins: else Gradio allows some.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=access.cors_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
+    app.add_middleware(MetricsMiddleware, metrics=handlers.metrics, root_path=access.root_path)
     return app
 
 
@@ -156,21 +198,17 @@ def _about(config: Config) -> str:
     return f"{config.name}: words, pictures, videos and sounds in; the same out. It makes mistakes."
 
 
-def _media_response(path: Path) -> Response:
-    mime = mimetypes.guess_type(path.name)[0] or ""
-    inline = mime.split("/")[0] in ("image", "video", "audio") and mime != "image/svg+xml"
-    headers = {
-        "X-Content-Type-Options": "nosniff",
-        "Content-Security-Policy": "sandbox",
-        "Cache-Control": "private",
-    }
-    return FileResponse(
-        path, media_type=mime if inline else "application/octet-stream", headers=headers
-    )
-
-
-async def _sweep(sessions: Sessions) -> None:
+async def _sweep(sessions: Sessions, files: ServedFiles) -> None:
     with suppress(asyncio.CancelledError):
         while True:
             await asyncio.sleep(_SWEEP_SECONDS)
             await asyncio.to_thread(sessions.sweep)
+            files.sweep()
+            await asyncio.to_thread(return_memory)
+
+
+def return_memory() -> None:
+    """Return freed memory to the system; the C library keeps what large requests took."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -26,11 +26,13 @@ from nextgpt.common.modality import Modality
 from nextgpt.conversation.messages import Turn
 from nextgpt.generation.requests import human_turn
 from nextgpt.serving.answer_state import AnswerState
-from nextgpt.serving.limits import MAX_CHECKS, MAX_FILES, check_medium, check_text
+from nextgpt.serving.limits import MAX_CHECKS, check_medium, check_number, check_text
 from nextgpt.serving.scheduler import Job
 
 IDLE_SECONDS = 3600.0
 MAX_BYTES_OF_FILES = 2_000_000_000  # of all temporary files; no uploads beyond it
+MAX_BYTES_OF_CLIENT = 500_000_000  # of those, a client's share
+MAX_EXPIRED = 10_000  # whose keys are kept
 _UNUSUAL = re.compile(r"[^\w.-]+")
 _Given = ParamSpec("_Given")
 _Found = TypeVar("_Found")
@@ -51,18 +53,22 @@ class Session:
     Attributes:
         folder: of all its files; its name is secret and part of their URLs.
         rounds: so far.
-        job: the answer in progress.
+        jobs: the answers in progress; several in the API alone.
         closed: no further turns.
         clearings: how often it was cleared.
+        replaces_expired: whether it is the continuation of one that was closed with its rounds.
+        client: to whose shares it counts, by its address.
         used: last use, by the monotonic clock.
     """
 
     visitor: str
     folder: Path
     rounds: list[Round] = field(default_factory=list)
-    job: Job | None = None
+    jobs: list[Job] = field(default_factory=list)
     closed: bool = False
     clearings: int = 0
+    replaces_expired: bool = False
+    client: str = ""
     used: float = field(default_factory=time.monotonic)
     _folders: Iterator[int] = field(default_factory=lambda: itertools.count(1))
 
@@ -86,15 +92,14 @@ class Session:
         """
         check_text(text)
         clearings = self.clearings
-        if len(files) > MAX_FILES:
-            raise UserError(f"{len(files)} files at once: give at most {MAX_FILES}")
+        check_number(len(files))
         check = partial(self.check_open, clearings)
         checked = [(check_medium(path, name, check), path, name) for path, name in files]
         media: dict[Modality, list[Path]] = {}
         for modality, path, name in checked:
             copy = self.new_folder() / safe_name(name)
             try:
-                shutil.copyfile(path, copy)
+                _link_or_copy(path, copy)
             except FileNotFoundError as error:  # it, or the copy's folder, was removed meanwhile
                 check()
                 raise MediaError(f"{name}: the file is gone, upload it again") from error
@@ -118,15 +123,18 @@ class Session:
         folder.mkdir(parents=True)
         return folder
 
-    def stop(self) -> None:
-        """Cancel the answer in progress."""
-        if self.job:
-            self.job.stopped.set()
+    def stop(self, seconds: float = 0.0) -> None:
+        """Cancel the answers in progress that were ordered at least `seconds` ago."""
+        latest = time.monotonic() - seconds
+        for job in self.jobs:
+            if job.ordered <= latest:
+                job.stopped.set()
 
     def clear(self) -> None:
         """Remove all rounds and files."""
         self.stop()
         self.clearings += 1
+        self.replaces_expired = False
         self.rounds.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -155,7 +163,9 @@ class Sessions:
         self.root = root.resolve()
         self.folder = self.root / "sessions"
         self._open: dict[str, Session] = {}
+        self._expired: dict[str, None] = {}  # keys of closed sessions that had rounds
         self._uploads: dict[str, set[str]] = {}  # path to the visitors with access
+        self._clients: dict[str, str] = {}  # path to the client whose share it is
         self._checks = ThreadPoolExecutor(MAX_CHECKS, "check")
         self._checking: set[str] = set()  # visitors whose files are being checked
 
@@ -171,21 +181,44 @@ class Sessions:
         """
         new = Session(visitor, self.folder / secrets.token_urlsafe(24))
         session = self._open.setdefault(key, new)
+        if session is new:
+            session.replaces_expired = self._expired.pop(key, True) is None
         if session.visitor != visitor:
             raise UserError("this is another visitor's conversation: allow cookies, and reload")
         session.used = time.monotonic()
         return session
+
+    def drop_unheard(self, key: str, seconds: float, *, only_answer: bool) -> None:
+        """End the answers of session `key`, to which nobody listens; close it if it has no other.
+
+        Args:
+            seconds: since an answer was ordered, to be dropped; later ones are another order's.
+            only_answer: whether the session has a single one, by its making.
+        """
+        if session := self._open.get(key):
+            session.stop(seconds)
+            if only_answer:
+                self.close(key, session.visitor)
 
     def close(self, key: str, visitor: str) -> None:
         """Close the visitor's session `key`, if any: cancel its answer, remove its files."""
         session = self._open.get(key)
         if session and session.visitor == visitor:
             self._open.pop(key, None)
+            if session.rounds or session.replaces_expired:
+                self._expired[key] = None
+                while len(self._expired) > MAX_EXPIRED:
+                    del self._expired[next(iter(self._expired))]
             session.closed = True
             session.clear()
 
-    def grant_access(self, path: str, visitor: str) -> None:
-        """Let `visitor` use and fetch the temporary file at `path`, which this server wrote."""
+    def grant_access(self, path: str, visitor: str, client: str = "") -> None:
+        """Let `visitor` use and fetch the temporary file at `path`, which this server wrote.
+
+        Args:
+            client: to whose share the file counts.
+        """
+        self._clients.setdefault(path, client)
         self._uploads.setdefault(path, set()).add(visitor)
 
     def revoke_access(self, path: str, visitor: str) -> None:
@@ -199,6 +232,7 @@ class Sessions:
 
     def _remove(self, upload: Path) -> None:
         self._uploads.pop(str(upload), None)
+        self._clients.pop(str(upload), None)
         upload.unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             upload.parent.rmdir()
@@ -231,7 +265,23 @@ class Sessions:
 
     def full(self) -> bool:
         """Whether the temporary files exceed their limit."""
-        return sum(status.st_size for _, status in _files(self.root)) > MAX_BYTES_OF_FILES
+        sizes = {status.st_ino: status.st_size for _, status in _files(self.root)}  # links once
+        return sum(sizes.values()) > MAX_BYTES_OF_FILES
+
+    def has_room(self, client: str, length: int) -> bool:
+        """Whether a client's share of the temporary files has room for an upload of `length` bytes.
+
+        The uploads of all its visitors count, with what they have become in their sessions.
+        """
+        folders = [one.folder for one in list(self._open.values()) if one.client == client]
+        paths = [Path(path) for path, owner in self._clients.items() if owner == client]
+        paths += [path for folder in folders for path, _ in _files(folder)]
+        used: dict[int, int] = {}
+        for path in paths:
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                used[status.st_ino] = status.st_size
+        return sum(used.values()) + length <= MAX_BYTES_OF_CLIENT
 
     def new_upload(self, name: str) -> Path:
         """Return the path of a new upload, in its own folder."""
@@ -266,7 +316,10 @@ class Sessions:
 
     def media_file(self, token: str, name: str, visitor: str) -> Path | None:
         """Return the visitor's file with the URL `token`/`name`, or None."""
-        path = (self.folder / token / name).resolve()
+        try:
+            path = (self.folder / token / name).resolve()
+        except (OSError, ValueError):  # not a path
+            return None
         inside = path.is_relative_to((self.folder / token).resolve()) and path != self.folder
         return path if inside and self.has_access(str(path), visitor) else None
 
@@ -277,7 +330,7 @@ class Sessions:
         """
         now = time.monotonic()
         for key, session in list(self._open.items()):
-            if now - session.used > idle and session.job is None:
+            if now - session.used > idle and not session.jobs:
                 self.close(key, session.visitor)
         folders = list(self.folder.glob("*"))  # listed first: a session is older than its folder
         known = {session.folder for session in list(self._open.values())}
@@ -288,6 +341,16 @@ class Sessions:
         for path, status in list(_files(self.root)):
             if status.st_mtime < oldest and not path.is_relative_to(self.folder):
                 self._remove(path)
+
+
+def _link_or_copy(path: Path, copy: Path) -> None:
+    """Link an upload, which nobody changes, at no cost in bytes; copy what cannot be linked."""
+    try:
+        copy.hardlink_to(path)
+    except FileNotFoundError:
+        raise
+    except OSError:  # of another file system, or another user's
+        shutil.copyfile(path, copy)
 
 
 def _is_regular(path: str) -> bool:

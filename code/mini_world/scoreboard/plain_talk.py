@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
 from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.assistant import Assistant
+from nextgpt.generation.decoding import greedy_answers
 from nextgpt.generation.events import Answer
-from nextgpt.generation.sampling import greedy_answers
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.objects import Split
 from nextgpt.mini_world.scoreboard.runner import BATCH_SIZE, OnProgress, Timer, batched
