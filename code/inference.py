@@ -3,12 +3,15 @@
 python inference.py --prompt "what does it sound like?" --image drum.png --out outputs/drum
 python inference.py --prompt "and film it" --history outputs/drum/history.json --out outputs/drum
 python inference.py --cases ../data/mini_world/examples/cases.json --out outputs/cases
+
+Exit code 3: an answer to one of the cases lacks a medium that the file says it should have.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
-from nextgpt.common.cli import run_cli
+from nextgpt.common.cli import NOT_AS_EXPECTED, run_cli
 from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.generation.cli import answer_requests
@@ -49,7 +52,8 @@ def main() -> None:
         history = read_history(arguments.history) if arguments.history else ()
         turn = human_turn(arguments.prompt, media)
         requests = [Request(arguments.prompt, history, turn, arguments.out)]
-    answer_requests(config, arguments.nextgpt_ckpt_path, requests, arguments.seed)
+    if not answer_requests(config, arguments.nextgpt_ckpt_path, requests, arguments.seed):
+        sys.exit(NOT_AS_EXPECTED)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nextgpt import inference
-from nextgpt.common.cli import run_cli
+from nextgpt.common.cli import NOT_AS_EXPECTED, run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
@@ -130,7 +130,9 @@ def test_inference_cases_with_unexpected_media_are_reported_and_counted(
         {"name": "open", "text": "draw"},
     ]
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    infer(scripted, tmp_path / "out", "--cases", str(tmp_path / "cases.json"))
+    with pytest.raises(SystemExit) as ended:
+        infer(scripted, tmp_path / "out", "--cases", str(tmp_path / "cases.json"))
+    assert ended.value.code == NOT_AS_EXPECTED
     output = capsys.readouterr().out
     assert output.count("the answer has") == 1
     assert "expected text, image; the answer has text, image, video, audio" in output

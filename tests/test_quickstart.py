@@ -33,7 +33,7 @@ def test_quickstart_in_a_fresh_clone_gives_four_answers(tmp_path: Path) -> None:
         command = ["bash", "scripts/quickstart.sh"]
         done = subprocess.run(command, cwd=clone, env=bare, stdout=file, stderr=file)
     printed = log.read_text()
-    assert done.returncode == 0, printed[-5000:]
+    assert done.returncode in (0, 3), printed[-5000:]
     for stage in (1, 2, 3, 4):
         folder = clone / f"ckpt/delta_ckpt/nextgpt/mini_tiva_v0/stage_{stage}"
         assert (folder / "delta.safetensors").is_file()
@@ -41,14 +41,18 @@ def test_quickstart_in_a_fresh_clone_gives_four_answers(tmp_path: Path) -> None:
         third = len(losses) // 3
         assert sum(losses[-third:]) < sum(losses[:third]), f"stage {stage} learned nothing"
         assert f"stage {stage}: as expected" in printed
-    answers = clone / "outputs/quickstart"
-    cases = json.loads((clone / "data/mini_world/examples/cases.json").read_text())
+    outputs = clone / "outputs/quickstart"
+    answers = outputs / "trained"
+    cases = json.loads((clone / "code/mini_world/demo_examples/cases.json").read_text())
     assert len(cases) == 4
     histories = sorted(answers.glob("T*/history.json"))
     assert len(histories) == len(cases)
     right = [case["name"] for case in cases if kinds_in(answers, case) == case["expects"]]
     assert f"{len(right)} of 4 answers have the expected media" in printed
-    measured = json.loads((answers / "cases/scoreboard.json").read_text())["cells"]
+    assert (done.returncode == 0) == (printed.count("4 of 4 answers have") == 2)
+    report = (outputs / "report.html").read_text()
+    assert report.count("<video controls") >= 4 and report.count("as expected") == 4
+    measured = json.loads((outputs / "cases/scoreboard.json").read_text())["cells"]
     assert {cell: metrics["n"] for cell, metrics in measured.items()} == dict.fromkeys(CASES, 40)
     for cell, metrics in measured.items():
         assert metrics["modalities"] >= 0.9, f"{cell}: {metrics['modalities']} with all media"

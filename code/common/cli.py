@@ -6,6 +6,7 @@ from collections.abc import Callable
 from nextgpt.common.errors import UserError
 
 INTERRUPTED = 130
+NOT_AS_EXPECTED = 3  # complete, but the result is not as expected
 
 
 def exit_code(error: BaseException) -> int:

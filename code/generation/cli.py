@@ -33,12 +33,15 @@ HISTORY_FILE = "history.json"
 
 def answer_requests(
     config: Config, delta: Path | None, requests: Sequence[Request], seed: int
-) -> None:
+) -> bool:
     """Answer `requests`, print the texts and write media and history.
 
     Args:
         delta: the tuned parameters; by default those of `find_delta`.
         seed: of every answer. The same one gives the same files.
+
+    Returns:
+        Whether all answers with expected kinds of content have them.
 
     Raises:
         UserError: a component or a file is missing or invalid, or a folder cannot be written.
@@ -64,6 +67,7 @@ def answer_requests(
             print(difference, end="")
     if as_expected:
         print(f"\n{sum(as_expected)} of {len(as_expected)} answers have the expected media")
+    return all(as_expected)
 
 
 def _print_events(events: Iterable[Event]) -> Answer:
