@@ -20,6 +20,7 @@ from nextgpt.common.cli import run_cli
 from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
 from nextgpt.dataset.catalog import DIRECTIONS
 from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
+from nextgpt.dataset.target_media import describe_missing_targets
 from nextgpt.tools.describe_data import describe_data
 from nextgpt.tools.validate_data import check_datasets, compare_unrecorded
 from nextgpt.training.run_inputs import check_makers, find_wrong_captions
@@ -57,7 +58,10 @@ def main() -> None:
     for finding in check_datasets(dataset, shapes, captions, arguments.decode):
         print(finding, flush=True)
         unusable += finding.unusable
-    for line in check_makers(config, dataset) if shapes else ():
+    lines = check_makers(config, dataset) if shapes else []
+    if denoised := config.training.denoised_modalities:
+        lines += describe_missing_targets(dataset, denoised)
+    for line in lines:
         print(line)
     sys.exit(1 if unusable else 0)
 

@@ -23,8 +23,10 @@ from nextgpt.tools.memory_estimate import (
     use_cached_states,
 )
 from nextgpt.tools.memory_report import format_memory_estimate
+from nextgpt.training.denoising import DenoisingLoss, open_target_latents
 from nextgpt.training.trainer import configure_trainable
 from parity_tools import PARITY
+from tiny_components import tiny_overrides, write_tiny_components
 from tiny_system import tiny_config
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +40,10 @@ def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
     parts = {"lora": stage >= 3, "output_projections": "output_projections" in trains}
     model = build_model(config, dtype, **parts)
     configure_trainable(model, config)
-    batch = full_batch(config, model.train(), config.training.micro_batch_size)
+    denoised = config.training.denoised_modalities
+    denoising = DenoisingLoss.load(config, torch.device("cpu"), dtype) if denoised else None
+    spaces = {modality: one.space for modality, one in open_target_latents(config).items()}
+    batch = full_batch(config, model.train(), config.training.micro_batch_size, spaces)
     batch.features.zero_()
     if caches_hidden_states(config.training):
         use_cached_states(config, model, batch)
@@ -46,7 +51,10 @@ def measured_peak(config: Config, stage: int, dtype: torch.dtype) -> int:
     def step() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             losses = model(batch)
-        (losses.text + sum(losses.alignment.values()) + losses.unused).backward()
+        if denoising:
+            denoising.add_to(losses, batch, step=0)
+        terms = [*losses.alignment.values(), *losses.denoising.values()]
+        (losses.text + sum(terms) + losses.unused).backward()
         model.zero_grad(set_to_none=True)
 
     step()
@@ -93,6 +101,35 @@ def test_memory_estimate_mini_activations_equal_the_measured(checkpointing: str)
     config = load_config("mini", 3, sets)
     planned = passing(estimate_memory(config, 3, 1))
     assert planned == pytest.approx(measured_peak(config, 3, torch.bfloat16), rel=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_memory_estimate_denoising_activations_equal_the_measured(
+    tmp_path: Path, checkpointing: str
+) -> None:
+    write_tiny_components(tmp_path)
+    sets = [
+        *tiny_overrides(tmp_path),
+        f"data.cache_dir={tmp_path}",
+        f"training.activation_checkpointing={checkpointing}",
+        "training.micro_batch_size=4",
+        "training.global_batch_size=4",
+        "data.max_seq_length=64",
+        "data.datasets=[mini_image_dec]",
+        "training.denoising_loss_weights={image: 1, video: 1, audio: 1}",
+    ]
+    config = load_config("7b", 2, sets)
+    plan = estimate_memory(config, 2, 1)
+    assert passing(plan) == pytest.approx(measured_peak(config, 2, torch.float32), rel=0.05)
+    without = estimate_memory(load_config("7b", 2, sets[:-1]), 2, 1)
+    assert plan.peak > without.peak + plan.on_device["UNet, video"]
+
+
+def test_memory_estimate_denoising_counts_unet_and_vae_of_published_decoders() -> None:
+    sets = ["training.denoising_loss_weights={image: 1, audio: 1}"]
+    plan = estimate_memory(load_config("7b", 2, sets), 2, 8)
+    assert plan.on_device["UNet, image"] == 2 * 859_520_964
+    assert plan.on_device["UNet, audio"] == 2 * 739_139_080
 
 
 def planned_with(tmp_path: Path, processes: int, **zero: object) -> MemoryEstimate:

@@ -33,6 +33,7 @@ from nextgpt.mini_world.objects import (
     sample_object,
 )
 from nextgpt.mini_world.plain_talk import plain_talk_pairs
+from nextgpt.mini_world.render_answers import render_answers
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.unsupported_requests import sample_unsupported
 from nextgpt.mini_world.words import TemplateSet, fill_template
@@ -401,3 +402,21 @@ def test_unnamed_colours_are_rendered_and_not_captioned() -> None:
     )
     assert (np.linalg.norm(picture - media_set.appearance(name).rgb, axis=-1) < 20).sum() > 30
     assert judge("image", render_medium(name, "image", obj, 0))["colour"] == obj.colour
+
+
+def test_answers_of_requests_are_rendered_as_their_captions(tmp_path: Path) -> None:
+    write_world(tmp_path / "world", seed=3, scale=0.02, progress=False)
+    count = render_answers(tmp_path / "world")
+    folder = tmp_path / "world" / "IT_data" / "T-T+X_data" / "mini_request"
+    records = json.loads((folder / "mini_request.json").read_text())
+    assert count == len({record["mm_name"] for record in records}) > 8
+    for record in records:
+        _, answer = record["conversation"]
+        modality, caption = answer["output_modality"], answer["caption"]
+        found = judge_file(modality, folder / record["mm_name"])
+        expected = parse_caption(caption)
+        expected = audible_attributes(expected) if modality == "audio" else expected
+        assert {name: found[name] for name in expected} == expected, caption
+    (folder / "mini_request.json").write_text(json.dumps(records[1:]))
+    with pytest.raises(UserError, match="write the world again"):
+        render_answers(tmp_path / "world")

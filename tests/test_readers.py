@@ -60,6 +60,30 @@ def test_later_release_input_replaces_the_placeholder(value: str) -> None:
     assert read == rounds(parts, (Text("A ring."),))
 
 
+@pytest.mark.parametrize(
+    ("record", "file"),
+    [
+        ({"caption": "rain", "audio_name": "sub/7.wav"}, "sub/7.wav"),
+        ({"caption": "rain", "audio_name": "sub/7.wav", "embedding_name": "7.1"}, "sub/7.wav"),
+        ({"caption": "rain", "audio_name": "http://a/7.wav", "embedding_name": "7.1"}, None),
+        (
+            {
+                "audio_captions": ["rain"],
+                "audio_caption_embeddings": ["7.wav.npy"],
+                "conversations": [
+                    {"from": "human", "value": "Let it rain"},
+                    {"from": "gpt", "value": "<audio>"},
+                ],
+            },
+            "7.wav",
+        ),
+    ],
+)
+def test_output_media_keep_the_name_of_their_file(record: dict, file: str | None) -> None:
+    (medium,) = read_record(record, "caption_out", FILE, 0).outputs
+    assert medium.target_path == file
+
+
 def test_later_release_output_replaces_the_placeholder() -> None:
     record = {
         "output_video": "3.mp4",

@@ -24,6 +24,7 @@ TINY = MiniDecoderConfig(
     upsample_rates=(5, 5),
     mel_frames=16,
     mel_bins=8,
+    mel_fft=64,
     audio_unet_channels=(16, 16),
     vocoder_channels=16,
 )

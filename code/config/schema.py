@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from nextgpt.common.modality import KnownModality
+from nextgpt.common.modality import KnownModality, Modality
 
 TrainableGroup = Literal["input_projection", "output_projections", "lora", "vocabulary"]
 Quantization = Literal["none", "8bit", "4bit"]
@@ -266,6 +266,22 @@ class TrainingConfig(Section):
     """recompute activations in the backward pass to save memory"""
     alignment_loss_weights: dict[KnownModality, float]
     """weights of the alignment losses between predicted prompt embeddings and caption embeddings"""
+    denoising_loss_weights: dict[KnownModality, Annotated[float, Field(ge=0)]] = {
+        "image": 0.0,
+        "video": 0.0,
+        "audio": 0.0,
+    }
+    """weights of the denoising losses of target media through the frozen decoders, given the
+    predicted prompt embeddings; absent or 0: no decoder is loaded"""
+    denoising_min_snr_gamma: dict[KnownModality, AboveZero | None] = {"image": 5.0}
+    """gamma of the min-SNR weighting of timesteps (arXiv 2303.09556); absent or null: all timesteps
+    weigh 1"""
+    denoising_condition_dropout: Decay = 0.0
+    """probability that the empty caption's embedding takes the place of a predicted one in the
+    denoising loss; it then has no gradient"""
+    denoising_latents: Literal["sample", "mean"] = "sample"
+    """latents of target media: sampled from the VAE's distribution, or its mean; as the decoders
+    were trained"""
     cache_hidden_states: bool
     """cache the frozen language model's hidden states when output projections alone train: epochs
     after the first skip its forward pass"""
@@ -285,6 +301,12 @@ class TrainingConfig(Section):
     """random seed"""
     deepspeed_config: str = ""
     """DeepSpeed JSON file: ZeRO stage, offload"""
+
+    @property
+    def denoised_modalities(self) -> list[Modality]:
+        """The modalities with a denoising loss: none where no output projection trains."""
+        weights = self.denoising_loss_weights if "output_projections" in self.trainable else {}
+        return [modality for modality, weight in weights.items() if weight]
 
 
 class GenerationConfig(Section):

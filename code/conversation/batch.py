@@ -13,11 +13,26 @@ from nextgpt.conversation.prompt import IGNORE_INDEX, EncodedPrompt
 
 
 class UnencodedMedium(NamedTuple):
-    """An input medium to be encoded: the encoder's input, and the key in the feature cache."""
+    """A medium to be encoded: the encoder's input, and the key in the cache."""
 
     modality: Modality
     views: Tensor
     content: Hashable
+
+
+class TargetMedium(NamedTuple):
+    """The medium of a signal span, in the latent space of its decoder.
+
+    Attributes:
+        span: row in the batch's `signal_spans`; in an example, 0.
+        latents: mean and standard deviation (2, C, ...) float16 of the latents, or the medium for
+            the decoder's VAE.
+        key: identifies the medium in the data, for its noise.
+    """
+
+    span: int
+    latents: Tensor | UnencodedMedium
+    key: str
 
 
 class SkippedSample(NamedTuple):
@@ -37,12 +52,15 @@ class Example:
         features: of each input medium the feature (E,) float32, or the medium to be encoded.
         caption_embeds: of each signal span the target of its projection; None where the caption is
             still to be encoded, or there is none.
+        targets: of each signal span its medium for the denoising loss; None where there is none.
+            Empty without the loss.
         skipped: unusable samples that this one replaces.
     """
 
     prompt: EncodedPrompt
     features: list[Tensor | UnencodedMedium]
     caption_embeds: list[Tensor | None]
+    targets: list[TargetMedium | None] = field(default_factory=list)
     skipped: list[SkippedSample] = field(default_factory=list)
 
 
@@ -59,6 +77,7 @@ class Batch:
         signal_spans: by modality (R, 2) int64, row and first position of the spans of signal tokens
             that are projected.
         caption_embeds: by modality (R, *prompt_embeds_shape) float32, targets of the projections.
+        targets: by modality the media of signal spans with a denoising loss.
         position_ids: (B, L) int64 of packed rows: 0 starts another conversation, which does not
             attend to those before it; None where each row is one conversation.
         unencoded_media: by row of `features`, which is 0 there; see `training.media_features`.
@@ -75,6 +94,7 @@ class Batch:
     features: Tensor
     signal_spans: dict[Modality, Tensor] = field(default_factory=dict)
     caption_embeds: dict[Modality, Tensor] = field(default_factory=dict)
+    targets: dict[Modality, list[TargetMedium]] = field(default_factory=dict)
     position_ids: Tensor | None = None
     unencoded_media: dict[int, UnencodedMedium] = field(default_factory=dict)
     unencoded_captions: dict[Modality, list[str | None]] = field(default_factory=dict)
@@ -88,7 +108,7 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; what is unencoded stays on the CPU."""
+        """The batch on `device`; what is unencoded, and targets, stay on the CPU."""
 
         def move(value: Any) -> Any:
             if isinstance(value, dict):
@@ -125,6 +145,7 @@ def collate(
     position_ids = torch.arange(columns).repeat(rows, 1)
     media: list[tuple[int, int]] = []
     outputs: dict[Modality, list] = defaultdict(list)
+    targets: dict[Modality, list[TargetMedium]] = defaultdict(list)
     for example, (row, first), length in zip(examples, offsets, lengths, strict=True):
         prompt, span = example.prompt, slice(first, first + length)
         input_ids[row, span] = torch.tensor(prompt.input_ids)
@@ -132,10 +153,18 @@ def collate(
         labels[row, span] = torch.tensor(prompt.labels)
         position_ids[row, span] -= first
         media += [(row, first + position) for position, _ in prompt.media_positions]
-        targets = zip(prompt.signal_spans, example.caption_embeds, strict=True)
-        for (position, medium), target in targets:
+        of_spans = zip(
+            prompt.signal_spans,
+            example.caption_embeds,
+            example.targets or [None] * len(prompt.signal_spans),
+            strict=True,
+        )
+        for (position, medium), embed, target in of_spans:
             if medium.caption or medium.embedding:  # without either there is no alignment loss
-                outputs[medium.modality].append(((row, first + position), medium.caption, target))
+                of_modality = outputs[medium.modality]
+                if target:
+                    targets[medium.modality].append(target._replace(span=len(of_modality)))
+                of_modality.append(((row, first + position), medium.caption, embed))
 
     batch = Batch(
         input_ids,
@@ -143,6 +172,7 @@ def collate(
         labels,
         torch.tensor(media, dtype=torch.int64).view(-1, 2),
         torch.zeros(len(media), feature_width),
+        targets=dict(targets),
         position_ids=None if packed_seq_length is None else position_ids,
         num_samples=len(examples),
         cut_tokens=sum(example.prompt.cut_tokens for example in examples),

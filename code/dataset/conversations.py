@@ -72,7 +72,9 @@ class ConversationDataset(Dataset[Conversation]):
             if not isinstance(part, Media):
                 return part
             if part.embedding is not None:
-                return replace(part, embedding=str(source.embeddings / part.embedding))
+                target = part.target_path and str(source.media / part.target_path)
+                embedding = str(source.embeddings / part.embedding)
+                return replace(part, embedding=embedding, target_path=target)
             path = source.media / (part.path or "")
             if not medium_exists(path):
                 row_there = self.file_row(name, row)

@@ -1,6 +1,7 @@
 """Readers of caption pairs: a medium's file name and its caption, in either direction."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import Text, Turn
@@ -9,6 +10,7 @@ from nextgpt.dataset.record_fields import (
     RowContext,
     caption_of,
     clean_caption,
+    file_name_or_none,
     input_medium,
     output_medium,
 )
@@ -34,8 +36,13 @@ def read_caption_out(record: Record, context: RowContext) -> Iterator[Turn]:
     modality, key, caption = _caption_pair(record)
     text = Text(clean_caption(caption))
     yield Turn("human", (text,))
-    key = "embedding_name" if "embedding_name" in record else key
-    yield Turn("assistant", (text, output_medium(modality, record[key], key, caption, context)))
+    if "embedding_name" in record:
+        name, file = record["embedding_name"], file_name_or_none(record[key], context)
+        medium = output_medium(modality, name, "embedding_name", caption, context)
+        medium = replace(medium, target_path=file)
+    else:
+        medium = output_medium(modality, record[key], key, caption, context)
+    yield Turn("assistant", (text, medium))
 
 
 def _caption_pair(record: Record) -> tuple[Modality, str, str]:

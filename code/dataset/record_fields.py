@@ -101,19 +101,29 @@ def input_medium(modality: Modality, name: Any, where: str, context: RowContext)
 def output_medium(
     modality: Modality, name: Any, where: str, caption: str, context: RowContext
 ) -> Media:
-    """The assistant's medium; its embedding is `<base name>.npy`.
+    """The assistant's medium, a file of that name if there is one; its embedding is
+    `<base name>.npy`.
 
     Raises:
         UnusableRow: `name` is no file name, or too long for an embedding's.
     """
-    embedding = f"{PurePosixPath(_file_name(name, where, context.media)).name}.npy"
+    file = _file_name(name, where, context.media)
+    embedding = f"{PurePosixPath(file).name}.npy"
     if len(embedding.encode()) > _MAX_NAME:
         raise UnusableRow(
             "file name too long",
             f"{where}: {name!r} is too long: with .npy, the name of its caption embedding may have "
             f"{_MAX_NAME} bytes",
         )
-    return Media(modality, caption=caption, embedding=embedding)
+    return Media(modality, caption=caption, embedding=embedding, target_path=file)
+
+
+def file_name_or_none(name: Any, context: RowContext) -> str | None:
+    """Return `name`, relative to the media folder, if it may name a file in it."""
+    try:
+        return _file_name(name, "", context.media)
+    except UnusableRow:
+        return None
 
 
 def caption_of(value: Any, where: str) -> str:

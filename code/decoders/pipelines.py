@@ -7,13 +7,13 @@ No safety checker is loaded, as in the published system: put one behind anything
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from functools import cached_property
 from inspect import signature
 from math import sqrt
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,23 @@ from nextgpt.common.device import is_out_of_memory
 from nextgpt.common.errors import UserError
 from nextgpt.common.json_io import read_json
 from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.config.schema import DecoderConfig
+from nextgpt.decoders.latents import (
+    VAE,
+    ImageFormat,
+    SpectrogramFormat,
+    TargetFormat,
+    VideoFormat,
+    network_on_meta,
+    vae_scale,
+)
+from nextgpt.decoders.log_mel import LogMel
 from nextgpt.decoders.text_encoders import CLAP, CLIP, TextEncoder, TextEncoderSpec
 from nextgpt.media.writing import Frames, Output, Sound
 from nextgpt.model.loading import explain_load_errors, resolve_model_path
 from nextgpt.model.packed_linear import pack_linear_layers
 
-_VAE, _UNET_2D = "diffusers:AutoencoderKL", "diffusers:UNet2DConditionModel"
+_UNET_2D = "diffusers:UNet2DConditionModel"
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
@@ -57,6 +68,12 @@ class DiffusionSettings:
         for name in ("num_inference_steps", "num_frames", "fps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} {getattr(self, name)}: give 1 or more")
+
+    @classmethod
+    def from_config(cls, decoder: DecoderConfig) -> Self:
+        """Return the settings of a configured decoder."""
+        names = {field.name for field in fields(cls)}
+        return cls(**decoder.model_dump(include=names, exclude_none=True))
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,16 @@ class Decoder:
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
         """Return the media of the pipeline's result."""
         raise NotImplementedError
+
+    @classmethod
+    def target_format(cls, folder: Path, settings: DiffusionSettings) -> TargetFormat:
+        """What the denoising loss brings target media to: the size that `settings` generate."""
+        raise NotImplementedError
+
+    @staticmethod
+    def unet_condition(prompt_embeds: Tensor) -> dict[str, Tensor | None]:
+        """The UNet's arguments for normalized prompt embeddings (B, T, D) or (B, D)."""
+        return {"encoder_hidden_states": prompt_embeds}
 
     @classmethod
     def pipeline_class(cls) -> Any:
@@ -271,11 +298,15 @@ class StableDiffusionDecoder(Decoder):
     """Stable Diffusion (arXiv 2112.10752): PIL images."""
 
     pipeline_path = "diffusers:StableDiffusionPipeline"
-    networks: ClassVar = {"vae": _VAE, "unet": _UNET_2D}
+    networks: ClassVar = {"vae": VAE, "unet": _UNET_2D}
     unused_components: ClassVar = {"safety_checker": None, "feature_extractor": None}
 
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
         return result.images
+
+    @classmethod
+    def target_format(cls, folder: Path, settings: DiffusionSettings) -> TargetFormat:
+        return ImageFormat(*_frame_size(folder, settings))
 
 
 class ZeroScopeDecoder(Decoder):
@@ -285,7 +316,7 @@ class ZeroScopeDecoder(Decoder):
         "diffusers.pipelines.deprecated.text_to_video_synthesis.pipeline_text_to_video_synth"
         ":TextToVideoSDPipeline"
     )
-    networks: ClassVar = {"vae": _VAE, "unet": "diffusers:UNet3DConditionModel"}
+    networks: ClassVar = {"vae": VAE, "unet": "diffusers:UNet3DConditionModel"}
     options = (*Decoder.options, DecoderOption("frames", "num_frames", "frames", 1, 48, 1))
 
     def prepare_latents(
@@ -303,13 +334,17 @@ class ZeroScopeDecoder(Decoder):
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
         return [Frames((v * 255).round().astype("uint8"), settings.fps) for v in result.frames]
 
+    @classmethod
+    def target_format(cls, folder: Path, settings: DiffusionSettings) -> TargetFormat:
+        return VideoFormat(*_frame_size(folder, settings), settings.num_frames, settings.fps)
+
 
 class AudioLDMDecoder(Decoder):
     """AudioLDM (arXiv 2301.12503): `Sound`."""
 
     pipeline_path = "diffusers.pipelines.deprecated.audioldm.pipeline_audioldm:AudioLDMPipeline"
     _vocoder = "transformers:SpeechT5HifiGan"
-    networks: ClassVar = {"vae": _VAE, "unet": _UNET_2D, "vocoder": _vocoder}
+    networks: ClassVar = {"vae": VAE, "unet": _UNET_2D, "vocoder": _vocoder}
     text_encoder_spec = CLAP
     _seconds = DecoderOption("seconds", "audio_length_in_s", "seconds", 0.5, 10, 0.5)
     options = (*Decoder.options, _seconds)
@@ -317,6 +352,35 @@ class AudioLDMDecoder(Decoder):
     def wrap_outputs(self, result: Any, settings: DiffusionSettings) -> list[Output]:
         rate = self.pipeline.vocoder.config.sampling_rate
         return [Sound(samples, rate) for samples in result.audios]
+
+    @classmethod
+    def target_format(cls, folder: Path, settings: DiffusionSettings) -> TargetFormat:
+        log_mel, scale = LogMel.from_folder(folder), _vae_scale(folder)
+        seconds = settings.audio_length_in_s
+        if seconds is None:
+            frames = _sample_size(folder) * scale
+        else:  # in whole latents, as in the pipeline
+            frames = -(-int(seconds / (log_mel.hop_length / log_mel.rate)) // scale) * scale
+        return SpectrogramFormat(log_mel, frames)
+
+    @staticmethod
+    def unet_condition(prompt_embeds: Tensor) -> dict[str, Tensor | None]:
+        return {"encoder_hidden_states": None, "class_labels": prompt_embeds}
+
+
+def _frame_size(folder: Path, settings: DiffusionSettings) -> tuple[int, int]:
+    """Height and width in pixels; by default the pipeline's."""
+    sides = settings.height, settings.width
+    default = 0 if all(sides) else _sample_size(folder) * _vae_scale(folder)
+    return sides[0] or default, sides[1] or default
+
+
+def _sample_size(folder: Path) -> int:
+    return read_json(folder / "unet" / "config.json")["sample_size"]
+
+
+def _vae_scale(folder: Path) -> int:
+    return vae_scale(network_on_meta(VAE, folder, "vae"))
 
 
 def build_decoder(

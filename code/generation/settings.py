@@ -1,10 +1,10 @@
 """Settings of one answer: sampling of tokens and decoding of media."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
-from nextgpt.config.schema import Config, DecoderConfig
+from nextgpt.config.schema import Config
 from nextgpt.decoders.pipelines import DiffusionSettings
 
 
@@ -55,10 +55,5 @@ class GenerationSettings:
     @classmethod
     def from_config(cls, config: Config) -> "GenerationSettings":
         """Return the settings in the configuration."""
-        decode = {modality: _diffusion(decoder) for modality, decoder in config.decoders.items()}
+        decode = {m: DiffusionSettings.from_config(one) for m, one in config.decoders.items()}
         return cls(**config.generation.model_dump(), decode=decode)
-
-
-def _diffusion(decoder: DecoderConfig) -> DiffusionSettings:
-    names = {field.name for field in fields(DiffusionSettings)}
-    return DiffusionSettings(**decoder.model_dump(include=names, exclude_none=True))

@@ -1,4 +1,4 @@
-"""SQLite cache of media features, keyed by file content and encoder.
+"""SQLite cache of media features and latents, keyed by file content and encoder.
 
 A lookup costs one `stat` and two indexed queries, 0.2 ms in all. A file is hashed again if its
 state (size, times) changes; copies share the feature of their content. Decoded views carry the
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from torch import Tensor
@@ -58,33 +59,42 @@ class DecodedMedium:
 
 
 class FeatureCache:
-    """Features of one encoder in `folder`/features.sqlite.
+    """Features of one encoder in `folder`/features.sqlite, or another file.
 
     Args:
         encoder_fingerprint: of the encoder's weights and preprocessing, and of the modality if a
             file may have several (a video's audio).
         width: length of a feature.
+        dtype: of its numbers, float32 or float16.
 
     Raises (every method):
         MediaError: a medium's file cannot be read.
         UserError: the cache file is damaged.
     """
 
-    def __init__(self, folder: Path, encoder_fingerprint: str, width: int) -> None:
-        self.file = folder / "features.sqlite"
+    def __init__(
+        self,
+        folder: Path,
+        encoder_fingerprint: str,
+        width: int,
+        dtype: Literal["float32", "float16"] = "float32",
+        file: str = "features.sqlite",
+    ) -> None:
+        self.file = folder / file
         self.encoder = encoder_fingerprint
         self.width = width
+        self._dtype = np.dtype(dtype).newbyteorder("<")
         self._connection: tuple[int, sqlite3.Connection] | None = None
         self._unwritten: dict[Path, MediumContent] = {}
 
     def get(self, path: str | Path) -> np.ndarray | None:
-        """The feature of the file at `path`, float32 (width,); None if not cached."""
+        """The feature (width,) of the file at `path`; None if not cached."""
         return self._feature(self.identify(path))
 
     def get_or_decode(
         self, path: str | Path, decode: Callable[[Path], Tensor]
     ) -> np.ndarray | DecodedMedium:
-        """The feature of the file at `path`, float32 (width,), or its views from `decode`.
+        """The feature (width,) of the file at `path`, or its views from `decode`.
 
         Digest and views are of the same bytes: a file that changes in between is read again.
 
@@ -127,7 +137,7 @@ class FeatureCache:
         return content
 
     def put_many(self, features: Iterable[tuple[MediumContent, np.ndarray]]) -> None:
-        """Store float32 (width,) features of these contents in one transaction.
+        """Store features (width,) of these contents in one transaction.
 
         A stored feature is kept: a resumed run reads what it has read before.
 
@@ -136,7 +146,7 @@ class FeatureCache:
         """
         rows = []
         for content, feature in features:
-            vector = np.array(feature, dtype="<f4")
+            vector = np.array(feature, dtype=self._dtype)
             if vector.shape != (self.width,) or not np.isfinite(vector).all():
                 raise ValueError(f"{content.path}: expected {self.width} finite numbers: {vector}")
             rows.append((self.encoder, content.digest, vector.tobytes()))
@@ -153,7 +163,7 @@ class FeatureCache:
         row = self._query(query, (self.encoder, content.digest))
         if row is None:
             return None
-        vector = np.frombuffer(row[0], dtype="<f4")
+        vector = np.frombuffer(row[0], dtype=self._dtype)
         if len(vector) != self.width:
             raise self._damaged(
                 f"a feature of {len(vector)} numbers, expected {self.width} (encoder.width)"

@@ -32,6 +32,7 @@ from transformers import (
 
 from nextgpt.common.io import atomic_write
 from nextgpt.common.modality import MODALITIES, Modality
+from nextgpt.decoders.log_mel import LogMel
 from nextgpt.mini_world.mini_tokenizers import build_clip_tokenizer, build_roberta_tokenizer
 
 DECODER_FOLDERS: dict[Modality, str] = {
@@ -68,6 +69,7 @@ class MiniDecoderConfig:
     upsample_rates: tuple[int, ...] = (1, 1, 500)
     mel_frames: int = 64  # 2 s
     mel_bins: int = 64
+    mel_fft: int = 1024  # samples of a window, 64 ms
     audio_unet_channels: tuple[int, ...] = (64, 128)
     vocoder_channels: int = 256  # halved after each upsampling
 
@@ -112,6 +114,8 @@ def build_mini_decoder(
         pipeline: DiffusionPipeline = pipeline_class(scheduler=build_scheduler(), **modules)
     with atomic_write(folder) as temporary:
         pipeline.to(dtype=torch.float16).save_pretrained(temporary, safe_serialization=True)
+        if modality == "audio":
+            log_mel_of(config).save(temporary)
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -243,6 +247,20 @@ def build_unet(
         class_embeddings_concat=True,
         cross_attention_dim=widths,
         **arguments,
+    )
+
+
+def log_mel_of(config: MiniDecoderConfig) -> LogMel:
+    """The spectrogram that VAE and vocoder are trained on; most log amplitudes are in -1..1."""
+    return LogMel(
+        rate=config.sample_rate,
+        hop_length=config.hop_length,
+        bins=config.mel_bins,
+        fft=config.mel_fft,
+        min_frequency=40.0,
+        mean=-5.0,
+        scale=5.0,
+        peak=None,
     )
 
 

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -183,9 +184,9 @@ def _write_instructions(
     dialogue_folder = folder / "MosIT_data" / "mini_mosit"
     for path, rows in {
         question_folder / "mini_question.json": _question_rows(questions, seed, counts["question"]),
-        folder / "T-T+X_data" / "mini_request" / "mini_request.json": _request_rows(
-            seed, counts["request"]
-        ),
+        folder / "T-T+X_data" / "mini_request" / "mini_request.json": [
+            row for row, _ in sample_requests(seed, counts["request"])
+        ],
         dialogue_folder / "mini_mosit.json": _dialogue_rows(dialogues, seed, counts),
         folder / "text" / "mini_text.json": _text_rows(
             seed, counts["text_world"], counts["text_plain"], counts["text_unsupported"]
@@ -211,17 +212,16 @@ def _question_rows(media_set: MediaSet, seed: int, count: int) -> Rows:
     return rows
 
 
-def _request_rows(seed: int, count: int) -> Rows:
-    """Build instruction rows: a text request for one image, video or sound."""
+def sample_requests(seed: int, count: int) -> Iterator[tuple[dict[str, Any], WorldObject]]:
+    """Yield instruction rows: a text request for one image, video or sound, and its object."""
     rng, media_set = seeded_rng(seed, "requests"), MediaSet("mini_request", seed, {})
     sampler = DialogueSampler(rng)
-    rows = []
     for _ in range(count):
         exchange = sampler.opening(choose(rng, tuple(MODALITIES)))
         text, (modality, caption) = exchange.answer
         turns = _turns(exchange.request, text, output_modality=modality, caption=caption)
-        rows.append({"mm_name": media_set.answer_name(modality, caption), "conversation": turns})
-    return rows
+        name = media_set.answer_name(modality, caption)
+        yield {"mm_name": name, "conversation": turns}, exchange.state.obj
 
 
 def _dialogue_rows(media_set: MediaSet, seed: int, counts: dict[str, int]) -> Rows:

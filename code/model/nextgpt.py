@@ -31,6 +31,9 @@ class Losses:
     tokens: int  # labelled
     alignment: dict[Modality, Tensor] = field(default_factory=dict)  # summed over signal spans
     signal_spans: dict[Modality, int] = field(default_factory=dict)  # their number
+    # Predictions (R, *prompt_embeds_shape), from which `training.denoising` computes the sums.
+    prompt_embeds: dict[Modality, Tensor] = field(default_factory=dict)
+    denoising: dict[Modality, Tensor] = field(default_factory=dict)  # summed over target media
     unused: Tensor | float = 0.0
 
 
@@ -154,6 +157,7 @@ class NextGPT(nn.Module):
                 target = batch.caption_embeds[modality]
                 losses.alignment[modality] = alignment_loss(predicted, target)
                 losses.signal_spans[modality] = len(predicted)
+                losses.prompt_embeds[modality] = predicted
             else:  # no access to a weight: under ZeRO 3 it would be gathered by this rank alone
                 zeros = losses.text.new_zeros(1, 1, projection.fc.in_features)
                 # ZeRO 3 releases a layer's weights after its backward pass only if the layer's

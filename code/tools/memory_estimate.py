@@ -6,6 +6,7 @@ tensors, which have shapes but no contents; live bytes are counted. What DeepSpe
 CUDA itself and fragmentation come on top; Python takes 0.5 GB of CPU memory or more per process.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,10 @@ from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config, Quantization
-from nextgpt.conversation.batch import Batch
+from nextgpt.conversation.batch import Batch, TargetMedium
 from nextgpt.dataset.catalog import kind_of
+from nextgpt.decoders.denoising import LatentDenoiser, freeze_unet, load_noise_schedule
+from nextgpt.decoders.latents import LatentSpace, network_on_meta
 from nextgpt.media.decode_worker import MAX_PEAK_MEMORY
 from nextgpt.model.build import build_on_meta
 from nextgpt.model.imagebind import ImageBind, read_imagebind_config
@@ -35,7 +38,9 @@ from nextgpt.model.quantization import check_zero_stage
 from nextgpt.model.trainable import count_parameters, group_of, is_base_vocabulary
 from nextgpt.tools.memory_meter import MemoryMeter
 from nextgpt.tools.weights.checks import load_language_model_config
+from nextgpt.tools.weights.published_decoders import configurations_of
 from nextgpt.tools.weights.registry import source_of
+from nextgpt.training.denoising import DenoisingLoss, denoising_settings, latent_space
 from nextgpt.training.engine import micro_batch_size, read_deepspeed_config
 from nextgpt.training.trainer import TRAINED_BEFORE, configure_trainable
 
@@ -101,7 +106,9 @@ def estimate_memory(config: Config, stage: int, processes: int) -> MemoryEstimat
     model = _build_model(config, stage, language_model, dtype)
     micro = micro_batch_size(training, processes)
     accumulation = training.global_batch_size // processes // micro
-    meter = _measure_step(model, config, dtype, micro, min(accumulation, 2), gradient_shard)
+    targets = _describe_targets(config, dtype)
+    passes = min(accumulation, 2)
+    meter = _measure_step(model, config, targets, dtype, micro, passes, gradient_shard)
 
     frozen = [p for p in model.parameters() if not p.requires_grad]
     num_frozen = sum(p.numel() for p in frozen)
@@ -113,7 +120,7 @@ def estimate_memory(config: Config, stage: int, processes: int) -> MemoryEstimat
         "weights that train": weight_shard * num_trained * _FLOAT,
     }
     loading = sum(weights.values()) / weight_shard if quantization == "none" else 0.0
-    in_memory = _cpu_buffers(config, processes)
+    in_memory = _cpu_buffers(config, targets, processes)
     on_device: dict[str, float] = {}
     (in_memory if zero_stage == 3 and _offloads(zero, "offload_param") else on_device).update(
         weights
@@ -129,6 +136,10 @@ def estimate_memory(config: Config, stage: int, processes: int) -> MemoryEstimat
     else:
         on_device |= optimizer
     on_device |= _frozen_encoders(config) | _dequantized(model.language_model, quantization)
+    for modality, target in targets.items():
+        on_device[f"UNet, {modality}"] = _num_parameters(target.unet) * dtype.itemsize
+        vae = f"VAE, {modality}, until all latents are cached"
+        on_device[vae] = _num_parameters(target.vae) * _FLOAT
     peak = sum(on_device.values()) + meter.peak
     on_device["gradients"] = num_trained * _FLOAT * gradient_shard
     on_device["activations"] = meter.peak_besides
@@ -141,6 +152,42 @@ def estimate_memory(config: Config, stage: int, processes: int) -> MemoryEstimat
     groups = count_parameters(model)
     serving = _serving(config, language_model, dtype)
     return MemoryEstimate(processes, summary, groups, on_device, in_memory, loading, peak, serving)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a modality's denoising loss takes, on the meta device."""
+
+    modality: Modality
+    space: LatentSpace
+    unet: nn.Module
+    vae: nn.Module
+    scheduler: Any
+
+    def fake_denoiser(self, config: Config) -> LatentDenoiser:
+        """The denoiser, made of fake tensors where those are on."""
+        _replace_by_fakes(self.unet)
+        scheduler = self.scheduler.from_config(self.scheduler.config)
+        settings = denoising_settings(config, self.modality)
+        return LatentDenoiser(self.modality, self.unet, scheduler, settings)
+
+
+def _describe_targets(config: Config, dtype: torch.dtype) -> dict[Modality, _Target]:
+    """By modality with a denoising loss what it takes; reads configurations alone.
+
+    Raises:
+        MissingFileError: a decoder that is not a published one is missing.
+    """
+    targets: dict[Modality, _Target] = {}
+    for modality in config.training.denoised_modalities:
+        decoder, network = config.decoders[modality], MODALITIES[modality].decoder_class.networks
+        with configurations_of(decoder.path) as folder:
+            unet, vae = (network_on_meta(network[name], folder, name) for name in ("unet", "vae"))
+            checkpoints = config.training.activation_checkpointing
+            freeze_unet(unet.to(dtype), activation_checkpointing=checkpoints)
+            space = latent_space(modality, folder, decoder)
+            targets[modality] = _Target(modality, space, unet, vae, load_noise_schedule(folder))
+    return targets
 
 
 def _offloads(zero: dict[str, Any], what: str) -> bool:
@@ -188,6 +235,7 @@ def _dtype(config: Config) -> torch.dtype:
 def _measure_step(
     model: NextGPT,
     config: Config,
+    targets: dict[Modality, _Target],
     dtype: torch.dtype,
     micro: int,
     passes: int,
@@ -196,12 +244,16 @@ def _measure_step(
     """Live bytes over `passes` micro batches, and over filling the hidden-state cache."""
     with FakeTensorMode():
         _replace_by_fakes(model)
-        batch = full_batch(config, model, micro)
+        denoisers = {m: target.fake_denoiser(config) for m, target in targets.items()}
+        denoising = DenoisingLoss(0, denoisers)
+        spaces = {modality: target.space for modality, target in targets.items()}
+        batch = full_batch(config, model, micro, spaces)
         products = autocast_to(dtype, torch.device("cpu"))
         cached = caches_hidden_states(config.training)
         if cached:
             use_cached_states(config, model, batch)
-        with MemoryMeter(model, gradient_shard) as meter:
+        held = nn.ModuleList([model, *(target.unet for target in targets.values())])
+        with MemoryMeter(held, gradient_shard) as meter:
             if cached:
                 with torch.no_grad(), products:
                     rows = slice(min(micro, ROWS_PER_PASS))
@@ -212,7 +264,9 @@ def _measure_step(
             for _ in range(passes):
                 with products:
                     losses = model(batch)
-                (losses.text + sum(losses.alignment.values()) + losses.unused).backward()
+                denoising.add_to(losses, batch, step=0)
+                terms = [*losses.alignment.values(), *losses.denoising.values()]
+                (losses.text + sum(terms) + losses.unused).backward()
                 del losses
     return meter
 
@@ -233,8 +287,17 @@ def _replace_by_fakes(model: nn.Module) -> None:
                 tensors[name] = fakes[id(tensor)]
 
 
-def full_batch(config: Config, model: NextGPT, micro: int) -> Batch:
-    """The largest micro batch: full conversations, each with an input medium and all outputs."""
+def full_batch(
+    config: Config,
+    model: NextGPT,
+    micro: int,
+    spaces: Mapping[Modality, LatentSpace] | None = None,
+) -> Batch:
+    """The largest micro batch: full conversations, each with an input medium and all outputs.
+
+    Args:
+        spaces: of the latents of the modalities with a denoising loss.
+    """
     length, packed = config.data.max_seq_length, config.data.packed_seq_length
     rows = -(-micro * length // packed) if packed else micro
     ids = torch.zeros(rows, packed or length, dtype=torch.int64)
@@ -249,6 +312,13 @@ def full_batch(config: Config, model: NextGPT, micro: int) -> Batch:
         signal_spans=dict.fromkeys(outputs, positions),
         caption_embeds={
             m: torch.empty(micro, *config.decoders[m].prompt_embeds_shape) for m in outputs
+        },
+        targets={
+            modality: [
+                TargetMedium(n, torch.ones(2, *space.shape, dtype=torch.float16), str(n))
+                for n in range(micro)
+            ]
+            for modality, space in (spaces or {}).items()
         },
         position_ids=torch.zeros_like(ids) if packed else None,
     )
@@ -300,15 +370,21 @@ def _may_show_media(config: Config) -> bool:
     return any(kind_of(entry) != "caption_out" for entry in config.data.dataset_entries)
 
 
-def _cpu_buffers(config: Config, processes: int) -> dict[str, float]:
+def _cpu_buffers(
+    config: Config, targets: dict[Modality, _Target], processes: int
+) -> dict[str, float]:
     """The hidden-state cache and what the loader processes hold."""
     uses: dict[str, float] = {}
     if capacity := hidden_state_cache_bytes(config.training):
         uses["hidden-state cache (hidden_state_cache_gb)"] = capacity
+    per_rank = config.training.global_batch_size // processes
+    prefetched = max(1, _PREFETCHED * config.data.num_workers)
     if _may_show_media(config):
-        per_rank = config.training.global_batch_size // processes
-        prefetched = max(1, _PREFETCHED * config.data.num_workers)
         uses["media, decoded for the encoder"] = float(prefetched * per_rank * _VIDEO_VIEWS)
+    if targets:
+        largest = max(target.space.format.num_bytes for target in targets.values())
+        uses["target media, decoded for the VAEs"] = float(prefetched * per_rank * largest)
+    if targets or _may_show_media(config):
         uses["decoding processes, at most"] = float(
             max(1, config.data.num_workers) * MAX_PEAK_MEMORY
         )
@@ -341,10 +417,14 @@ def _dequantized(language_model: nn.Module, quantization: Quantization) -> dict[
     return {"largest matrix, unpacked": largest}
 
 
+def _num_parameters(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
 def _media_encoder_bytes(config: Config) -> float:
     with torch.device("meta"):
         encoder = ImageBind(read_imagebind_config(project_path(config.encoder.path)))
-    return sum(p.numel() for p in encoder.parameters()) * _FLOAT
+    return float(_num_parameters(encoder) * _FLOAT)
 
 
 def _serving(

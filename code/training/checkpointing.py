@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -26,7 +27,7 @@ from nextgpt.common.io import atomic_write, rename_durably
 from nextgpt.common.json_io import read_json, to_json
 from nextgpt.config.loader import format_config
 from nextgpt.config.renamed_keys import update_keys
-from nextgpt.config.schema import Config, DecoderConfig
+from nextgpt.config.schema import Config, DecoderConfig, Section, TrainingConfig
 from nextgpt.model.delta import DELTA_FILE, Tensors, write_delta
 from nextgpt.training.engine import TrainEngine
 from nextgpt.training.run_inputs import RunInputs, compare_inputs, read_inputs, write_inputs
@@ -41,8 +42,8 @@ _CHANGEABLE = (
     "data.cache_dir", "training.save_steps", "training.save_total_limit",
     "training.validate_steps", "training.save_best", "training.validation_samples",
     "generation.*", "serving.*",
-    *(f"decoders.*.{key}" for key in DecoderConfig.model_fields if key not in _TRAINING_KEYS),
 )  # fmt: skip
+_DENOISING_KEYS = ("height", "width", "num_frames", "fps", "shared_noise", "audio_length_in_s")
 # Paths of what `run_inputs` identifies by content.
 _PATHS = ("encoder.path", "language_model.path", "decoders.*.path", "training.deepspeed_config")
 
@@ -86,7 +87,8 @@ class CheckpointManager:
                 "as many, or --restart"
             )
         update_keys(state["config"], str(checkpoint))
-        changeable = _CHANGEABLE + (_PATHS if self._inputs.is_file() else ())
+        state["config"]["training"] = _defaults(TrainingConfig) | state["config"]["training"]
+        changeable = _changeable(self.config) + (_PATHS if self._inputs.is_file() else ())
         now = self.config.model_dump(mode="json")
         if changed := sorted(_differences(state["config"], now, changeable)):
             raise UserError(
@@ -202,6 +204,19 @@ class CheckpointManager:
 def read_run_state(checkpoint: Path) -> dict:
     """What `save` recorded: `step`, `world`, `counted`, `best`, `config`, `init_from`."""
     return read_json(checkpoint / "run.json")
+
+
+def _changeable(config: Config) -> tuple[str, ...]:
+    """Patterns of the keys that may change."""
+    kept = _TRAINING_KEYS + (_DENOISING_KEYS if config.training.denoised_modalities else ())
+    decoder_keys = (key for key in DecoderConfig.model_fields if key not in kept)
+    return _CHANGEABLE + tuple(f"decoders.*.{key}" for key in decoder_keys)
+
+
+def _defaults(section: type[Section]) -> dict[str, Any]:
+    """The schema's defaults, for keys that an older version did not have."""
+    fields = section.model_fields.items()
+    return {name: field.default for name, field in fields if not field.is_required()}
 
 
 def _differences(

@@ -20,7 +20,14 @@ from torch.utils.data import Dataset
 
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.common.modality import Modality
-from nextgpt.conversation.batch import Batch, Example, SkippedSample, UnencodedMedium, collate
+from nextgpt.conversation.batch import (
+    Batch,
+    Example,
+    SkippedSample,
+    TargetMedium,
+    UnencodedMedium,
+    collate,
+)
 from nextgpt.conversation.messages import Media
 from nextgpt.conversation.prompt import PromptBuilder
 from nextgpt.dataset.caption_embeddings import read_embedding
@@ -29,7 +36,9 @@ from nextgpt.dataset.left_out import MAX_SKIPPED_SHARE
 from nextgpt.dataset.sampler import BatchSchedule, Sample, split_for_rank
 from nextgpt.media.decode_worker import DEFAULT_LIMITS
 from nextgpt.media.feature_cache import DecodedMedium, FeatureCache
+from nextgpt.media.shard_members import medium_exists
 from nextgpt.media.transforms import load_views
+from nextgpt.training.denoising import TargetLatents
 from nextgpt.training.loader import load_in_processes, report_progress
 
 _MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checked
@@ -53,6 +62,7 @@ class ExampleDataset(Dataset[Example]):
         prompt_embeds_shapes: of caption embeddings; None: captions are encoded online.
         wrong_rows: by data set the rows to skip, whose embeddings are of other captions.
         rows: by data set the rows that train.
+        target_latents: of the modalities with a denoising loss.
     """
 
     conversations: ConversationDataset
@@ -62,6 +72,7 @@ class ExampleDataset(Dataset[Example]):
     prompt_embeds_shapes: dict[Modality, tuple[int, ...]] | None
     wrong_rows: Mapping[str, set[int]]
     rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    target_latents: Mapping[Modality, TargetLatents] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -116,11 +127,27 @@ class ExampleDataset(Dataset[Example]):
             else None
             for _, medium in prompt.signal_spans
         ]
-        return Example(prompt, features, caption_embeds)
+        targets = [
+            self._target(medium, f"{name} {row} {number}")
+            for number, (_, medium) in enumerate(prompt.signal_spans)
+        ]
+        return Example(prompt, features, caption_embeds, targets)
 
     def _feature(self, medium: Media) -> Tensor | UnencodedMedium:
         found = load_medium(medium, self.caches[medium.modality])
         return found if isinstance(found, UnencodedMedium) else torch.from_numpy(found)
+
+    def _target(self, medium: Media, key: str) -> TargetMedium | None:
+        """The target of the denoising loss, if there is such a loss and the file exists."""
+        latents = self.target_latents.get(medium.modality)
+        if latents is None or not medium.target_path or not medium_exists(Path(medium.target_path)):
+            return None
+        space = latents.space
+        path, modality = medium.target_path, medium.modality
+        found = _load_or_decode(path, modality, latents.cache, space.format.load)
+        if isinstance(found, UnencodedMedium):
+            return TargetMedium(0, found, key)
+        return TargetMedium(0, torch.from_numpy(found).view(2, *space.shape), key)
 
 
 def load_medium(medium: Media, cache: FeatureCache) -> np.ndarray | UnencodedMedium:
@@ -129,13 +156,21 @@ def load_medium(medium: Media, cache: FeatureCache) -> np.ndarray | UnencodedMed
     Raises:
         MediaError: it cannot be read, decoded, or decoded within `DECODE_LIMITS`.
     """
+    load = partial(load_views, medium.modality)
+    return _load_or_decode(medium.path, medium.modality, cache, load)
+
+
+def _load_or_decode(
+    path: str, modality: Modality, cache: FeatureCache, load: Callable[..., Tensor]
+) -> np.ndarray | UnencodedMedium:
+    """What is cached of the file at `path`, or what `load(path, check, limits)` decodes."""
 
     def decode(path: Path) -> Tensor:
-        return load_views(medium.modality, path, _progress_until(path), DECODE_LIMITS)
+        return load(path, _progress_until(path), DECODE_LIMITS)
 
-    found = cache.get_or_decode(medium.path, decode)
+    found = cache.get_or_decode(path, decode)
     if isinstance(found, DecodedMedium):
-        return UnencodedMedium(medium.modality, found.views, found.content)
+        return UnencodedMedium(modality, found.views, found.content)
     return found
 
 

@@ -5,12 +5,12 @@ clipping, optimizer and schedule come from the run. Trainable parameters, gradie
 are float32; the frozen language model and matrix products use the run's precision (autocast).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import deepspeed
 import torch
@@ -28,6 +28,7 @@ from nextgpt.conversation.batch import Batch
 from nextgpt.model.loading import compare_state_dicts, refuse_faults
 from nextgpt.model.nextgpt import Losses, NextGPT
 from nextgpt.model.trainable import dropout_disabled, group_of, tuned_parameters
+from nextgpt.training.denoising import VALIDATION, DenoisingLoss
 from nextgpt.training.loss_scale import LossScale, non_finite_gradient
 
 _SET_BY_RUN = (
@@ -35,21 +36,24 @@ _SET_BY_RUN = (
     "gradient_clipping", "optimizer", "scheduler", "fp16", "bf16", "torch_autocast",
     "communication_data_type", "data_types",
 )  # fmt: skip
+_Number = TypeVar("_Number", int, float)
 _STATE = "state"  # DeepSpeed's tag: a folder of a checkpoint
 
-# Of one step before its update, averaged over all ranks' tokens and spans: `loss`, the weighted
-# sum; `text_loss`, None where the language model did not run; `alignment_MODALITY` of those with
-# spans; `learning_rate`, of groups without their own; `gradient_norm`, None without ZeRO and where
-# an overflow skipped the step; `loss_scale` in fp16; `tokens`, the number with a text loss.
+# Of one step before its update, averaged over all ranks' tokens, spans and target media: `loss`,
+# the weighted sum; `text_loss`, None where the language model did not run; `alignment_MODALITY` of
+# those with spans; `denoising_MODALITY` of those with target media; `learning_rate`, of groups
+# without their own; `gradient_norm`, None without ZeRO and where an overflow skipped the step;
+# `loss_scale` in fp16; `tokens`, the number with a text loss.
 StepMetrics = dict[str, float | None]
 
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Labelled tokens and signal spans of one optimizer step over all ranks."""
+    """Labelled tokens, signal spans and target media of one optimizer step over all ranks."""
 
     tokens: int
     signal_spans: dict[Modality, int]
+    targets: dict[Modality, int] = field(default_factory=dict)
 
 
 def micro_batch_size(training: TrainingConfig, world: int) -> int:
@@ -99,6 +103,7 @@ class TrainEngine:
         training: the stage's configuration.
         steps: optimizer steps of the whole run, for the schedule.
         device, dtype: of the products.
+        denoising: None: there is no such loss.
     """
 
     def __init__(
@@ -108,8 +113,10 @@ class TrainEngine:
         steps: int,
         device: torch.device,
         dtype: torch.dtype,
+        denoising: DenoisingLoss | None = None,
     ) -> None:
         self.training, self.device, self.dtype = training, device, dtype
+        self.denoising = denoising
         self.world = dist.get_world_size()
         self.micro_batch_size = micro_batch_size(training, self.world)
         self.accumulation = training.global_batch_size // self.world // self.micro_batch_size
@@ -146,13 +153,14 @@ class TrainEngine:
         """
         self.engine.train()
         rate = self.training.learning_rate * self._factor(self.schedule.last_epoch)
-        sums = torch.zeros(2 + len(MODALITIES), dtype=torch.float64, device=self.device)
+        step = self.engine.global_steps
+        sums = torch.zeros(2 + 2 * len(MODALITIES), dtype=torch.float64, device=self.device)
         for index, batch in enumerate(batches):
-            losses: Losses = self.engine(batch)
+            losses = self._losses(batch, step)
             self.engine.backward(self._normalize(losses, counts))
             sums += _as_vector(losses)
             if index + 1 == len(batches):
-                tokens, text_total, *alignment_totals = self._reduce_finite(sums)
+                totals = self._reduce_finite(sums)
             self.engine.step()
         scale = {"loss_scale": self.loss_scale.scale} if self.loss_scale else {}
         # ZeRO skips the step, on all ranks, if the norm of the reduced gradients is not finite.
@@ -164,11 +172,11 @@ class TrainEngine:
         norm = None if overflowed else self.engine.get_global_grad_norm()
 
         return {
-            **self._average(tokens, text_total, alignment_totals, counts),
+            **self._average(totals, counts),
             "learning_rate": rate,
             "gradient_norm": None if norm is None else float(norm),
             **scale,
-            "tokens": int(tokens),
+            "tokens": int(totals[0]),
         }
 
     @torch.no_grad()
@@ -180,18 +188,18 @@ class TrainEngine:
         Raises:
             UserError: a loss is not finite.
         """
-        sums = torch.zeros(2 + 2 * len(MODALITIES), dtype=torch.float64, device=self.device)
+        sums = torch.zeros(2 + 4 * len(MODALITIES), dtype=torch.float64, device=self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         with dropout_disabled(self.model), torch.random.fork_rng(devices):
             for batch in batches:
-                losses: Losses = self.engine(batch)
-                spans = sums.new_tensor([losses.signal_spans.get(m, 0) for m in MODALITIES])
-                sums += torch.cat([_as_vector(losses), spans])
+                losses = self._losses(batch, VALIDATION)
+                spans = [losses.signal_spans.get(m, 0) for m in MODALITIES]
+                targets = [len(batch.targets.get(m, ())) for m in MODALITIES]
+                sums += torch.cat([_as_vector(losses), sums.new_tensor(spans + targets)])
         dist.all_reduce(sums)
-        tokens, text_total, *totals = _check_finite(sums)
-        alignment_totals, spans = totals[: len(MODALITIES)], map(int, totals[len(MODALITIES) :])
-        counts = StepCounts(int(tokens), dict(zip(MODALITIES, spans, strict=True)))
-        return self._average(tokens, text_total, alignment_totals, counts)
+        totals = _check_finite(sums)
+        counted = list(map(int, totals[2 + 2 * len(MODALITIES) :]))
+        return self._average(totals, StepCounts(int(totals[0]), *split_by_modality(counted)))
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of the exact state into `folder`; all ranks take part."""
@@ -226,31 +234,44 @@ class TrainEngine:
         with deepspeed.zero.GatheredParameters(list(tuned.values())):
             return {name: p.detach().float().cpu().clone() for name, p in tuned.items()}
 
+    def _losses(self, batch: Batch, step: int) -> Losses:
+        """The losses of one forward pass."""
+        losses: Losses = self.engine(batch)
+        if self.denoising is not None:
+            self.denoising.add_to(losses, batch, step)
+        return losses
+
     def _normalize(self, losses: Losses, counts: StepCounts) -> torch.Tensor:
-        """This micro batch's part of the mean over all tokens and spans of the step.
+        """This micro batch's part of the mean over all tokens, spans and target media of the step.
 
         DeepSpeed averages over ranks and micro batches; the factor undoes that.
         """
         loss, weights = losses.text / max(counts.tokens, 1), self.training.alignment_loss_weights
         for modality, total in losses.alignment.items():
             loss = loss + weights[modality] * total / counts.signal_spans[modality]
+        for modality, total in losses.denoising.items():
+            weight = self.training.denoising_loss_weights[modality]
+            loss = loss + weight * total / counts.targets[modality]
         return loss * self.world * self.accumulation + losses.unused
 
-    def _average(
-        self, tokens: float, text_total: float, alignment_totals: list[float], counts: StepCounts
-    ) -> StepMetrics:
-        """The mean losses; `tokens` is 0 where the language model did not run."""
+    def _average(self, totals: list[float], counts: StepCounts) -> StepMetrics:
+        """The mean losses of `_as_vector`'s sums; no tokens: the language model did not run."""
+        (tokens, text_total), sums = totals[:2], totals[2 : 2 + 2 * len(MODALITIES)]
         text_loss = text_total / max(counts.tokens, 1)
-        alignment = {
-            modality: total / counts.signal_spans[modality]
-            for modality, total in zip(MODALITIES, alignment_totals, strict=True)
-            if counts.signal_spans[modality]
-        }
-        weights = self.training.alignment_loss_weights
+        alignment, denoising = (
+            {m: total / counted[m] for m, total in of_modality.items() if counted.get(m)}
+            for of_modality, counted in zip(
+                split_by_modality(sums), (counts.signal_spans, counts.targets), strict=True
+            )
+        )
+        loss = text_loss
+        loss += sum(self.training.alignment_loss_weights[m] * x for m, x in alignment.items())
+        loss += sum(self.training.denoising_loss_weights[m] * x for m, x in denoising.items())
         return {
-            "loss": text_loss + sum(weights[m] * value for m, value in alignment.items()),
+            "loss": loss,
             "text_loss": text_loss if tokens else None,
             **{f"alignment_{modality}": value for modality, value in alignment.items()},
+            **{f"denoising_{modality}": value for modality, value in denoising.items()},
         }
 
     def _reduce_finite(self, sums: torch.Tensor) -> list[float]:
@@ -287,10 +308,19 @@ class TrainEngine:
 
 
 def _as_vector(losses: Losses) -> torch.Tensor:
-    """Number of tokens, text loss and alignment loss by modality, float64 sums."""
+    """Number of tokens, text loss, alignment and denoising loss by modality, float64 sums."""
     zero = torch.zeros_like(losses.text)
-    alignment = (losses.alignment.get(m, zero) for m in MODALITIES)
-    return torch.stack([zero + losses.tokens, losses.text, *alignment]).detach().double()
+    sums = (
+        total.get(m, zero) for total in (losses.alignment, losses.denoising) for m in MODALITIES
+    )
+    return torch.stack([zero + losses.tokens, losses.text, *sums]).detach().double()
+
+
+def split_by_modality(values: Sequence[_Number]) -> list[dict[Modality, _Number]]:
+    """Values of all modalities, one after the other for several quantities, by modality."""
+    size = len(MODALITIES)
+    starts = range(0, len(values), size)
+    return [dict(zip(MODALITIES, values[start : start + size], strict=True)) for start in starts]
 
 
 def _check_finite(sums: torch.Tensor) -> list[float]:

@@ -1,13 +1,14 @@
-"""The frozen encoders of media and captions, for what a batch holds unencoded.
+"""The frozen encoders of media, captions and target media, for what a batch holds unencoded.
 
 They are not part of the model, and each is loaded when the first batch needs it: a run whose
 features are all in the cache never loads ImageBind.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +19,14 @@ from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
-from nextgpt.conversation.batch import Batch, UnencodedMedium
+from nextgpt.conversation.batch import Batch, TargetMedium, UnencodedMedium
 from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.transforms import PREPROCESSING_VERSIONS
 from nextgpt.model.build import build_media_encoder
 from nextgpt.model.imagebind import ImageBind, fingerprint
 from nextgpt.model.loading import resolve_model_path
+from nextgpt.training.denoising import TargetLatents
 
 
 class FeatureCaches(dict[Modality, FeatureCache]):
@@ -93,18 +95,26 @@ class MediaEncoder:
 
 
 class BatchEncoder:
-    """The frozen encoders: encode what a batch lacks, and cache the features of its media."""
+    """The frozen encoders: encode what a batch lacks, and cache its features and latents."""
 
-    def __init__(self, config: Config, caches: FeatureCaches, device: torch.device) -> None:
+    def __init__(
+        self,
+        config: Config,
+        caches: FeatureCaches,
+        device: torch.device,
+        target_latents: Mapping[Modality, TargetLatents] | None = None,
+    ) -> None:
         self.config = config
         self.caches = caches
         self.device = device
         self.media_encoder = MediaEncoder(config, device)
+        self.target_latents = target_latents or {}
         self._text_encoders: dict[Modality, TextEncoder] = {}
+        self._vaes: dict[Modality, Any] = {}
 
     @torch.no_grad()
     def encode(self, batch: Batch) -> Batch:
-        """`batch` on the device, with all features and caption embeddings in float32.
+        """`batch` on the device, with all features and caption embeddings, and with all latents.
 
         Without autocast, so that a feature is the same to the bit in a warm start and in a step.
         """
@@ -123,6 +133,25 @@ class BatchEncoder:
                     self._text_encoders[modality] = TextEncoder(modality, path, self.device)
                 embeds = self._text_encoders[modality].encode(captions)
                 batch.caption_embeds[modality] = embeds.float()
+            targets = {m: self._encode_targets(m, media) for m, media in batch.targets.items()}
         for modality, features in computed.items():
             self.caches[modality].put_many(features)
-        return replace(batch, unencoded_media={}, unencoded_captions={})
+        return replace(batch, unencoded_media={}, unencoded_captions={}, targets=targets)
+
+    def _encode_targets(
+        self, modality: Modality, targets: Sequence[TargetMedium]
+    ) -> list[TargetMedium]:
+        """The targets with latents, which are cached; the VAE is loaded if one lacks them."""
+        latents, encoded, computed = self.target_latents[modality], [], []
+        for target in targets:
+            medium = target.latents
+            if isinstance(medium, UnencodedMedium):
+                if modality not in self._vaes:
+                    self._vaes[modality] = latents.space.load_vae(self.device)
+                moments = latents.space.encode(self._vaes[modality], medium.views)
+                computed.append((medium.content, moments.flatten().cpu().numpy()))
+                target = target._replace(latents=moments)
+            encoded.append(target)
+        if computed:
+            latents.cache.put_many(computed)
+        return encoded

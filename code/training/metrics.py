@@ -86,7 +86,7 @@ class MetricsLogger:
         for name, value in line.items():
             if name != "step" and value is not None:
                 self.board.add_scalar(name, value, step)
-                if name in ("loss", "text_loss") or name.startswith("alignment_"):
+                if name in ("loss", "text_loss") or name.startswith(("alignment_", "denoising_")):
                     shown[name.removeprefix("alignment_")] = f"{value:.3f}"
         if "validation_loss" in metrics:
             self._last_validation = {"validation": f"{metrics['validation_loss']:.3f}"}

@@ -31,6 +31,7 @@ from nextgpt.dataset.caption_records import (
 )
 from nextgpt.dataset.conversations import ConversationDataset
 from nextgpt.dataset.left_out import MAX_SKIPPED_SHARE
+from nextgpt.decoders.denoising import denoiser_files
 from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.model.imagebind import fingerprint
 from nextgpt.model.loading import find_folder, tokenizer_files, weight_files
@@ -177,6 +178,11 @@ def _identify_frozen(
         weights, tokenizer = text_encoder_fingerprints(config, modality)
         identities[f"text encoder of the {modality} decoder"] = {
             "file": config.decoders[modality].path, "weights": weights, "tokenizer": tokenizer
+        }  # fmt: skip
+    for modality in config.training.denoised_modalities:
+        folder = find_folder(config.decoders[modality].path, "model_index.json")
+        identities[f"{modality} decoder, for the denoising loss"] = {
+            "file": str(folder), "digest": digests.digest_files(denoiser_files(folder))
         }  # fmt: skip
     return identities
 

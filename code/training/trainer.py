@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,6 +21,7 @@ from nextgpt.conversation.batch import Batch
 from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
 from nextgpt.dataset.held_out import split_rows
 from nextgpt.dataset.sampler import BatchSchedule, Sample
+from nextgpt.dataset.target_media import describe_missing_targets
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.delta import Delta, load_delta, read_delta, tensors_of_absent_groups
 from nextgpt.model.nextgpt import NextGPT
@@ -29,11 +30,13 @@ from nextgpt.model.trainable import count_parameters, format_parameter_counts, s
 from nextgpt.model.upstream_checkpoint import Tensors
 from nextgpt.training.checkpointing import CheckpointManager, read_run_state
 from nextgpt.training.data import ExampleDataset, load_batches, rank_batches
+from nextgpt.training.denoising import DenoisingLoss, open_target_latents
 from nextgpt.training.engine import (
     StepCounts,
     StepMetrics,
     TrainEngine,
     read_deepspeed_config,
+    split_by_modality,
 )
 from nextgpt.training.media_features import BatchEncoder, FeatureCaches
 from nextgpt.training.metrics import MetricsLogger
@@ -131,7 +134,11 @@ class Trainer:
         self._vocabulary_size = self.model.base_vocabulary_size  # ZeRO 3 will shard the matrix
         for callback in self.callbacks:
             callback.on_train_begin(self)
-        self.engine = TrainEngine(self.model, training, self.total_steps, self.device, self.dtype)
+        denoising = None
+        if training.denoised_modalities:
+            denoising = DenoisingLoss.load(self.config, self.device, self.dtype)
+        arguments = self.total_steps, self.device, self.dtype, denoising
+        self.engine = TrainEngine(self.model, training, *arguments)
         torch.manual_seed(training.seed + self.rank)  # dropout differs between ranks
         counted = self.restore_checkpoint()
         if self.rank == 0:
@@ -188,9 +195,19 @@ class Trainer:
             lines, wrong_rows = compute_on_rank_0(check)
             for line in lines:
                 print_rank_0(line)
-        builder, caches = build_prompt_builder(config), FeatureCaches(config)
-        length = data.max_seq_length
-        return ExampleDataset(conversations, builder, length, caches, shapes, wrong_rows)
+        if denoised := config.training.denoised_modalities:
+            describe = partial(describe_missing_targets, conversations, denoised)
+            for line in compute_on_rank_0(describe):
+                print_rank_0(line)
+        return ExampleDataset(
+            conversations,
+            build_prompt_builder(config),
+            data.max_seq_length,
+            FeatureCaches(config),
+            shapes,
+            wrong_rows,
+            target_latents=open_target_latents(config),
+        )
 
     def read_predecessor(self) -> None:
         """Read the delta that the run starts from, or was started from."""
@@ -252,8 +269,9 @@ class Trainer:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
         data, size, end = self.config.data, self.engine.micro_batch_size, self.total_steps
-        loaded = self._load_batches(self.step, end, size, data.num_workers, data.packed_seq_length)
-        encoder = BatchEncoder(self.config, self.examples.caches, self.device)
+        options = data.num_workers, data.packed_seq_length
+        loaded = self._load_batches(self.examples, self.step, end, size, *options)
+        encoder = self._batch_encoder(self.examples)
         with loaded as steps:
             for batches in islice(steps, end - self.step):  # one more would end the processes
                 counts = self.count_step(batches)
@@ -301,6 +319,7 @@ class Trainer:
             "cut_tokens": sum(batch.cut_tokens for batch in batches),
         }
         spans = [sum(len(b.signal_spans.get(m, ())) for b in batches) for m in MODALITIES]
+        spans += [sum(len(b.targets.get(m, ())) for b in batches) for m in MODALITIES]
         tokens = sum(batch.num_label_tokens for batch in batches)
         totals = all_reduce_sum([self._stop, tokens, *spans, *counted.values()], self.device)
         stopped, tokens, *totals = map(int, totals)
@@ -308,7 +327,7 @@ class Trainer:
             return None
         counts = dict(zip(counted, totals[len(spans) :], strict=True))
         self.metrics.count(self.step + 1, skipped, counts)
-        return StepCounts(tokens, dict(zip(MODALITIES, totals[: len(spans)], strict=True)))
+        return StepCounts(tokens, *split_by_modality(totals[: len(spans)]))
 
     def save_delta(self) -> None:
         """Write the tuned parameters, and those of the best validation."""
@@ -333,21 +352,34 @@ class Trainer:
         return self.checkpoint is None and not (self.delta and self.delta.holds(group))
 
     def first_batches(self, steps: int | None = None) -> Iterator[Batch]:
-        """Yield this rank's micro batches of the first `steps` (default: all), rows not packed."""
+        """Yield this rank's micro batches of the first `steps` (default: all).
+
+        Rows are not packed, and there are no targets of the denoising loss.
+        """
         end = min(steps or self.total_steps, self.total_steps)
         size = self.config.training.micro_batch_size
-        encoder = BatchEncoder(self.config, self.examples.caches, self.device)
-        with self._load_batches(0, end, size) as loaded:
+        examples = replace(self.examples, target_latents={})
+        encoder = self._batch_encoder(examples)
+        with self._load_batches(examples, 0, end, size) as loaded:
             for batches in loaded:
                 yield from map(encoder.encode, batches)
 
+    def _batch_encoder(self, examples: ExampleDataset) -> BatchEncoder:
+        return BatchEncoder(self.config, examples.caches, self.device, examples.target_latents)
+
     def _load_batches(
-        self, first: int, end: int, size: int, num_workers: int = 0, packed: int | None = None
+        self,
+        examples: ExampleDataset,
+        first: int,
+        end: int,
+        size: int,
+        num_workers: int = 0,
+        packed: int | None = None,
     ) -> AbstractContextManager[Iterator[list[Batch]]]:
         """This rank's micro batches of each step from number `first` up to `end`."""
-        length, width = self.examples.length, self.config.encoder.width
+        length, width = examples.length, self.config.encoder.width
         order = rank_batches(self.schedule, first, end, length, self.rank, self.world)
-        return load_batches(self.examples, order, size, width, num_workers, packed)
+        return load_batches(examples, order, size, width, num_workers, packed)
 
     def _on_signal(self, *_: object) -> None:
         self._stop = True
