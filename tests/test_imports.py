@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("dataset",),
     ("model",),
     ("decoders",),
-    ("training", "generation", "evaluation"),
+    ("training", "generation"),
+    ("evaluation",),
     ("callbacks",),
     ("tools",),
     ("serving",),
@@ -183,8 +184,21 @@ def run_without_mini_world(entry: str, *arguments: str) -> subprocess.CompletedP
 
 
 def test_import_hook_blocks_the_mini_world() -> None:
-    done = run_without_mini_world("evaluate", "--help")
+    done = run_without_mini_world("evaluate_parts", "--help")
     assert done.returncode != 0 and "imported: nextgpt.mini_world" in done.stderr
+
+
+def test_protocols_run_without_the_mini_world(tmp_path: Path) -> None:
+    done = run_without_mini_world(
+        "evaluate",
+        "--config",
+        "7b",
+        "--protocol",
+        "coco_captions",
+        "--data",
+        str(tmp_path / "none"),
+    )
+    assert done.returncode == 2 and "does not exist" in done.stderr
 
 
 def test_prepare_checkpoints_runs_without_the_mini_world() -> None:

@@ -1,6 +1,7 @@
-"""Training callbacks: warm starts, the hidden-state cache, answers to held-out samples."""
+"""Training callbacks: warm starts, hidden-state cache, answers to held-out samples, protocols."""
 
 from nextgpt.callbacks.hidden_state_cache import HiddenStateCache, caches_hidden_states
+from nextgpt.callbacks.protocol_evaluation import ProtocolEvaluation
 from nextgpt.callbacks.validation_samples import ValidationSamples
 from nextgpt.callbacks.warm_start import LeastSquaresInit, WhiteningInit
 from nextgpt.common.distributed import print_rank_0
@@ -12,7 +13,8 @@ def build_callbacks(config: Config) -> list[TrainerCallback]:
     """The callbacks that the configuration switches on, in the order in which they run.
 
     Raises:
-        UserError: hidden states are to be cached, but the language model's inputs train.
+        UserError: hidden states are to be cached, but the language model's inputs train; or no
+            protocol is named to evaluate.
     """
     callbacks: list[TrainerCallback] = []
     if config.input_projection.init == "least_squares":
@@ -27,4 +29,6 @@ def build_callbacks(config: Config) -> list[TrainerCallback]:
         callbacks.append(WhiteningInit(cache))
     if config.training.validation_samples:
         callbacks.append(ValidationSamples(config.training.validation_samples))
+    if config.training.evaluate_every is not None:
+        callbacks.append(ProtocolEvaluation(config))
     return callbacks

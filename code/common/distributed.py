@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar
 
@@ -85,6 +86,23 @@ def compute_on_rank_0(compute: Callable[[], _T]) -> _T:
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return outcome[0]
+
+
+@contextmanager
+def finish_together() -> Iterator[None]:
+    """Wait at the end of the block for all ranks, up to a day; all must enter it."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    yield
+    dist.barrier(group=group)
+    dist.destroy_process_group(group)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def all_gather_object(item: _T) -> list[_T]:

@@ -297,6 +297,9 @@ class TrainingConfig(Section):
     """keep the parameters with the lowest validation loss in best.safetensors"""
     validation_samples: Annotated[int, Field(ge=0)] = 0
     """held-out samples that are answered at each validation, with media, for TensorBoard"""
+    evaluate_every: Positive | None = None
+    """optimizer steps between evaluations of evaluation.protocol, logged with the losses, and one
+    at the end; null: none"""
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     """random seed"""
     deepspeed_config: str = ""
@@ -345,6 +348,35 @@ class ServingConfig(Section):
     """how the routes for a single medium ask the language model for it"""
 
 
+class EvaluationConfig(Section):
+    """Protocols of `evaluate.py` (docs/evaluation.md), and the networks of their metrics.
+
+    A network is a folder or hub name; null: metrics that need it are left out."""
+
+    protocol: str | None = None
+    """protocol that training.evaluate_every runs"""
+    data: str | None = None
+    """its data: a folder in the published layout, or a file of caption pairs; null: the protocol's
+    folder in data_dir/evaluation"""
+    samples: Positive = 16
+    """samples of the protocol that training.evaluate_every runs"""
+    batch_size: Positive = 8
+    """answers that are generated together, and media of one modality that are decoded together"""
+    caption_passing: bool = True
+    """decode the written and the true captions too, through the decoder's own text encoder"""
+    inception: str | None = None
+    """network of FID: pt_inception-2015-12-05-6726825d.pth, or a vision model of transformers"""
+    clip: str | None = None
+    """CLIP of CLIPScore and CLIPSIM"""
+    clap: str | None = None
+    """CLAP of the CLAP score"""
+    audio_tagger: str | None = None
+    """network of FD, KL and IS: PANNs' Cnn14_16k_mAP=0.438.pth, or an audio classifier of
+    transformers"""
+    sentence_encoder: str | None = None
+    """Sentence-BERT of the similarity of audio captions"""
+
+
 class Config(Section):
     """Top-level keys."""
 
@@ -361,3 +393,4 @@ class Config(Section):
     training: TrainingConfig
     generation: GenerationConfig
     serving: ServingConfig
+    evaluation: EvaluationConfig

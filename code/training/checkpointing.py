@@ -41,7 +41,7 @@ _CHANGEABLE = (
     "name", "save_path", "data.num_workers", "data.data_dir", "data.caption_embedding_dir",
     "data.cache_dir", "training.save_steps", "training.save_total_limit",
     "training.validate_steps", "training.save_best", "training.validation_samples",
-    "generation.*", "serving.*",
+    "training.evaluate_every", "evaluation", "evaluation.*", "generation.*", "serving.*",
 )  # fmt: skip
 _DENOISING_KEYS = ("height", "width", "num_frames", "fps", "shared_noise", "audio_length_in_s")
 # Paths of what `run_inputs` identifies by content.

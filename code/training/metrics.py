@@ -71,7 +71,9 @@ class MetricsLogger:
         """Log the metrics of step number `step`, from 1, and of the validation after it."""
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
-        seconds -= metrics.get("validation_seconds") or 0.0
+        seconds -= sum(
+            metrics.get(f"{name}_seconds") or 0.0 for name in ("validation", "evaluation")
+        )
         if self.board is None:
             return
         line = {

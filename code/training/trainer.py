@@ -89,6 +89,9 @@ class TrainerCallback:
     def on_validate(self, trainer: "Trainer", metrics: StepMetrics) -> None:
         """Called after each validation with its losses, before they are logged."""
 
+    def on_step_end(self, trainer: "Trainer", metrics: StepMetrics) -> None:
+        """Called after each step and its validation; what is added to `metrics` is logged."""
+
     def on_train_end(self, trainer: "Trainer") -> None:
         """Called after the last step, before the delta is written."""
 
@@ -283,14 +286,16 @@ class Trainer:
                     callback.on_step_begin(self, batches)
                 result = self.engine.step(batches, counts)
                 self.step += 1
-                if self.validator and self._is_due(self.config.training.validate_steps, last=True):
+                if self.validator and self.is_due(self.config.training.validate_steps, last=True):
                     result |= self.validate(self.validator, encoder)
+                for callback in self.callbacks:
+                    callback.on_step_end(self, result)
                 self.metrics.log(self.step, result)
-                if self._is_due(self.config.training.save_steps, last=False):
+                if self.is_due(self.config.training.save_steps, last=False):
                     self._save_checkpoint()
         return True
 
-    def _is_due(self, steps: int, *, last: bool) -> bool:
+    def is_due(self, steps: int, *, last: bool) -> bool:
         """Whether the step is a multiple of `steps`; the run's end counts as `last`."""
         return last if self.step == self.total_steps else self.step % steps == 0
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from nextgpt.common.modality import Modality
-from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text, Turn
+from nextgpt.conversation.messages import Conversation, Media, Turn
+from nextgpt.evaluation.caption_passing import decode_captions, written_caption
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.events import Answer
 from nextgpt.generation.settings import GenerationSettings
-from nextgpt.media.writing import Output
 from nextgpt.mini_world.captions import audible_attributes, parse_caption
 from nextgpt.mini_world.scoreboard.items import Expected, Item
 from nextgpt.mini_world.scoreboard.judge import judge
@@ -176,24 +176,3 @@ def _tasks(row: int, result: Result) -> Iterator[_Task]:
     for seed, medium in enumerate(media, start=result.item.seed):
         yield _Task(row, "ceiling", medium, medium.caption, seed)
         yield _Task(row, "passed", medium, written_caption(parts, medium.kind), seed)
-
-
-def decode_captions(
-    assistant: Assistant,
-    modality: Modality,
-    captions: Sequence[str],
-    seeds: Sequence[int],
-    settings: GenerationSettings,
-) -> list[Output]:
-    """Decode unmodified captions, embedded by the decoder's text encoder."""
-    decoder = assistant.load_decoder(modality)
-    embeddings = decoder.text_encoder.encode(captions)
-    return decoder.decode(embeddings, replace(settings.decode[modality], seed=tuple(seeds)))
-
-
-def written_caption(parts: Sequence[ContentPart], kind: str) -> str:
-    """Return the caption of the first medium of `kind`: the preceding text after the last colon."""
-    for before, part in zip(("", *parts), parts, strict=False):
-        if isinstance(part, Media) and part.modality == kind:
-            return before.text.split(":")[-1].strip(" .") if isinstance(before, Text) else ""
-    return ""

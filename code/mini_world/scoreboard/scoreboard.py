@@ -1,4 +1,4 @@
-"""The scoreboard: answer and judge items; print a table, write `scoreboard.json` and two plots."""
+"""The scoreboard: answer and judge items; print a table; write JSON, samples and plots."""
 
 import hashlib
 import os
@@ -18,6 +18,7 @@ from nextgpt.common.paths import PROJECT_ROOT
 from nextgpt.config.schema import Config
 from nextgpt.conversation.messages import Text
 from nextgpt.evaluation.metrics import proportion
+from nextgpt.evaluation.sampler import SAMPLES
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.objects import Split
@@ -26,6 +27,7 @@ from nextgpt.mini_world.scoreboard.plain_talk import plain_questions, score_plai
 from nextgpt.mini_world.scoreboard.plots import draw_contact_sheet, draw_matrix
 from nextgpt.mini_world.scoreboard.report import format_table
 from nextgpt.mini_world.scoreboard.runner import Result, Timer, answer_items, score_captions
+from nextgpt.mini_world.scoreboard.samples import write_samples
 from nextgpt.mini_world.scoreboard.scoring import summarize
 from nextgpt.mini_world.scoreboard.unsupported import score_unsupported, unsupported_requests
 from nextgpt.model.delta import read_delta
@@ -104,7 +106,9 @@ def evaluate(config: Config, delta: Path, settings: EvaluationSettings, out: Pat
     }
     print(format_table(board.cells, board.plain, board.unsupported, board.seconds))
     _write(board, header, out / SCOREBOARD)
-    written = [name for name in (SCOREBOARD, MATRIX_PLOT, CONTACT_SHEET) if (out / name).is_file()]
+    write_samples(board.results, out)
+    names = (SCOREBOARD, SAMPLES, MATRIX_PLOT, CONTACT_SHEET)
+    written = [name for name in names if (out / name).is_file()]
     print(f"in {out}: {', '.join(written)}")
 
 

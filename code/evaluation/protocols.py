@@ -1,0 +1,103 @@
+"""The registry of protocols: the tables of the paper (arXiv 2309.05519), and what each measures.
+
+A protocol shows media and asks for a caption, or asks for a medium with a caption. A further one is
+an entry here.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from nextgpt.common.errors import UserError
+from nextgpt.common.modality import Modality
+from nextgpt.common.paths import project_path
+from nextgpt.config.schema import Config
+from nextgpt.evaluation.benchmark_data import (
+    Document,
+    read_audiocaps,
+    read_coco_test,
+    read_coco_val2014,
+    read_documents,
+    read_msrvtt,
+)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One evaluation.
+
+    Attributes:
+        name: on the command line.
+        title: for the report.
+        task: describe a medium of `modality`, or generate one.
+        folder: of the data, in `data.data_dir`/evaluation.
+        read: yields media and captions of such a folder.
+        metrics: all that it can report, in order.
+        paper: the paper's values by metric, in the same units; empty where they are not recorded.
+    """
+
+    name: str
+    title: str
+    task: Literal["describe", "generate"]
+    modality: Modality
+    folder: str
+    read: Callable
+    metrics: tuple[str, ...]
+    paper: Mapping[str, float] = field(default_factory=dict)
+
+    def data_path(self, config: Config, data: Path | None) -> Path:
+        """The given data, or the protocol's folder."""
+        return data or project_path(config.data.data_dir) / "evaluation" / self.folder
+
+    def documents(self, config: Config, data: Path | None = None) -> list[Document]:
+        """Read the documents; see `read_documents`."""
+        return read_documents(self.data_path(config, data), self.modality, self.read)
+
+
+_CAPTIONS = ("BLEU-4", "METEOR-stem", "ROUGE-L", "CIDEr-D")
+
+PROTOCOLS: dict[str, Protocol] = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol(
+            "coco_captions", "COCO captions, image to text", "describe", "image",
+            "coco", read_coco_test, _CAPTIONS,
+        ),
+        Protocol(
+            "msrvtt_captions", "MSR-VTT captions, video to text", "describe", "video",
+            "msrvtt", read_msrvtt, _CAPTIONS,
+        ),
+        Protocol(
+            "audiocaps_captions", "AudioCaps captions, audio to text", "describe", "audio",
+            "audiocaps", read_audiocaps, (*_CAPTIONS, "SBERT-sim"),
+        ),
+        Protocol(
+            "coco_images", "COCO images, text to image", "generate", "image",
+            "coco", read_coco_val2014, ("FID", "CLIPScore"),
+        ),
+        Protocol(
+            "msrvtt_videos", "MSR-VTT videos, text to video", "generate", "video",
+            "msrvtt", read_msrvtt, ("FID", "CLIPSIM"),
+        ),
+        Protocol(
+            "audiocaps_sounds", "AudioCaps sounds, text to audio", "generate", "audio",
+            "audiocaps", read_audiocaps, ("FD", "KL", "IS", "CLAP score"),
+        ),
+    )
+}  # fmt: skip
+
+
+def find_protocol(name: str) -> Protocol:
+    """Look up a protocol.
+
+    Raises:
+        UserError: an unknown name; suggests the nearest known one.
+    """
+    if name not in PROTOCOLS:
+        nearest = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0)[0]
+        raise UserError(
+            f"protocol {name!r} is unknown: is {nearest!r} meant? Known: {', '.join(PROTOCOLS)}"
+        )
+    return PROTOCOLS[name]
