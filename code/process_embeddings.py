@@ -4,11 +4,11 @@
 
 Caption pairs in WebDataset shards are named by their folder.
 
-Runs as one process, or as several with `torchrun` or `deepspeed`. Resumes where it was stopped.
+Runs as one process, or as several with `torchrun`, `deepspeed` or `srun`. Resumes where it was
+stopped.
 """
 
 import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from nextgpt.common.cli import run_cli
 from nextgpt.common.device import choose_device
 from nextgpt.common.modality import MODALITIES
+from nextgpt.common.process_variables import rank_and_world_size
 from nextgpt.tools.embed_captions import embed_captions
 
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--replace", action="store_true", help=replace)
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     arguments = parser.parse_args()
+    rank, world_size = rank_and_world_size()
     for annotation in arguments.captions:
         embed_captions(
             annotation,
@@ -42,8 +44,8 @@ def main() -> None:
             device=choose_device(),
             dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
             batch_size=arguments.batch_size,
-            rank=int(os.environ.get("RANK", 0)),
-            world_size=int(os.environ.get("WORLD_SIZE", 1)),
+            rank=rank,
+            world_size=world_size,
             replace=arguments.replace,
         )
 

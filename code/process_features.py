@@ -5,14 +5,15 @@
 Encodes every input medium of the stage's data sets with ImageBind and stores the feature in
 `data.cache_dir`, where training finds it. Media are decoded by `data.num_workers` processes.
 
-Runs as one process, or as several with `torchrun` or `deepspeed`. Resumes where it was stopped.
+Runs as one process, or as several with `torchrun`, `deepspeed` or `srun`. Resumes where it was
+stopped.
 """
 
 import argparse
-import os
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.device import choose_device
+from nextgpt.common.process_variables import rank_and_world_size
 from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
 from nextgpt.tools.encode_media import encode_media
 
@@ -26,12 +27,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help=views)
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     arguments = parser.parse_args()
+    rank, world_size = rank_and_world_size()
     encode_media(
         load_config_from(arguments, arguments.stage),
         device=choose_device(),
         batch_size=arguments.batch_size,
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        rank=rank,
+        world_size=world_size,
     )
 
 

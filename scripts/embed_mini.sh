@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Computes the caption embeddings of a mini world: bash scripts/embed_mini.sh [FOLDER]
 set -euo pipefail
-root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
 cd "$root"
-export PATH="$root/.venv/bin:$PATH"
+use_python
 world=${1:-data/mini_world}
 instructions=$world/IT_data
 embed() { # modality, decoder

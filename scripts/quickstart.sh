@@ -5,14 +5,15 @@
 # answers on held-out objects. The results are in outputs/quickstart/report.html. Run again after an
 # interruption, it resumes. Exit code 3: an answer to one of the four cases lacks a medium.
 set -euo pipefail
-root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
 cd "$root"
 started=$SECONDS
 step() { printf '\n== %s (%d s) ==\n' "$1" $((SECONDS - started)); }
 
 step "installing"
 bash scripts/install.sh
-export PATH="$root/.venv/bin:$PATH" OMP_WAIT_POLICY=passive
+use_python
+export OMP_WAIT_POLICY=passive
 world=data/mini_world
 out=outputs/quickstart
 run=ckpt/delta_ckpt/nextgpt/mini_tiva_v0

@@ -3,9 +3,10 @@
 # with: its stages with three seeds, after its data and caption embeddings are there. Takes three
 # times as long as the stages of the quickstart. Run again after an interruption, it resumes.
 set -euo pipefail
-root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
 cd "$root"
-export PATH="$root/.venv/bin:$PATH" OMP_WAIT_POLICY=passive
+use_python
+export OMP_WAIT_POLICY=passive
 runs=outputs/validation_curve
 for seed in 0 1 2; do
     for stage in 1 2 3 4; do

@@ -3,10 +3,10 @@
 #   bash scripts/test.sh -m slow     the tests that take minutes
 #   bash scripts/test.sh --browser   the tests that drive the web page with Chromium
 set -euo pipefail
-root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
 cd "$root"
 bash scripts/install.sh
-export PATH="$root/.venv/bin:$PATH"
+use_python
 if [ "${1:-}" = --browser ]; then
     shift
     exec python -m pytest -m "browser and not slow" "$@"

@@ -1,62 +1,30 @@
 #!/usr/bin/env bash
 # Trains one stage with DeepSpeed: bash scripts/train.sh --stage 1 [arguments of code/train.py]
-# --include, --exclude, --hostfile, --num_nodes, --num_gpus, --master_addr and --master_port go to
-# the launcher; by default it starts one process, on the first GPU or on the CPU.
+# Options of DeepSpeed's launcher go to it: --include, --exclude, --num_gpus, --hostfile, --num_nodes,
+# --master_addr, --master_port, --no_ssh, --node_rank, --launcher, --ssh_port and others. By default
+# it starts a process for each GPU in CUDA_VISIBLE_DEVICES, or one on the first GPU or on the CPU.
 set -euo pipefail
-here=$(pwd)
-root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
-if [ -d "$root/.venv" ]; then
-    export PATH="$root/.venv/bin:$PATH"
-fi
-
-launcher=()
-arguments=()
-while [ $# -gt 0 ]; do
-    case $1 in
-        --include=* | --exclude=* | --hostfile=* | --num_nodes=* | --num_gpus=* | --master_addr=* | --master_port=*)
-            launcher+=("$1") ;;
-        --include | --exclude | --hostfile | --num_nodes | --num_gpus | --master_addr | --master_port)
-            if [ $# -lt 2 ]; then
-                echo "error: $1 needs a value" >&2
-                exit 2
-            fi
-            launcher+=("$1" "$2")
-            shift ;;
-        *) arguments+=("$1") ;;
-    esac
-    shift
-done
-case " ${launcher[*]-} " in
-    *--include* | *--exclude* | *--num_gpus* | *--hostfile*) ;;
-    *) launcher+=(--include localhost:0) ;;
-esac
-
-case " ${launcher[*]-} " in
-    *--master_port* | *--hostfile* | *--num_nodes*) ;;
-    *) launcher+=(--master_port $((20000 + $$ % 10000))) ;; # for several runs on one machine
-esac
-
-# On a CPU, the launcher's limit on the number of processes.
-export LOCAL_SIZE=${LOCAL_SIZE:-$(nproc --all)}
-if [ ! -e /dev/nvidia0 ] && [ ! -e /dev/kfd ] && [ ! -e /dev/dxg ]; then
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
+use_python
+if ! has_gpu; then
     export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # it would detect this, with a warning
 fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads yield the CPU
-cd "$here"
 
 # DeepSpeed's launcher forwards signals with a limit of 30 s, or not at all. It therefore runs in a
 # new session, which the terminal does not signal, and signals are sent to the processes directly.
-setsid deepspeed --log_level critical "${launcher[@]}" "$root/code/train.py" \
-    ${arguments[@]+"${arguments[@]}"} &
+setsid python -P -m nextgpt.tools.launch "$root/code/train.py" "$@" &
 child=$!
 signalled=0
 stop() {
     signalled=143
-    if node=$(pgrep -P $child -f deepspeed.launcher.launch); then
-        pkill -TERM -P "$node" || kill -TERM "$node"
-    else
-        kill -TERM $child # on several machines, the launcher forwards it
-    fi
+    for node in $child $(pgrep -P $child); do
+        if grep -qz '^deepspeed.launcher.launch$' "/proc/$node/cmdline" 2>/dev/null; then
+            pkill -TERM -P "$node" || kill -TERM "$node"
+            return 0 # without a number, that of the interrupted wait
+        fi
+    done
+    kill -TERM $child # a single process; on several machines, the launcher forwards it
 }
 trap stop TERM INT HUP
 status=0

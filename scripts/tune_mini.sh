@@ -5,10 +5,11 @@
 # Arguments go to train.sh: bash scripts/tune_mini.sh --include localhost:0,1
 # Run again after an interruption, it resumes.
 set -euo pipefail
-root=$(cd "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/.." && pwd)
+source "$(dirname "$(realpath "${BASH_SOURCE[0]}")")/common.sh"
 cd "$root"
 bash scripts/install.sh
-export PATH="$root/.venv/bin:$PATH" OMP_WAIT_POLICY=passive
+use_python
+export OMP_WAIT_POLICY=passive
 tuned=ckpt/delta_ckpt/nextgpt/mini_tiva_v0
 runs=ckpt/build/tuned
 

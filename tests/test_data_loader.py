@@ -3,15 +3,18 @@
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.utils.data import DataLoader
 
 from nextgpt.training.data import ExampleDataset, load_batches
+from nextgpt.training.loader import load_in_processes
 
 CONTEXT = multiprocessing.get_context("fork")
 
@@ -54,9 +57,24 @@ def test_loader_workers_of_a_failed_start_end(
     assert not multiprocessing.active_children()
 
 
+def without_shared_memory(number: int) -> list[torch.Tensor]:
+    """Tensors of 400 kB, in a process that cannot create files of more than 4 kB."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    return [torch.full((100_000,), number), torch.ones(3, 2).T, torch.tensor(number)]
+
+
+def test_loader_results_need_no_shared_memory() -> None:
+    with load_in_processes(without_shared_memory, range(6), num_workers=2) as loaded:
+        for number, result in enumerate(loaded):
+            expected = [torch.full((100_000,), number), torch.ones(2, 3), torch.tensor(number)]
+            assert all(map(torch.equal, result, expected))
+            result[0].add_(1)  # it is writable
+    assert number == 5
+
+
 def test_decode_worker_of_a_dead_loader_ends_silently() -> None:
-    limits = [10, 10, 2**30]
-    request = [["nextgpt.media.decoding", "read_pixels"], ["missing.png"], "missing.png", limits]
+    function, limits = ["nextgpt.media.decoding", "read_pixels"], [10, 10, 1 << 30]
+    request = [function, ["missing.png"], "missing.png", limits]
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "nextgpt.media.decode_worker", str(os.getpid())],
         stdin=subprocess.PIPE,

@@ -44,7 +44,9 @@ PROGRAMS = [
     "benchmarks/gpu.py", "benchmarks/features.py", "benchmarks/decoding.py",
     "benchmarks/serving.py", "scripts/train.sh", "scripts/app.sh", "scripts/test.sh",
 ]  # fmt: skip
-OTHERS_FLAGS = {"--help", "--logdir"}  # of every program; TensorBoard's
+OTHERS_FLAGS = {  # of every program, TensorBoard, git, torchrun, srun
+    "--help", "--logdir", "--depth", "--nproc_per_node", "--gpus-per-task",
+}  # fmt: skip
 # Roots of paths in the documents. Data, weights and outputs are not in the repository.
 TRACKED_ROOTS = ("code", "scripts", "tests", "benchmarks", "docs", "assets")
 THE_COURSES_FILES = {  # named in the course page's left column

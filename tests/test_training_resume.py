@@ -114,12 +114,17 @@ def test_resume_under_zero_2_and_zero_3_is_bit_exact(
 
 
 @pytest.mark.parametrize(
-    "places", ["localhost:0", pytest.param("localhost:0,1", marks=pytest.mark.slow)]
+    "options",
+    [
+        [],
+        pytest.param(["--include", "localhost:0"], marks=pytest.mark.slow),
+        pytest.param(["--include", "localhost:0,1"], marks=pytest.mark.slow),
+    ],
 )
 def test_sigterm_to_the_launch_script_saves_and_ends_all_processes(
-    tmp_path: Path, places: str
+    tmp_path: Path, options: list[str]
 ) -> None:
-    flags = ["--init-from", str(trained(2).folder), "--include", places]
+    flags = ["--init-from", str(trained(2).folder), *options]
     run = TinyRun(tmp_path, 3, ["training.epochs=1000", "training.max_steps=20000"], flags)
     environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
     command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]

@@ -6,16 +6,26 @@ from typing import Literal
 import torch
 
 from nextgpt.common.errors import UserError
+from nextgpt.common.process_variables import rank_variables
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device() -> torch.device:
-    """This process's GPU if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
+    """This process's GPU if there is one, else the CPU; the CPU if DS_ACCELERATOR is `cpu`.
+
+    A launcher may show each process all GPUs of the machine, or one.
+
+    Raises:
+        UserError: the machine has more processes than GPUs.
+    """
+    if os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    index, count = int(rank_variables()["LOCAL_RANK"]), torch.cuda.device_count()
+    if index >= count > 1:
+        raise UserError(f"process {index} of this machine has no GPU: {count} are visible")
+    return torch.device("cuda", index if count > 1 else 0)
 
 
 def choose_dtype(

@@ -12,16 +12,18 @@ import torch
 import torch.distributed as dist
 
 from nextgpt.common.errors import UserError
+from nextgpt.common.process_variables import rank_variables
 
 _T = TypeVar("_T")
 
 
 def init_process_group(device: torch.device) -> None:
-    """Initialise the default process group, of what the launcher started or of one process."""
+    """Initialise the default process group, of what the launcher started or of one process.
+
+    See `rank_variables`.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in (alone | {"MASTER_PORT": "0"}).items():  # any free port
-        os.environ.setdefault(name, value)
+    os.environ.update(rank_variables())
     # Gloo suffices. DeepSpeed's own all-reduce for CPUs is compiled at the first start, which needs
     # a compiler and, once interrupted, makes every later start wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

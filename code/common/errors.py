@@ -1,5 +1,7 @@
 """Exceptions for faulty input, reported to the user without a traceback."""
 
+import errno
+import os
 from pathlib import Path
 from traceback import walk_tb
 
@@ -20,6 +22,34 @@ class MediaError(UserError):
 
 class ContextLengthError(MediaError):
     """Prompt and answer exceed the language model's context."""
+
+
+class NotWritableError(UserError):
+    """A file or folder may not be written by this user: name another, or skip what is optional."""
+
+
+def write_error(path: Path, error: OSError) -> UserError:
+    """The error for a file or folder `path` that could not be written, with the cause in words."""
+    cause, kind = error.strerror or str(error), UserError
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        kind = NotWritableError
+        cause = "its file system is read-only" if error.errno == errno.EROFS else _owner(path)
+    elif error.errno in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+        cause = "its file system has no locks"
+    elif error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError(f"{path} cannot be written: the disk or your share of it is full")
+    return kind(f"{path} cannot be written ({cause}): name another folder")
+
+
+def _owner(path: Path) -> str:
+    """Whose the file is, or the folder, that this user has no right to write."""
+    folder = next(folder for folder in path.parents if os.path.isdir(folder))  # noqa: PTH112
+    closed = path if os.path.exists(path) and not os.access(path, os.W_OK) else folder  # noqa: PTH110
+    try:
+        owner = closed.owner()
+    except (KeyError, OSError):
+        owner = "another user"
+    return f"{closed} belongs to {owner}, and you have no right to write it"
 
 
 def is_program_error(error: Exception) -> bool:

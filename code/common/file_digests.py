@@ -9,11 +9,12 @@ file systems reassign them at each mount.
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from nextgpt.common.errors import UserError
-from nextgpt.common.io import atomic_write
+from nextgpt.common.errors import NotWritableError, UserError
+from nextgpt.common.io import atomic_write, skip_cache
 from nextgpt.common.json_io import read_json, to_json
 from nextgpt.common.locks import hold_lock
 
@@ -52,10 +53,11 @@ class FileState(NamedTuple):
 class DigestCache:
     """A disk cache of file digests in `folder`/digests, one small file per entry.
 
-    Safe for concurrent processes: one computes a digest, the others wait for it.
+    Safe for concurrent processes: one computes a digest, the others wait for it. Where this user
+    may not write the folder, nothing is cached.
 
     Raises (every method):
-        UserError: a file changes while it is read, or the folder cannot be written.
+        UserError: a file changes while it is read, or the disk is full.
         OSError: a file does not exist.
     """
 
@@ -80,7 +82,9 @@ class DigestCache:
         paths = [str(file.absolute()) for file in files]
         name = hashlib.sha256(to_json([kind, *paths]).encode()).hexdigest()[:16]
         entry = self._folder / f"{name}.json"
-        with hold_lock(entry.with_name(f"{entry.name}.lock")):
+        with ExitStack() as stack:
+            with suppress(NotWritableError):  # computed by each process then
+                stack.enter_context(hold_lock(entry.with_name(f"{entry.name}.lock")))
             states = [FileState.of(file) for file in files]
             key = {"kind": kind, "files": dict(zip(paths, map(list, states), strict=True))}
             if (cached := _read(entry, key)) is not None:
@@ -93,8 +97,11 @@ class DigestCache:
                         f"{file} changed while it was read: wait until it is written and run again"
                     )
             if settled:
-                with atomic_write(entry) as partial:
-                    partial.write_text(to_json({"key": key, "value": value}), encoding="utf-8")
+                try:
+                    with atomic_write(entry) as partial:
+                        partial.write_text(to_json({"key": key, "value": value}), encoding="utf-8")
+                except NotWritableError as error:
+                    skip_cache(self._folder, error)
         return value
 
 

@@ -9,12 +9,13 @@ import errno
 import os
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, write_error
 
 _TAIL = 50  # characters of a file's name that its temporary name ends with: at most 200 bytes
 _SYNC_THREADS = 16  # file systems batch concurrent fsyncs
@@ -33,7 +34,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
     wins.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        NotWritableError: this user may not write the folder.
+        UserError: the disk is full.
     """
     with atomic_write_many([path]) as partials:
         yield partials[0]
@@ -46,21 +48,29 @@ def atomic_write_many(paths: Sequence[Path]) -> Iterator[list[Path]]:
     Each is complete or absent; a power failure between the renames leaves some of them renamed.
     """
     partials = [_partial_path(path) for path in paths]
-    named = f"{paths[0]}" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
     try:
         for folder in {path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)
         yield partials
         _rename_all(partials, paths)
     except OSError as error:
-        fault = error.strerror or error
-        raise UserError(f"could not write {named} (is the disk full?): {fault}") from error
+        raise write_error(paths[0], error) from error
     finally:
         for partial in partials:
             if partial.is_dir():
                 shutil.rmtree(partial)
             elif partial.exists():
                 partial.unlink()
+
+
+_skipped: set[Path] = set()
+
+
+def skip_cache(folder: Path, error: UserError) -> None:
+    """Print, once a process for each cache folder, why nothing is cached there."""
+    if folder not in _skipped:
+        _skipped.add(folder)
+        print(f"not cached: {error} in data.cache_dir", file=sys.stderr)
 
 
 def _partial_path(path: Path) -> Path:

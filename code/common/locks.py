@@ -1,36 +1,38 @@
 """Inter-process file locks."""
 
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, write_error
 
 
 @contextmanager
-def hold_lock(path: Path, *, blocking: bool = True) -> Iterator[None]:
+def hold_lock(path: Path, *, busy: str | None = None) -> Iterator[None]:
     """Hold the lock file `path` during the block; create its folder if it is missing.
 
+    The file names the process that holds it, or held it last, and every user may lock it.
+
     Args:
-        blocking: wait while another process holds the lock.
+        busy: beginning of the error's message if another process holds the lock; None: wait for it.
 
     Raises:
-        UserError: the folder cannot be written.
-        Timeout: another process holds the lock, and `blocking` is false.
+        NotWritableError: this user may not write the folder or the lock file.
+        UserError: another process holds the lock and `busy` is given, or the file system has none.
     """
-    lock = FileLock(path, blocking=blocking)
+    lock = FileLock(path, blocking=busy is None, mode=0o666)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     except Timeout:  # a subclass of OSError
-        raise
+        raise UserError(f"{busy} ({path.read_text() or 'a process'} holds {path})") from None
     except OSError as error:
-        raise UserError(
-            f"{path.parent} cannot be written ({error.strerror or error}): make it writable, or "
-            "configure another folder"
-        ) from error
+        raise write_error(path if path.exists() else path.parent, error) from error
     try:
         yield
     finally:

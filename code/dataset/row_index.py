@@ -119,18 +119,26 @@ def open_index(
     for one in annotation_state(file):
         state.update(repr(one).encode())
     source = state.hexdigest()
+    if index := _read_index(path, source):  # also from a folder that this user may only read
+        return index
     with hold_lock(path.with_name(f"{path.name}.lock")):
-        try:
-            if (index := RowIndex(path)).source == source:
-                return index
-        except (FileNotFoundError, ValueError, LookupError):
-            pass  # none, damaged or of an older format
+        if index := _read_index(path, source):  # another process has built it
+            return index
         with atomic_write(path) as partial:
             _build(file, partial, read, source, Counter() if notes is None else notes, limit)
     index = RowIndex(path)
     for line in index.report:
         print(f"{file}: {line}", flush=True)
     return index
+
+
+def _read_index(path: Path, source: str) -> RowIndex | None:
+    """The index at `path`; None if it is missing, damaged, of another source or older format."""
+    try:
+        index = RowIndex(path)
+    except (FileNotFoundError, ValueError, LookupError):
+        return None
+    return index if index.source == source else None
 
 
 def usable_rows(

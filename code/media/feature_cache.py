@@ -7,6 +7,7 @@ feature. Each write is one transaction: a process killed during a write loses on
 may share the cache (not on a network file system without locks).
 """
 
+import errno
 import hashlib
 import os
 import sqlite3
@@ -19,8 +20,9 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from nextgpt.common.errors import MediaError, UserError
+from nextgpt.common.errors import MediaError, NotWritableError, UserError, write_error
 from nextgpt.common.file_digests import FileState
+from nextgpt.common.io import skip_cache
 from nextgpt.media.shard_members import medium_state, open_medium
 
 _MAX_UNWRITTEN = 1000  # digests buffered until the next write
@@ -67,9 +69,11 @@ class FeatureCache:
         width: length of a feature.
         dtype: of its numbers, float32 or float16.
 
+    Where this user may not write the file, it is read, and nothing is stored.
+
     Raises (every method):
         MediaError: a medium's file cannot be read.
-        UserError: the cache file is damaged.
+        UserError: the cache file is damaged or locked, or the disk is full.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class FeatureCache:
         self.width = width
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._connection: tuple[int, sqlite3.Connection] | None = None
+        self._refused: UserError | None = None  # why the file may not be written
         self._unwritten: dict[Path, MediumContent] = {}
 
     def get(self, path: str | Path) -> np.ndarray | None:
@@ -153,10 +158,21 @@ class FeatureCache:
             if content.settled:
                 self._unwritten[content.path] = content
         files = [(str(c.path), _text(c.state), c.digest) for c in self._unwritten.values()]
-        with self._database() as database, database:  # the second one is the transaction
-            database.executemany("INSERT OR REPLACE INTO medium VALUES (?, ?, ?)", files)
-            database.executemany("INSERT OR IGNORE INTO feature VALUES (?, ?, ?)", rows)
+        try:
+            with self._database() as database, database:  # the second one is the transaction
+                database.executemany("INSERT OR REPLACE INTO medium VALUES (?, ?, ?)", files)
+                database.executemany("INSERT OR IGNORE INTO feature VALUES (?, ?, ?)", rows)
+        except NotWritableError as error:
+            skip_cache(self.file.parent, error)
         self._unwritten.clear()
+
+    def check_writable(self) -> None:
+        """Raise a `NotWritableError` if this user may not write the cache."""
+        with self._database() as database:
+            if self._refused:
+                raise self._refused
+            database.execute("BEGIN IMMEDIATE")
+            database.rollback()
 
     def _feature(self, content: MediumContent) -> np.ndarray | None:
         query = "SELECT vector FROM feature WHERE encoder = ? AND digest = ?"
@@ -181,13 +197,40 @@ class FeatureCache:
         """This process's connection: SQLite connections must not be used after a fork."""
         try:
             if self._connection is None or self._connection[0] != os.getpid():
-                self.file.parent.mkdir(parents=True, exist_ok=True)
-                connection = sqlite3.connect(self.file, timeout=_LOCK_SECONDS)
-                connection.executescript(_TABLES)
-                self._connection = os.getpid(), connection
+                self._connection = os.getpid(), self._connect()
             yield self._connection[1]
         except sqlite3.DatabaseError as error:
-            raise self._damaged(str(error)) from error
+            raise self._error(error) from error
+
+    def _connect(self) -> sqlite3.Connection:
+        """Open the file, or create it; a missing one in a read-only folder is an empty one."""
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.file.touch()
+        except OSError as error:
+            self._refused = write_error(self.file, error)
+            if not isinstance(self._refused, NotWritableError):
+                raise self._refused from error
+            if not self.file.exists():
+                connection = sqlite3.connect(":memory:")
+                connection.executescript(_TABLES + "PRAGMA query_only = true")
+                return connection
+        connection = sqlite3.connect(self.file, timeout=_LOCK_SECONDS)
+        connection.executescript(_TABLES)
+        return connection
+
+    def _error(self, error: sqlite3.DatabaseError) -> UserError:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+            return self._refused or write_error(self.file, OSError(errno.EACCES, str(error)))
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL):
+            return UserError(
+                f"{self.file}: {error} for {_LOCK_SECONDS:g} s: by another process, or for lack of "
+                "locks on a network disk: set data.cache_dir to a folder on a local disk"
+            )
+        if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR):
+            return UserError(f"{self.file}: {error}: is the disk full, or a network disk down?")
+        return self._damaged(str(error))
 
     def _damaged(self, fault: str) -> UserError:
         return UserError(f"{self.file}: {fault}; if it is damaged, delete it: it is a cache")

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import Timeout
 from torch import Tensor
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, write_error
 from nextgpt.common.io import atomic_write, atomic_write_many
 from nextgpt.common.json_io import to_json
 from nextgpt.common.locks import hold_lock
@@ -53,13 +52,11 @@ class EmbeddingStore:
         self._records = record_file(folder, modality, rank)
         lock = folder / f".{self._records.name}.lock"
         with ExitStack() as stack:  # releases the lock on any error
-            try:
-                stack.enter_context(hold_lock(lock, blocking=False))
-            except Timeout:
-                raise UserError(
-                    f"{self._records}: another process is writing {modality} embeddings there: "
-                    "wait until it ends, or use another folder"
-                ) from None
+            busy = (
+                f"{self._records}: another process is writing {modality} embeddings there: wait "
+                "until it ends, or use another folder"
+            )
+            stack.enter_context(hold_lock(lock, busy=busy))
             self._check_maker(modality, maker)
             _drop_partial_line(self._records)
             self._captions = read_captions(folder, modality)
@@ -126,9 +123,7 @@ class EmbeddingStore:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise UserError(
-                f"cannot write {self._records} (is the disk full?): {error.strerror}"
-            ) from error
+            raise write_error(self._records, error) from error
         self._captions.update(entries)
 
 

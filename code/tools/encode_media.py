@@ -28,7 +28,7 @@ from nextgpt.training.data import check_skipped, load_medium
 from nextgpt.training.loader import load_in_processes
 from nextgpt.training.media_features import FeatureCaches, MediaEncoder
 
-_CHUNK_VIEWS = 16  # decoded by a process at a time: 18 MB at most, through shared memory
+_CHUNK_VIEWS = 16  # decoded by a process at a time: 18 MB at most
 
 
 class InputMedium(NamedTuple):
@@ -65,6 +65,7 @@ def encode_media(
             64 on a GPU, 16 on a CPU, where larger batches are slower (`benchmarks/features.py`).
 
     Raises:
+        NotWritableError: this user may not write the cache.
         UserError: an annotation file, the encoder or the cache is missing or damaged, or more than
             5 % of a thousand or more media are unusable.
     """
@@ -75,6 +76,8 @@ def encode_media(
     found = list_input_media(open_conversations(config.data), rank, world_size)
     caches, encoder = FeatureCaches(config), MediaEncoder(config, device)
     skipped_file = project_path(config.data.cache_dir) / f"skipped_media.rank{rank}.jsonl"
+    for modality in found:
+        caches[modality].check_writable()
     skipped_file.unlink(missing_ok=True)
     counts, total = MediaCounts(), sum(map(len, found.values()))
     with tqdm(total=total, unit="medium", desc="media features", disable=rank > 0) as bar:

@@ -12,8 +12,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import Timeout
-
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write, rename_durably
 from nextgpt.common.json_io import read_json, to_json
@@ -98,12 +96,8 @@ def open_output(output: Path, dropped: Path, identity: dict[str, Any]) -> Iterat
     hidden = {name: output.with_name(f".{output.name}.{name}") for name in ("lock", "progress")}
     partials = [path.with_name(f".{path.name}.partial") for path in (dropped, output)]
     with ExitStack() as stack:
-        try:
-            stack.enter_context(hold_lock(hidden["lock"], blocking=False))
-        except Timeout:
-            raise UserError(
-                f"{output}: another process is writing it: wait until it ends"
-            ) from None
+        busy = f"{output}: another process is writing it: wait until it ends"
+        stack.enter_context(hold_lock(hidden["lock"], busy=busy))
         for partial in partials:
             partial.touch()
         of_dropped, of_output = (stack.enter_context(p.open("r+b")) for p in partials)

@@ -1,5 +1,6 @@
 """A stage's folder: resumable checkpoints, the final delta, and what it was trained with.
 
+    stage_N/.lock                     held by rank 0 during a run, with its process id
     stage_N/config.yaml               the resolved configuration, written at the start
     stage_N/delta.safetensors         the trained parameters, written at the end
     stage_N/best.safetensors          those with the lowest validation loss (training.save_best)
@@ -14,6 +15,7 @@ whatever is called `step_*` is complete. Killed during a save, a run resumes fro
 
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from nextgpt.common.distributed import print_rank_0
 from nextgpt.common.errors import UserError
 from nextgpt.common.io import atomic_write, rename_durably
 from nextgpt.common.json_io import read_json, to_json
+from nextgpt.common.locks import hold_lock
 from nextgpt.config.loader import format_config
 from nextgpt.config.renamed_keys import update_keys
 from nextgpt.config.schema import Config, DecoderConfig, Section, TrainingConfig
@@ -63,6 +66,17 @@ class CheckpointManager:
         self.best = path / BEST_FILE
         self.checkpoints = path / "checkpoints"
         self._inputs = self.checkpoints / INPUTS_FILE
+
+    def lock(self) -> AbstractContextManager[None]:
+        """On rank 0: hold the folder against other runs during the block.
+
+        Raises:
+            UserError: another run holds it, or this user may not write it.
+        """
+        if dist.get_rank() != 0:
+            return nullcontext()
+        busy = f"{self.path}: another run trains there: wait until it ends, or give --save_path"
+        return hold_lock(self.path / ".lock", busy=busy)
 
     def find_checkpoint(self, *, resume: bool, restart: bool) -> Path | None:
         """The checkpoint to resume from; None for a new run.

@@ -124,7 +124,15 @@ class Trainer:
         self.validator: Validator | None = None
 
     def train(self) -> bool:
-        """Train the stage; False if a signal stopped it early, after saving a checkpoint."""
+        """Train the stage; False if a signal stopped it early, after saving a checkpoint.
+
+        Raises:
+            UserError: another run trains in the same folder, or an input is wrong.
+        """
+        with self.checkpoints.lock():
+            return self._train()
+
+    def _train(self) -> bool:
         options, folder, training = self.options, self.checkpoints, self.config.training
         self.checkpoint = folder.find_checkpoint(resume=options.resume, restart=options.restart)
         if options.resume and self.checkpoint is None and folder.delta.is_file():

@@ -1,0 +1,110 @@
+"""Start a script in one or more processes with DeepSpeed's launcher.
+
+    python -m nextgpt.tools.launch SCRIPT [options of the launcher and of the script, mixed]
+
+- without options: a process for each GPU in CUDA_VISIBLE_DEVICES, or one;
+- as one of several processes that something else started (`srun`, a cluster's operator that sets
+  RANK and WORLD_SIZE): the script itself, which joins the others;
+- with options: DeepSpeed's launcher, on the processes or machines that they name.
+
+Imports no library where it only replaces itself by another program.
+"""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nextgpt.common.cli import run_cli
+from nextgpt.common.errors import UserError
+from nextgpt.common.process_variables import rank_and_world_size
+
+_SELECTION = {"--include", "--exclude", "--hostfile", "--num_gpus", "--num_accelerators"}
+_OPTIONS = _SELECTION | {
+    "--num_nodes", "--master_addr", "--master_port", "--node_rank", "--launcher",
+    "--launcher_args", "--enable_each_rank_log", "--bind_core_list", "--ssh_port", "--venv_script",
+}  # fmt: skip
+_FLAGS = {"--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_rank"}
+
+
+def main() -> None:
+    """Launch `sys.argv[1]`; the exit code is the launcher's.
+
+    Raises:
+        UserError: an option lacks its value, or the launcher rejects one.
+    """
+    script, *words = sys.argv[1:]
+    options, arguments = split_arguments(words)
+    command = [sys.executable, "-u"]
+    if not options and rank_and_world_size()[1] > 1:
+        _replace_process([*command, script, *arguments])
+    file = options.get("--hostfile")
+    if file and not Path(file).is_file():
+        raise UserError(f"--hostfile {file} is not a file: name one with lines HOST slots=GPUS")
+    if not file:  # else machines must agree on the port
+        options.setdefault("--master_port", str(20000 + os.getpid() % 10000))  # for several runs
+    if options.keys() == {"--master_port"}:
+        launch = ["-m", "deepspeed.launcher.launch", "--log_level=critical"]
+        launch += [
+            f"--world_info={_visible_devices()}",
+            f"--master_port={options['--master_port']}",
+        ]
+        _replace_process([*command, *launch, script, *arguments])
+    if not options.keys() & _SELECTION and not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        options["--include"] = "localhost:0"
+    words = [word for option in options.items() for word in option if word is not None]
+    _run_deepspeed([*words, script, *arguments])
+
+
+def split_arguments(words: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """The launcher's options with their values (None: of a flag), and the script's arguments.
+
+    Raises:
+        UserError: an option lacks its value.
+    """
+    options: dict[str, str | None] = {}
+    arguments, rest = [], iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if word in _FLAGS:
+            options[word] = None
+        elif name in _OPTIONS:
+            given = value if equals else next(rest, None)
+            if given is None:
+                raise UserError(f"{name} needs a value")
+            options[name] = given
+        else:
+            arguments.append(word)
+    return options, arguments
+
+
+def _visible_devices() -> str:
+    """The launcher's encoding of the GPUs to use, by number or UUID; of one process on a CPU."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        devices = devices[:1]
+    return base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+
+
+def _replace_process(command: list[str]) -> None:
+    os.execv(command[0], command)
+
+
+def _run_deepspeed(words: list[str]) -> None:
+    """Run DeepSpeed's launcher; on a CPU it starts as many processes as there are cores at most."""
+    os.environ.setdefault("LOCAL_SIZE", str(os.cpu_count()))
+    from deepspeed.launcher import runner
+
+    try:
+        runner.main(["--log_level", "critical", *words])
+    except (ValueError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:
+        remedy = ""
+        if "not installed" in str(error):
+            remedy = ": install it (pdsh: apt install pdsh) or name another with --launcher"
+        raise UserError(f"DeepSpeed's launcher: {error}{remedy}") from error
+
+
+if __name__ == "__main__":
+    run_cli(main)
