@@ -146,7 +146,7 @@ def test_held_out_pairs_are_unknown_to_component_training() -> None:
     }
     # What draws the splits, records them in `world.json`, or offers them to choose from.
     allowed = {"mini_world/objects.py", "mini_world/write_data.py"}
-    assert naming == allowed | {"evaluate.py", "evaluate_parts.py"}
+    assert naming == allowed | {"evaluate_parts.py"}
 
 
 @pytest.mark.parametrize("modality", ["image", "video"])

@@ -38,6 +38,7 @@ def test_report_shows_the_first_answers_before_anything_is_trained(tmp_path: Pat
     assert "<td>T+I→T+I+V</td>" in page
     assert "<p>a &lt;b&gt; &amp; c</p>" in page
     assert f'<video controls src="shipped/T+I-T+I+V/{SHOWN}">' in page
+    assert '<p class="missing">missing: image</p>' in page
     assert "Held-out losses" not in page and "Scores" not in page
 
 

@@ -25,7 +25,7 @@ from nextgpt.config.loader import STAGES
 from nextgpt.conversation.messages import ContentPart, Media, Turn
 from nextgpt.generation.cli import HISTORY_FILE
 from nextgpt.generation.history import read_history
-from nextgpt.mini_world.scoreboard.items import CASES
+from nextgpt.mini_world.scoreboard.items import CASES, LETTERS
 from nextgpt.mini_world.scoreboard.report import format_interval, percent
 from nextgpt.mini_world.scoreboard.scoreboard import SCOREBOARD
 from nextgpt.mini_world.validation_curve import REFERENCE, Reference, compare, read_curve
@@ -41,7 +41,7 @@ _STYLE = (
     "body{font:16px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse}td,th{padding:.3rem .6rem;border:1px solid #ccc;"
     "text-align:left;vertical-align:top}img,video{height:128px;image-rendering:pixelated}"
-    ".missing{color:#c62828}"
+    "svg{max-width:100%;height:auto}.missing{color:#c62828}"
 )
 
 
@@ -70,9 +70,18 @@ def _answers_section(folder: Path, name: str) -> str:
     rows = []
     for path in sorted((folder / name).glob(f"*/{HISTORY_FILE}")):
         human, assistant = read_history(path)[-2:]
-        wanted = next((case for case in CASES if case.replace("→", "-") == path.parent.name), None)
-        rows.append([wanted or path.parent.name, _show(human, folder), _show(assistant, folder)])
+        case = next((case for case in CASES if case.replace("→", "-") == path.parent.name), "")
+        answer = _show(assistant, folder) + _name_missing(case, assistant)
+        rows.append([case or path.parent.name, _show(human, folder), answer])
     return f"<h2>{_HEADINGS[name]}</h2>{_table(['case', 'request', 'answer'], rows)}"
+
+
+def _name_missing(case: str, answer: Turn) -> str:
+    """Name the media that the answer to one of the four cases lacks."""
+    asked = [LETTERS[letter] for letter in case.partition("→")[2].split("+") if letter]
+    given = ["text", *(part.modality for part in answer.parts if isinstance(part, Media))]
+    missing = [kind for kind in asked if kind not in given]
+    return f'<p class="missing">missing: {", ".join(missing)}</p>' if missing else ""
 
 
 def _show(turn: Turn, folder: Path) -> str:

@@ -11,7 +11,6 @@ Imports no library where it only replaces itself by another program.
 """
 
 import base64
-import json
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
+from nextgpt.common.json_io import to_json
 from nextgpt.common.process_variables import rank_and_world_size
 
 _SELECTION = {"--include", "--exclude", "--hostfile", "--num_gpus", "--num_accelerators"}
@@ -85,7 +85,7 @@ def _visible_devices() -> str:
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
     if os.environ.get("DS_ACCELERATOR") == "cpu":
         devices = devices[:1]
-    return base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
+    return base64.urlsafe_b64encode(to_json({"localhost": devices}).encode()).decode()
 
 
 def _replace_process(command: list[str]) -> None:
