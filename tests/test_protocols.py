@@ -297,6 +297,19 @@ def test_samples_of_another_run_are_refused(
     assert "sample first" in capsys.readouterr().err
 
 
+def test_samples_of_other_data_are_refused(
+    system: System, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    system.run("coco_captions", tmp_path / "out", "--sample-only", "--samples", "2")
+    file = shutil.copytree(system.data / "coco", tmp_path / "coco") / "dataset_coco.json"
+    data = json.loads(file.read_text())
+    for image in data["images"][1:]:
+        image["sentences"][0]["raw"] += " elsewhere"
+    file.write_text(json.dumps(data))
+    system.fail("coco_captions", tmp_path / "out", "--data", str(tmp_path / "coco"))
+    assert "samples of other data (document " in capsys.readouterr().err
+
+
 def start_ranks(system: System, out: Path, log: Path, world: int, *more: str) -> list:
     """Start the ranks of an evaluation in processes of their own."""
     _CONTEXT.set_forkserver_preload(["nextgpt.evaluate", "tiny_run"])

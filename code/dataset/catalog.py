@@ -3,7 +3,6 @@
 Other data sets are described in the configuration (`config.schema.DatasetConfig`).
 """
 
-import difflib
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
+from nextgpt.common.registry import look_up
 from nextgpt.config.schema import DatasetConfig
 from nextgpt.conversation.messages import Conversation
 from nextgpt.dataset.readers import PAIR_KINDS, Kind, Record, read_record
@@ -133,12 +133,7 @@ def find_entry(name: str) -> DatasetEntry:
     Raises:
         UserError: an unknown name; suggests the nearest known one.
     """
-    if name not in CATALOG:
-        nearest = difflib.get_close_matches(name, CATALOG, n=1, cutoff=0)[0]
-        raise UserError(
-            f"data set {name!r} is unknown: is {nearest!r} meant? Known: {', '.join(CATALOG)}"
-        )
-    return CATALOG[name]
+    return look_up("data set", name, CATALOG)
 
 
 DIRECTIONS: dict[str, Kind] = {  # of data sets in the configuration

@@ -4,15 +4,14 @@ A protocol shows media and asks for a caption, or asks for a medium with a capti
 an entry here.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from nextgpt.common.errors import UserError
 from nextgpt.common.modality import Modality
 from nextgpt.common.paths import project_path
+from nextgpt.common.registry import look_up
 from nextgpt.config.schema import Config
 from nextgpt.evaluation.benchmark_data import (
     Document,
@@ -95,9 +94,4 @@ def find_protocol(name: str) -> Protocol:
     Raises:
         UserError: an unknown name; suggests the nearest known one.
     """
-    if name not in PROTOCOLS:
-        nearest = difflib.get_close_matches(name, PROTOCOLS, n=1, cutoff=0)[0]
-        raise UserError(
-            f"protocol {name!r} is unknown: is {nearest!r} meant? Known: {', '.join(PROTOCOLS)}"
-        )
-    return PROTOCOLS[name]
+    return look_up("protocol", name, PROTOCOLS)

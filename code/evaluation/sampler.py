@@ -9,7 +9,6 @@ Records have lmms-eval's field names. Of generated media, `resps` holds its JSON
 {"text", "images"} (`videos`, `audios`), with paths relative to the folder.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -107,8 +106,9 @@ def prompt_of(protocol: Protocol, document: Document, assistant: Assistant) -> C
     if protocol.task == "describe":
         medium = Media(protocol.modality, path=str(document.medium.absolute()))
         return Conversation((Turn("human", (medium, Text(CAPTION_PROMPT))),))
-    request = assistant.config.serving.task_prompts[protocol.modality]
-    return Conversation((Turn("human", (Text(request.format(prompt=document.captions[0])),)),))
+    template = assistant.config.serving.task_prompts[protocol.modality]
+    request = template.replace("{prompt}", document.captions[0])
+    return Conversation((Turn("human", (Text(request),)),))
 
 
 def _sample_batch(
@@ -206,13 +206,11 @@ def _keep_medium(run: SamplingRun, record: Record, name: str, output: Output) ->
 def _prepare(assistant: Assistant, run: SamplingRun, settings: GenerationSettings) -> set[int]:
     """Merge the records of earlier calls; check and write `run.json`; the doc_ids that are done."""
     run.out.mkdir(parents=True, exist_ok=True)
-    docs = [[d.doc_id, d.medium.name, d.captions] for d in run.documents[:1]]
     decode = {m: vars(settings.decode[m]) for m in sorted(settings.modalities or ())}
     state = {
         "protocol": run.protocol.name,
         "config": assistant.config.name,
         "seed": run.seed,
-        "first_document": hashlib.sha256(to_json(docs).encode()).hexdigest()[:16],
         "generation": {name: getattr(settings, name) for name in ("temperature", "max_new_tokens")},
         "decode": decode,
         "caption_passing": assistant.config.evaluation.caption_passing,
@@ -228,7 +226,24 @@ def _prepare(assistant: Assistant, run: SamplingRun, settings: GenerationSetting
         )
     with atomic_write(file) as partial:
         partial.write_text(to_json(state, indent=1) + "\n", encoding="utf-8")
-    return _merge(run.out)
+    done = _merge(run.out)
+    _check_documents(run)
+    return done
+
+
+def _check_documents(run: SamplingRun) -> None:
+    """Raise a UserError if a record is of another document than the run's."""
+    documents = {document.doc_id: document for document in run.documents}
+    for record in _lines(run.out / SAMPLES) if (run.out / SAMPLES).is_file() else ():
+        document, doc = documents.get(record["doc_id"]), record["doc"]
+        if document and (Path(doc["medium"]).name, doc["captions"]) != (
+            document.medium.name,
+            list(document.captions),
+        ):
+            raise UserError(
+                f"{run.out} holds samples of other data (document {document.doc_id}): give another "
+                "--out, or remove it"
+            )
 
 
 def _merge(out: Path) -> set[int]:

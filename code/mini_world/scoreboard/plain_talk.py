@@ -29,8 +29,17 @@ _ANSWER_TOKENS = 64
 
 def plain_questions(split: Split) -> list[str]:
     """Return the hundred plain questions of a split; none is in the training data."""
-    path = Path(__file__).with_name(f"plain_questions_{split}.txt")
-    return path.read_text(encoding="utf-8").splitlines()
+    return read_texts(f"plain_questions_{split}")
+
+
+def read_texts(name: str) -> list[str]:
+    """Return the lines of a text file of this folder."""
+    return Path(__file__).with_name(f"{name}.txt").read_text(encoding="utf-8").splitlines()
+
+
+def as_conversations(texts: Sequence[str]) -> list[Conversation]:
+    """Conversations of one human turn each."""
+    return [Conversation((Turn("human", (Text(text),)),)) for text in texts]
 
 
 def score_plain_talk(
@@ -46,7 +55,7 @@ def score_plain_talk(
         `n`, `right` (no media generated) and its `interval`; `perplexity` (tuned model) and
         `untuned_perplexity` of the untuned model's answers, and their `ratio`; `examples`.
     """
-    conversations = [Conversation((Turn("human", (Text(text),)),)) for text in questions]
+    conversations = as_conversations(questions)
     answers = answer_texts(assistant, conversations, settings, timer, on_progress)
     with timer.time("perplexity"):
         perplexities = _perplexities(assistant, conversations)

@@ -2,17 +2,20 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from nextgpt.conversation.messages import Conversation, Text, Turn
 from nextgpt.evaluation.metrics import proportion
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.events import Answer
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.mini_world.objects import COLOURS, SHAPES, TIMBRE_OF, Split
-from nextgpt.mini_world.scoreboard.plain_talk import answer_texts, has_media
+from nextgpt.mini_world.scoreboard.plain_talk import (
+    answer_texts,
+    as_conversations,
+    has_media,
+    read_texts,
+)
 from nextgpt.mini_world.scoreboard.runner import OnProgress, Timer
 
 _SUPPORTED = re.compile("|".join((*SHAPES, *TIMBRE_OF.values(), *COLOURS, "left, right")))
@@ -20,8 +23,7 @@ _SUPPORTED = re.compile("|".join((*SHAPES, *TIMBRE_OF.values(), *COLOURS, "left,
 
 def unsupported_requests(split: Split) -> list[str]:
     """Return the hundred unsupported requests of a split; none is in the training data."""
-    path = Path(__file__).with_name(f"unsupported_requests_{split}.txt")
-    return path.read_text(encoding="utf-8").splitlines()
+    return read_texts(f"unsupported_requests_{split}")
 
 
 def score_unsupported(
@@ -32,7 +34,7 @@ def score_unsupported(
     on_progress: OnProgress,
 ) -> dict[str, Any]:
     """Answer unsupported requests, with at most 64 tokens each, and score the answers."""
-    conversations = [Conversation((Turn("human", (Text(text),)),)) for text in requests]
+    conversations = as_conversations(requests)
     return summarize_unsupported(
         requests, answer_texts(assistant, conversations, settings, timer, on_progress)
     )
