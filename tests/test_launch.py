@@ -2,11 +2,12 @@
 
 import base64
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ SLURM = {  # the third of three tasks, the second machine's only one
     "SLURM_STEP_NODELIST": "node[007-008]", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
     "SLURM_NODEID": "1",
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def log_levels_restored() -> Iterator[None]:
+    """Undo the launcher's log level, which DeepSpeed gives to pytest's log handlers too."""
+    logger = logging.getLogger("DeepSpeed")
+    levels = [(one, one.level) for one in (logger, *logger.handlers)]
+    yield
+    for one, level in levels:
+        one.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
