@@ -18,12 +18,8 @@ from pathlib import Path
 
 from nextgpt.common.cli import run_cli
 from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
+from nextgpt.config.schema import Config
 from nextgpt.dataset.catalog import DIRECTIONS
-from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
-from nextgpt.dataset.target_media import describe_missing_targets
-from nextgpt.tools.describe_data import describe_data
-from nextgpt.tools.validate_data import check_datasets, compare_unrecorded
-from nextgpt.training.run_inputs import check_makers, find_wrong_captions
 
 
 def main() -> None:
@@ -42,6 +38,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load_config_from(arguments, arguments.stage)
     if arguments.path:
+        from nextgpt.tools.describe_data import describe_data
+
         found = describe_data(config, arguments.path, arguments.media_dir, arguments.direction)
         print("\n".join(found.lines))
         sys.exit(1 if found.unusable else 0)
@@ -50,12 +48,23 @@ def main() -> None:
         chosen = [entries.get(name, name) for name in dict.fromkeys(arguments.datasets)]
         data = config.data.model_copy(update={"datasets": chosen})
         config = config.model_copy(update={"data": data})
+    sys.exit(1 if _print_findings(config, arguments.decode) else 0)
+
+
+def _print_findings(config: Config, decode: int) -> int:
+    """Check the data sets; return the number of unusable conversations."""
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shapes
+    from nextgpt.dataset.target_media import describe_missing_targets
+    from nextgpt.tools.validate_data import check_datasets, compare_unrecorded
+    from nextgpt.training.run_inputs import check_makers, find_wrong_captions
+
     aligned = "output_projections" in config.training.trainable
     shapes = prompt_embeds_shapes(config) if aligned else None
     dataset, unusable = open_conversations(config.data), 0
     captions = find_wrong_captions(config, dataset) if shapes else {}
     compare_unrecorded(config, dataset, captions)
-    for finding in check_datasets(dataset, shapes, captions, arguments.decode):
+    for finding in check_datasets(dataset, shapes, captions, decode):
         print(finding, flush=True)
         unusable += finding.unusable
     lines = check_makers(config, dataset) if shapes else []
@@ -63,7 +72,7 @@ def main() -> None:
         lines += describe_missing_targets(dataset, denoised)
     for line in lines:
         print(line)
-    sys.exit(1 if unusable else 0)
+    return unusable
 
 
 if __name__ == "__main__":

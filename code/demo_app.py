@@ -1,12 +1,13 @@
 """Serve page and API: python demo_app.py, then http://127.0.0.1:7860."""
 
 import argparse
+import os
 from pathlib import Path
 
 from nextgpt.common.cli import run_cli
 from nextgpt.config.loader import add_config_arguments, load_config_from
-from nextgpt.serving.access import KEY_VARIABLE, Access, keys_from_environment, split_options
-from nextgpt.serving.server import serve
+
+KEY_VARIABLE = "NEXTGPT_API_KEY"  # keys separated by commas
 
 
 def main() -> None:
@@ -51,14 +52,18 @@ def main() -> None:
         help="names of the server, besides IP addresses and localhost; *: any name",
     )
     arguments = parser.parse_args()
+    config = load_config_from(arguments)
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.serving.access import Access, split_options
+    from nextgpt.serving.server import serve
+
     access = Access(
-        api_keys=(*split_options(arguments.api_key), *keys_from_environment()),
+        api_keys=split_options([*(arguments.api_key or []), os.environ.get(KEY_VARIABLE, "")]),
         cors_origins=split_options(arguments.cors_origins),
         root_path=arguments.root_path,
         media_domains=split_options(arguments.allow_media_domains),
         allowed_hosts=split_options(arguments.allowed_hosts),
     )
-    config = load_config_from(arguments)
     serve(config, arguments.nextgpt_ckpt_path, arguments.server_name, arguments.server_port, access)
 
 

@@ -18,12 +18,9 @@ from pathlib import Path
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
 from nextgpt.common.paths import project_path
-from nextgpt.common.watchdog import guarded_process_group
 from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.config.schema import Config
 from nextgpt.evaluation.protocols import PROTOCOLS, find_protocol
-from nextgpt.evaluation.runner import ProtocolOptions, run_protocol
-from nextgpt.generation.assistant import find_delta
 
 MINI_WORLD = "mini_world"
 _MINI_SAMPLES = 40
@@ -39,6 +36,10 @@ def main() -> None:
     if arguments.cells is not None or arguments.split is not None:
         raise UserError(f"--cells and --split belong to the protocol {MINI_WORLD}")
     protocol = find_protocol(arguments.protocol)
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.common.watchdog import guarded_process_group
+    from nextgpt.evaluation.runner import ProtocolOptions, run_protocol
+
     options = ProtocolOptions(
         arguments.data,
         arguments.delta,
@@ -54,6 +55,7 @@ def main() -> None:
 
 def _evaluate_mini_world(config: Config, arguments: argparse.Namespace) -> None:
     """Run the scoreboard, the only protocol that imports the mini world."""
+    from nextgpt.generation.assistant import find_delta
     from nextgpt.mini_world.scoreboard.items import CELLS, parse_cells
     from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, evaluate
 

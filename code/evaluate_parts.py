@@ -11,7 +11,6 @@ from nextgpt.common.modality import MODALITIES
 from nextgpt.common.paths import project_path
 from nextgpt.config.loader import add_config_arguments, load_config_from
 from nextgpt.mini_world.objects import HELD_OUT_PAIRS
-from nextgpt.mini_world.scoreboard.component_scores import score_components
 
 
 def main() -> None:
@@ -26,6 +25,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=project_path("outputs/parts"))
     arguments = parser.parse_args()
     config = load_config_from(arguments)
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.mini_world.scoreboard.component_scores import score_components
+
     score_components(
         config,
         arguments.only,

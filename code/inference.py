@@ -14,7 +14,6 @@ from pathlib import Path
 from nextgpt.common.cli import NOT_AS_EXPECTED, run_cli
 from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import add_config_arguments, load_config_from
-from nextgpt.generation.cli import answer_requests
 from nextgpt.generation.history import read_history
 from nextgpt.generation.requests import Request, human_turn, read_cases
 
@@ -52,6 +51,9 @@ def main() -> None:
         history = read_history(arguments.history) if arguments.history else ()
         turn = human_turn(arguments.prompt, media)
         requests = [Request(arguments.prompt, history, turn, arguments.out)]
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.generation.cli import answer_requests
+
     if not answer_requests(config, arguments.nextgpt_ckpt_path, requests, arguments.seed):
         sys.exit(NOT_AS_EXPECTED)
 

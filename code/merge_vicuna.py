@@ -9,7 +9,6 @@ from pathlib import Path
 from nextgpt.common.cli import run_cli
 from nextgpt.common.paths import project_path
 from nextgpt.config.loader import load_config
-from nextgpt.tools.weights.merge import merge_vicuna
 
 
 def main() -> None:
@@ -24,6 +23,9 @@ def main() -> None:
         help="output folder; default: the language model's path in --config 7b",
     )
     arguments = parser.parse_args()
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.tools.weights.merge import merge_vicuna
+
     merge_vicuna(arguments.base, arguments.delta, arguments.out)
     print(f"{arguments.out}: Vicuna v0, float16; check it with prepare_checkpoints.py")
 

@@ -10,8 +10,7 @@ import sys
 
 from nextgpt.common.cli import run_cli
 from nextgpt.config.loader import add_config_arguments, load_config_from
-from nextgpt.tools.weights.registry import PART_NAMES
-from nextgpt.tools.weights.report import prepare_checkpoints
+from nextgpt.tools.weights.parts import PART_NAMES
 
 
 def main() -> None:
@@ -27,6 +26,9 @@ def main() -> None:
     sets = [word for override in arguments.set for word in ("--set", override)]
     words = ["python", "prepare_checkpoints.py", "--config", arguments.config, *sets]
     command = shlex.join([*words, "--fetch", "--only"])
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.tools.weights.report import prepare_checkpoints
+
     if not prepare_checkpoints(config, arguments.only, fetch=arguments.fetch, command=command):
         sys.exit(1)
 

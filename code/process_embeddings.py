@@ -11,13 +11,9 @@ stopped.
 import argparse
 from pathlib import Path
 
-import torch
-
 from nextgpt.common.cli import run_cli
-from nextgpt.common.device import choose_device
 from nextgpt.common.modality import MODALITIES
 from nextgpt.common.process_variables import rank_and_world_size
-from nextgpt.tools.embed_captions import embed_captions
 
 
 def main() -> None:
@@ -34,6 +30,12 @@ def main() -> None:
     parser.add_argument("--replace", action="store_true", help=replace)
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     arguments = parser.parse_args()
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    import torch
+
+    from nextgpt.common.device import choose_device
+    from nextgpt.tools.embed_captions import embed_captions
+
     rank, world_size = rank_and_world_size()
     for annotation in arguments.captions:
         embed_captions(

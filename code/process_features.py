@@ -12,10 +12,8 @@ stopped.
 import argparse
 
 from nextgpt.common.cli import run_cli
-from nextgpt.common.device import choose_device
 from nextgpt.common.process_variables import rank_and_world_size
 from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
-from nextgpt.tools.encode_media import encode_media
 
 
 def main() -> None:
@@ -27,9 +25,14 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help=views)
     parser.add_argument("--local_rank", type=int, help="given by the launcher")
     arguments = parser.parse_args()
+    config = load_config_from(arguments, arguments.stage)
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.common.device import choose_device
+    from nextgpt.tools.encode_media import encode_media
+
     rank, world_size = rank_and_world_size()
     encode_media(
-        load_config_from(arguments, arguments.stage),
+        config,
         device=choose_device(),
         batch_size=arguments.batch_size,
         rank=rank,

@@ -4,11 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from nextgpt.callbacks import build_callbacks
 from nextgpt.common.cli import run_cli
-from nextgpt.common.watchdog import guarded_process_group
 from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
-from nextgpt.training.trainer import STOPPED_BY_SIGNAL, RunOptions, Trainer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,6 +43,11 @@ def main() -> None:
 
         print(format_memory_estimate(estimate_memory(config, arguments.stage, arguments.plan)))
         return
+    # Imported late: `--help` and configuration errors need not wait for the libraries.
+    from nextgpt.callbacks import build_callbacks
+    from nextgpt.common.watchdog import guarded_process_group
+    from nextgpt.training.trainer import STOPPED_BY_SIGNAL, RunOptions, Trainer
+
     options = RunOptions(
         arguments.stage,
         arguments.init_from and arguments.init_from.resolve(),

@@ -120,6 +120,25 @@ def test_mini_world_is_imported_by_its_entries_only() -> None:
     assert {file for file in entries if "/" not in file} == MINI_WORLD_ENTRIES
 
 
+HELP = """
+import contextlib, importlib, io, sys
+with contextlib.redirect_stdout(io.StringIO()):
+    for entry in sys.argv[1].split():
+        sys.argv = [entry, "--help"]
+        with contextlib.suppress(SystemExit):
+            importlib.import_module("nextgpt." + entry).main()
+heavy = {"torch", "transformers", "gradio", "fastapi", "PIL", "av", "deepspeed"}
+print(*sys.modules.keys() & heavy)
+"""
+
+
+def test_help_of_the_entries_loads_no_heavy_library() -> None:
+    entries = [path.stem for path in CODE.glob("*.py") if path.stem != "__init__"]
+    assert {"train", "inference", "demo_app"} <= set(entries)
+    command = [sys.executable, "-c", HELP, " ".join(entries)]
+    assert subprocess.check_output(command, text=True).strip() == ""
+
+
 @pytest.mark.parametrize(
     ("file", "statement", "imported"),
     [

@@ -16,8 +16,9 @@ from openai import AuthenticationError, OpenAI
 from nextgpt import demo_app
 from nextgpt.common.errors import UserError
 from nextgpt.config.loader import load_config
+from nextgpt.demo_app import KEY_VARIABLE
 from nextgpt.serving import server
-from nextgpt.serving.access import KEY_VARIABLE, Access, listen
+from nextgpt.serving.access import Access, listen
 from serving_harness import MODEL, Running, free_port, running_server, scripted_assistant, user
 
 KEYS = ("first-key", "second-key")
@@ -225,7 +226,7 @@ def test_access_options_come_from_arguments_and_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     served: list[Any] = []
-    monkeypatch.setattr(demo_app, "serve", lambda *arguments: served.append(arguments[-1]))
+    monkeypatch.setattr(server, "serve", lambda *arguments: served.append(arguments[-1]))
     monkeypatch.setenv(KEY_VARIABLE, "c, d")
     words = ["--api_key", "a", "--api_key", "b", "--cors_origins", f"{FRIEND},{STRANGER}"]
     words += ["--root_path", "/x", "--allow_media_domains", "media.example,[::1]:80"]

@@ -13,6 +13,7 @@ import pytest
 
 from nextgpt import demo_app
 from nextgpt.config.schema import Config
+from nextgpt.serving import server
 from nextgpt.serving.access import Access
 from serving_harness import free_port, wait_until
 
@@ -40,7 +41,7 @@ def test_demo_app_defaults_to_the_mini_system_on_loopback(
     def serve(config: Config, *where: object) -> None:
         served.append((config.name, *where))
 
-    monkeypatch.setattr(demo_app, "serve", serve)
+    monkeypatch.setattr(server, "serve", serve)
     monkeypatch.setattr(sys, "argv", ["demo_app.py", *arguments])
     demo_app.main()
     assert served == [expected]

@@ -264,9 +264,9 @@ def _train(*given: Any) -> None:
 
 def _train_watched(*given: Any) -> None:
     """Run the training entry and write the changed parameters to `watched.json`."""
-    from nextgpt.training.trainer import Trainer
+    from nextgpt.training import trainer
 
-    class Watched(Trainer):
+    class Watched(trainer.Trainer):
         def build_model(self) -> None:
             super().build_model()
             self.before = {n: p.detach().clone() for n, p in self.model.named_parameters()}
@@ -278,7 +278,5 @@ def _train_watched(*given: Any) -> None:
             Path(self.config.save_path, "watched.json").write_text(json.dumps(changed))
             return finished
 
-    from nextgpt import train
-
-    train.Trainer = Watched
+    trainer.Trainer = Watched
     _train(*given)

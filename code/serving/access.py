@@ -8,7 +8,6 @@ browser, which asks for it. Pages of other origins can neither read answers nor 
 import base64
 import hmac
 import ipaddress
-import os
 import re
 import socket
 from collections.abc import Iterable
@@ -27,7 +26,6 @@ from nextgpt.common.errors import UserError
 from nextgpt.serving.openai_errors import RequestError, error_response
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-KEY_VARIABLE = "NEXTGPT_API_KEY"
 current_client: ContextVar[str] = ContextVar("client", default="")  # of the request
 current_key: ContextVar[str] = ContextVar("key", default="")  # of the request, if one is needed
 _OPEN = re.compile(r"/health|/v1/files/[\w-]+/content", re.ASCII)
@@ -94,11 +92,6 @@ class Access:
             return f"open to programs on this machine, {key}"
         line = f"warning: open to everyone who can reach port {port} of this machine, {key}"
         return line if self.api_keys else f"{line}: --api_key asks for one"
-
-
-def keys_from_environment() -> list[str]:
-    """Return the keys in the environment, separated by commas."""
-    return [key.strip() for key in os.environ.get(KEY_VARIABLE, "").split(",") if key.strip()]
 
 
 class AccessMiddleware:
@@ -237,7 +230,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def split_options(values: Iterable[str] | None) -> tuple[str, ...]:
     """Return the values of an option that may be repeated or separated by commas."""
-    return tuple(one for value in values or () for one in value.split(",") if one)
+    return tuple(one.strip() for value in values or () for one in value.split(",") if one.strip())
 
 
 def _digest(key: str) -> bytes:

@@ -45,7 +45,7 @@ from nextgpt.tools.weights.detect import (
     is_weight,
     max_norm_weight,
 )
-from nextgpt.tools.weights.registry import PartName
+from nextgpt.tools.weights.parts import PartName
 
 PUBLISHED_SYSTEM = "7b_tiva_v0"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from nextgpt.common.modality import MODALITIES, Modality
-from nextgpt.config.schema import Config
 from nextgpt.model.delta import DELTA_FILE
 from nextgpt.model.loading import HUB_NAME, MOVED
 from nextgpt.tools.weights.download import (
@@ -13,9 +12,7 @@ from nextgpt.tools.weights.download import (
     HubPipeline,
     LocalCommand,
 )
-
-PartName = str
-PART_NAMES: tuple[PartName, ...] = ("encoder", "language_model", *MODALITIES, "tuned")
+from nextgpt.tools.weights.parts import PartName
 
 
 @dataclass(frozen=True)
@@ -33,15 +30,6 @@ class Source:
     downloader: Downloader
     next_step: str = ""
     num_parameters: int = 0
-
-
-def configured_path(config: Config, part: PartName) -> str:
-    """Return the configured path or hub name of `part`."""
-    if part == "tuned":
-        return config.save_path
-    if part in MODALITIES:
-        return config.decoders[part].path
-    return config.encoder.path if part == "encoder" else config.language_model.path
 
 
 def source_of(part: PartName, path: str) -> Source | None:

@@ -7,7 +7,8 @@ from nextgpt.common.errors import UserError
 from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.tools.weights.checks import Finding, check_part
-from nextgpt.tools.weights.registry import PartName, Source, configured_path, source_of
+from nextgpt.tools.weights.parts import PartName, configured_path
+from nextgpt.tools.weights.registry import Source, source_of
 
 
 class _Checked(NamedTuple):
