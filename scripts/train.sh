@@ -16,6 +16,7 @@ export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads yield the C
 setsid python -P -m nextgpt.tools.launch "$root/code/train.py" "$@" &
 child=$!
 signalled=0
+forwarded=
 stop() {
     signalled=143
     for node in $child $(pgrep -P $child); do
@@ -24,16 +25,19 @@ stop() {
             return 0 # without a number, that of the interrupted wait
         fi
     done
-    kill -TERM $child # a single process; on several machines, the launcher forwards it
+    if grep -qz '^nextgpt.tools.launch$' "/proc/$child/cmdline" 2>/dev/null; then
+        forwarded=1 # on several machines the launcher forwards it, and exits with 1
+    fi
+    kill -TERM $child
 }
 trap stop TERM INT HUP
 status=0
 while kill -0 $child 2>/dev/null; do
     wait $child && status=0 || status=$?
 done
-if [ $status -eq 0 ]; then
+if [ $status -eq 0 ] || [ "$forwarded" = $status ]; then
     status=$signalled
-elif [ $status -gt 128 ] && [ $signalled -eq 0 ]; then
+elif [ $status -gt 128 ] && [ $status -lt 255 ] && [ $signalled -eq 0 ]; then # 255: of ssh
     echo "error: training was killed (exit code $status), perhaps for lack of memory: see --plan" >&2
 fi
 exit $status

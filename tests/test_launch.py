@@ -1,5 +1,6 @@
 """Training launcher: visible GPUs, SLURM's tasks, DeepSpeed's options, errors of one line."""
 
+import ast
 import base64
 import json
 import logging
@@ -112,6 +113,19 @@ def test_launch_runs_the_script_itself_as_a_task_of_srun(monkeypatch: pytest.Mon
     assert "deepspeed.launcher.launch" not in command_of(monkeypatch, "--stage", "1")
 
 
+def test_rank_variables_of_mpirun_are_those_of_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items():
+        monkeypatch.setenv(f"OMPI_COMM_WORLD_{name}", value)
+    with pytest.raises(UserError, match="-x MASTER_ADDR"):
+        rank_variables()
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    assert rank_variables() == {
+        "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "first", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    assert command_of(monkeypatch, "--stage", "1")[-3:] == ["train.py", "--stage", "1"]
+
+
 def test_rank_variables_of_a_batch_script_are_those_of_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,6 +188,9 @@ def test_launch_hands_on_every_option_of_deepspeed_s_launcher(
         (["--hostfile", "hosts", "--no_ssh_check"], "launcher 'pdsh' not installed.: install it"),
         (["--include", "localhost:7"], "No slot '7' specified on host 'localhost'"),
         (["--hostfile", "wrong"], "a bad entry: one"),
+        (["--num_nodes", "2"], "--num_nodes is for several machines: name them with --hostfile"),
+        (["--launcher", "slurm"], "--launcher is for several machines: name them with --hostfile"),
+        (["--hostfile", "hosts", "--no_ssh"], "--no_ssh needs --node_rank"),
     ],
 )
 def test_launch_error_is_one_line(
@@ -189,6 +206,56 @@ def test_launch_error_is_one_line(
     monkeypatch.setattr(sys, "argv", ["launch", "train.py", *words, *more])
     with pytest.raises(UserError, match=re.escape(message)):
         launch.main()
+
+
+def test_launch_refuses_to_start_a_run_from_each_task_of_srun(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["launch", "train.py", "--include", "localhost:0"])
+    with pytest.raises(UserError, match=r"one of 3 processes .*: leave out --include"):
+        launch.main()
+    options = {"--hostfile": __file__, "--no_ssh": None, "--master_addr": "a", "--node_rank": "1"}
+    launch.check_options(options, 3)  # a launcher for each machine
+
+
+def test_pdsh_starts_and_stops_one_run_with_all_options_and_variables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.launcher import runner
+
+    from nextgpt.tools.pdsh import Pdsh
+
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("NEXTGPT_JOIN_SECONDS", "7")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    script = folder / "show.py"
+    given = ['name=50%h "$HOME" `x` (a) *', "--set", ""]
+    words = ["--ssh_port", "77", "--master_addr", "one", "--launcher_args", "-t 5", "--bind_cores"]
+    arguments = runner.parse_args([*words, str(script), *given])
+    pdsh = Pdsh(arguments, "d29ybGQ=")
+    pdsh.add_export("PYTHON" + "PATH", str(folder))  # as DeepSpeed does
+    start, stop, environment = pdsh.get_cmd(dict(os.environ), {"one": [0], "two": [0, 1]})
+    assert start[4:-1] == stop[:-1] == ["pdsh", "-S", "-f", "1024", "-w", "one,two", "-t", "5"]
+    assert "-p 77" in environment["PDSH_SSH_ARGS_APPEND"]
+    assert str(folder) not in start[-1].partition("cd ")[0]
+    # The machine's shell, after pdsh has replaced % and a letter.
+    command = start[-1].replace("%n", "1").replace("%%", "%")
+    command = command.replace("-m deepspeed.launcher.launch", "../launch.py")
+    shows = "import os, sys; print([os.environ['NEXTGPT_JOIN_SECONDS'], *sys.argv[1:]])"
+    (tmp_path / "launch.py").write_text(shows)
+    shown = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={})
+    passed = ast.literal_eval(shown.stdout)
+    assert [passed[0], *passed[-4:]] == ["7", str(script), *given], shown.stderr
+    assert {"--node_rank=1", "--bind_cores_to_rank", "--log_level=critical"} <= set(passed)
+    pattern = stop[-1].split("'")[1]
+    line = f"{sys.executable} -u -m deepspeed.launcher.launch --log_level=critical "
+    line += f"--world_info=d29ybGQ= --master_addr=one --master_port={arguments.master_port}"
+    assert re.match(pattern, f"{line} --node_rank=0 {script}")
+    assert not re.match(pattern, f"{line}1 --node_rank=0 {script}".replace("=one", "=two"))
 
 
 @pytest.mark.parametrize("entry", [train, process_features])

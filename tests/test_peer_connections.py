@@ -102,7 +102,7 @@ def test_watchdog_names_missing_processes_and_ends_the_others(
     with pytest.raises(UserError, match=r"of 3 processes these did not connect .*: 1\. Were"):
         started.result()
     watchdog.fail(2)
-    assert theirs.recv() == ("end", 2)
+    assert theirs.recv() == ("end", 2, 0, "")
 
 
 def test_connect_without_listener_names_process_0(store: dist.Store) -> None:

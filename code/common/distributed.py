@@ -2,39 +2,61 @@
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 
 from nextgpt.common.errors import UserError
-from nextgpt.common.process_variables import rank_variables
+from nextgpt.common.rendezvous import Rendezvous, join_run
 
 _T = TypeVar("_T")
 
 
-def init_process_group(device: torch.device) -> None:
+def init_process_group(device: torch.device, run: Rendezvous | None = None) -> None:
     """Initialise the default process group, of what the launcher started or of one process.
 
-    See `rank_variables`.
+    Args:
+        run: where the ranks have met; by default they meet now.
+
+    Raises:
+        UserError: the ranks do not meet, or cannot connect to each other.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    os.environ.update(rank_variables())
+    run = run or join_run()
     # Gloo suffices. DeepSpeed's own all-reduce for CPUs is compiled at the first start, which needs
     # a compiler and, once interrupted, makes every later start wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:  # no oversubscription
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", run.world))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", verbose=False
-    )
+    backend = "nccl" if on_gpu else "gloo"
+    try:
+        dist.init_process_group(
+            backend,
+            store=run.store,
+            rank=run.rank,
+            world_size=run.world,
+            timeout=default_pg_timeout,
+            device_id=device if on_gpu and run.world > 1 else None,
+        )
+    except RuntimeError as error:  # torch's own errors are some too
+        raise UserError(
+            f"process {run.rank} on {run.hosts[run.rank]} cannot connect to the others: "
+            f"{str(error).splitlines()[0]}. Machines must accept each other's connections on every "
+            f"port; {backend.upper()}_SOCKET_IFNAME names the network interface to use"
+        ) from error
+    deepspeed.init_distributed(backend, verbose=False)
 
 
 def print_rank_0(text: str) -> None:
@@ -105,6 +127,18 @@ def finish_together() -> Iterator[None]:
 def rank_and_world() -> tuple[int, int]:
     """This process's rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def ranks_without(file: Path, seconds: float = 5) -> list[int]:
+    """The ranks that do not see `file` as rank 0 does: their machines do not share its folder.
+
+    All must call it. A network file system may show a new file late, by `seconds` at most.
+    """
+    text = compute_on_rank_0(file.read_text)
+    end = time.monotonic() + seconds
+    while not (found := file.is_file() and file.read_text() == text) and time.monotonic() < end:
+        time.sleep(0.1)
+    return [rank for rank, same in enumerate(all_gather_object(found)) if not same]
 
 
 def all_gather_object(item: _T) -> list[_T]:

@@ -3,16 +3,22 @@
 import os
 import re
 
+from nextgpt.common.errors import UserError
+
 
 def rank_variables() -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT of this process.
 
-    As set by a launcher; else of a task of `srun` with several tasks; else of a single process. In
-    a batch script without `srun`, SLURM's variables describe the allocation: they are ignored.
+    As set by a launcher; else of a task of `srun` or a process of Open MPI's `mpirun` with several;
+    else of a single process. In a batch script without `srun`, SLURM's variables describe the
+    allocation: they are ignored.
+
+    Raises:
+        UserError: of `mpirun` on several machines, without MASTER_ADDR.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free port
-    own = alone if "RANK" in os.environ else alone | _slurm_variables()
+    own = alone if "RANK" in os.environ else alone | (_openmpi_variables() or _slurm_variables())
     return own | {name: os.environ[name] for name in own if name in os.environ}
 
 
@@ -20,6 +26,22 @@ def rank_and_world_size() -> tuple[int, int]:
     """This process's rank, and the number of processes."""
     variables = rank_variables()
     return int(variables["RANK"]), int(variables["WORLD_SIZE"])
+
+
+def _openmpi_variables() -> dict[str, str]:
+    """The variables of a process of `mpirun`; empty if there is one process, or no `mpirun`."""
+    prefix = "OMPI_COMM_WORLD_"
+    if int(os.environ.get(f"{prefix}SIZE", "1")) == 1:
+        return {}
+    rank, size, local_rank, local_size = (
+        os.environ[prefix + name] for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")
+    )
+    if local_size != size and "MASTER_ADDR" not in os.environ:
+        raise UserError("mpirun on several machines: name the first by -x MASTER_ADDR=HOST")
+    return {
+        "RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_size,
+        "MASTER_PORT": "29500",
+    }  # fmt: skip
 
 
 def _slurm_variables() -> dict[str, str]:

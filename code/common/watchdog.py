@@ -11,11 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
-
-import torch.distributed as dist
 
 from nextgpt.common.cli import exit_code
 from nextgpt.common.device import choose_device
@@ -27,6 +25,7 @@ from nextgpt.common.peer_connections import (
     connect_to_first,
     run_store,
 )
+from nextgpt.common.rendezvous import join_run
 
 _GRACE = 1.0  # seconds in which an error may turn out to be the death of another rank
 _DECISION_TIMEOUT = 5.0  # seconds to wait for rank 0's decision
@@ -41,13 +40,15 @@ def guarded_process_group() -> Iterator[None]:
     An exception of this rank is raised if it was the first failure; otherwise the process ends.
 
     Raises:
-        UserError: a rank does not connect, or cannot be reached.
+        UserError: a rank does not come or connect, or cannot be reached.
         RuntimeError: the block called `sys.exit`.
     """
-    init_process_group(choose_device())
-    watchdog = Watchdog(dist.get_rank(), dist.get_world_size())
+    device = choose_device()
+    run = join_run()
+    watchdog = Watchdog(run.rank, run.world, run.hosts)
     try:
         watchdog.start()
+        init_process_group(device, run)
         yield
     except BaseException as error:
         _end_by_alarm()
@@ -63,10 +64,12 @@ class Watchdog:
 
     Args:
         rank, world: of this process, and the number of ranks.
+        hosts: by rank the name of its machine; by default there is one machine.
     """
 
-    def __init__(self, rank: int, world: int) -> None:
+    def __init__(self, rank: int, world: int, hosts: Sequence[str] = ()) -> None:
         self._rank, self._world = rank, world
+        self._hosts = hosts or [""] * world
         self._peers: dict[
             Connection, int
         ] = {}  # of rank 0 to all others, of another rank to rank 0
@@ -127,19 +130,22 @@ class Watchdog:
             for connection in wait(list(self._peers)):
                 rank = self._peers[connection]
                 try:
-                    message, number = connection.recv()
-                except (EOFError, OSError):
-                    message, number = "died", _DIED
-                if message in ("left", "died"):
+                    message, number, *decision = connection.recv()
+                except (EOFError, ConnectionError):
+                    message, number, decision = "died", _DIED, []
+                except OSError:  # no answer to keep-alive probes
+                    message, number, decision = "lost", _DIED, []
+                gone = message in ("died", "lost")
+                if message == "left" or gone:
                     del self._peers[connection]
-                if message == "left" or (message == "died" and self._left):
+                if message == "left" or (gone and self._left):
                     continue
                 if self._rank == 0:
-                    self._end_after_first_failure(rank, number, died=message == "died")
+                    self._end_after_first_failure(rank, number, gone=message if gone else "")
                 else:
-                    self._handle_decision(message, number)
+                    self._handle_decision(message, number, *decision)
 
-    def _end_after_first_failure(self, rank: int, code: int, *, died: bool = False) -> None:
+    def _end_after_first_failure(self, rank: int, code: int, *, gone: str = "") -> None:
         """On rank 0: record `rank` as the first to fail, unless another was, and notify all."""
         with self._lock:
             if self._first is not None:
@@ -147,33 +153,58 @@ class Watchdog:
                     threading.Event().wait()  # until the other thread ends this process
                 return
             self._first = rank, code
-            if died:
-                _report_death(rank, self._world)
+            if gone:
+                self._report_gone(rank, gone)
+            elif self._hosts[rank] != self._hosts[0]:
+                self._report_elsewhere(rank)
             for connection, other in list(self._peers.items()):
                 with suppress(OSError):  # it is gone already
-                    connection.send(("first" if other == rank else "end", code))
+                    connection.send(("first" if other == rank else "end", code, rank, gone))
         if rank != 0:
             time.sleep(_GRACE)  # closed at once, the connection could lose what was sent
             os._exit(code)
 
-    def _handle_decision(self, message: str, code: int) -> None:
-        """On other ranks: handle rank 0's decision, or its death."""
-        if message == "first" or (message == "died" and self._failing):
+    def _handle_decision(self, message: str, code: int, first: int = 0, gone: str = "") -> None:
+        """On other ranks: handle rank 0's decision, or its death or loss.
+
+        Args:
+            first: the rank that failed first.
+            gone: how, if it reports no error itself.
+        """
+        if message == "first" or (message in ("died", "lost") and self._failing):
             self._is_first.set()
             self._peers.clear()
             return
-        if message == "died" and self._rank == 1:
-            _report_death(0, self._world)
+        hosts = self._hosts
+        own = hosts[self._rank]
+        if self._rank == min(r for r, host in enumerate(hosts) if host == own and r != first):
+            if message != "end":
+                self._report_gone(0, message)
+            elif gone and own != hosts[0]:
+                self._report_gone(first, gone)
+            elif own not in (hosts[0], hosts[first]):
+                self._report_elsewhere(first)
         os._exit(code)
 
+    def _report_gone(self, rank: int, how: str) -> None:
+        """Print that `rank` has `died`, or was `lost` from the network."""
+        process, host = f"process {rank} of {self._world}", self._hosts[rank]
+        if how == "lost":
+            text = f"{host}, where {process} runs, does not answer: is it down, or the network?"
+        else:
+            place = f" on {host}" if len(set(self._hosts)) > 1 else ""
+            text = f"{process} ended without an error message{place}: was it killed, is there too "
+            text += "little memory?"
+        _print_error(f"{text} The others end too")
 
-def _report_death(rank: int, world: int) -> None:
-    print(
-        f"\nerror: process {rank} of {world} ended without an error message: was it killed, is "
-        "there too little memory? The others end too",
-        file=sys.stderr,
-        flush=True,
-    )
+    def _report_elsewhere(self, rank: int) -> None:
+        """Print that `rank` failed, which reports its error on another machine."""
+        place = f"process {rank} of {self._world} on {self._hosts[rank]}"
+        _print_error(f"{place} failed first: its output has the cause. The others end too")
+
+
+def _print_error(text: str) -> None:
+    print(f"\nerror: {text}", file=sys.stderr, flush=True)
 
 
 def _end_by_alarm() -> None:

@@ -26,6 +26,11 @@ _OPTIONS = _SELECTION | {
     "--num_nodes", "--master_addr", "--master_port", "--node_rank", "--launcher",
     "--launcher_args", "--enable_each_rank_log", "--bind_core_list", "--ssh_port", "--venv_script",
 }  # fmt: skip
+# That name, or reach, other machines; without a host file they would be ignored.
+_SEVERAL_MACHINES = {
+    "--num_nodes", "--master_addr", "--node_rank", "--launcher", "--launcher_args", "--ssh_port",
+    "--no_ssh", "--no_ssh_check", "--force_multi", "--venv_script",
+}  # fmt: skip
 _FLAGS = {"--no_ssh", "--no_ssh_check", "--force_multi", "--bind_cores_to_rank"}
 
 
@@ -38,12 +43,11 @@ def main() -> None:
     script, *words = sys.argv[1:]
     options, arguments = split_arguments(words)
     command = [sys.executable, "-u"]
-    if not options and rank_and_world_size()[1] > 1:
+    world = rank_and_world_size()[1]
+    if not options and world > 1:
         _replace_process([*command, script, *arguments])
-    file = options.get("--hostfile")
-    if file and not Path(file).is_file():
-        raise UserError(f"--hostfile {file} is not a file: name one with lines HOST slots=GPUS")
-    if not file:  # else machines must agree on the port
+    check_options(options, world)
+    if "--no_ssh" not in options:  # else machines must agree on the port
         options.setdefault("--master_port", str(20000 + os.getpid() % 10000))  # for several runs
     if options.keys() == {"--master_port"}:
         launch = ["-m", "deepspeed.launcher.launch", "--log_level=critical"]
@@ -80,6 +84,33 @@ def split_arguments(words: list[str]) -> tuple[dict[str, str | None], list[str]]
     return options, arguments
 
 
+def check_options(options: dict[str, str | None], world: int) -> None:
+    """Refuse options that would start another run than they name.
+
+    Args:
+        world: how many processes something else has started, of which this is one.
+
+    Raises:
+        UserError: the host file is missing, or what else several machines need.
+    """
+    file = options.get("--hostfile")
+    if file and not Path(file).is_file():
+        raise UserError(f"--hostfile {file} is not a file: name one with lines HOST slots=GPUS")
+    if not file and (named := sorted(options.keys() & _SEVERAL_MACHINES)):
+        raise UserError(f"{named[0]} is for several machines: name them with --hostfile FILE")
+    if "--no_ssh" not in options:
+        if world > 1:  # each of them would start a run of its own
+            raise UserError(
+                f"this is one of {world} processes that srun or another launcher has started: "
+                f"leave out {sorted(options)[0]}, or start train.sh once"
+            )
+    elif missing := sorted({"--master_addr", "--node_rank"} - options.keys()):
+        raise UserError(
+            f"--no_ssh needs {missing[0]}: on every machine the first one's address, and the "
+            "machine's line in the host file, from 0"
+        )
+
+
 def _visible_devices() -> str:
     """The launcher's encoding of the GPUs to use, by number or UUID; of one process on a CPU."""
     devices = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
@@ -97,6 +128,9 @@ def _run_deepspeed(words: list[str]) -> None:
     os.environ.setdefault("LOCAL_SIZE", str(os.cpu_count()))
     from deepspeed.launcher import runner
 
+    from nextgpt.tools.pdsh import Pdsh
+
+    runner.PDSHRunner = runner.LAUNCHER_CLASSES["pdsh"] = Pdsh
     try:
         runner.main(["--log_level", "critical", *words])
     except (ValueError, RuntimeError, AssertionError, OSError, subprocess.SubprocessError) as error:

@@ -56,6 +56,7 @@ class CheckpointManager:
 
     Attributes:
         delta: file of the trained parameters.
+        lock_file: held by rank 0 during a run; names its process.
         init_from: delta that the run started from, recorded in its checkpoints.
     """
 
@@ -65,6 +66,7 @@ class CheckpointManager:
         self.delta = path / DELTA_FILE
         self.best = path / BEST_FILE
         self.checkpoints = path / "checkpoints"
+        self.lock_file = path / ".lock"
         self._inputs = self.checkpoints / INPUTS_FILE
 
     def lock(self) -> AbstractContextManager[None]:
@@ -76,7 +78,7 @@ class CheckpointManager:
         if dist.get_rank() != 0:
             return nullcontext()
         busy = f"{self.path}: another run trains there: wait until it ends, or give --save_path"
-        return hold_lock(self.path / ".lock", busy=busy)
+        return hold_lock(self.lock_file, busy=busy)
 
     def find_checkpoint(self, *, resume: bool, restart: bool) -> Path | None:
         """The checkpoint to resume from; None for a new run.

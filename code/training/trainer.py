@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 
 from nextgpt.common.device import choose_device, choose_dtype
-from nextgpt.common.distributed import all_reduce_sum, compute_on_rank_0, print_rank_0
+from nextgpt.common.distributed import (
+    all_reduce_sum,
+    compute_on_rank_0,
+    print_rank_0,
+    ranks_without,
+)
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES
 from nextgpt.common.paths import project_path
@@ -116,7 +121,7 @@ class Trainer:
         self.dtype = choose_dtype(config.training.precision, self.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.step = 0
-        self._stop = False
+        self._stop, self._saves = False, True
         folder = project_path(config.save_path) / f"stage_{options.stage}"
         self.checkpoints = CheckpointManager(folder, options.stage, config)
         self.checkpoint: Path | None = None
@@ -134,6 +139,12 @@ class Trainer:
 
     def _train(self) -> bool:
         options, folder, training = self.options, self.checkpoints, self.config.training
+        if apart := ranks_without(folder.lock_file):
+            fault = f"{folder.path} is not shared by the machines of processes 0 and {apart[0]}"
+            if options.resume:
+                raise UserError(f"{fault}: to resume, share it, or give a --save_path that is")
+            print_rank_0(f"warning: {fault}: no checkpoint will be written")
+            self._saves = False
         self.checkpoint = folder.find_checkpoint(resume=options.resume, restart=options.restart)
         if options.resume and self.checkpoint is None and folder.delta.is_file():
             print_rank_0(f"{folder.path} is finished: {folder.delta}")
@@ -308,6 +319,9 @@ class Trainer:
         return last if self.step == self.total_steps else self.step % steps == 0
 
     def _save_checkpoint(self) -> None:
+        if not self._saves:
+            print_rank_0(f"no checkpoint after step {self.step}: the folder is not shared")
+            return
         best = self.validator and self.validator.best
         self.checkpoints.save(self.engine, self.step, self.metrics.counted, best)
 
