@@ -11,6 +11,8 @@ if ! has_gpu; then
 fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads yield the CPU
 
+export NEXTGPT_TRAIN_SH=$$ # the processes end when this one was killed
+
 # DeepSpeed's launcher forwards signals with a limit of 30 s, or not at all. It therefore runs in a
 # new session, which the terminal does not signal, and signals are sent to the processes directly.
 setsid python -P -m nextgpt.tools.launch "$root/code/train.py" "$@" &

@@ -345,6 +345,35 @@ def test_loader_workers_end_with_a_killed_run(start_run: Start, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("killed", "options"),
+    [
+        ("train.sh", []),
+        ("deepspeed.launcher.launch", []),
+        ("deepspeed.launcher.launch", ["--include", "localhost:0,1"]),
+        ("nextgpt.tools.launch", ["--include", "localhost:0,1"]),
+    ],
+)
+def test_launcher_killed_alone_stops_its_processes_after_a_save(
+    tmp_path: Path, killed: str, options: list[str]
+) -> None:
+    run = TinyRun(tmp_path, 1, [*LONG, "training.save_steps=100000"], options)
+    environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
+    command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
+    with (tmp_path / "output").open("w") as output:
+        script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
+            parent = psutil.Process(script.pid)
+            started = [parent, *parent.children(recursive=True)]
+            next(one for one in started if killed in " ".join(one.cmdline()[:4])).kill()
+            assert_gone(started[1:], seconds=60)
+        finally:
+            _kill_all(script)
+    assert run.checkpoints and not run.checkpoints[-1].endswith(".partial")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["process", "loader"])
 def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
     run = TinyRun(tmp_path, 1, LONG, ["--include", "localhost:0,1"])

@@ -174,7 +174,6 @@ CHANGES: dict[str, tuple[int, Callable[[World], object], str]] = {
         lambda w: w.change_tensor(w.folder / "imagebind" / "model.safetensors"),
         r"media encoder: .*imagebind, digest \w+ then",
     ),
-    "DeepSpeed": (2, lambda w: w.set_zero(1), r"DeepSpeed's settings: .*'stage': 2.* then"),
 }
 
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -157,8 +158,8 @@ def test_tied_embeddings_resume_and_frozen_weights_are_not_saved(tmp_path: Path)
     uninterrupted = TinyRun(tmp_path / "whole", 1, sets).finish()
     killed = TinyRun(tmp_path / "killed", 1, sets)
     killed.kill_when(lambda: len(killed.metrics) >= 3)
-    state = killed.folder / "checkpoints" / "step_000002" / "state" / "mp_rank_00_model_states.pt"
-    assert torch.load(state, weights_only=False)["module"].keys() == uninterrupted.delta.keys()
+    saved = load_file(killed.folder / "checkpoints" / "step_000002" / "parameters.safetensors")
+    assert saved.keys() == uninterrupted.delta.keys()
     assert_same(TinyRun(killed.save_path, 1, sets, ["--resume"]).finish(), uninterrupted)
 
 
@@ -226,7 +227,6 @@ def test_unfinished_run_is_neither_overwritten_nor_changed_silently(tmp_path: Pa
     assert "--resume to continue it or --restart" in dropout_run(tmp_path).fail()
     changed = dropout_run(tmp_path, "--resume", sets=["training.learning_rate=1.0"])
     assert "training.learning_rate: 0.0005 there, 1.0 now" in changed.fail()
-    assert "saved by 1 processes" in dropout_run(tmp_path, "--resume", world=2).fail()
     assert "not allowed with" in dropout_run(tmp_path, "--resume", "--restart").fail()
     restarted = dropout_run(tmp_path, "--restart").finish()
     assert [row["step"] for row in restarted.metrics] == list(range(1, 13))

@@ -45,8 +45,6 @@ class LeastSquaresInit(TrainerCallback):
 class WhiteningInit(TrainerCallback):
     """Initialises new output projections as a whitening, equally on all ranks.
 
-    A resumed run repeats it: checkpoints hold what trains, and the mean does not.
-
     Args:
         cache: computes the signal states, where there is one.
     """

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 
+from nextgpt.common.child_process import stop_with_launchers
 from nextgpt.common.cli import exit_code
 from nextgpt.common.device import choose_device
 from nextgpt.common.distributed import init_process_group
@@ -37,12 +38,15 @@ _DIED = 1  # exit code of the other ranks when a process was killed
 def guarded_process_group() -> Iterator[None]:
     """Initialise the process group; end all ranks when the block fails or one of them dies.
 
+    The end of a launcher is handled as SIGTERM.
+
     An exception of this rank is raised if it was the first failure; otherwise the process ends.
 
     Raises:
         UserError: a rank does not come or connect, or cannot be reached.
         RuntimeError: the block called `sys.exit`.
     """
+    stop_with_launchers()
     device = choose_device()
     run = join_run()
     watchdog = Watchdog(run.rank, run.world, run.hosts)

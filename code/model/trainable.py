@@ -30,6 +30,11 @@ def is_base_vocabulary(name: str) -> bool:
     return name.endswith(("embed_tokens.weight", "lm_head.weight"))
 
 
+def is_measured(name: str) -> bool:
+    """Whether `name` is a mean of hidden states: measured before training, then constant."""
+    return name.endswith(".centre")
+
+
 def tuned_parameters(
     model: nn.Module, *, base_vocabulary: bool
 ) -> Iterator[tuple[str, nn.Parameter]]:
@@ -46,7 +51,7 @@ def set_trainable(model: nn.Module, groups: list[TrainableGroup], *, base_vocabu
     """Freeze all but `groups`, unfreeze those in float32, and switch to training mode."""
     model.requires_grad_(False)
     for name, parameter in tuned_parameters(model, base_vocabulary=base_vocabulary):
-        if group_of(name) in groups and not name.endswith(".centre"):  # measured before training
+        if group_of(name) in groups and not is_measured(name):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     model.train()

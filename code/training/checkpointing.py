@@ -9,7 +9,8 @@
     stage_N/checkpoints/step_*        exact training states; removed when the stage is finished
     stage_N/checkpoints/best_*        parameters of an unfinished run's best validation so far
 
-A checkpoint is written under a temporary name, flushed, and renamed once all ranks are done:
+A checkpoint does not depend on the number of processes, on DeepSpeed's settings or on any path. It
+is written under a temporary name, flushed, and renamed once all ranks are done:
 whatever is called `step_*` is complete. Killed during a save, a run resumes from the one before.
 """
 
@@ -45,10 +46,22 @@ _CHANGEABLE = (
     "data.cache_dir", "training.save_steps", "training.save_total_limit",
     "training.validate_steps", "training.save_best", "training.validation_samples",
     "training.evaluate_every", "evaluation", "evaluation.*", "generation.*", "serving.*",
+    "training.precision", "training.deepspeed_config",  # `setup` holds what they resolve to
+    "deepspeed.//",  # a comment
+)  # fmt: skip
+# Keys that may change too, as `setup` may: losses are then equal to within rounding, or the
+# schedule is another.
+_ROUNDING = (
+    "language_model.attn_implementation", "language_model.quantization", "data.packed_seq_length",
+    "data.feature_precision", "training.micro_batch_size", "training.activation_checkpointing",
+    "training.hidden_state_cache_gb", "training.max_steps", "training.epochs",
 )  # fmt: skip
 _DENOISING_KEYS = ("height", "width", "num_frames", "fps", "shared_noise", "audio_length_in_s")
 # Paths of what `run_inputs` identifies by content.
-_PATHS = ("encoder.path", "language_model.path", "decoders.*.path", "training.deepspeed_config")
+_PATHS = (
+    "encoder.path", "language_model.path", "decoders.*.path",
+    "data.*datasets.*.path", "data.*datasets.*.media_dir",
+)  # fmt: skip
 
 
 class CheckpointManager:
@@ -57,12 +70,18 @@ class CheckpointManager:
     Attributes:
         delta: file of the trained parameters.
         lock_file: held by rank 0 during a run; names its process.
-        init_from: delta that the run started from, recorded in its checkpoints.
+        init_from: delta that `--init-from` names, recorded in the checkpoints; None: the stage
+            before's, in the same folder as `path`.
+        changed: settings that differ since the checkpoint and may.
+
+    Args:
+        setup: what a run may be resumed without: `processes`, `precision`, `deepspeed`.
     """
 
-    def __init__(self, path: Path, stage: int, config: Config) -> None:
-        self.path, self.stage, self.config = path, stage, config
+    def __init__(self, path: Path, stage: int, config: Config, setup: dict[str, Any]) -> None:
+        self.path, self.stage, self.config, self.setup = path, stage, config, setup
         self.init_from: Path | None = None
+        self.changed: list[str] = []
         self.delta = path / DELTA_FILE
         self.best = path / BEST_FILE
         self.checkpoints = path / "checkpoints"
@@ -96,21 +115,23 @@ class CheckpointManager:
                 f"{self.path} holds an unfinished run (at {checkpoint.name}): give --resume to "
                 "continue it or --restart to discard it"
             )
-        state, world = read_run_state(checkpoint), dist.get_world_size()
-        if state["world"] != world:
+        state = read_run_state(checkpoint)
+        if "setup" not in state:
             raise UserError(
-                f"{checkpoint} was saved by {state['world']} processes, these are {world}: start "
-                "as many, or --restart"
+                f"{checkpoint} is of an older version, in DeepSpeed's format: finish the run with "
+                "that version, or give --restart"
             )
         update_keys(state["config"], str(checkpoint))
         state["config"]["training"] = _defaults(TrainingConfig) | state["config"]["training"]
         changeable = _changeable(self.config) + (_PATHS if self._inputs.is_file() else ())
-        now = self.config.model_dump(mode="json")
-        if changed := sorted(_differences(state["config"], now, changeable)):
+        before, now = state["config"], self.config.model_dump(mode="json")
+        if changed := sorted(_differences(before, now, changeable + _ROUNDING)):
             raise UserError(
                 f"{checkpoint} was trained with another configuration ({', '.join(changed)}): give "
-                "the same to resume exactly, or --restart"
+                "the same to resume, or --restart"
             )
+        before, now = before | state["setup"], now | self.setup
+        self.changed = sorted(_differences(before, now, changeable))
         return checkpoint
 
     def check_inputs(self, now: RunInputs, checkpoint: Path) -> bool:
@@ -124,8 +145,8 @@ class CheckpointManager:
             started_from = read_run_state(checkpoint)["init_from"]
             if str(started_from) != str(self.init_from):
                 raise UserError(
-                    f"{checkpoint} is of a run that started from {started_from}, not from "
-                    f"{self.init_from}: give the same, or --restart"
+                    f"{checkpoint} is of a run that started from {started_from or 'the default'}, "
+                    f"not from {self.init_from}: give the same, or --restart"
                 )
             print_rank_0(
                 f"warning: {self._inputs} is missing (an older version started the run): whether "
@@ -171,10 +192,11 @@ class CheckpointManager:
         dist.barrier()
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            engine.save(partial)
+            of_engine = engine.save(partial)
             if is_first:
                 state = {
-                    "step": step, "world": dist.get_world_size(), "counted": counted, "best": best,
+                    "step": step, "counted": counted, "best": best, "setup": self.setup,
+                    "engine": of_engine,
                     "config": self.config.model_dump(mode="json"),
                     "init_from": self.init_from and str(self.init_from),
                 }  # fmt: skip
@@ -218,7 +240,10 @@ class CheckpointManager:
 
 
 def read_run_state(checkpoint: Path) -> dict:
-    """What `save` recorded: `step`, `world`, `counted`, `best`, `config`, `init_from`."""
+    """What `save` recorded.
+
+    That is `step`, `counted`, `best`, `setup`, `engine`, `config`, `init_from`.
+    """
     return read_json(checkpoint / "run.json")
 
 
@@ -242,6 +267,8 @@ def _differences(
         name, old, new = f"{prefix}{key}", saved.get(key), now.get(key)
         if any(fnmatchcase(name, pattern) for pattern in changeable):
             continue
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            old, new = (dict(enumerate(values)) for values in (old, new))
         if isinstance(old, dict) and isinstance(new, dict):
             yield from _differences(old, new, changeable, f"{name}.")
         elif old != new:

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import deepspeed
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -27,7 +28,8 @@ from nextgpt.config.schema import TrainingConfig
 from nextgpt.conversation.batch import Batch
 from nextgpt.model.loading import compare_state_dicts, refuse_faults
 from nextgpt.model.nextgpt import Losses, NextGPT
-from nextgpt.model.trainable import dropout_disabled, group_of, tuned_parameters
+from nextgpt.model.trainable import dropout_disabled, group_of, is_measured, tuned_parameters
+from nextgpt.training.adam_state import MOMENTS, gather_moment, restore_moments
 from nextgpt.training.denoising import VALIDATION, DenoisingLoss
 from nextgpt.training.loss_scale import LossScale, non_finite_gradient
 
@@ -37,7 +39,7 @@ _SET_BY_RUN = (
     "communication_data_type", "data_types",
 )  # fmt: skip
 _Number = TypeVar("_Number", int, float)
-_STATE = "state"  # DeepSpeed's tag: a folder of a checkpoint
+_PARAMETERS = "parameters"  # a file of a checkpoint
 
 # Of one step before its update, averaged over all ranks' tokens, spans and target media: `loss`,
 # the weighted sum; `text_loss`, None where the language model did not run; `alignment_MODALITY` of
@@ -201,32 +203,65 @@ class TrainEngine:
         counted = list(map(int, totals[2 + 2 * len(MODALITIES) :]))
         return self._average(totals, StepCounts(int(totals[0]), *split_by_modality(counted)))
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the exact state into `folder`; all ranks take part."""
-        options = {"exclude_frozen_parameters": True, "save_latest": False}
-        self.engine.save_checkpoint(str(folder), _STATE, **options)
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write the exact state into `folder` for `load` by any number of ranks.
+
+        All ranks take part. Rank 0 holds parameters and moments in turn in its machine's memory.
+
+        Returns:
+            What is no tensor: JSON for `load`.
+        """
+        updates = self.schedule.last_epoch  # without steps that an overflow skipped
+        is_first, trained = dist.get_rank() == 0, self._trained()
+        measured = {n: p for n, p in self.model.named_parameters() if is_measured(n)}
+        parameters = measured | trained
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            if is_first:
+                tensors = {name: p.detach().cpu().clone() for name, p in parameters.items()}
+                save_file(tensors, folder / f"{_PARAMETERS}.safetensors")
+        for moment in MOMENTS if updates else ():
+            tensors = gather_moment(self.engine, trained, moment)
+            if is_first:
+                save_file(tensors, folder / f"{moment}.safetensors")
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        if self.loss_scale:
-            random |= self.loss_scale.state()
         save_file(random, folder / f"random_{dist.get_rank()}.safetensors")
+        return {
+            "step": self.engine.global_steps,
+            "updates": updates,
+            "loss_scale": self.loss_scale and self.loss_scale.state(),
+            "world": self.world,
+        }
 
-    def load(self, folder: Path) -> None:
-        """Restore the state that `save` wrote.
+    def load(self, folder: Path, state: dict[str, Any]) -> None:
+        """Restore what `save` wrote and returned, except the parameters: see `load_parameters`.
+
+        With another number of ranks, their random states start from the seed and the step.
 
         Raises:
-            UserError: it is of another model or other ranks.
+            UserError: a file cannot be read.
         """
-        path, _ = self.engine.load_checkpoint(str(folder), _STATE, custom_load_fn=_load_trainable)
-        if path is None:
-            raise UserError(f"{folder} cannot be read: remove it to resume from an older one")
-        random = load_file(folder / f"random_{dist.get_rank()}.safetensors")
-        torch.set_rng_state(random["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], self.device)
-        if self.loss_scale:
-            self.loss_scale.load(random)
+        self.engine.global_steps, updates = state["step"], state["updates"]
+        self.schedule.last_epoch = updates
+        groups, rates = self.schedule.optimizer.param_groups, self.schedule.base_lrs
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate * self._factor(updates)
+        if updates:
+            load = partial(_read_tensors, folder)
+            restore_moments(self.engine, self._trained(), updates, load)
+        if self.loss_scale and state["loss_scale"]:
+            self.loss_scale.load(state["loss_scale"])
+        rank = dist.get_rank()
+        torch.manual_seed(self.training.seed + state["step"] * self.world + rank)
+        if state["world"] == self.world:
+            random = _read_tensors(folder, f"random_{rank}")
+            torch.set_rng_state(random["cpu"])
+            if self.device.type == "cuda" and "cuda" in random:
+                torch.cuda.set_rng_state(random["cuda"], self.device)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def tuned_tensors(self, *, base_vocabulary: bool) -> dict[str, torch.Tensor]:
         """The tuned parameters by name, on the CPU in float32; all ranks take part."""
@@ -330,12 +365,27 @@ def _check_finite(sums: torch.Tensor) -> list[float]:
     return totals
 
 
-def _load_trainable(src: dict[str, torch.Tensor], dst: NextGPT) -> None:
-    """Load saved parameters, which must be exactly those that train."""
-    trained = [name for name, p in dst.named_parameters() if p.requires_grad]
-    faults = compare_state_dicts(dst.state_dict(), src, required=trained)
-    refuse_faults("the checkpoint", faults, "another model's? remove it")
-    dst.load_state_dict(src, strict=False)
+def load_parameters(model: NextGPT, checkpoint: Path) -> None:
+    """Load a checkpoint's parameters, which must be those that train, before DeepSpeed starts.
+
+    Raises:
+        UserError: they are of another model, or cannot be read.
+    """
+    tensors = _read_tensors(checkpoint, _PARAMETERS)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    faults = compare_state_dicts(model.state_dict(), tensors, required=trained)
+    refuse_faults(checkpoint, faults, "another model's? remove it")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _read_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    file = checkpoint / f"{name}.safetensors"
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} cannot be read: {error}: remove {checkpoint} to resume from an older one"
+        ) from error
 
 
 def _build_optimizer(

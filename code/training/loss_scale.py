@@ -50,11 +50,10 @@ class LossScale:
         elif self._good_steps == _GROWTH_INTERVAL:
             self._set(self.scale * 2)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, float]:
         """State for `load`."""
-        return {"loss_scale": torch.tensor([self.scale, self._good_steps], dtype=torch.float64)}
+        return {"scale": self.scale, "good_steps": self._good_steps}
 
-    def load(self, state: dict[str, torch.Tensor]) -> None:
+    def load(self, state: dict[str, float]) -> None:
         """Restore a saved state."""
-        scale, good_steps = state["loss_scale"].tolist()
-        self._set(scale, int(good_steps))
+        self._set(state["scale"], int(state["good_steps"]))

@@ -1,8 +1,8 @@
 """Checks by content of what a run is built from, at its start and when it is resumed.
 
 - Inputs are identified when a run starts and compared when it is resumed: the predecessor's delta,
-  the rows of the data sets, the caption embeddings, the frozen models, DeepSpeed's settings; not
-  the media files. Costs 1 s per GiB of weights the first time they are seen (`DigestCache`).
+  the rows of the data sets, the caption embeddings, the frozen models; not the media files. Costs
+  1 s per GiB of weights the first time they are seen (`DigestCache`).
 - Caption embeddings must belong to the run's captions and to its decoders' text encoders.
 """
 
@@ -35,7 +35,6 @@ from nextgpt.decoders.denoising import denoiser_files
 from nextgpt.decoders.text_encoders import TextEncoder
 from nextgpt.model.imagebind import fingerprint
 from nextgpt.model.loading import find_folder, tokenizer_files, weight_files
-from nextgpt.training.engine import read_deepspeed_config
 
 RunInputs = dict[str, Any]  # as in the file: by section, by name, the identity
 _Identity = dict[str, Any]  # digests, and the `file`, which may differ
@@ -63,7 +62,6 @@ def identify_inputs(
         "datasets": identify_datasets(dataset),
         "caption_embeddings": {} if online else _identify_embeddings(config, dataset, outputs),
         "frozen": _identify_frozen(config, dataset, outputs if online else set(), digests),
-        "deepspeed": read_deepspeed_config(config.training),
     }
 
 
@@ -118,8 +116,6 @@ def compare_inputs(before: RunInputs, now: RunInputs) -> list[str]:
                 f"{min(changed)}"
             )
         lines += other_maker
-    if before["deepspeed"] != now["deepspeed"]:
-        lines.append(f"DeepSpeed's settings: {before['deepspeed']} then, {now['deepspeed']} now")
     return sorted(lines)
 
 

@@ -40,6 +40,7 @@ from nextgpt.training.engine import (
     StepCounts,
     StepMetrics,
     TrainEngine,
+    load_parameters,
     read_deepspeed_config,
     split_by_modality,
 )
@@ -123,7 +124,12 @@ class Trainer:
         self.step = 0
         self._stop, self._saves = False, True
         folder = project_path(config.save_path) / f"stage_{options.stage}"
-        self.checkpoints = CheckpointManager(folder, options.stage, config)
+        setup = {
+            "processes": self.world,
+            "precision": str(self.dtype),
+            "deepspeed": read_deepspeed_config(config.training),
+        }
+        self.checkpoints = CheckpointManager(folder, options.stage, config, setup)
         self.checkpoint: Path | None = None
         self.delta: Delta | None = None
         self.validator: Validator | None = None
@@ -147,7 +153,10 @@ class Trainer:
             self._saves = False
         self.checkpoint = folder.find_checkpoint(resume=options.resume, restart=options.restart)
         if options.resume and self.checkpoint is None and folder.delta.is_file():
-            print_rank_0(f"{folder.path} is finished: {folder.delta}")
+            print_rank_0(
+                f"{folder.path} is finished: {folder.delta}; to train on, start a run from that "
+                "with --init-from and another --save_path"
+            )
             return True
         self.open_dataset()
         self.read_predecessor()
@@ -237,9 +246,14 @@ class Trainer:
         if path is None and self.checkpoint is not None:
             started_from = read_run_state(self.checkpoint)["init_from"]
             path = started_from and Path(started_from)
-        elif path is None and self.options.stage > 1:
-            path = self.checkpoints.path.with_name(f"stage_{self.options.stage - 1}")
+            if path and not path.exists():
+                raise UserError(
+                    f"{self.checkpoint} is of a run that started from {path}, which is gone: name "
+                    "the same delta where it is now with --init-from"
+                )
         self.checkpoints.init_from = path
+        if path is None and self.options.stage > 1:
+            path = self.checkpoints.path.with_name(f"stage_{self.options.stage - 1}")
         self.delta = None if path is None else read_delta(path)
 
     def identify_inputs(self) -> RunInputs:
@@ -256,8 +270,11 @@ class Trainer:
         config, training, delta = self.config, self.config.training, self.delta
         if not training.trainable:
             raise UserError("training.trainable is empty: name what is to be trained")
-        settings = read_deepspeed_config(training)
-        check_zero_stage(training.deepspeed_config, settings, config.language_model.quantization)
+        settings, quantization = (
+            self.checkpoints.setup["deepspeed"],
+            config.language_model.quantization,
+        )
+        check_zero_stage(training.deepspeed_config, settings, quantization)
         torch.manual_seed(training.seed)
         self.model = build_model(
             config,
@@ -270,6 +287,8 @@ class Trainer:
             for line in load_delta(self.model, delta, TRAINED_BEFORE[self.options.stage]):
                 print_rank_0(f"  {line}")
         configure_trainable(self.model, config)
+        if self.checkpoint is not None:
+            load_parameters(self.model, self.checkpoint)
         print_rank_0(format_parameter_counts(count_parameters(self.model)))
 
     def restore_checkpoint(self) -> dict[str, int]:
@@ -278,12 +297,19 @@ class Trainer:
             if self.rank == 0:
                 self.checkpoints.clear()
             return {"samples": 0, "skipped": 0, "cut_tokens": 0}
-        self.engine.load(self.checkpoint)
         run = read_run_state(self.checkpoint)
+        self.engine.load(self.checkpoint, run["engine"])
         self.step = run["step"]
         if self.validator:
             self.validator.best = run.get("best")
         print_rank_0(f"resumed after step {self.step} from {self.checkpoint}")
+        if changed := self.checkpoints.changed:
+            print_rank_0(f"other settings than until then: {'; '.join(changed)}")
+        if self.step > self.total_steps:
+            raise UserError(
+                f"{self.checkpoint} has taken more steps than the {self.total_steps} of "
+                "training.max_steps and training.epochs: set more, or give --restart"
+            )
         return run["counted"]
 
     def run_steps(self) -> bool:
