@@ -26,7 +26,7 @@ from nextgpt.common.modality import MODALITIES
 from nextgpt.config.loader import STAGES, load_config
 from nextgpt.conversation.batch import Batch
 from nextgpt.model.loading import resolve_model_path
-from nextgpt.training.data import load_batches, rank_batches
+from nextgpt.training.data import load_batches, packing_options, rank_batches
 from nextgpt.training.engine import StepCounts, TrainEngine
 from nextgpt.training.media_features import BatchEncoder
 from nextgpt.training.trainer import RunOptions, Trainer
@@ -47,8 +47,8 @@ def complete_batches(trainer: Trainer, count: int) -> list[list[Batch]]:
     samples, config = trainer.examples, trainer.config
     order = rank_batches(trainer.schedule, 0, count, samples.length)
     completer = BatchEncoder(config, samples.caches, trainer.device)
-    size, row = config.training.micro_batch_size, config.data.packed_seq_length
-    with load_batches(samples, order, size, config.encoder.width, 0, row) as ready:
+    sizes = config.training.micro_batch_size, config.encoder.width
+    with load_batches(samples, order, *sizes, num_workers=0, **packing_options(config)) as ready:
         return [[completer.encode(one) for one in step] for step in itertools.islice(ready, count)]
 
 

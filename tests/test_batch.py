@@ -1,10 +1,15 @@
 """Gradients do not depend on micro batches, packing or processes; packed samples are isolated."""
 
 import copy
+from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import varlen
+from transformers import modeling_flash_attention_utils
 
 from nextgpt.config.loader import load_config
 from nextgpt.conversation.batch import Batch, Example, collate, pack_first_fit
@@ -99,6 +104,56 @@ def test_gradients_equal_for_every_split_of_a_batch(
 ) -> None:
     found = step_gradient(model, recorded_samples(), world, size, row_length)
     assert found.shape == at_once.shape and at_once.norm() > 1
+    assert relative_error(found, at_once) < 1e-6
+
+
+def attend_by_conversation(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+) -> torch.Tensor:
+    """Compute variable-length attention, as flash-attn's function of these arguments on a GPU."""
+    assert causal and cu_seqlens_q.equal(cu_seqlens_k) and cu_seqlens_q.dtype == torch.int32
+    assert cu_seqlens_q.diff().max() <= max_seqlen_q == max_seqlen_k
+    parts = []
+    for start, end in pairwise(cu_seqlens_q.tolist()):
+        one = [states[start:end].transpose(0, 1) for states in (query, key, value)]
+        options = {"is_causal": True, "scale": softmax_scale, "enable_gqa": True}
+        parts.append(F.scaled_dot_product_attention(*one, **options).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def attend_as_torch(*states_and_bounds: Any, scale: float, **options: Any) -> torch.Tensor:
+    """Compute it with the arguments of PyTorch's function."""
+    assert options["window_size"] == (-1, 0)  # causal
+    return attend_by_conversation(*states_and_bounds, softmax_scale=scale, causal=True)
+
+
+@pytest.fixture
+def reference_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replace the kernels of both libraries, which need a GPU, by reference implementations."""
+    monkeypatch.setattr(varlen, "varlen_attn", attend_as_torch)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    kernels = (None, attend_by_conversation, None, None, None)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", lambda *_, **__: kernels)
+
+
+@pytest.mark.usefixtures("reference_kernels")
+@pytest.mark.parametrize("row_length", [None, 300])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "varlen", "flash_attention_2"])
+def test_attention_keeps_gradients_of_packed_rows(
+    model: NextGPT, at_once: torch.Tensor, attention: str, row_length: int | None
+) -> None:
+    config = model.language_model.config
+    before, config._attn_implementation = config._attn_implementation, attention
+    found = step_gradient(model, recorded_samples(), world=1, size=8, row_length=row_length)
+    config._attn_implementation = before
     assert relative_error(found, at_once) < 1e-6
 
 

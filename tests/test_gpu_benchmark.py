@@ -9,21 +9,41 @@ import pytest
 import torch
 
 from nextgpt.config.loader import load_config
+from nextgpt.model.imagebind.encoder import ImageBind
+from nextgpt.model.imagebind.loading import save_imagebind
 from nextgpt.tools.weights.registry import source_of
-from tiny_components import tiny_overrides
+from tiny_components import TINY_IMAGEBIND, tiny_overrides
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
-def test_gpu_benchmark_measures_every_stage_and_an_answer(tmp_path: Path) -> None:
-    overrides = [*tiny_overrides(tmp_path), "data.max_seq_length=64", "training.micro_batch_size=4"]
-    sets = [word for one in overrides for word in ("--set", one)]
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--steps", "1", "--answer", *sets]
+def run_benchmark(folder: Path, *arguments: str) -> str:
+    """Measure one step of the tiny system; return what the benchmark prints."""
+    save_imagebind(ImageBind(TINY_IMAGEBIND), folder / "imagebind", torch.float32)
+    sets = [word for one in tiny_overrides(folder) for word in ("--set", one)]
+    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--steps", "1", *sets, *arguments]
+    command += ["--set", "data.max_seq_length=64"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    rows = re.findall(r"stage (\d): (\d+) tokens .* ([\d,]+) tokens a second", done.stdout)
-    assert [(stage, tokens) for stage, tokens, _ in rows] == [(s, "512") for s in "123"]
-    assert re.search(r"answer: 68 tokens and 3 media in .*image .*video .*audio", done.stdout)
+    return done.stdout
+
+
+def test_gpu_benchmark_measures_every_stage_and_an_answer(tmp_path: Path) -> None:
+    size = "training.micro_batch_size=4"
+    printed = run_benchmark(tmp_path, "--config", "7b", "--answer", "--set", size)
+    rows = re.findall(
+        r"7b, stage (\d): (\d+) tokens .* [\d,]+ tokens a second, MFU [\d.]+ TFLOP/s, "
+        r"with recomputation [\d.]+ TFLOP/s, estimate [\d.]+ GB",
+        printed,
+    )
+    assert rows == [(stage, "512") for stage in "123"]
+    assert re.search(r"7b, answer: 68 tokens and 3 media in .*image .*video .*audio", printed)
+
+
+def test_gpu_benchmark_measures_packed_rows_of_a_quantized_model(tmp_path: Path) -> None:
+    length = "data.packed_seq_length=512"
+    printed = run_benchmark(tmp_path, "--config", "7b_24gb", "--stages", "3", "--set", length)
+    assert re.search(r"7b_24gb, stage 3: 512 tokens a step of 1 x 8 conversations", printed)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,17 @@ def test_memory_estimate_activations_equal_the_measured(
     assert planned == pytest.approx(measured_peak(config, stage, torch.float32), rel=0.05)
 
 
+def test_memory_estimate_counts_the_mask_of_packed_rows() -> None:
+    sets = ["training.precision=fp32", "training.micro_batch_size=8", "data.max_seq_length=64"]
+    sets += ["training.global_batch_size=8", "data.packed_seq_length=512"]
+    attention = "language_model.attn_implementation"
+    masked = tiny_config(1, [*sets, f"{attention}=sdpa"])
+    planned = passing(estimate_memory(masked, 1, 1))
+    assert planned == pytest.approx(measured_peak(masked, 1, torch.float32), rel=0.05)
+    unmasked = estimate_memory(tiny_config(1, [*sets, f"{attention}=varlen"]), 1, 1)
+    assert passing(unmasked) < 0.95 * planned
+
+
 @pytest.mark.parametrize("checkpointing", ["true", "false"])
 def test_memory_estimate_mini_activations_equal_the_measured(checkpointing: str) -> None:
     sets = [f"training.activation_checkpointing={checkpointing}", "data.packed_seq_length=512"]

@@ -270,6 +270,10 @@ def test_packed_rows_keep_losses(tmp_path: Path, alone: TinyRun, attention: str)
     sets += ["data.packed_seq_length=300", f"language_model.attn_implementation={attention}"]
     packed = TinyRun(tmp_path, 3, sets, from_stage(2)).finish()
     assert packed.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert f"attention: {attention}" in packed.output
+    for row, row_alone in zip(packed.metrics, alone.metrics, strict=True):
+        assert 0 < row["label_share"] == row_alone["label_share"] < 1
+        assert row_alone["padding_share"] == 0 and "mfu" not in row  # on a CPU
 
 
 def test_activation_checkpointing_keeps_dropout_masks(tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
 """An assistant around the model that trains, for callbacks that answer while it does."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
 from nextgpt.common.device import autocast_to
 from nextgpt.common.errors import UserError
 from nextgpt.generation.assistant import Assistant
+from nextgpt.model.cached_attention import use_cached_attention
 from nextgpt.training.engine import read_deepspeed_config
 from nextgpt.training.trainer import Trainer
 
@@ -26,19 +27,29 @@ class RunAssistant:
     def answering(self, trainer: Trainer) -> Iterator[Assistant]:
         """The assistant, in evaluation mode inside the block.
 
-        Random states are restored at its end. With activation checkpointing a module in training
-        has no cache, hence the mode.
+        Random states and the attention of training are restored at its end. With activation
+        checkpointing a module in training has no cache, hence the mode. Compiled blocks run
+        uncompiled: each answer's shapes are others.
         """
+        language_model = trainer.model.language_model
+        attention = language_model.config._attn_implementation
+        use_cached_attention(language_model)
         if self._assistant is None:
             config, builder = trainer.config, trainer.examples.prompt_builder
             self._assistant = Assistant(config, builder, trainer.model, trainer.device, [])
         devices = [trainer.device] if trainer.device.type == "cuda" else []
+        compiled = trainer.config.training.compile
         trainer.model.eval()
         try:
-            with torch.random.fork_rng(devices), autocast_to(trainer.dtype, trainer.device):
+            with (
+                torch.random.fork_rng(devices),
+                autocast_to(trainer.dtype, trainer.device),
+                torch.compiler.set_stance("force_eager") if compiled else nullcontext(),
+            ):
                 yield self._assistant
         finally:
             trainer.model.train()
+            language_model.set_attn_implementation(attention)
 
 
 def refuse_zero_3(trainer: Trainer, key: str, off: str) -> None:

@@ -44,8 +44,12 @@ class LanguageModelConfig(Section):
     prompt_format: Literal["vicuna_v0", "chatml", "tokenizer"]
     """how turns are delimited: `### Human:` as published, `<|im_start|>`, or the tokenizer's chat
     template"""
-    attn_implementation: Literal["sdpa", "eager"]
-    """attention kernel of transformers in training; eager is faster on CPU for short conversations;
+    attn_implementation: Literal[
+        "auto", "varlen", "flash_attention_2", "flex_attention", "sdpa", "eager"
+    ]
+    """attention kernel of transformers in training; auto: the first that is available of varlen
+    (PyTorch's own FlashAttention, from compute capability 8.0 on), flash_attention_2 (with the
+    package flash-attn), flex_attention and sdpa; eager is faster on CPU for short conversations;
     answers are always generated with SDPA"""
     lora_rank: Positive
     """rank of the adapters"""
@@ -264,6 +268,12 @@ class TrainingConfig(Section):
     """training precision; auto: bf16 where the hardware supports it"""
     activation_checkpointing: bool
     """recompute activations in the backward pass to save memory"""
+    compile: bool = False
+    """compile the language model's blocks (torch.compile) for rows of data.packed_seq_length
+    tokens, to which rows are then padded"""
+    fused_kernels: bool = False
+    """fused norms, rotary embedding and SwiGLU of liger-kernel, on a GPU: pip install -r
+    requirements-gpu.txt"""
     alignment_loss_weights: dict[KnownModality, float]
     """weights of the alignment losses between predicted prompt embeddings and caption embeddings"""
     denoising_loss_weights: dict[KnownModality, Annotated[float, Field(ge=0)]] = {

@@ -107,6 +107,14 @@ class Batch:
         """Number of positions with a text loss."""
         return int((self.labels[:, 1:] != IGNORE_INDEX).sum())
 
+    @property
+    def lengths(self) -> Tensor:
+        """(N,) int64, tokens of each conversation."""
+        if self.position_ids is None:
+            return self.attention_mask.sum(dim=1)
+        conversation = (self.position_ids.flatten() == 0).cumsum(dim=0) - 1
+        return conversation[self.attention_mask.flatten() == 1].bincount()
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; what is unencoded, and targets, stay on the CPU."""
 
@@ -123,6 +131,7 @@ def collate(
     pad_id: int,
     feature_width: int,
     packed_seq_length: int | None = None,
+    pad_rows: bool = False,
 ) -> Batch:
     """Collate `examples` into a batch.
 
@@ -131,6 +140,7 @@ def collate(
         feature_width: E, the length of a feature.
         packed_seq_length: tokens of a row that conversations are packed into; by default each
             conversation has a row, padded to the longest.
+        pad_rows: pad packed rows to `packed_seq_length`, by default to the longest.
     """
     lengths = [len(example.prompt.input_ids) for example in examples]
     if packed_seq_length is None:
@@ -139,6 +149,8 @@ def collate(
         offsets = pack_first_fit(lengths, packed_seq_length)
     rows = 1 + max(row for row, _ in offsets)
     columns = max(first + length for (_, first), length in zip(offsets, lengths, strict=True))
+    if packed_seq_length is not None and pad_rows:
+        columns = max(columns, packed_seq_length)
     input_ids = torch.full((rows, columns), pad_id)
     attention_mask = torch.zeros_like(input_ids)
     labels = torch.full_like(input_ids, IGNORE_INDEX)

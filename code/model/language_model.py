@@ -12,9 +12,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from nextgpt.common.device import choose_device
 from nextgpt.common.errors import UserError
 from nextgpt.config.schema import LanguageModelConfig
 from nextgpt.conversation.signal_tokens import SignalTokens
+from nextgpt.model.acceleration import choose_attention
 from nextgpt.model.loading import explain_load_errors, load_pretrained
 from nextgpt.model.quantization import quantization_config
 from nextgpt.model.vocabulary import extend_vocabulary
@@ -46,7 +48,9 @@ def load_language_model(
     rows = len(model.get_input_embeddings().weight)
     if rows < signals.first_id:
         raise UserError(f"{path}: the tokenizer has {signals.first_id} tokens, the model {rows}")
-    model.set_attn_implementation(config.attn_implementation)
+    model.set_attn_implementation(
+        choose_attention(config.attn_implementation, choose_device(), dtype)
+    )
     prepare_language_model(model, config, signals, lora=lora)
     return model
 

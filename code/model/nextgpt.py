@@ -5,7 +5,7 @@ positions only, and the output projections of the signal spans only.
 """
 
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from nextgpt.common.modality import Modality
 from nextgpt.conversation.batch import Batch
 from nextgpt.conversation.prompt import IGNORE_INDEX
+from nextgpt.model.acceleration import VARIABLE_LENGTH, conversation_bounds
 from nextgpt.model.output_projection import OutputProjection, alignment_loss
 from nextgpt.model.trainable import set_modes, trained_groups
 
@@ -110,13 +111,21 @@ class NextGPT(nn.Module):
         """Last hidden states (B, L, H), after the final norm, of input embeddings (B, L, H).
 
         With `position_ids` (B, L) rows are packed: no token attends to their padding, which comes
-        last, and the mask is not passed on (transformers takes one or the other).
+        last, and the mask is not passed on (transformers takes one or the other). Nor do kernels of
+        variable length need it.
         """
+        bounds: dict[str, Any] = {}
+        if self.language_model.config._attn_implementation in VARIABLE_LENGTH:
+            if position_ids is None:
+                rows, length = embeddings.shape[:2]
+                position_ids = torch.arange(length, device=embeddings.device).expand(rows, -1)
+            bounds = conversation_bounds(position_ids)
         return self.language_model.model(
             inputs_embeds=embeddings,
             attention_mask=attention_mask if position_ids is None else None,
             position_ids=position_ids,
             use_cache=False,
+            **bounds,
         ).last_hidden_state
 
     def gather_signal_states(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from nextgpt.callbacks.hidden_state_cache import (
     ROWS_PER_PASS,
@@ -52,6 +53,10 @@ _VIDEO_VIEWS = 18_063_360  # bytes: 15 of two frames, 3 x 224 x 224 float32; the
 _PREFETCHED = 2  # batches per loader process, torch's default
 # Bytes of one quantized number: 8 bits; 4 bits and, for every 64 numbers, a scale of 8 bits.
 _QUANTIZED_BYTES: dict[Quantization, float] = {"8bit": 1.0, "4bit": 0.5 + 1 / 64}
+# Kernels of GPUs that need no mask of packed rows keep what SDPA does without one.
+_UNMASKED = "unmasked"
+AttentionInterface.register(_UNMASKED, sdpa_attention_forward)
+AttentionMaskInterface.register(_UNMASKED, lambda *_, **__: None)
 
 
 @dataclass(frozen=True)
@@ -216,7 +221,9 @@ def _build_model(
         lora="lora" in trainable or "lora" in TRAINED_BEFORE[stage],
         output_projections="output_projections" in trainable,
     )
-    model.language_model.set_attn_implementation(config.language_model.attn_implementation)
+    attention = config.language_model.attn_implementation
+    masked = attention in ("sdpa", "eager")
+    model.language_model.set_attn_implementation(attention if masked else _UNMASKED)
     for name, parameter in model.named_parameters():
         if group_of(name) is None or is_base_vocabulary(name):
             parameter.data = parameter.data.to(dtype)
@@ -301,6 +308,7 @@ def full_batch(
     length, packed = config.data.max_seq_length, config.data.packed_seq_length
     rows = -(-micro * length // packed) if packed else micro
     ids = torch.zeros(rows, packed or length, dtype=torch.int64)
+    position_ids = torch.arange(packed or length).remainder(length).expand_as(ids)
     positions = torch.zeros(micro, 2, dtype=torch.int64)
     outputs: list[Modality] = list(model.output_projections)
     return Batch(
@@ -320,7 +328,7 @@ def full_batch(
             ]
             for modality, space in (spaces or {}).items()
         },
-        position_ids=torch.zeros_like(ids) if packed else None,
+        position_ids=position_ids if packed else None,
     )
 
 

@@ -54,7 +54,8 @@ _CHANGEABLE = (
 _ROUNDING = (
     "language_model.attn_implementation", "language_model.quantization", "data.packed_seq_length",
     "data.feature_precision", "training.micro_batch_size", "training.activation_checkpointing",
-    "training.hidden_state_cache_gb", "training.max_steps", "training.epochs",
+    "training.hidden_state_cache_gb", "training.compile", "training.fused_kernels",
+    "training.max_steps", "training.epochs",
 )  # fmt: skip
 _DENOISING_KEYS = ("height", "width", "num_frames", "fps", "shared_noise", "audio_length_in_s")
 # Paths of what `run_inputs` identifies by content.

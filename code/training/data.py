@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from nextgpt.common.errors import MediaError, UserError
 from nextgpt.common.modality import Modality
+from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import (
     Batch,
     Example,
@@ -190,6 +191,21 @@ def _progress_until(path: Path) -> Callable[[], None]:
     return check
 
 
+def packing_options(config: Config) -> dict[str, Any]:
+    """Options of `collate` that pack a run's rows.
+
+    Raises:
+        UserError: blocks are to be compiled for rows that have no common length.
+    """
+    packed, compiled = config.data.packed_seq_length, config.training.compile
+    if compiled and packed is None:
+        raise UserError(
+            "training.compile needs rows of one length: set data.packed_seq_length, such as to "
+            "micro_batch_size times max_seq_length"
+        )
+    return {"packed_seq_length": packed, "pad_rows": compiled}
+
+
 def collate_by_length(examples: Sequence[Example], size: int, **options: Any) -> list[Batch]:
     """Micro batches of `size` examples of similar length, for little padding.
 
@@ -224,11 +240,11 @@ def load_batches(
     micro_batch_size: int,
     feature_width: int,
     num_workers: int,
-    packed_seq_length: int | None = None,
+    **options: Any,
 ) -> AbstractContextManager[Iterator[list[Batch]]]:
     """The micro batches of each list of samples in `order`, prefetched by `num_workers` processes.
 
-    See `load_in_processes`.
+    See `load_in_processes`; `options` are those of `collate` besides the padding's.
     """
     load = partial(
         _load_step,
@@ -236,7 +252,7 @@ def load_batches(
         size=micro_batch_size,
         pad_id=examples.prompt_builder.tokenizer.eos_token_id,
         feature_width=feature_width,
-        packed_seq_length=packed_seq_length,
+        **options,
     )
     return load_in_processes(load, order, num_workers)
 

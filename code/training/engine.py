@@ -51,11 +51,21 @@ StepMetrics = dict[str, float | None]
 
 @dataclass(frozen=True)
 class StepCounts:
-    """Labelled tokens, signal spans and target media of one optimizer step over all ranks."""
+    """What one optimizer step has over all ranks.
+
+    Attributes:
+        tokens: labelled ones.
+        signal_spans, targets: spans and target media, by modality.
+        input_tokens, positions: tokens of the conversations, and with padding.
+        flops: operations that the step needs (`training.flops`).
+    """
 
     tokens: int
     signal_spans: dict[Modality, int]
     targets: dict[Modality, int] = field(default_factory=dict)
+    input_tokens: int = 0
+    positions: int = 0
+    flops: int = 0
 
 
 def micro_batch_size(training: TrainingConfig, world: int) -> int:

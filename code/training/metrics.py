@@ -14,7 +14,7 @@ from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import append_json_lines
 from nextgpt.conversation.batch import SkippedSample
 from nextgpt.training.data import check_skipped
-from nextgpt.training.engine import StepMetrics
+from nextgpt.training.engine import StepCounts, StepMetrics
 
 
 class MetricsLogger:
@@ -25,13 +25,20 @@ class MetricsLogger:
 
     Args:
         counted: `samples`, `skipped` and `cut_tokens` of all ranks so far.
+        peak: FLOP/s that all ranks' GPUs have at most, for the MFU; None: not known.
     """
 
     def __init__(
-        self, folder: Path, rank: int, first_step: int, steps: int, counted: dict[str, int]
+        self,
+        folder: Path,
+        rank: int,
+        first_step: int,
+        steps: int,
+        counted: dict[str, int],
+        peak: float | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.counted = counted
+        self.counted, self._peak = counted, peak
         self._metrics_file = folder / "metrics.jsonl"
         self._skipped_file = folder / "skipped.jsonl"
         self._last_time = time.perf_counter()
@@ -67,8 +74,12 @@ class MetricsLogger:
         if lines:
             append_json_lines(self._skipped_file, lines)
 
-    def log(self, step: int, metrics: StepMetrics) -> None:
-        """Log the metrics of step number `step`, from 1, and of the validation after it."""
+    def log(self, step: int, metrics: StepMetrics, counts: StepCounts) -> None:
+        """Log the metrics of step number `step`, from 1, and of the validation after it.
+
+        `counts` add the tokens of conversations per second, the shares of padding in the rows and
+        of labelled tokens in the conversations, and the MFU where the language model ran.
+        """
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
         seconds -= sum(
@@ -76,13 +87,16 @@ class MetricsLogger:
         )
         if self.board is None:
             return
-        line = {
-            "step": step,
-            **metrics,
-            "seconds": round(seconds, 4),
-            "tokens_per_second": round(metrics["tokens"] / seconds, 1),
-            **self.counted,
+        rates = {
+            "tokens_per_second": round(counts.input_tokens / seconds, 1),
+            "padding_share": round(1 - counts.input_tokens / counts.positions, 4),
+            "label_share": round(counts.tokens / counts.input_tokens, 4),
         }
+        if self._peak and metrics["text_loss"] is not None:
+            rates["mfu"] = round(counts.flops / seconds / self._peak, 4)
+        line = {
+            "step": step, **metrics, "seconds": round(seconds, 4), **rates, **self.counted
+        }  # fmt: skip
         append_json_lines(self._metrics_file, [line])
         shown = {}
         for name, value in line.items():
@@ -93,7 +107,7 @@ class MetricsLogger:
         if "validation_loss" in metrics:
             self._last_validation = {"validation": f"{metrics['validation_loss']:.3f}"}
         self.board.flush()  # so that a killed run leaves the steps before its checkpoint
-        shown |= self._last_validation | {"tokens_per_second": line["tokens_per_second"]}
+        shown |= self._last_validation | rates
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 

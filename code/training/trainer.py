@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,7 @@ from nextgpt.dataset.conversations import open_conversations, prompt_embeds_shap
 from nextgpt.dataset.held_out import split_rows
 from nextgpt.dataset.sampler import BatchSchedule, Sample
 from nextgpt.dataset.target_media import describe_missing_targets
+from nextgpt.model.acceleration import compile_blocks, fuse_kernels
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.delta import Delta, load_delta, read_delta, tensors_of_absent_groups
 from nextgpt.model.nextgpt import NextGPT
@@ -34,7 +36,7 @@ from nextgpt.model.quantization import check_zero_stage
 from nextgpt.model.trainable import count_parameters, format_parameter_counts, set_trainable
 from nextgpt.model.upstream_checkpoint import Tensors
 from nextgpt.training.checkpointing import CheckpointManager, read_run_state
-from nextgpt.training.data import ExampleDataset, load_batches, rank_batches
+from nextgpt.training.data import ExampleDataset, load_batches, packing_options, rank_batches
 from nextgpt.training.denoising import DenoisingLoss, open_target_latents
 from nextgpt.training.engine import (
     StepCounts,
@@ -44,6 +46,7 @@ from nextgpt.training.engine import (
     read_deepspeed_config,
     split_by_modality,
 )
+from nextgpt.training.flops import count_flops, peak_flops
 from nextgpt.training.media_features import BatchEncoder, FeatureCaches
 from nextgpt.training.metrics import MetricsLogger
 from nextgpt.training.run_inputs import (
@@ -163,8 +166,12 @@ class Trainer:
         recorded = self.checkpoint and folder.check_inputs(self.identify_inputs(), self.checkpoint)
         self.build_model()
         self._vocabulary_size = self.model.base_vocabulary_size  # ZeRO 3 will shard the matrix
+        peak = peak_flops(self.device, self.dtype)
+        self._flops = count_flops(self.model) if peak else None
         for callback in self.callbacks:
             callback.on_train_begin(self)
+        if training.compile:
+            compile_blocks(self.model.language_model)
         denoising = None
         if training.denoised_modalities:
             denoising = DenoisingLoss.load(self.config, self.device, self.dtype)
@@ -175,7 +182,8 @@ class Trainer:
         if self.rank == 0:
             folder.record_start(None if recorded else self.identify_inputs())
         logs = options.log_path / folder.path.name if options.log_path else folder.path / "log"
-        self.metrics = MetricsLogger(logs, self.rank, self.step, self.total_steps, counted)
+        peak = peak and self.world * peak
+        self.metrics = MetricsLogger(logs, self.rank, self.step, self.total_steps, counted, peak)
         with closing(self.metrics):
             finished = self.run_steps()
         if not finished:
@@ -189,6 +197,7 @@ class Trainer:
     def open_dataset(self) -> None:
         """Open the data sets, hold samples out, and schedule the batches."""
         training, data = self.config.training, self.config.data
+        self._packing = packing_options(self.config)
         self.examples = self._open_examples(data)
         rows, held_out = split_rows(self.examples.conversations, data.validation)
         self.examples.rows = rows
@@ -270,11 +279,13 @@ class Trainer:
         config, training, delta = self.config, self.config.training, self.delta
         if not training.trainable:
             raise UserError("training.trainable is empty: name what is to be trained")
-        settings, quantization = (
-            self.checkpoints.setup["deepspeed"],
-            config.language_model.quantization,
-        )
-        check_zero_stage(training.deepspeed_config, settings, quantization)
+        settings = self.checkpoints.setup["deepspeed"]
+        check_zero_stage(training.deepspeed_config, settings, config.language_model.quantization)
+        if training.compile and settings.get("zero_optimization", {}).get("stage") == 3:
+            raise UserError(
+                "training.compile works with ZeRO 0 to 2: set it to false, or take another file "
+                f"than training.deepspeed_config {training.deepspeed_config}"
+            )
         torch.manual_seed(training.seed)
         self.model = build_model(
             config,
@@ -289,7 +300,10 @@ class Trainer:
         configure_trainable(self.model, config)
         if self.checkpoint is not None:
             load_parameters(self.model, self.checkpoint)
+        if training.fused_kernels:
+            fuse_kernels(self.model.language_model)
         print_rank_0(format_parameter_counts(count_parameters(self.model)))
+        print_rank_0(f"attention: {self.model.language_model.config._attn_implementation}")
 
     def restore_checkpoint(self) -> dict[str, int]:
         """Load the checkpoint, or clear the folder for a new run; the samples counted so far."""
@@ -316,9 +330,9 @@ class Trainer:
         """Take the remaining steps; False if a signal stopped them, after saving a checkpoint."""
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
-        data, size, end = self.config.data, self.engine.micro_batch_size, self.total_steps
-        options = data.num_workers, data.packed_seq_length
-        loaded = self._load_batches(self.examples, self.step, end, size, *options)
+        size, end = self.engine.micro_batch_size, self.total_steps
+        options = {"num_workers": self.config.data.num_workers, **self._packing}
+        loaded = self._load_batches(self.examples, self.step, end, size, **options)
         encoder = self._batch_encoder(self.examples)
         with loaded as steps:
             for batches in islice(steps, end - self.step):  # one more would end the processes
@@ -335,7 +349,7 @@ class Trainer:
                     result |= self.validate(self.validator, encoder)
                 for callback in self.callbacks:
                     callback.on_step_end(self, result)
-                self.metrics.log(self.step, result)
+                self.metrics.log(self.step, result, counts)
                 if self.is_due(self.config.training.save_steps, last=False):
                     self._save_checkpoint()
         return True
@@ -374,13 +388,19 @@ class Trainer:
         spans = [sum(len(b.signal_spans.get(m, ())) for b in batches) for m in MODALITIES]
         spans += [sum(len(b.targets.get(m, ())) for b in batches) for m in MODALITIES]
         tokens = sum(batch.num_label_tokens for batch in batches)
-        totals = all_reduce_sum([self._stop, tokens, *spans, *counted.values()], self.device)
-        stopped, tokens, *totals = map(int, totals)
+        work = [
+            sum(int(batch.attention_mask.sum()) for batch in batches),
+            sum(batch.attention_mask.numel() for batch in batches),
+            self._flops.of(batches) if self._flops else 0,
+        ]
+        values = [self._stop, tokens, *work, *counted.values(), *spans]
+        stopped, tokens, *totals = map(int, all_reduce_sum(values, self.device))
         if stopped:
             return None
-        counts = dict(zip(counted, totals[len(spans) :], strict=True))
+        work, totals = totals[: len(work)], totals[len(work) :]
+        counts = dict(zip(counted, totals, strict=False))
         self.metrics.count(self.step + 1, skipped, counts)
-        return StepCounts(tokens, *split_by_modality(totals[: len(spans)]))
+        return StepCounts(tokens, *split_by_modality(totals[len(counted) :]), *work)
 
     def save_delta(self) -> None:
         """Write the tuned parameters, and those of the best validation."""
@@ -427,12 +447,12 @@ class Trainer:
         end: int,
         size: int,
         num_workers: int = 0,
-        packed: int | None = None,
+        **options: Any,
     ) -> AbstractContextManager[Iterator[list[Batch]]]:
         """This rank's micro batches of each step from number `first` up to `end`."""
         length, width = examples.length, self.config.encoder.width
         order = rank_batches(self.schedule, first, end, length, self.rank, self.world)
-        return load_batches(examples, order, size, width, num_workers, packed)
+        return load_batches(examples, order, size, width, num_workers, **options)
 
     def _on_signal(self, *_: object) -> None:
         self._stop = True

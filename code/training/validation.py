@@ -18,7 +18,7 @@ from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Batch, Example, SkippedSample, collate
 from nextgpt.conversation.prompt import IGNORE_INDEX, EncodedPrompt
 from nextgpt.dataset.sampler import Sample
-from nextgpt.training.data import ExampleDataset
+from nextgpt.training.data import ExampleDataset, packing_options
 from nextgpt.training.engine import StepMetrics, TrainEngine
 from nextgpt.training.media_features import BatchEncoder
 
@@ -123,5 +123,5 @@ class Validator:
                 self.skipped.append(SkippedSample(name, number, str(error)))
         pad_id = self.examples.prompt_builder.tokenizer.eos_token_id
         nothing = Example(EncodedPrompt([pad_id] * 2, [IGNORE_INDEX] * 2), [], [])
-        width, packed = self.config.encoder.width, self.config.data.packed_seq_length
-        return collate(examples or [nothing], pad_id, width, packed)
+        width, packing = self.config.encoder.width, packing_options(self.config)
+        return collate(examples or [nothing], pad_id, width, **packing)
