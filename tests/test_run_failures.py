@@ -368,6 +368,7 @@ def test_launcher_killed_alone_stops_its_processes_after_a_save(
             started = [parent, *parent.children(recursive=True)]
             next(one for one in started if killed in " ".join(one.cmdline()[:4])).kill()
             assert_gone(started[1:], seconds=60)
+            assert script.wait(60) != 0
         finally:
             _kill_all(script)
     assert run.checkpoints and not run.checkpoints[-1].endswith(".partial")

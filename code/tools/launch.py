@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 from nextgpt.common.cli import run_cli
 from nextgpt.common.errors import UserError
@@ -123,6 +124,16 @@ def _replace_process(command: list[str]) -> None:
     os.execv(command[0], command)
 
 
+class _Child(subprocess.Popen):
+    """A process whose end by a signal is a failure: DeepSpeed takes negative codes for success."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code, 128 more than the signal's number as in shells."""
+        if (code := super().wait(timeout)) < 0:
+            self.returncode = 128 - code
+        return self.returncode
+
+
 def _run_deepspeed(words: list[str]) -> None:
     """Run DeepSpeed's launcher; on a CPU it starts as many processes as there are cores at most."""
     os.environ.setdefault("LOCAL_SIZE", str(os.cpu_count()))
@@ -130,6 +141,7 @@ def _run_deepspeed(words: list[str]) -> None:
 
     from nextgpt.tools.pdsh import Pdsh
 
+    runner.subprocess = SimpleNamespace(**vars(subprocess) | {"Popen": _Child})
     runner.PDSHRunner = runner.LAUNCHER_CLASSES["pdsh"] = Pdsh
     try:
         runner.main(["--log_level", "critical", *words])
