@@ -15,7 +15,10 @@ from nextgpt.training.checkpointing import CheckpointManager, read_run_state
 from test_training import copied_data
 from tiny_run import TinyRun, same, trained
 
-SETS = ["training.max_steps=6", "training.save_steps=3"]
+SETS = [  # several groups of the optimizer
+    "training.max_steps=6", "training.save_steps=3",
+    "training.group_learning_rates={vocabulary: 4.0e-3, lora_B: 2.0e-3}",
+]  # fmt: skip
 SETUP = {"processes": 1, "precision": "torch.float32", "deepspeed": {}}
 Copy = Callable[[Path], Path]
 

@@ -25,6 +25,8 @@ def gather_moment(
 ) -> dict[str, Tensor]:
     """A moment of each parameter, on rank 0's CPU; none on other ranks. All ranks take part."""
     moments = {}
+    if engine.zero_optimization_stage() in (1, 2):
+        _link_states(engine)
     for name, parameter in parameters.items():
         if engine.zero_optimization():
             value = safe_get_full_optimizer_state(parameter, moment)
@@ -59,7 +61,7 @@ def restore_moments(
         step = updates if counts_on_host else torch.tensor(float(updates), device=part.device)
         inner.state[part] = {"step": step} | {name: torch.zeros_like(part) for name in MOMENTS}
     if stage in (1, 2):
-        optimizer._lazy_init_hp_params_optimizer_state()  # else at the first step
+        _link_states(engine)  # else at the first step
     for moment in MOMENTS:
         moments = load(moment)
         for name, parameter in parameters.items():
@@ -73,3 +75,12 @@ def restore_moments(
                 safe_set_local_optimizer_state(parameter, part, moment)
             else:
                 safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _link_states(engine: DeepSpeedEngine) -> None:
+    """Make Adam's state accessible by parameter, with ZeRO 1 and 2.
+
+    DeepSpeed does so after the update of the first group of parameters, when others have no state.
+    """
+    engine.optimizer._hp_optimizer_states_linked = False
+    engine.optimizer._lazy_init_hp_params_optimizer_state()
