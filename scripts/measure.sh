@@ -26,27 +26,28 @@ processor() {
     grep --only-matching --word-regexp --extended-regexp 'avx2|avx512f|avx512_bf16|amx_bf16' /proc/cpuinfo |
         sort --unique
 }
-one=OMP_NUM_THREADS=1
-declare -A commands=(
-    [index]="python benchmarks/index.py"
-    [caption_records]="python benchmarks/caption_records.py"
-    [features]="$one python benchmarks/features.py --rounds 15"
-    [demo]="python benchmarks/demo.py"
-    [decoding_fp32]="$one python benchmarks/decoding.py --precision fp32"
-    [decoding]="$one python benchmarks/decoding.py"
-    [long_prompts_fp32]="$one python benchmarks/long_prompts.py --set training.precision=fp32"
-    [serving]="$one python benchmarks/serving.py --seconds 30"
-    [training_step]="python benchmarks/training_step.py"
-    [quickstart]="bash scripts/test.sh -m slow tests/test_quickstart.py"
-    [tests]="bash scripts/test.sh"
-    [components]="python evaluate_parts.py --split test --samples 300 --out $out/components"
-    [scoreboard]="python evaluate.py --split test --samples 200 --out $out/scoreboard"
-)
+measurements() { # name, command
+    cat <<END
+index python benchmarks/index.py
+caption_records python benchmarks/caption_records.py
+features OMP_NUM_THREADS=1 python benchmarks/features.py --rounds 15
+demo python benchmarks/demo.py
+decoding_fp32 OMP_NUM_THREADS=1 python benchmarks/decoding.py --precision fp32
+decoding OMP_NUM_THREADS=1 python benchmarks/decoding.py
+long_prompts_fp32 OMP_NUM_THREADS=1 python benchmarks/long_prompts.py --set training.precision=fp32
+serving OMP_NUM_THREADS=1 python benchmarks/serving.py --seconds 30
+training_step python benchmarks/training_step.py
+quickstart bash scripts/test.sh -m slow tests/test_quickstart.py
+tests bash scripts/test.sh
+components python evaluate_parts.py --split test --samples 300 --out $out/components
+scoreboard python evaluate.py --split test --samples 200 --out $out/scoreboard
+END
+}
 mkdir -p $out
-[ $# -gt 0 ] || set -- index caption_records features demo decoding_fp32 decoding long_prompts_fp32 \
-    serving training_step quickstart tests components scoreboard
 for name; do
-    [ -n "${commands[$name]:-}" ] || fail "no measurement $name: one of ${!commands[*]}"
-    # shellcheck disable=SC2086  # words of a command
-    measure "$name" ${commands[$name]}
+    measurements | grep -q "^$name " || fail "no measurement $name: see $0"
 done
+while read -r -u 3 name command; do
+    # shellcheck disable=SC2086  # words of a command
+    case " ${*:-$name} " in *" $name "*) measure "$name" $command ;; esac
+done 3< <(measurements)

@@ -11,7 +11,9 @@ if ! has_gpu; then
 fi
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive} # waiting threads yield the CPU
 
-export NEXTGPT_TRAIN_SH=$$ # the processes end when this one was killed
+# The processes end when this one was killed. Not a variable that is set on other machines, where the
+# number is another process's.
+export TRAIN_SH_PID=$$
 
 # DeepSpeed's launcher forwards signals with a limit of 30 s, or not at all. It therefore runs in a
 # new session, which the terminal does not signal, and signals are sent to the processes directly.

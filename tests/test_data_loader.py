@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from nextgpt.training.data import ExampleDataset, load_batches
 from nextgpt.training.loader import load_in_processes
@@ -40,6 +42,20 @@ def test_loader_workers_end_with_their_block_only() -> None:
         for one in multiprocessing.active_children():
             one.kill()
             one.join()
+
+
+def test_loader_workers_end_silently_under_another_loaders_handler() -> None:
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        # PyTorch's handler of SIGCHLD stays after the first loader with processes.
+        signal_handling._SIGCHLD_handler_set = False
+        assert list(DataLoader([1, 2], batch_size=None, num_workers=1)) == [1, 2]
+        assert signal.getsignal(signal.SIGCHLD) is not handler
+        for _ in range(10):  # it runs between two instructions: not in every round
+            with load_batches(samples(), iter([]), 1, 8, num_workers=2):
+                pass
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 def test_loader_workers_of_a_failed_start_end(

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,20 @@ def assert_gone(processes: list[psutil.Process], seconds: float = SECONDS) -> No
     for process in alive:
         process.kill()
     assert not alive
+
+
+@contextmanager
+def running_script(run: TinyRun, output: Path) -> Iterator[subprocess.Popen]:
+    """Run `train.sh` with output to a file, inside the block from the second step on."""
+    environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
+    command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
+    with output.open("w") as file:
+        script = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            wait_until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
+            yield script
+        finally:
+            _kill_all(script)
 
 
 def _kill_all(script: subprocess.Popen) -> None:
@@ -358,19 +372,12 @@ def test_launcher_killed_alone_stops_its_processes_after_a_save(
     tmp_path: Path, killed: str, options: list[str]
 ) -> None:
     run = TinyRun(tmp_path, 1, [*LONG, "training.save_steps=100000"], options)
-    environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
-    command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
-    with (tmp_path / "output").open("w") as output:
-        script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            wait_until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
-            parent = psutil.Process(script.pid)
-            started = [parent, *parent.children(recursive=True)]
-            next(one for one in started if killed in " ".join(one.cmdline()[:4])).kill()
-            assert_gone(started[1:], seconds=60)
-            assert script.wait(60) != 0
-        finally:
-            _kill_all(script)
+    with running_script(run, tmp_path / "output") as script:
+        parent = psutil.Process(script.pid)
+        started = [parent, *parent.children(recursive=True)]
+        next(one for one in started if killed in " ".join(one.cmdline()[:4])).kill()
+        assert_gone(started[1:], seconds=60)
+        assert script.wait(60) != 0
     assert run.checkpoints and not run.checkpoints[-1].endswith(".partial")
 
 
@@ -378,24 +385,17 @@ def test_launcher_killed_alone_stops_its_processes_after_a_save(
 @pytest.mark.parametrize("kind", ["process", "loader"])
 def test_launch_script_ends_when_a_process_is_killed(tmp_path: Path, kind: str) -> None:
     run = TinyRun(tmp_path, 1, LONG, ["--include", "localhost:0,1"])
-    environment = os.environ | {"LOCAL_WORLD_SIZE": str(os.cpu_count())}
-    command = ["bash", str(ROOT / "scripts" / "train.sh"), *run.arguments]
-    with (tmp_path / "output").open("w+") as output:
-        script = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-        try:
-            wait_until(lambda: len(run.metrics) >= 2 or script.poll() is not None)
-            started = psutil.Process(script.pid).children(recursive=True)
-            trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
-            ranks = [one for one in trainers if "launch" not in one.cmdline()[3]]
-            ranks = [one for one in ranks if one.parent() not in ranks]
-            # A loader's decoding process has its command line until it starts its own program.
-            loaders = [one for one in trainers if one.parent() in ranks]
-            assert (len(ranks), len(loaders)) == (2, 4)
-            (loaders if kind == "loader" else ranks)[1].kill()
-            assert_gone(started)
-            code = script.wait(5)
-        finally:
-            _kill_all(script)
+    with running_script(run, tmp_path / "output") as script:
+        started = psutil.Process(script.pid).children(recursive=True)
+        trainers = [one for one in started if "train.py" in " ".join(one.cmdline())]
+        ranks = [one for one in trainers if "launch" not in one.cmdline()[3]]
+        ranks = [one for one in ranks if one.parent() not in ranks]
+        # A loader's decoding process has its command line until it starts its own program.
+        loaders = [one for one in trainers if one.parent() in ranks]
+        assert (len(ranks), len(loaders)) == (2, 4)
+        (loaders if kind == "loader" else ranks)[1].kill()
+        assert_gone(started)
+        code = script.wait(5)
     message = (tmp_path / "output").read_text()
     assert code != 0, message
     cause = "died (SIGKILL)" if kind == "loader" else "ended without an error message"

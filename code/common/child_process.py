@@ -39,7 +39,7 @@ def stop_with_launchers() -> None:
     since Linux signals the end of a direct parent only.
     """
     pids = [one.pid for one in takewhile(_is_launcher, psutil.Process().parents())]
-    if script := os.environ.get("NEXTGPT_TRAIN_SH"):
+    if script := os.environ.get("TRAIN_SH_PID"):
         pids.append(int(script))
     if pids:
         threading.Thread(target=_stop_when_gone, args=(pids,), daemon=True).start()

@@ -20,6 +20,7 @@ from nextgpt.common.json_io import to_json
 from nextgpt.config.loader import STAGES, add_config_arguments, load_config_from
 from nextgpt.config.schema import Config
 from nextgpt.tools.memory_estimate import MemoryEstimate, estimate_memory
+from nextgpt.training.flops import PEAKS
 
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PER_RANK = 8  # conversations: one micro batch of the 80 GB configurations, no accumulation
@@ -50,8 +51,8 @@ class Machine:
 # Data sheets: H100 SXM 989 TFLOP/s, NVLink 900 GB/s in both directions; A100 312 TFLOP/s, 600 GB/s.
 # A DGX H100 has eight ports of 400 Gb/s, a DGX A100 eight of 200 Gb/s.
 MACHINES = {
-    "infiniband": Machine("8 × H100, 8 × 400 Gb/s", 989e12, 450e9, 400e9),
-    "ethernet": Machine("8 × A100, 1 × 100 Gb/s", 312e12, 300e9, 12.5e9),
+    "infiniband": Machine("8 × H100, 8 × 400 Gb/s", PEAKS["H100"], 450e9, 400e9),
+    "ethernet": Machine("8 × A100, 1 × 100 Gb/s", PEAKS["A100"], 300e9, 12.5e9),
 }
 
 

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
 
 from nextgpt.common.child_process import die_with_parent
 from nextgpt.common.errors import UserError
@@ -53,9 +54,9 @@ def load_in_processes(
 ) -> Iterator[Iterator[_Result]]:
     """`load` of each item of `order`, in that order, computed ahead by `num_workers` processes.
 
-    With 0 it is computed here. Use it in the main thread: it sets the handlers of SIGCHLD and,
-    while a result is waited for, of SIGALRM. The processes are killed when the block ends, however
-    it does: they ignore the signals by which Python and PyTorch would end them.
+    With 0 it is computed here. Use it in the main thread: it sets the handler of SIGALRM while a
+    result is waited for. The processes are killed when the block ends, however it does: they ignore
+    the signals by which Python and PyTorch would end them.
 
     Raises:
         UserError: raised by `load`; or, while a result is waited for, a process has died or makes
@@ -75,17 +76,17 @@ def load_in_processes(
         worker_init_fn=partial(_start_worker, os.getpid(), pids, progress),
     )
     others = set(multiprocessing.active_children())
-    handler = signal.getsignal(signal.SIGCHLD)
     own: set[BaseProcess] = set()
     pickled: Any = None
     try:
         try:
             pickled = iter(loader)
+            # PyTorch's handler of SIGCHLD would raise in the middle of a step when they die.
+            signal_handling._remove_worker_pids(id(pickled))
+            pickled._worker_pids_set = False
             _enlarge_pipe(pickled._worker_result_queue._reader.fileno())
         finally:  # also of a start that failed halfway
             own = set(multiprocessing.active_children()) - others
-            # PyTorch's handler would raise in the middle of a step; None: one that C code had set.
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         yield _results(pickled, _Watch(own, pids, progress))
     finally:
         if pickled is not None:

@@ -398,7 +398,7 @@ class Trainer:
         if stopped:
             return None
         work, totals = totals[: len(work)], totals[len(work) :]
-        counts = dict(zip(counted, totals, strict=False))
+        counts = dict(zip(counted, totals[: len(counted)], strict=True))
         self.metrics.count(self.step + 1, skipped, counts)
         return StepCounts(tokens, *split_by_modality(totals[len(counted) :]), *work)
 
