@@ -233,8 +233,7 @@ def test_exception_in_a_step_ends_all_processes_and_is_reported_once(
     processes = family(run)
     (tmp_path / "now").touch()
     assert_gone(processes)
-    assert run.wait() == code
-    assert {process.exitcode for process in run.processes} == {code}
+    assert set(run.wait_for_all()) == {code}
     assert run.outputs.count(message) == 1
     assert run.outputs.count("Traceback") <= (2 if error == "SystemExit" else 1)
 
@@ -247,9 +246,7 @@ def test_killed_process_ends_the_others_which_name_it(
     processes = family(run)
     processes[killed].kill()
     assert_gone(processes)
-    assert [process.exitcode for process in run.processes] == [
-        -signal.SIGKILL if rank == killed else 1 for rank in range(world)
-    ]
+    assert run.wait_for_all() == [-signal.SIGKILL if rank == killed else 1 for rank in range(world)]
     assert (
         run.outputs.count(f"error: process {killed} of {world} ended without an error message") == 1
     )
@@ -275,13 +272,13 @@ def test_process_that_dies_before_connecting_is_named_and_ends_the_run(start_run
 @pytest.mark.slow
 def test_error_before_training_ends_all_processes(start_run: Start) -> None:
     run = start_run(2, _train_unlike)
-    assert [run.wait(), run.processes[1].exitcode] == [2, 2]
+    assert run.wait_for_all() == [2, 2]
     assert run.outputs.count(CAUSE) == 1
 
 
 def assert_one_line_and_intact_checkpoint(run: TinyRun, line: str) -> None:
     """The ended run has printed `line` as its only error, and can be resumed."""
-    assert {process.exitcode for process in run.processes} == {2}, run.outputs
+    assert set(run.wait_for_all()) == {2}, run.outputs
     assert run.outputs.count("error: ") == 1 and "Traceback" not in run.outputs
     assert re.search(line, run.outputs), run.outputs
     resumed = TinyRun(run.save_path, 1, run.sets, ["--resume"], run.world)

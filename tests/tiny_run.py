@@ -144,12 +144,16 @@ class TinyRun:
 
     def wait(self, seconds: float = 120) -> int:
         """Wait for all processes; return the exit code of the first."""
+        return self.wait_for_all(seconds)[0]
+
+    def wait_for_all(self, seconds: float = 120) -> list[int]:
+        """Wait for all processes; return their exit codes."""
         for process in self.processes:
             process.join(seconds)
             if process.is_alive():
                 process.kill()
                 raise TimeoutError(f"still running after {seconds} s:\n{self.output}")
-        return self.processes[0].exitcode
+        return [process.exitcode for process in self.processes]
 
     def finish(self) -> "TinyRun":
         """Run to the end; the exit code must be 0."""
