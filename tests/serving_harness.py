@@ -25,6 +25,7 @@ from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.config.loader import load_config
 from nextgpt.generation.assistant import Assistant
 from nextgpt.serving.access import Access
+from nextgpt.serving.connections import server_settings
 from nextgpt.serving.scheduler import InferenceQueue
 from nextgpt.serving.server import build_app
 from nextgpt.serving.sessions import Sessions
@@ -134,7 +135,7 @@ def running_server(
         # process, which only tests have, the first would refuse its own from the second's start on.
         os.environ["GRADIO_TEMP_DIR"] = str(together)
         server = uvicorn.Server(
-            uvicorn.Config(app, host, port, log_level="warning", timeout_graceful_shutdown=1)
+            server_settings(app, host=host, port=port, timeout_graceful_shutdown=1)
         )
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()

@@ -31,6 +31,7 @@ from nextgpt.config.schema import Config
 from nextgpt.generation.assistant import Assistant
 from nextgpt.generation.settings import GenerationSettings
 from nextgpt.serving.access import LOOPBACK, Access, AccessMiddleware, listen
+from nextgpt.serving.connections import server_settings
 from nextgpt.serving.examples import read_examples
 from nextgpt.serving.handlers import Handlers
 from nextgpt.serving.limits import MAX_BYTES
@@ -83,7 +84,7 @@ def serve(
 
 def run_server(app: FastAPI, queue: InferenceQueue, folder: Path, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT. In the main thread, which receives signals."""
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    settings = server_settings(app, timeout_graceful_shutdown=2)
     try:
         _Server(settings, folder).run(sockets=[listener])
     finally:
@@ -174,9 +175,8 @@ def build_app(
         ssr_mode=False,
         pwa=False,
     )
-    page.has_launched = (
-        True  # else a mounted page counts as not launched, and Gradio's check of paths is off
-    )
+    # Else a mounted page counts as not launched, and Gradio's check of paths is off.
+    page.has_launched = True
     app.state.page = next(route.app for route in app.routes if isinstance(route, Mount))
     app.add_middleware(PageQueueMiddleware, sessions=sessions, cookie=COOKIE)
     app.add_middleware(VisitorMiddleware, sessions=sessions)

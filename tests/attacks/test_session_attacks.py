@@ -306,6 +306,28 @@ def test_trickling_body_is_ended(target: Target) -> None:
             assert one.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+def test_trickling_header_is_ended_and_an_idle_connection_too(target: Target) -> None:
+    host, port = target.address.removeprefix("http://").split(":")
+    with target.limit("connections.HEADER_SECONDS", 2), ExitStack() as stack:
+        silent, one, kept = (
+            stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(3)
+        )
+        health = f"GET /health HTTP/1.1\r\nHost: {host}:{port}\r\n"
+        kept.sendall(f"{health}\r\n{health}".encode())  # a request, and a header without an end
+        start = time.monotonic()
+        with suppress(OSError):  # ended by the server
+            while time.monotonic() < start + 20:
+                one.sendall(b"G")
+                time.sleep(0.2)
+        assert 1.5 < time.monotonic() - start < 10
+        for connection in (silent, kept):
+            connection.settimeout(60)
+            received = b""
+            while piece := connection.recv(4096):
+                received += piece
+            assert received.startswith(b"HTTP/1.1 200") == (connection is kept)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_clients_that_leave_in_the_middle_free_the_queue(stream: bool, target: Target) -> None:
     body = {"messages": [user("a")], "stream": stream, "steps_image": 100}
