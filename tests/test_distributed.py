@@ -1,15 +1,24 @@
-"""Results computed on rank 0 and broadcast."""
+"""Collectives: results of rank 0, locks on every disk, files copied between disks."""
 
 import os
 from collections.abc import Callable
-from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch.distributed as dist
 
-from nextgpt.common.distributed import compute_on_rank_0, ranks_without
+from nextgpt.common import distributed
+from nextgpt.common.distributed import (
+    compute_on_rank_0,
+    copy_files,
+    lock_every_disk,
+    ranks_without,
+)
 from nextgpt.common.errors import UserError
+from nextgpt.common.locks import hold_lock
+from tiny_run import _CONTEXT
+
+FILES = {"step/a": b"twelve bytes", "step/b": b"five.", "empty": b""}
 
 
 def refuse() -> None:
@@ -44,11 +53,34 @@ def member_with_files(rank: int, folder: Path, found: Queue) -> None:
     dist.destroy_process_group()
 
 
-def run_both(target: Callable[..., None], *arguments: object) -> list:
-    """What two processes put into the queue that they are given last, in no order."""
-    spawn = get_context("spawn")
-    found = spawn.Queue()
-    members = [spawn.Process(target=target, args=(rank, *arguments, found)) for rank in (0, 1)]
+def member_with_disks(rank: int, folder: Path, found: Queue) -> None:
+    """Run one of three processes, the last two of which share a disk; report who locked what."""
+    meeting = f"file://{folder / 'meeting'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=3)
+    disk = folder / f"disk_{min(rank, 1)}"
+    with lock_every_disk(disk / "lock", "busy") as holders:
+        dist.barrier()
+    with lock_every_disk(folder / "lock", "busy") as of_shared:
+        dist.barrier()
+    distributed._CHUNK_BYTES = 5
+    copy_files(disk / "copied", list(FILES), holders[1], holders)
+    dist.barrier()
+    try:
+        with lock_every_disk(disk / "of_another_run", "busy"):
+            fault = ""
+    except UserError as error:
+        fault = str(error)
+    found.put((rank, holders, of_shared, fault))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_ranks(target: Callable[..., None], *arguments: object, world: int = 2) -> list:
+    """What the processes put into the queue that they are given last, in no order."""
+    found = _CONTEXT.Queue()
+    members = [
+        _CONTEXT.Process(target=target, args=(rank, *arguments, found)) for rank in range(world)
+    ]
     for one in members:
         one.start()
     answers = [found.get(timeout=120) for _ in members]
@@ -59,11 +91,26 @@ def run_both(target: Callable[..., None], *arguments: object) -> list:
 
 
 def test_ranks_without_a_file_are_those_of_another_disk(tmp_path: Path) -> None:
-    assert run_both(member_with_files, tmp_path) == [[[1], [], [1]]] * 2
+    assert run_ranks(member_with_files, tmp_path) == [[[1], [], [1]]] * 2
 
 
 def test_first_process_broadcasts_its_result_or_error(tmp_path: Path) -> None:
-    answers = sorted(run_both(member, tmp_path / "meeting"))
+    answers = sorted(run_ranks(member, tmp_path / "meeting"))
     first = answers[0][1]
     assert [answer[2:] for answer in answers] == [(first, "row 3 is wrong")] * 2
     assert answers[1][1] != first
+
+
+def test_disks_are_each_locked_by_one_process_and_receive_equal_files(tmp_path: Path) -> None:
+    for name, content in FILES.items():
+        file = tmp_path / "disk_1" / "copied" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    with hold_lock(tmp_path / "disk_1" / "of_another_run"):
+        answers = sorted(run_ranks(member_with_disks, tmp_path, world=3))
+    for rank, holders, of_shared, fault in answers:
+        assert holders in ([0, 1], [0, 2]) and holders == answers[0][1]
+        assert of_shared == [0]
+        assert fault.startswith(f"busy (process {os.getpid()} on ") == (rank > 0)
+    copied = tmp_path / "disk_0" / "copied"
+    assert {name: (copied / name).read_bytes() for name in FILES} == FILES

@@ -3,6 +3,7 @@
 The hosts are namespaces (`two_hosts`): root and Debian's sshd and pdsh are needed.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from test_training import zero
-from tiny_run import TinyRun
+from tiny_run import TinyRun, same
 from two_hosts import SSH_PORT, Host, missing, restart, two_hosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing())]
@@ -152,21 +153,44 @@ def test_run_ends_with_a_host_or_link_and_resumes_to_the_losses_of_one_machine(
     assert run.losses == pytest.approx(expected, rel=1e-4)
 
 
-def test_unshared_files_and_zero_3_give_the_losses_of_one_machine(tmp_path: Path) -> None:
+def test_unshared_disks_and_zero_3_resume_after_a_lost_host_link_and_disk(tmp_path: Path) -> None:
+    """Each time to the losses of one machine."""
     folder = tmp_path / "hosts"
-    with two_hosts(folder, shared=False) as hosts:
+    with two_hosts(folder, shared=False) as (one, two):
+        disks = [folder / f"disk_{host.name}" / "tuned" for host in (one, two)]
+        path = folder / "disk" / "tuned"
+        path.symlink_to(disks[0])  # here; hosts see their own disk in this place
         sets = [f"data.cache_dir={folder / 'disk' / 'cache'}", zero(3, tmp_path)]
-        sets += [f"name={' '.join(NAMES)}", "training.save_steps=2"]
-        run = TinyRun(folder / "disk" / "tuned", 1, sets, world=2)
-        hosts_run = HostsRun(hosts, run)
-        by_pdsh(hosts_run)
+        sets += [f"name={' '.join(NAMES)}", "training.max_steps=40", "training.epochs=20"]
+        sets += ["training.save_steps=2"]
+        run = TinyRun(path, 1, sets, world=2)
+        hosts_run = HostsRun((one, two), run)
+
+        hosts_run.begin(by_pdsh, steps=4)
+        two.lose_power()
+        assert hosts_run.end() == [255]
+        assert "is not shared: processes 0, 1 write a copy each" in hosts_run.outputs()[0]
+
+        restart(two, one, shared=False)
+        run.flags = ["--resume"]
+        hosts_run.begin(by_torchrun)
+        assert "resumed after step" in hosts_run.outputs()[0]
+        two.cut_link()
+        assert hosts_run.end() == [1, 1]
+
+        two.restore_link()
+        before = run.losses
+        shutil.rmtree(disks[0])
+        hosts_run.begin(by_pdsh)
         assert hosts_run.end(300) == [0], hosts_run.outputs()
         (output,) = hosts_run.outputs()
-        assert "is not shared by the machines of processes 0 and 1: no checkpoint" in output
-        assert "no checkpoint after step 2" in output
-        run.save_path = folder / "disk_one" / "tuned"
-        expected = TinyRun(tmp_path / "one", 1, sets).finish()
-        assert run.losses == pytest.approx(expected.losses, rel=1e-5)
-        config = (run.folder / "config.yaml").read_text()
-        assert f"name: {' '.join(NAMES)}\n" in config
-        assert not (folder / "disk_two" / "tuned" / "stage_1" / "delta.safetensors").exists()
+        assert " on two: copying it to the other machines" in output
+    expected = TinyRun(tmp_path / "one", 1, sets).start()
+    assert expected.wait(300) == 0, expected.output
+    assert before == pytest.approx(expected.losses[: len(before)], rel=1e-5)
+    first = run.metrics[0]["step"]
+    assert 5 <= first <= len(before) + 1
+    assert run.losses == pytest.approx(expected.losses[first - 1 :], rel=1e-5)
+    assert f"name: {' '.join(NAMES)}\n" in (run.folder / "config.yaml").read_text()
+    deltas = [TinyRun(disk, 1).delta for disk in disks]
+    assert same(*deltas) and not TinyRun(disks[1], 1).checkpoints

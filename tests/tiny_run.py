@@ -41,6 +41,7 @@ DATASETS = {
 # DeepSpeed imports the last only when it makes an engine, and torch's compiler with it.
 _IMPORTED = ["nextgpt.train", "tiny_run", "deepspeed.runtime.zero.muon.muon_optimizer"]
 _CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(_IMPORTED)
 
 
 @cache
@@ -125,7 +126,6 @@ class TinyRun:
 
     def start(self, target: Callable[..., None] | None = None) -> "TinyRun":
         """Start the processes."""
-        _CONTEXT.set_forkserver_preload(_IMPORTED)
         self.save_path.mkdir(parents=True, exist_ok=True)
         port = str(_free_port())
         for rank in range(self.world):

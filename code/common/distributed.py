@@ -4,7 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -15,9 +15,11 @@ import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 
 from nextgpt.common.errors import UserError
+from nextgpt.common.locks import LockedError, hold_lock
 from nextgpt.common.rendezvous import Rendezvous, join_run
 
 _T = TypeVar("_T")
+_CHUNK_BYTES = 2**24  # of a file in a message
 
 
 def init_process_group(device: torch.device, run: Rendezvous | None = None) -> None:
@@ -139,6 +141,57 @@ def ranks_without(file: Path, seconds: float = 5) -> list[int]:
     while not (found := file.is_file() and file.read_text() == text) and time.monotonic() < end:
         time.sleep(0.1)
     return [rank for rank, same in enumerate(all_gather_object(found)) if not same]
+
+
+@contextmanager
+def lock_every_disk(path: Path, busy: str) -> Iterator[list[int]]:
+    """Hold the lock file `path` on every disk during the block; all ranks must enter it.
+
+    Yields:
+        The ranks that hold it: rank 0, and one for each disk that its machine does not share.
+
+    Raises:
+        UserError: as `hold_lock` does; another run's process holds the lock.
+    """
+    rank, fault, holders = dist.get_rank(), None, [0]
+    with ExitStack() as locks:
+        if rank == 0:
+            locks.enter_context(hold_lock(path, busy=busy))
+        if apart := ranks_without(path):
+            if rank in apart:
+                try:
+                    locks.enter_context(hold_lock(path, busy=busy))
+                except LockedError as error:
+                    fault = error
+            holds = rank == 0 or (rank in apart and fault is None)
+            texts = all_gather_object(path.read_text() if holds else None)
+            if fault and path.read_text() not in texts:
+                raise fault
+            holders = [holder for holder, text in enumerate(texts) if text]
+        yield holders
+
+
+def copy_files(folder: Path, names: Sequence[str], source: int, ranks: Sequence[int]) -> None:
+    """Copy files from `folder` on rank `source` to `folder` on the other `ranks`.
+
+    All ranks must call it. A file is sent in chunks, to all at once.
+    """
+    group = dist.new_group(ranks, backend="gloo", timeout=timedelta(days=1))
+    if dist.get_rank() not in ranks:
+        return
+    sends = dist.get_rank() == source
+    for name in names:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb" if sends else "wb") as stream:
+            while True:
+                chunk = [stream.read(_CHUNK_BYTES) if sends else b""]
+                dist.broadcast_object_list(chunk, src=source, group=group)
+                if not chunk[0]:
+                    break
+                if not sends:
+                    stream.write(chunk[0])
+    dist.destroy_process_group(group)
 
 
 def all_gather_object(item: _T) -> list[_T]:

@@ -66,7 +66,7 @@ class DigestCache:
 
     def digest(self, file: Path) -> str:
         """Return the hex SHA-256 of the file's bytes."""
-        return self.get_or_compute("sha256", [file], lambda: _sha256(file))
+        return self.get_or_compute("sha256", [file], lambda: sha256(file))
 
     def digest_files(self, files: Mapping[str, Path]) -> str:
         """Return one hex SHA-256 over the names (keys) and contents of files, in any order."""
@@ -105,7 +105,8 @@ class DigestCache:
         return value
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """Return the hex SHA-256 of the file's bytes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

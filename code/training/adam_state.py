@@ -21,9 +21,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def gather_moment(
-    engine: DeepSpeedEngine, parameters: Mapping[str, nn.Parameter], moment: str
+    engine: DeepSpeedEngine, parameters: Mapping[str, nn.Parameter], moment: str, *, keep: bool
 ) -> dict[str, Tensor]:
-    """A moment of each parameter, on rank 0's CPU; none on other ranks. All ranks take part."""
+    """A moment of each parameter, on the CPU; none without `keep`. All ranks take part."""
     moments = {}
     if engine.zero_optimization_stage() in (1, 2):
         _link_states(engine)
@@ -32,7 +32,7 @@ def gather_moment(
             value = safe_get_full_optimizer_state(parameter, moment)
         else:
             value = engine.optimizer.state[parameter][moment]
-        if dist.get_rank() == 0:
+        if keep:
             moments[name] = value.cpu().clone()
     return moments
 

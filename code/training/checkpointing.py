@@ -1,6 +1,6 @@
 """A stage's folder: resumable checkpoints, the final delta, and what it was trained with.
 
-    stage_N/.lock                     held by rank 0 during a run, with its process id
+    stage_N/.lock                     held by a writer during a run, with its process id
     stage_N/config.yaml               the resolved configuration, written at the start
     stage_N/delta.safetensors         the trained parameters, written at the end
     stage_N/best.safetensors          those with the lowest validation loss (training.save_best)
@@ -12,23 +12,33 @@
 A checkpoint does not depend on the number of processes, on DeepSpeed's settings or on any path. It
 is written under a temporary name, flushed, and renamed once all ranks are done:
 whatever is called `step_*` is complete. Killed during a save, a run resumes from the one before.
+
+Rank 0 writes the folder. Where machines do not share its disk, one rank on each disk is a writer
+too: each disk holds all files but the log, and is resumed from the newest checkpoint of any.
 """
 
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from nextgpt.common.distributed import print_rank_0
-from nextgpt.common.errors import UserError
+from nextgpt.common.distributed import (
+    all_gather_object,
+    copy_files,
+    finish_together,
+    lock_every_disk,
+    print_rank_0,
+)
+from nextgpt.common.errors import UserError, write_error
+from nextgpt.common.file_digests import sha256
 from nextgpt.common.io import atomic_write, rename_durably
 from nextgpt.common.json_io import read_json, to_json
-from nextgpt.common.locks import hold_lock
 from nextgpt.config.loader import format_config
 from nextgpt.config.renamed_keys import update_keys
 from nextgpt.config.schema import Config, DecoderConfig, Section, TrainingConfig
@@ -65,12 +75,31 @@ _PATHS = (
 )  # fmt: skip
 
 
+class Copy(NamedTuple):
+    """What a machine holds of a run.
+
+    Attributes:
+        host: the machine's name.
+        finished: whether it holds a final delta.
+        step: of its newest complete checkpoint; -1: it has none.
+        inputs: what that is built from; None: not recorded.
+        digests: by name below `checkpoints/`, of the files needed to resume from it.
+    """
+
+    host: str
+    finished: bool
+    step: int
+    inputs: RunInputs | None
+    digests: dict[str, str]
+
+
 class CheckpointManager:
     """Reads and writes one stage's folder `path`, on every rank.
 
     Attributes:
         delta: file of the trained parameters.
-        lock_file: held by rank 0 during a run; names its process.
+        lock_file: held by the writers during a run; names a process.
+        writers: the ranks that write: rank 0, and one on each other disk.
         init_from: delta that `--init-from` names, recorded in the checkpoints; None: the stage
             before's, in the same folder as `path`.
         changed: settings that differ since the checkpoint and may.
@@ -82,23 +111,99 @@ class CheckpointManager:
     def __init__(self, path: Path, stage: int, config: Config, setup: dict[str, Any]) -> None:
         self.path, self.stage, self.config, self.setup = path, stage, config, setup
         self.init_from: Path | None = None
+        self.writers = [0]
         self.changed: list[str] = []
         self.delta = path / DELTA_FILE
         self.best = path / BEST_FILE
         self.checkpoints = path / "checkpoints"
         self.lock_file = path / ".lock"
         self._inputs = self.checkpoints / INPUTS_FILE
+        self._received = path / ".checkpoints.partial"
 
-    def lock(self) -> AbstractContextManager[None]:
-        """On rank 0: hold the folder against other runs during the block.
+    @property
+    def writes(self) -> bool:
+        """Whether this rank is a writer."""
+        return dist.get_rank() in self.writers
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder against other runs during the block, and find the writers; on all ranks.
 
         Raises:
             UserError: another run holds it, or this user may not write it.
         """
-        if dist.get_rank() != 0:
-            return nullcontext()
         busy = f"{self.path}: another run trains there: wait until it ends, or give --save_path"
-        return hold_lock(self.lock_file, busy=busy)
+        with lock_every_disk(self.lock_file, busy) as self.writers:
+            if len(self.writers) > 1:
+                ranks = ", ".join(map(str, self.writers))
+                print_rank_0(f"{self.path} is not shared: processes {ranks} write a copy each")
+            yield
+
+    def share_newest(self) -> None:
+        """Copy the newest checkpoint of any disk to the others; all ranks take part.
+
+        Costs the reading of each disk's newest and, unless they are equal, sending one over the
+        network; nothing with a single disk.
+
+        Raises:
+            UserError: the disks have checkpoints of different runs, or the run is finished on some
+                and there is no checkpoint for the others.
+        """
+        if len(self.writers) == 1:
+            return
+        gathered = all_gather_object(self._describe_copy() if self.writes else None)
+        copies = [gathered[writer] for writer in self.writers]
+        newest = max(copies, key=lambda copy: copy.step)  # of equal ones the first
+        if newest.step < 0:
+            finished, lacking = (
+                ", ".join(copy.host for copy in copies if copy.finished == kind)
+                for kind in (True, False)
+            )
+            if finished and lacking:
+                raise UserError(
+                    f"{self.path} is finished on {finished}, but not on {lacking}: copy the folder "
+                    "there, or train again with --restart"
+                )
+            return
+        for copy in copies:
+            if copy.inputs and newest.inputs and compare_inputs(copy.inputs, newest.inputs):
+                raise UserError(
+                    f"{self.checkpoints} is of another run on {copy.host} than on {newest.host}: "
+                    "remove the wrong one"
+                )
+        line = f"the newest checkpoint is that of step {newest.step} on {newest.host}"
+        if all(copy.digests == newest.digests for copy in copies):
+            print_rank_0(f"{line}, and on all machines")
+            return
+        print_rank_0(f"{line}: copying it to the other machines")
+        with finish_together():
+            self._replace_copies(sorted(newest.digests), self.writers[copies.index(newest)])
+
+    def _describe_copy(self) -> Copy:
+        host, finished = socket.gethostname(), self.delta.is_file()
+        checkpoint = self.find_checkpoint(resume=True, restart=False)
+        if checkpoint is None:
+            return Copy(host, finished, -1, None, {})
+        digests = {
+            str(file.relative_to(self.checkpoints)): sha256(file)
+            for pattern in (INPUTS_FILE, "best_*", f"{checkpoint.name}/*")
+            for file in self.checkpoints.glob(pattern)
+        }
+        return Copy(host, finished, _step_of(checkpoint), read_inputs(self._inputs), digests)
+
+    def _replace_copies(self, names: list[str], source: int) -> None:
+        """Replace the checkpoints on other disks by the files `names` of writer `source`."""
+        receives = self.writes and dist.get_rank() != source
+        folder = self._received if receives else self.checkpoints
+        if receives:
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            copy_files(folder, names, source, self.writers)
+            if receives:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                rename_durably(folder, self.checkpoints)
+        except OSError as error:
+            raise write_error(folder, error) from error
 
     def find_checkpoint(self, *, resume: bool, restart: bool) -> Path | None:
         """The checkpoint to resume from; None for a new run.
@@ -163,15 +268,16 @@ class CheckpointManager:
         return True
 
     def record_start(self, inputs: RunInputs | None) -> None:
-        """Write the resolved configuration and, unless recorded, the inputs; on rank 0."""
+        """Write the resolved configuration and, unless recorded, the inputs; on writers."""
         with atomic_write(self.path / "config.yaml") as partial:
             partial.write_text(f"stage: {self.stage}\n{format_config(self.config)}")
         if inputs is not None:
             write_inputs(inputs, self._inputs)
 
     def clear(self) -> None:
-        """Remove checkpoints and partial saves of an earlier run."""
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        """Remove checkpoints and partial saves of an earlier run; on writers."""
+        for folder in (self.checkpoints, self._received):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def save(
         self, engine: TrainEngine, step: int, counted: dict[str, int], best: Best | None
@@ -187,14 +293,13 @@ class CheckpointManager:
         partial = self.checkpoints / f".{final.name}.partial"
         if final.is_dir():
             return
-        is_first = dist.get_rank() == 0
-        if is_first:
+        if self.writes:
             shutil.rmtree(partial, ignore_errors=True)
         dist.barrier()
         try:
             partial.mkdir(parents=True, exist_ok=True)
-            of_engine = engine.save(partial)
-            if is_first:
+            of_engine = engine.save(partial, self.writers)
+            if self.writes:
                 state = {
                     "step": step, "counted": counted, "best": best, "setup": self.setup,
                     "engine": of_engine,
@@ -206,7 +311,7 @@ class CheckpointManager:
             shutil.rmtree(partial, ignore_errors=True)
             raise UserError(f"could not save {final} (is the disk full?): {error}") from error
         dist.barrier()
-        if is_first:
+        if self.writes:
             rename_durably(partial, final)
             for old in self._saved()[: -self.config.training.save_total_limit]:
                 shutil.rmtree(old)
@@ -218,11 +323,11 @@ class CheckpointManager:
         dist.barrier()
 
     def save_best(self, tensors: Tensors, vocabulary_size: int, step: int) -> None:
-        """Write the trained parameters after `step` steps; on rank 0."""
+        """Write the trained parameters after `step` steps; on writers."""
         write_delta(tensors, vocabulary_size, self._best_of(step))
 
     def finish(self, tensors: Tensors, vocabulary_size: int, best: Best | None) -> None:
-        """Write the delta, the best one and the inputs, then remove the checkpoints; on rank 0."""
+        """Write the delta, the best one and the inputs, then remove the checkpoints; on writers."""
         write_delta(tensors, vocabulary_size, self.delta)
         if best is None:
             self.best.unlink(missing_ok=True)  # of an earlier run
@@ -237,7 +342,11 @@ class CheckpointManager:
 
     def _saved(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(self.checkpoints.glob("step_*"), key=lambda path: int(path.name[5:]))
+        return sorted(self.checkpoints.glob("step_*"), key=_step_of)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def read_run_state(checkpoint: Path) -> dict:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from nextgpt.common.distributed import all_gather_object
 from nextgpt.common.errors import UserError
 from nextgpt.common.json_io import read_json
 from nextgpt.common.modality import MODALITIES, Modality
@@ -213,30 +214,39 @@ class TrainEngine:
         counted = list(map(int, totals[2 + 2 * len(MODALITIES) :]))
         return self._average(totals, StepCounts(int(totals[0]), *split_by_modality(counted)))
 
-    def save(self, folder: Path) -> dict[str, Any]:
+    def save(self, folder: Path, writers: Sequence[int]) -> dict[str, Any]:
         """Write the exact state into `folder` for `load` by any number of ranks.
 
-        All ranks take part. Rank 0 holds parameters and moments in turn in its machine's memory.
+        All ranks take part. A writer holds parameters and moments in turn in its machine's memory.
+
+        Args:
+            writers: the ranks that write; several: each on another disk, a complete copy.
 
         Returns:
             What is no tensor: JSON for `load`.
         """
         updates = self.schedule.last_epoch  # without steps that an overflow skipped
-        is_first, trained = dist.get_rank() == 0, self._trained()
+        rank, trained = dist.get_rank(), self._trained()
+        writes = rank in writers
         measured = {n: p for n, p in self.model.named_parameters() if is_measured(n)}
         parameters = measured | trained
         with deepspeed.zero.GatheredParameters(list(parameters.values())):
-            if is_first:
+            if writes:
                 tensors = {name: p.detach().cpu().clone() for name, p in parameters.items()}
                 save_file(tensors, folder / f"{_PARAMETERS}.safetensors")
         for moment in MOMENTS if updates else ():
-            tensors = gather_moment(self.engine, trained, moment)
-            if is_first:
+            tensors = gather_moment(self.engine, trained, moment, keep=writes)
+            if writes:
                 save_file(tensors, folder / f"{moment}.safetensors")
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
-        save_file(random, folder / f"random_{dist.get_rank()}.safetensors")
+        states = {rank: random}
+        if len(writers) > 1:  # the other ranks' disks may be others
+            gathered = all_gather_object(random)
+            states = dict(enumerate(gathered)) if writes else {}
+        for owner, state in states.items():
+            save_file(state, folder / f"random_{owner}.safetensors")
         return {
             "step": self.engine.global_steps,
             "updates": updates,

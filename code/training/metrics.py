@@ -1,6 +1,6 @@
 """Logs a run's metrics: a progress bar, `metrics.jsonl`, TensorBoard, and `skipped.jsonl`.
 
-Rank 0 logs for all; skipped samples are listed by the rank that met them.
+Rank 0 logs for all; skipped samples are listed by the rank that met them, on its machine.
 """
 
 import json
@@ -25,6 +25,7 @@ class MetricsLogger:
 
     Args:
         counted: `samples`, `skipped` and `cut_tokens` of all ranks so far.
+        truncates: whether this rank drops the lines; one on each disk does.
         peak: FLOP/s that all ranks' GPUs have at most, for the MFU; None: not known.
     """
 
@@ -36,6 +37,8 @@ class MetricsLogger:
         steps: int,
         counted: dict[str, int],
         peak: float | None = None,
+        *,
+        truncates: bool = True,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.counted, self._peak = counted, peak
@@ -44,9 +47,10 @@ class MetricsLogger:
         self._last_time = time.perf_counter()
         self._last_validation: dict[str, str] = {}  # for the progress bar
         self.board: SummaryWriter | None = None
-        if rank == 0:
+        if truncates:
             for file in (self._metrics_file, self._skipped_file):
                 _truncate(file, first_step)
+        if rank == 0:
             # TensorBoard drops what earlier runs wrote of `purge_step` and all later steps.
             self.board = SummaryWriter(str(folder), purge_step=first_step + 1)
             self._bar = tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)

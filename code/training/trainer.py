@@ -17,7 +17,6 @@ from nextgpt.common.distributed import (
     all_reduce_sum,
     compute_on_rank_0,
     print_rank_0,
-    ranks_without,
 )
 from nextgpt.common.errors import UserError
 from nextgpt.common.modality import MODALITIES
@@ -125,7 +124,7 @@ class Trainer:
         self.dtype = choose_dtype(config.training.precision, self.device)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.step = 0
-        self._stop, self._saves = False, True
+        self._stop = False
         folder = project_path(config.save_path) / f"stage_{options.stage}"
         setup = {
             "processes": self.world,
@@ -148,12 +147,8 @@ class Trainer:
 
     def _train(self) -> bool:
         options, folder, training = self.options, self.checkpoints, self.config.training
-        if apart := ranks_without(folder.lock_file):
-            fault = f"{folder.path} is not shared by the machines of processes 0 and {apart[0]}"
-            if options.resume:
-                raise UserError(f"{fault}: to resume, share it, or give a --save_path that is")
-            print_rank_0(f"warning: {fault}: no checkpoint will be written")
-            self._saves = False
+        if options.resume:
+            folder.share_newest()
         self.checkpoint = folder.find_checkpoint(resume=options.resume, restart=options.restart)
         if options.resume and self.checkpoint is None and folder.delta.is_file():
             print_rank_0(
@@ -179,11 +174,13 @@ class Trainer:
         self.engine = TrainEngine(self.model, training, *arguments)
         torch.manual_seed(training.seed + self.rank)  # dropout differs between ranks
         counted = self.restore_checkpoint()
-        if self.rank == 0:
+        if folder.writes:
             folder.record_start(None if recorded else self.identify_inputs())
         logs = options.log_path / folder.path.name if options.log_path else folder.path / "log"
         peak = peak and self.world * peak
-        self.metrics = MetricsLogger(logs, self.rank, self.step, self.total_steps, counted, peak)
+        self.metrics = MetricsLogger(
+            logs, self.rank, self.step, self.total_steps, counted, peak, truncates=folder.writes
+        )
         with closing(self.metrics):
             finished = self.run_steps()
         if not finished:
@@ -308,7 +305,7 @@ class Trainer:
     def restore_checkpoint(self) -> dict[str, int]:
         """Load the checkpoint, or clear the folder for a new run; the samples counted so far."""
         if self.checkpoint is None:
-            if self.rank == 0:
+            if self.checkpoints.writes:
                 self.checkpoints.clear()
             return {"samples": 0, "skipped": 0, "cut_tokens": 0}
         run = read_run_state(self.checkpoint)
@@ -359,9 +356,6 @@ class Trainer:
         return last if self.step == self.total_steps else self.step % steps == 0
 
     def _save_checkpoint(self) -> None:
-        if not self._saves:
-            print_rank_0(f"no checkpoint after step {self.step}: the folder is not shared")
-            return
         best = self.validator and self.validator.best
         self.checkpoints.save(self.engine, self.step, self.metrics.counted, best)
 
@@ -371,7 +365,7 @@ class Trainer:
         self.metrics.list_held_out(self.step, validator.skipped)
         if self.config.training.save_best and validator.best["step"] == self.step:
             tensors = self._delta_tensors()
-            if self.rank == 0:
+            if self.checkpoints.writes:
                 self.checkpoints.save_best(tensors, self._vocabulary_size, self.step)
         for callback in self.callbacks:
             callback.on_validate(self, result)
@@ -408,7 +402,7 @@ class Trainer:
         if self.validator and self.config.training.save_best:
             best = self.validator.best
             print_rank_0(f"lowest validation loss {best['loss']:.4f}, after step {best['step']}")
-        if self.rank == 0:
+        if self.checkpoints.writes:
             self.checkpoints.finish(tensors, self._vocabulary_size, best)
         print_rank_0(f"stage {self.options.stage} is finished: {self.checkpoints.delta}")
 
