@@ -54,8 +54,10 @@ def test_row_index_is_rebuilt_when_file_or_reader_changes_or_damaged(
     assert (len(index), len(changed)) == (len(ROWS), 5)
     assert changed.path == index.path  # the stale one does not pile up
     assert open_index(file, tmp_path, accept, "v2").path != index.path
-    changed.path.write_bytes(changed.path.read_bytes()[:100])
-    assert len(open_index(file, tmp_path, accept, "v1")) == 5
+    content = changed.path.read_bytes()
+    for damaged in (content[:100], content[:-200] + b"\xff" * 150 + content[-50:], b""):
+        changed.path.write_bytes(damaged)
+        assert len(open_index(file, tmp_path, accept, "v1")) == 5
 
 
 def test_row_index_digest_depends_on_rows_and_order_only(file: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from traceback import walk_tb
 
 _PACKAGE = Path(__file__).parents[1]
+_MAX_SHOWN = 200  # characters of a value in a message
 
 
 class UserError(Exception):
@@ -50,6 +51,19 @@ def _owner(path: Path) -> str:
     except (KeyError, OSError):
         owner = "another user"
     return f"{closed} belongs to {owner}, and you have no right to write it"
+
+
+def shown(value: object) -> str:
+    """`value` for a message, shortened."""
+    try:
+        return shorten(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits, hundreds of nested lists
+        return f"a {type(value).__name__} that is too large to show"
+
+
+def shorten(text: str) -> str:
+    """The beginning of a text, for a message."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} .."
 
 
 def is_program_error(error: Exception) -> bool:

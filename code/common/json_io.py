@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, shorten
 
 T = TypeVar("T")
 
@@ -66,6 +66,6 @@ def read_typed_json(path: Path, kind: TypeAdapter[T], levels: tuple[str, ...]) -
         fault = error.errors()[0]
         numbers = [index + 1 for index in fault["loc"] if isinstance(index, int)]
         where = [f"{level} {number}" for level, number in zip(levels, numbers, strict=False)]
-        keys = [str(key) for key in fault["loc"] if isinstance(key, str)][-1:]
+        keys = [shorten(key) for key in fault["loc"] if isinstance(key, str)][-1:]
         place = ", ".join([*where, *keys]) or "the file"
         raise UserError(f"{path}: {place}: {fault['msg']}") from error

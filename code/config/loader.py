@@ -15,12 +15,21 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, shorten, shown
 from nextgpt.config.renamed_keys import update_keys
 from nextgpt.config.schema import DATASET_TAGS, Config
 
 CONFIG_DIR = Path(__file__).parent
 STAGES = (1, 2, 3, 4)
+_MAX_VALUES = 10_000  # of a YAML file: far more than there are keys
+_MAX_BITS = 64  # of a whole number
+_MAX_LEVELS = 10  # of sections
+_MAX_LISTED = 20  # faults in an error message
+# PyYAML's constructors check neither numbers and dates nor the depth of lists.
+_YAML_ERRORS = (
+    yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError,
+    RecursionError,
+)  # fmt: skip
 
 
 def load_config(
@@ -58,7 +67,10 @@ def load_config(
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item, origins) for item in error.errors())) from None
+        faults = [_explain(item, origins) for item in error.errors()]
+        if (more := len(faults) - _MAX_LISTED) > 0:
+            faults = [*faults[:_MAX_LISTED], f"... and {more} more"]
+        raise UserError("\n".join(faults)) from None
 
 
 def format_config(config: Config) -> str:
@@ -116,25 +128,49 @@ def _find(name: str) -> Path:
 
 def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
+    content = _parse_yaml(text, f"{path} is not YAML") or {}
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no keys: expected `section:` lines")
     return str(path), content
 
 
+def _parse_yaml(text: str, fault: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        UserError: it is not YAML, a number is huge, or aliases contain themselves or unfold to
+            thousands of values; begins with `fault`.
+    """
+    try:
+        content = yaml.safe_load(text)
+    except _YAML_ERRORS as error:
+        cause = str(error) or type(error).__name__
+        raise UserError(f"{fault}: {shorten(cause)}") from error
+    values = [content]
+    for count, value in enumerate(values):  # grows meanwhile
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise UserError(f"{fault}: a number of {value.bit_length()} bits")
+        if count > _MAX_VALUES:
+            raise UserError(f"{fault}: more than {_MAX_VALUES} values, or one that contains itself")
+        if isinstance(value, dict | list | set | tuple):
+            values += [*value, *(value.values() if isinstance(value, dict) else ())]
+    return content
+
+
 def _parse_override(override: str) -> tuple[str, dict[str, Any]]:
     key, equals, value = override.partition("=")
+    source = f"--set {shorten(override)}"
     if not equals or not key:
-        raise UserError(f"--set {override}: write it as section.key=value")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: the value is not YAML: {error}") from error
+        raise UserError(f"{source}: write it as section.key=value")
+    if key.count(".") >= _MAX_LEVELS:
+        raise UserError(f"{source}: no key has as many sections")
+    nested = _parse_yaml(value, f"{source}: the value is not YAML")
     for name in reversed(key.split(".")):
         nested = {name: nested}
-    return f"--set {override}", nested
+    return source, nested
 
 
 def _merge(into: dict, layer: dict, source: str, origins: dict[str, str], prefix: str = "") -> None:
@@ -153,7 +189,7 @@ def _merge(into: dict, layer: dict, source: str, origins: dict[str, str], prefix
 
 def _explain(error: ErrorDetails, origins: dict[str, str]) -> str:
     location = [str(item) for item in error["loc"] if item not in DATASET_TAGS]
-    key = ".".join(location)
+    key = shorten(".".join(location))
     source = next(
         (origins[path] for n in range(len(location), 0, -1)
          if (path := ".".join(location[:n])) in origins),
@@ -164,8 +200,8 @@ def _explain(error: ErrorDetails, origins: dict[str, str]) -> str:
         nearest = difflib.get_close_matches(location[-1], known, n=1, cutoff=0)
         return f"{source}: unknown key {key}; did you mean {'.'.join([*location[:-1], *nearest])}?"
     if error["type"] == "missing":
-        return f"key {key} is missing: add it to a YAML file or give --set {key}=VALUE"
-    return f"{source}: {key}: {error['msg']} (found {error['input']!r})"
+        return f"{source}: key {key} is missing: add it to a YAML file or give --set {key}=VALUE"
+    return f"{source}: {key}: {error['msg']} (found {shown(error['input'])})"
 
 
 def _known_keys(location: list[str]) -> list[str]:

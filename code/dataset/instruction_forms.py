@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
+from nextgpt.common.errors import shown
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import ContentPart, Media, Text, Turn
 from nextgpt.dataset.left_out import UnusableRow
@@ -62,7 +63,7 @@ def read_conversations(record: Record, context: RowContext) -> Iterator[Turn]:
             raise UnusableRow(
                 "medium without a placeholder",
                 f"conversations: fewer <{m}> in the {role}'s texts than media: nothing shows "
-                f"{queue[0].path or queue[0].embedding}",
+                f"{shown(queue[0].path or queue[0].embedding)}",
             )
 
 

@@ -10,10 +10,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from nextgpt.common.errors import shorten, shown
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import ContentPart, Media, Text, Turn
 from nextgpt.dataset.left_out import UnusableRow
 from nextgpt.dataset.record_fields import (
+    SPACE_BEFORE,
     Record,
     Role,
     RowContext,
@@ -50,7 +52,8 @@ def read_interleaved(record: Record, context: RowContext) -> Iterator[Turn]:
         if expected != found:
             raise UnusableRow(
                 "placeholders and media differ",
-                f"{where}.value: its placeholders {expected} differ from its media {found}",
+                f"{where}.value: its placeholders {shown(expected)} differ from its media "
+                f"{shown(found)}",
             )
         yield Turn(role, interleave(value, media))
 
@@ -87,7 +90,7 @@ def _tagged(
         return kept
     if not tag.islower() and content in listed:
         modality, entry = listed[content]
-        where = f"{modality}_list: {content}"
+        where = f"{modality}_list: {shorten(content)}"
         caption = caption_of(entry.get("caption"), f"{where}: caption")
         return output_medium(modality, content, where, caption, context)
     context.notes[DROPPED_TAGS] += 1
@@ -115,7 +118,8 @@ def _listed(record: Record) -> Iterator[tuple[str, tuple[Modality, Record]]]:
 
 def _plain(text: str, context: RowContext) -> list[Text]:
     """The text without single tags and without white space at its ends."""
-    plain, count = re.subn(rf"\s*</?(?:{'|'.join(MODALITIES)})>", "", text, flags=re.IGNORECASE)
+    tag = rf"{SPACE_BEFORE}</?(?:{'|'.join(MODALITIES)})>"
+    plain, count = re.subn(tag, "", text, flags=re.IGNORECASE)
     if count:
         context.notes[DROPPED_TAGS] += count
     return [Text(plain.strip())] if plain.strip() else []

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, shorten, shown
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import Conversation, Media
 from nextgpt.dataset.instruction_forms import (
@@ -217,9 +217,9 @@ def _recognise(record: Record, kind: Kind | None, where: str) -> Form:
         FORMS,
         key=lambda form: (len(words[form] & record.keys()), kind in form.kinds, -len(words[form])),
     )
+    fields = shorten(", ".join(record)) or "none"
     raise UserError(
-        f"{where}: no known form of a record. Its fields: {', '.join(list(record)[:20]) or 'none'}."
-        f" The nearest form is {nearest}"
+        f"{where}: no known form of a record. Its fields: {fields}. The nearest form is {nearest}"
     )
 
 
@@ -236,7 +236,7 @@ def _check(conversation: Conversation) -> None:
         text = part.caption or "" if isinstance(part, Media) else part.text
         if has_lone_surrogate(text):
             raise UnusableRow(
-                "half a surrogate pair", f"half a surrogate pair in the text {text[:200]!r}"
+                "half a surrogate pair", f"half a surrogate pair in the text {shown(text)}"
             )
 
 

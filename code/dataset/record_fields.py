@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from nextgpt.common.errors import shown
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.conversation.messages import ContentPart, Media, Text, Turn
 from nextgpt.dataset.left_out import UnusableRow
@@ -17,6 +18,8 @@ Role = Literal["human", "assistant"]
 
 _MAX_NAME = 255  # bytes of a file name, on all common file systems
 _TO_SPACE = str.maketrans(dict.fromkeys('"()*#:;~', " "))
+# Pattern of white space, in time linear in its length: a match begins with its first character.
+SPACE_BEFORE = r"(?:(?<!\s)\s+)?"
 _SPACES = re.compile(r"\s{2,}")
 
 
@@ -68,18 +71,19 @@ def turns_of(record: Record) -> Iterator[tuple[Role, str, Record, str]]:
         where, role, value = f"{key}[{index}]", turn.get("from"), turn.get("value")
         if role not in ("human", "gpt"):
             raise UnusableRow(
-                "unknown role", f"{where}.from: expected human or gpt, not {_shown(role)}"
+                "unknown role", f"{where}.from: expected human or gpt, not {shown(role)}"
             )
         if not isinstance(value, str):
             raise UnusableRow(
-                "turn without text", f"{where}.value: expected text, found {_shown(value)}"
+                "turn without text", f"{where}.value: expected text, found {shown(value)}"
             )
         yield ("human" if role == "human" else "assistant"), value, turn, where
 
 
 def placeholder() -> re.Pattern[str]:
     """Pattern of a placeholder for a medium, with the white space around it."""
-    return re.compile(rf"\s*<({'|'.join(MODALITIES)})>\s*")  # compiled once: `re` caches it
+    # Compiled once: `re` caches it.
+    return re.compile(rf"{SPACE_BEFORE}<({'|'.join(MODALITIES)})>\s*")
 
 
 def interleave(value: str, media: Sequence[Media]) -> tuple[ContentPart, ...]:
@@ -136,7 +140,7 @@ def caption_of(value: Any, where: str) -> str:
         empty = value is None or (isinstance(value, str) and not value.strip())
         signs = isinstance(value, str) and not empty
         cause = "caption empty" if empty else "caption of signs only" if signs else "caption wrong"
-        raise UnusableRow(cause, f"{where}: expected a caption, found {_shown(value)}")
+        raise UnusableRow(cause, f"{where}: expected a caption, found {shown(value)}")
     return value
 
 
@@ -149,7 +153,7 @@ def modality_of(value: Any, where: str, others: str = "") -> Modality:
     if value not in tuple(MODALITIES):
         known = others + ", ".join(MODALITIES)
         raise UnusableRow(
-            "unknown modality", f"{where}: expected one of {known}, not {_shown(value)}"
+            "unknown modality", f"{where}: expected one of {known}, not {shown(value)}"
         )
     return value
 
@@ -173,7 +177,7 @@ def _file_name(name: Any, where: str, media: Path | None) -> str:
         if not name.startswith("/") and ".." not in name.split("/"):
             return name
         fault = "file outside the media folder", "expected a file name inside the media folder"
-    raise UnusableRow(fault[0], f"{where}: {fault[1]}, found {_shown(name)}")
+    raise UnusableRow(fault[0], f"{where}: {fault[1]}, found {shown(name)}")
 
 
 def has_lone_surrogate(text: str) -> bool:
@@ -183,9 +187,3 @@ def has_lone_surrogate(text: str) -> bool:
     except UnicodeEncodeError:
         return True
     return False
-
-
-def _shown(value: Any) -> str:
-    """`value` for a message, shortened."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]} .."

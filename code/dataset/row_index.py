@@ -136,7 +136,7 @@ def _read_index(path: Path, source: str) -> RowIndex | None:
     """The index at `path`; None if it is missing, damaged, of another source or older format."""
     try:
         index = RowIndex(path)
-    except (FileNotFoundError, ValueError, LookupError):
+    except (OSError, ValueError, LookupError):  # OSError: missing, or Arrow's for damaged ones
         return None
     return index if index.source == source else None
 

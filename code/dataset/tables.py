@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, shorten, shown
 from nextgpt.common.file_digests import FileState
 from nextgpt.common.json_io import to_json
 from nextgpt.common.modality import MODALITIES, Modality
@@ -124,7 +124,7 @@ def _to_record(values: Row, path: Path, row: int, *, is_table: bool = False) -> 
         if is_table and not any(key in values for key in _KEPT):
             raise UserError(
                 f"{path}: no column of {'captions' if not caption else 'file names'}: found "
-                f"{', '.join(map(str, values))}; name it "
+                f"{shorten(', '.join(map(str, values)))}; name it "
                 f"{'caption' if not caption else 'file_name, image, video or audio'}"
             )
         return values
@@ -133,7 +133,7 @@ def _to_record(values: Row, path: Path, row: int, *, is_table: bool = False) -> 
     if modality is None:
         return UnusableRow(
             "unknown kind of file",
-            f"{where}: {file} {str(name)[:80]!r} is no name of an image, video or audio file: name "
+            f"{where}: {file} {shown(name)} is no name of an image, video or audio file: name "
             "the column image, video or audio if it is one",
         )
     if (file, caption) == (f"{modality}_name", "caption") and not is_table:
@@ -181,20 +181,37 @@ def iter_delimited(path: Path) -> Iterator[Row]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    """Rows of a Parquet file, without columns of bytes."""
+    """Rows of a Parquet file, without columns that JSON has no type for, as bytes and dates."""
     try:
         with pq.ParquetFile(path) as file:
-            names = [field.name for field in file.schema_arrow if "binary" not in str(field.type)]
+            names = [field.name for field in file.schema_arrow if _is_json(field.type)]
             if not names:
-                raise UserError(f"{path}: every column holds bytes: {file.schema_arrow.names}")
+                found = shown(file.schema_arrow.names)
+                raise UserError(f"{path}: no column of text, numbers or lists: found {found}")
             for batch in file.iter_batches(_BATCH, columns=names):
                 yield from batch.to_pylist()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a Parquet file, or broken: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+def _is_json(kind: pa.DataType) -> bool:
+    """Whether JSON has values of this type."""
+    if any(is_kind(kind) for is_kind in _JSON_HOLDERS):
+        return _is_json(kind.value_type)
+    if pa.types.is_struct(kind):
+        return all(_is_json(field.type) for field in kind)
+    return any(is_kind(kind) for is_kind in _JSON_TYPES)
+
+
+_JSON_TYPES = (
+    pa.types.is_null, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating,
+    pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view,
+)  # fmt: skip
+_JSON_HOLDERS = (
+    pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list, pa.types.is_dictionary,
+)  # fmt: skip
 _TABLES: dict[str, Callable[[Path], Iterator[Row]]] = {
     ".csv": iter_delimited,
     ".tsv": iter_delimited,

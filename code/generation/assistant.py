@@ -327,7 +327,7 @@ def _feature_key(medium: Media) -> FeatureKey:
     path = Path(medium.path or "")
     try:
         return medium.modality, str(path), FileState.of(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no path
         raise MediaError(f"{path}: no such file: restore it, or leave it out") from error
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, shorten
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import read_typed_json, to_json
 from nextgpt.common.modality import KnownModality
@@ -53,7 +53,7 @@ def read_history(path: Path) -> tuple[Turn, ...]:
     if roles != ["human", "assistant"] * (len(turns) // 2):
         raise UserError(
             f"history {path}: the turns must be human, assistant, human, assistant ... and end "
-            f"with the assistant's; found {', '.join(roles)}"
+            f"with the assistant's; found {shorten(', '.join(roles))}"
         )
     folder = path.absolute().parent
     return tuple(Turn(t.role, tuple(_parse(part, folder) for part in t.parts)) for t in turns)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, TypeAdapter
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, shown
 from nextgpt.common.json_io import read_typed_json
 from nextgpt.common.modality import MODALITIES, Modality, check_modality
 from nextgpt.conversation.messages import Conversation, Media, Text, Turn
@@ -111,5 +111,9 @@ def read_cases(path: Path, out: Path) -> list[Request]:
         folder = out / re.sub(r"[^\w+]+", "-", case.name)
         if folder in [request.folder for request in requests]:
             raise UserError(f"cases {path}: two cases would write to {folder}; rename one")
-        requests.append(Request(case.name, (), human_turn(case.text, media), folder, case.expects))
+        try:
+            turn = human_turn(case.text, media)
+        except UserError as error:
+            raise UserError(f"cases {path}: {shown(case.name)}: {error}") from error
+        requests.append(Request(case.name, (), turn, folder, case.expects))
     return requests

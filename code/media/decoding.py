@@ -23,10 +23,11 @@ from av.audio.stream import AudioStream
 from av.container import InputContainer
 from av.sidedata.sidedata import Type as SideData
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from nextgpt.common.errors import MediaError, is_program_error
 from nextgpt.media.detection import (
+    IMAGE_FORMATS,
     find_audio_stream,
     find_video_stream,
     open_container,
@@ -60,6 +61,9 @@ def _as_media_errors(path: Path | str, kind: str) -> Iterator[Path]:
         yield file
     except (MediaError, MemoryError):
         raise
+    except UnidentifiedImageError as error:  # its message may name an object in memory
+        formats = ", ".join(IMAGE_FORMATS)
+        raise MediaError(f"{path}: not readable as {kind}: none of {formats}") from error
     except Exception as error:
         if is_program_error(error):
             raise

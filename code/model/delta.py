@@ -3,6 +3,7 @@
 A trainable group is loaded whole, with names and shapes compared, or is not in the file at all.
 """
 
+import re
 from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from nextgpt.model.upstream_checkpoint import Tensors, is_newer, published_to_de
 
 DELTA_FILE = "delta.safetensors"
 PUBLISHED_FILE = "pytorch_model.pt"
+_ROWS = re.compile("[0-9]{1,9}")
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,12 @@ def read_delta(path: Path) -> Delta:
             f"no tuned parameters at {path}: train the stage before, or give another"
         )
     tensors = map_tensors(path)
+    wrong = [f"{n}: {t.dtype}" for n, t in tensors.items() if not t.is_floating_point()]
+    refuse_faults(path, wrong, "expected floating-point numbers, give another")
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as file:
             rows = (file.metadata() or {}).get("vocabulary_size", "")
-        if not rows.isdecimal():
+        if not _ROWS.fullmatch(rows):
             raise UserError(f"{path} holds no tuned parameters: train, or give another")
         return Delta(tensors, int(rows), path)
     if is_newer(tensors):

@@ -4,9 +4,7 @@ Weight files are memory-mapped: names, shapes and dtypes cost no memory, and onl
 used are read. File names and the index (`weight_map`) are those of transformers and diffusers.
 """
 
-import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from nextgpt.common.device import choose_device
-from nextgpt.common.errors import MissingFileError, UserError
+from nextgpt.common.errors import MissingFileError, UserError, shorten
 from nextgpt.common.json_io import read_json
 from nextgpt.common.paths import project_path
 
@@ -110,7 +108,8 @@ def refuse_faults(source: object, faults: Sequence[str], remedy: str) -> None:
     """Raise a UserError with `source`, the first faults and the remedy, if there are `faults`."""
     if faults:
         more = len(faults) - _MAX_LISTED
-        listed = [*faults[:_MAX_LISTED], *([f"... and {more} more"] if more > 0 else [])]
+        listed = list(map(shorten, faults[:_MAX_LISTED]))
+        listed += [f"... and {more} more"] if more > 0 else []
         fits = f"{source} does not fit this model, {len(faults)} faults ({remedy}):"
         raise UserError("\n  ".join([fits, *listed]))
 
@@ -181,19 +180,37 @@ def map_tensors(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         mappable = zipfile.is_zipfile(path)
-        if not mappable and _looks_like(path):
+        if mappable:
+            _check_members(path)
+        elif _looks_like(path):
             raise ValueError
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
-    except (
-        SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, LookupError,
-        TypeError, AttributeError, struct.error,
-    ) as error:  # fmt: skip
+    except OSError:
+        raise
+    except Exception as error:  # on damaged bytes torch raises undocumented types
         why = _looks_like(path) or type(error).__name__
         why = f"is no readable checkpoint ({why}): download or build it again"
         raise UserError(f"{path} {why}") from error
-    if isinstance(tensors, dict) and all(isinstance(t, Tensor) for t in tensors.values()):
+    if isinstance(tensors, dict) and all(_is_named_tensor(*item) for item in tensors.items()):
         return tensors
     raise UserError(f"{path} holds no tensors by name: give another")
+
+
+def _check_members(path: Path) -> None:
+    """Refuse an archive that unfolds to more than its size, which torch would allocate.
+
+    Raises:
+        ValueError: it does.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > path.stat().st_size:
+            raise ValueError
+
+
+def _is_named_tensor(name: object, tensor: object) -> bool:
+    """Whether this is a name, and a tensor with its values in memory, one after the other."""
+    is_tensor = isinstance(tensor, Tensor) and tensor.layout == torch.strided
+    return isinstance(name, str) and is_tensor and not (tensor.is_quantized or tensor.is_meta)
 
 
 def weight_files(folder: Path) -> dict[Path, list[str]]:

@@ -32,10 +32,13 @@ def published_to_delta(tensors: Tensors, source: Path) -> Tensors:
     """Rename the tensors of a published file, and split vocabulary matrices in two.
 
     Raises:
-        UserError: names that the published layout does not have.
+        UserError: names that the published layout does not have, or vocabularies that are no
+            matrices.
     """
-    unknown = [f"unknown name {n}" for n in tensors if not n.startswith(tuple(_PREFIXES))]
-    refuse_faults(source, unknown, "not the published tuned parameters? give another")
+    faults = [f"unknown name {n}" for n in tensors if not n.startswith(tuple(_PREFIXES))]
+    matrices = {name: tensor for name, tensor in tensors.items() if is_base_vocabulary(name)}
+    faults += [f"{name}: no matrix" for name, tensor in matrices.items() if tensor.ndim != 2]
+    refuse_faults(source, faults, "not the published tuned parameters? give another")
     delta: Tensors = {}
     for published, tensor in tensors.items():
         prefix = next(prefix for prefix in _PREFIXES if published.startswith(prefix))

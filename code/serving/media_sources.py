@@ -17,7 +17,8 @@ from nextgpt.common.errors import MediaError, UserError
 from nextgpt.serving.limits import MAX_BYTES
 from nextgpt.serving.served_files import ServedFiles
 
-_OWN_FILE = re.compile(r"(?:https?://[^/?#]+)?[^?#]*/v1/files/([\w-]+)/content", re.ASCII)
+_MAX_URL = 10_000  # characters of a URL that holds no data; `urlsplit` caches what it parses
+_OWN_FILE = re.compile(r"[^?#]*/v1/files/([\w-]+)/content", re.ASCII)
 _WHITESPACE = b" \t\r\n\v\f"
 _STANDARD = bytes.maketrans(b"-_", b"+/")  # from the URL-safe alphabet
 _SILENCE_SECONDS = 10.0  # of a host
@@ -54,16 +55,27 @@ class MediaSources:
         head, comma, body = url.partition(",")
         if comma and head[:5].lower() == "data:" and head[-7:].lower() == ";base64":
             return decode_base64(body, name)
-        if own := _OWN_FILE.fullmatch(url):
-            if path := self.files.find(own[1]):
-                return path.read_bytes()
-            raise UserError(f"{name}: this file of the server has expired: send the medium itself")
-        parts = urlsplit(url)
-        if parts.scheme in ("http", "https") and parts.netloc.lower() in self.hosts:
-            return _fetch(url, name)
+        if len(url) <= _MAX_URL:
+            if own := _OWN_FILE.fullmatch(url):
+                if path := self.files.find(own[1]):
+                    return path.read_bytes()
+                raise UserError(
+                    f"{name}: this file of the server has expired: send the medium itself"
+                )
+            if _host(url) in self.hosts:
+                return _fetch(url, name)
         raise UserError(
             f"{name}: give the medium itself as data:...;base64,...; a URL is not fetched"
         )
+
+
+def _host(url: str) -> str | None:
+    """The host, and the port if it is given, of an HTTP URL; None of another one."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # no address
+        return None
+    return parts.netloc.lower() if parts.scheme in ("http", "https") else None
 
 
 def decode_base64(text: str, name: str) -> bytes:

@@ -1,11 +1,10 @@
 """The settings that people may change for an answer, with their ranges: one table for all APIs."""
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import UserError, shown
 from nextgpt.common.modality import MODALITIES, Modality
 from nextgpt.decoders.pipelines import DecoderOption
 from nextgpt.generation.settings import GenerationSettings
@@ -102,7 +101,7 @@ def check_seed(seed: Any) -> int | None:
 def _validate(spec: SettingSpec, value: Any) -> float:
     valid = isinstance(value, int | float) and not isinstance(value, bool)
     if not valid or not spec.low <= value <= spec.high:  # of NaN neither
-        raise UserError(f"{spec.name} {reprlib.repr(value)}: give {spec.low:g} to {spec.high:g}")
+        raise UserError(f"{spec.name} {shown(value)}: give {spec.low:g} to {spec.high:g}")
     if spec.step == 1:
         if value != int(value):
             raise UserError(f"{spec.name} {value}: give a whole number")
