@@ -1,12 +1,13 @@
 """Settings of Hypothesis: the same examples in every run of the tests, others in a campaign."""
 
 import os
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 
-set_hypothesis_home_dir(mkdtemp(prefix="hypothesis_"))  # nothing is written into the repository
+_home = TemporaryDirectory(prefix="hypothesis_")  # nothing is written into the repository
+set_hypothesis_home_dir(_home.name)
 settings.register_profile(
     "fuzz",
     derandomize="FUZZ_FACTOR" not in os.environ,
