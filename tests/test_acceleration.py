@@ -1,5 +1,6 @@
 """Attention of packed rows, compiled and fused blocks of the language model."""
 
+import shutil
 import sys
 from functools import partialmethod
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_attention_bounds_are_those_of_the_conversations() -> None:
     assert sorted(batch.lengths.tolist()) == sorted(lengths)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiled by g++ on a CPU")
 @torch.no_grad()
 def test_flex_attention_keeps_hidden_states_of_packed_rows() -> None:
     model = tiny_model(lora=True)

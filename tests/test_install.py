@@ -113,3 +113,8 @@ def test_scripts_ask_for_the_installation_first(
     (checkout / "code" / "__init__.py").touch()
     (checkout / ".venv").symlink_to(ROOT / ".venv")  # whose package is another checkout's
     assert run(*command, PATH=str(bin_folder)) == expected
+
+
+def test_debian_test_asks_for_root_and_debootstrap(checkout: Path, bin_folder: Path) -> None:
+    said = run("bash", checkout / "scripts" / "test_debian.sh", PATH=str(bin_folder))
+    assert said == "error: root and debootstrap are needed: apt install debootstrap\nexit code 2"

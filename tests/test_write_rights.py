@@ -146,6 +146,14 @@ def test_unwritable_feature_cache_is_read_but_not_written(
     assert not (folder / "missing").exists()
 
 
+def test_own_feature_cache_without_the_right_to_write_is_refused(folder: Path) -> None:
+    folder.chmod(0o777)
+    as_other_user(_check_writable, folder, "cache")  # makes it
+    close(folder)
+    with pytest.raises(NotWritableError, match="belongs to"):
+        as_other_user(_check_writable, folder, "cache")
+
+
 def test_locked_feature_cache_is_not_called_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

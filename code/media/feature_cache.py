@@ -206,7 +206,7 @@ class FeatureCache:
         """Open the file, or create it; a missing one in a read-only folder is an empty one."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            self.file.touch()
+            self.file.open("ab").close()  # the owner of a read-only file could touch() it
         except OSError as error:
             self._refused = write_error(self.file, error)
             if not isinstance(self._refused, NotWritableError):
