@@ -13,7 +13,9 @@ if [ "${1:-}" = --browser ]; then
 fi
 ruff check .
 ruff format --check .
-# Each file in one process: its tests share what they load. A process takes up to 2.5 GB of memory.
-processes=(-n logical --maxprocesses 4 --dist loadfile)
+# Each file in one process: its tests share what they load. A process takes up to 5 GB of memory with
+# its children.
+by_memory=$(awk '/MemAvailable/ { print int($2 / 5000000) }' /proc/meminfo)
+processes=(-n "$(printf '%s\n' 4 "$(nproc)" "$by_memory" | sort -n | head -n 1)" --dist loadfile)
 case " $* " in *" slow "*) processes=() ;; esac # they measure times and memory
 python -m pytest "${processes[@]}" "$@"
