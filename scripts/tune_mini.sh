@@ -17,9 +17,9 @@ python -m nextgpt.mini_world.write_data --out data/mini_world
 bash scripts/embed_mini.sh
 python -m nextgpt.mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11 --unsupported 300
 # Without unnamed colours: a model trained on them for long omits colours that it never saw on a shape.
-# Half of it plain text: with less, one plain question in a hundred is answered with a medium.
+# A third of it plain text: with less, one plain question in a hundred is answered with a medium.
 python -m nextgpt.mini_world.write_data --out data/finishing/mini_world --scale 2 --seed 14 \
-    --unnamed_colours 0 --plain_talk 7000 --unsupported 1500
+    --unnamed_colours 0 --plain_talk 7000 --unsupported 3000
 
 train() { # stage, folder of the runs, arguments
     bash scripts/train.sh --stage "$1" --resume --save_path "$2" "${@:3}"
@@ -32,9 +32,9 @@ train 3 $runs "$@" --set data.data_dir=data/tuning --set data.caption_embeddings
     --set training.learning_rate=1.2e-3 --set training.group_learning_rates.lora_B=1.2e-3
 finishing=(--set data.data_dir=data/finishing --set data.caption_embeddings=online)
 train 3 $runs/finishing "$@" "${finishing[@]}" --init-from $runs/stage_3/delta.safetensors \
-    --set training.max_steps=600 \
+    --set training.max_steps=1000 \
     --set training.learning_rate=6.0e-4 --set training.group_learning_rates.lora_B=6.0e-4
 # Dialogues too: captions of requests in text name every attribute, captions of audio inputs do not.
 train 4 $runs/finishing "$@" "${finishing[@]}" --set data.datasets=[mini_request,mini_mosit] \
-    --set training.epochs=4
+    --set training.epochs=1
 python code/convert_delta.py $runs/finishing/stage_4 $tuned

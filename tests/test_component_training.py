@@ -17,6 +17,7 @@ from nextgpt.mini_world.component_training.init_video_unet import (
     LAST_FRAME_STEPS,
     SINGLE_FRAMES_FROM,
     SPREADING_STEPS,
+    denoise_single_frames,
     frames_at_step,
     inflate_image_unet,
     pretrain_frame_positions,
@@ -244,6 +245,24 @@ def test_video_unet_starts_as_the_image_unet_per_frame() -> None:
         for frame in range(3):
             alone = picture(noisy[:, :, frame], steps, captions).sample
             assert torch.allclose(made[:, :, frame], alone, atol=1e-5)
+
+
+def test_single_frames_train_the_spatial_layers_of_the_video_unet_alone() -> None:
+    torch.manual_seed(0)
+    picture, video = build_unet("image", TINY).eval(), build_unet("video", TINY).eval()
+    inflate_image_unet(video, picture)
+    for parameter in video.down_blocks[0].temp_convs[0].parameters():
+        nn.init.ones_(parameter)
+    with torch.device("meta"):
+        structure = build_unet("image", TINY).eval()
+    noisy = torch.randn(2, TINY.latent_channels, 1, 8, 8)
+    steps, captions = torch.tensor([10, 900]), torch.randn(2, 12, TINY.text_width)
+    denoised = denoise_single_frames(video, structure, noisy, steps, captions)
+    assert torch.allclose(denoised[:, :, 0], picture(noisy[:, :, 0], steps, captions).sample)
+    denoised.sum().backward()
+    spatial = dict(picture.named_parameters())
+    trained = {name for name, weight in video.named_parameters() if weight.grad is not None}
+    assert trained == set(spatial)
 
 
 def test_log_mel_has_one_frame_per_hop_and_a_floor_for_silence() -> None:

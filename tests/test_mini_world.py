@@ -332,6 +332,9 @@ def test_unsupported_requests_are_written_as_text_and_as_edits_in_dialogues(tmp_
         edits = declined("MosIT_data/mini_mosit/mini_mosit")
         assert len(declined("text/mini_text")) == count / 10
         assert bool(edits) == bool(count) and not any(turn["media"] for turn in edits)
+        requests = rows(tmp_path / "world", "IT_data/T-T+X_data/mini_request/mini_request.json")
+        assert len(requests) == 70 + 2 * count / 10
+        assert all(row["conversation"][1]["caption"] for row in requests)
     with pytest.raises(UserError, match=r"--unsupported -1: expected 0 or more"):
         write_world(tmp_path / "world", unsupported=-1, progress=False)
 

@@ -113,17 +113,20 @@ class DialogueSampler:
     edit_splits: Collection[Split] = ("training",)
     unsupported_edits: float = 0.0
 
-    def opening(self, output: str, obj: WorldObject | None = None) -> Exchange:
+    def opening(
+        self, output: str, obj: WorldObject | None = None, template: str | None = None
+    ) -> Exchange:
         """Sample a first request without media.
 
         Args:
             obj: the object it is about; None samples one.
+            template: of the request for a medium; None samples one of `OPENING_REQUESTS`.
         """
         obj = obj or sample_object(self.rng, self.split)
         state = DialogueState.initial(obj)
         if output == "text":
             return self.follow_up(state, output)
-        template = OPENING_REQUESTS[output].sample(self.rng, self.split)
+        template = template or OPENING_REQUESTS[output].sample(self.rng, self.split)
         request = as_sentence(fill_template(template, self.rng, obj))
         state = state.after_output(obj, output, *_KNOWN[output])
         state = replace(state, name_object="{timbre}" not in template)

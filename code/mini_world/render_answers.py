@@ -28,7 +28,8 @@ def render_answers(world: Path) -> int:
         settings, rows = read_json(world / "world.json"), read_json(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{world} holds no mini world: {error}") from error
-    seed, requests = settings["seed"], [*sample_requests(settings["seed"], len(rows))]
+    seed, counts = settings["seed"], settings["counts"]
+    requests = [*sample_requests(seed, counts["request"], counts["text_unsupported"])]
     if [row for row, _ in requests] != rows:
         raise UserError(f"{file} is of another version: write the world again")
     objects = {row["mm_name"]: (row, obj) for row, obj in reversed(requests)}

@@ -106,7 +106,6 @@ _REQUESTS: dict[Modality, tuple[str, ...]] = {
         "Let me see {}.",
         "I need a painting of {}.",
         "Sketch {}.",
-        "Draw {}, then film it and play its sound.",
     ),
     "video": (
         "Film {}.",
@@ -133,6 +132,16 @@ _REQUESTS: dict[Modality, tuple[str, ...]] = {
         "I would like to listen to {}.",
         "Can you make a noise like {}?",
     ),
+}
+_SEVERAL_MEDIA_REQUEST = "Draw {}, then film it and play its sound."
+_SEVERAL_MEDIA_PROPORTION = 0.02
+_SUPPORTED: dict[Modality, tuple[str, ...]] = {
+    "image": ("a {size} {colour} {shape} {place}", "a {colour} {shape}, {size}, {place}"),
+    "video": (
+        "a {size} {colour} {shape} {place} {moving}",
+        "a {size} {colour} {shape} {place} that {moves}",
+    ),
+    "audio": ("a {pitch} {timbre} {count}", "a {size} {shape} {count}"),
 }
 _DETAILS: dict[Modality, tuple[str, ...]] = {
     "image": (
@@ -188,6 +197,11 @@ def sample_unsupported_edit(modality: Modality, rng: np.random.Generator) -> Pai
     return request, _decline_colour(modality, colour)
 
 
+def supported_template(modality: Modality, rng: np.random.Generator) -> str:
+    """Sample a template of a request for an object of the world, worded like unsupported ones."""
+    return choose(rng, _REQUESTS[modality]).format(choose(rng, _SUPPORTED[modality]))
+
+
 def with_article(noun: str) -> str:
     """`noun` with its indefinite article."""
     return f"an {noun}" if noun[0] in "aeio" or noun == "umbrella" else f"a {noun}"
@@ -199,7 +213,10 @@ def _request_thing(modality: Modality, rng: np.random.Generator) -> Pair:
     shown = thing
     if rng.random() < _DETAIL_PROPORTION:
         shown = f"{thing} {choose(rng, _DETAILS[modality])}"
-    return choose(rng, _REQUESTS[modality]).format(shown), _decline(modality, thing)
+    request = choose(rng, _REQUESTS[modality])
+    if modality == "image" and rng.random() < _SEVERAL_MEDIA_PROPORTION:
+        request = _SEVERAL_MEDIA_REQUEST
+    return request.format(shown), _decline(modality, thing)
 
 
 def _request_thing_with_attributes(modality: Modality, rng: np.random.Generator) -> Pair:

@@ -38,10 +38,10 @@ from nextgpt.mini_world.objects import (
 from nextgpt.mini_world.plain_talk import plain_talk_pairs
 from nextgpt.mini_world.questions import sample_question, sample_world_question, world_facts
 from nextgpt.mini_world.request_templates import COURSE_REQUESTS
-from nextgpt.mini_world.unsupported_requests import sample_unsupported
+from nextgpt.mini_world.unsupported_requests import sample_unsupported, supported_template
 from nextgpt.mini_world.words import as_sentence, choose, fill_template
 
-VERSION = 18  # increment when the same arguments give different data
+VERSION = 19  # increment when the same arguments give different data
 ROW_COUNTS = {  # at scale 1
     "pair_image": 600,
     "pair_video": 400,
@@ -66,6 +66,9 @@ _DESCRIBE_PROPORTION: dict[Modality, float] = {"image": 0.65, "video": 0.65, "au
 # Modalities of questions, by weight: motions are learned last.
 _QUESTION_MODALITIES: tuple[Modality, ...] = ("image", "video", "video", "audio")
 _UNSUPPORTED_EDITS = 0.05  # proportion of later rounds in dialogues, where there are such requests
+# Fulfilled requests that are added for each unsupported one, half of them in its wordings: a model
+# tuned on unsupported ones alone declines colours and shapes that it has.
+_FULFILLED_PER_UNSUPPORTED = 2
 _UNNAMED_COLOURS = 0.1  # proportion of the images and videos in pairs and questions
 FOLDERS: dict[Modality, str] = {"image": "images", "video": "videos", "audio": "audios"}
 Rows = list[dict[str, Any]]
@@ -95,7 +98,7 @@ def write_world(
             unnamed colours, see `appearance`.
         plain_talk: rows of plain talk at scale 1.
         unsupported: rows of unsupported requests at scale 1; with any, one later round in twenty of
-            the dialogues is an unsupported edit, too.
+            the dialogues is an unsupported edit, too, and there are more fulfilled requests.
 
     Raises:
         UserError: `out` holds something other than a mini world, or a number is out of range.
@@ -185,7 +188,7 @@ def _write_instructions(
     for path, rows in {
         question_folder / "mini_question.json": _question_rows(questions, seed, counts["question"]),
         folder / "T-T+X_data" / "mini_request" / "mini_request.json": [
-            row for row, _ in sample_requests(seed, counts["request"])
+            row for row, _ in sample_requests(seed, counts["request"], counts["text_unsupported"])
         ],
         dialogue_folder / "mini_mosit.json": _dialogue_rows(dialogues, seed, counts),
         folder / "text" / "mini_text.json": _text_rows(
@@ -212,12 +215,23 @@ def _question_rows(media_set: MediaSet, seed: int, count: int) -> Rows:
     return rows
 
 
-def sample_requests(seed: int, count: int) -> Iterator[tuple[dict[str, Any], WorldObject]]:
-    """Yield instruction rows: a text request for one image, video or sound, and its object."""
+def sample_requests(
+    seed: int, count: int, unsupported: int
+) -> Iterator[tuple[dict[str, Any], WorldObject]]:
+    """Yield instruction rows: a text request for one image, video or sound, and its object.
+
+    Args:
+        count: rows without unsupported requests.
+        unsupported: unsupported requests in the world, for each of which there are two more rows,
+            one of them in the wordings of unsupported requests.
+    """
     rng, media_set = seeded_rng(seed, "requests"), MediaSet("mini_request", seed, {})
     sampler = DialogueSampler(rng)
-    for _ in range(count):
-        exchange = sampler.opening(choose(rng, tuple(MODALITIES)))
+    for index in range(count + _FULFILLED_PER_UNSUPPORTED * unsupported):
+        wanted: Modality = choose(rng, tuple(MODALITIES))
+        alike = index >= count and index % _FULFILLED_PER_UNSUPPORTED == 0
+        template = supported_template(wanted, rng) if alike else None
+        exchange = sampler.opening(wanted, template=template)
         text, (modality, caption) = exchange.answer
         turns = _turns(exchange.request, text, output_modality=modality, caption=caption)
         name = media_set.answer_name(modality, caption)

@@ -25,6 +25,7 @@ from nextgpt.common.modality import Modality
 from nextgpt.decoders.pipelines import initial_noise
 from nextgpt.mini_world.component_training.cuda_graphs import GraphedModule
 from nextgpt.mini_world.component_training.init_video_unet import (
+    denoise_single_frames,
     frames_at_step,
     high_noise_proportion,
     inflate_image_unet,
@@ -102,6 +103,8 @@ class _Denoiser(nn.Module):
         super().__init__()
         self.model = model
         self.modality = modality
+        with torch.device("meta"):  # the architecture alone, for the weights of the spatial layers
+            self.image_unet = build_unet("image", MINI_DECODERS).requires_grad_(False)
 
     def forward(self, noisy: Tensor, timesteps_N: Tensor, prompt_embeds: Tensor) -> Tensor:
         """Return v, float32; AudioLDM takes the prompt embedding as a class embedding."""
@@ -109,6 +112,9 @@ class _Denoiser(nn.Module):
         with bf16_autocast(noisy.device), sdpa_kernel(SDPBackend.MATH):
             if self.modality == "audio":
                 output = self.model(noisy, timesteps_N, None, class_labels=prompt_embeds)
+            elif noisy.ndim == 5 and noisy.shape[2] == 1:
+                inputs = (noisy, timesteps_N, prompt_embeds)
+                return denoise_single_frames(self.model, self.image_unet, *inputs).float()
             else:
                 output = self.model(noisy, timesteps_N, prompt_embeds)
         return output.sample.float()

@@ -41,9 +41,9 @@ from nextgpt.mini_world.objects import ATTRIBUTES, WorldObject
 from nextgpt.mini_world.render_image import DEFAULT_APPEARANCE, Appearance
 from nextgpt.model.imagebind import ImageBind
 
-PLAN = TrainingPlan(steps=4500, learning_rate=1e-3, weight_decay=0.05, ema_decay=0.995)
+PLAN = TrainingPlan(steps=3600, learning_rate=1e-3, weight_decay=0.05, ema_decay=0.995)
 BATCH_SIZES: dict[Modality, int] = {"image": 48, "video": 48, "audio": 16}
-VISION_PLAN = TrainingPlan(steps=2000, learning_rate=7e-4, weight_decay=0.05, ema_decay=0.995)
+VISION_PLAN = TrainingPlan(steps=1600, learning_rate=7e-4, weight_decay=0.05, ema_decay=0.995)
 VISION_BATCH_SIZES: dict[Modality, int] = {"image": 24, "video": 72}
 _AUDIO_CLIPS = 2000
 _VARIANCE_FLOOR = 1e-3  # share of the total variance; limits the whitening of small components
