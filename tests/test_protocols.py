@@ -383,6 +383,11 @@ def test_arguments_that_do_not_fit_are_refused(
     assert ended.value.code == 2 and fault in capsys.readouterr().err
 
 
+def test_papers_values_are_of_reported_metrics() -> None:
+    for protocol in PROTOCOLS.values():
+        assert protocol.paper and set(protocol.paper) <= set(protocol.metrics)
+
+
 def test_report_shows_the_papers_values_in_the_last_column() -> None:
     protocol = Protocol(
         "p", "A protocol", "generate", "image", "p", read=None, metrics=("FID",), paper={"FID": 1.5}
