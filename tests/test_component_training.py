@@ -307,6 +307,6 @@ def test_video_training_schedule_is_last_frames_then_videos_then_middle_frames()
         == 8
     )
     assert all(
-        count * len(shown) == 256
+        count * len(shown) == 192
         for count, shown in (frames_at_step(s, rng) for s in (0, SINGLE_FRAMES_FROM))
     )

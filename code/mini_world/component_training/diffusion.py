@@ -44,10 +44,10 @@ from nextgpt.mini_world.mini_decoders import (
 
 PLANS: dict[Modality, TrainingPlan] = {
     "image": TrainingPlan(steps=6000, learning_rate=8e-4),
-    "video": TrainingPlan(steps=8000, learning_rate=8e-4),
+    "video": TrainingPlan(steps=6000, learning_rate=8e-4),
     "audio": TrainingPlan(steps=3000, learning_rate=5e-4),
 }
-BATCH_SIZES: dict[Modality, int] = {"image": 256, "audio": 32}  # video: `frames_at_step`
+BATCH_SIZES: dict[Modality, int] = {"image": 192, "audio": 32}  # video: `frames_at_step`
 CACHE_SIZES: dict[Modality, int] = {"image": 32000, "video": 24000, "audio": 3000}
 _CONDITION_DROPOUT = 0.1
 # Timesteps are sampled as u ** exponent: the caption matters at high noise levels.

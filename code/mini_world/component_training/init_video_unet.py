@@ -26,7 +26,7 @@ from nextgpt.mini_world.mini_decoders import SHARED_NOISE, build_scheduler
 LAST_FRAME_STEPS = 500
 SPREADING_STEPS = 500
 SINGLE_FRAMES_FROM = 2400  # step
-_VIDEOS, _SINGLE_FRAMES = 32, 256  # batch sizes of equal cost
+_VIDEOS, _SINGLE_FRAMES = 24, 192  # batch sizes
 _TEMPORAL_RATE = 2.0  # learning rate of temporal layers, which start from nothing, over the others
 _POSITION_LAYER = "down_blocks.0.temp_convs.0"  # adds the frame-position code
 _POSITION_WAVES, _POSITION_SCALE, _POSITION_STEPS = 4, 0.5, 400

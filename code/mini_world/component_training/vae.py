@@ -36,7 +36,7 @@ from nextgpt.mini_world.render_image import Appearance
 
 Kind = Literal["picture", "sound"]  # as in the names of the checkpoints
 PLANS: dict[Kind, TrainingPlan] = {
-    "picture": TrainingPlan(steps=3600, learning_rate=2e-3),
+    "picture": TrainingPlan(steps=7200, learning_rate=2e-3),
     "sound": TrainingPlan(steps=1000, learning_rate=2e-3),
 }
 _INITIAL_LOG_VARIANCE = -6.0
