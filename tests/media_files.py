@@ -76,6 +76,28 @@ def write_frames(
     return path
 
 
+def refer_to(path: Path, other: str) -> Path:
+    """Rewrite an MP4 file's data reference: its samples lie in the file `other` of its folder.
+
+    An alias record of QuickTime's file format, with a path one level up and down.
+    """
+    name = f"/{other}".encode()
+    record = bytes(130) + struct.pack(">HH", 1, 1) + bytes(16)  # volume, file name; levels
+    record += struct.pack(">HH", 2, len(name)) + name + bytes(len(name) % 2)
+    record += struct.pack(">hH", -1, 0)
+    alias = struct.pack(">I4sI", 12 + len(record), b"alis", 0) + record
+    content = bytearray(path.read_bytes())
+    start = content.index(b"dref") - 4
+    (size,) = struct.unpack_from(">I", content, start)
+    content[start : start + size] = struct.pack(">I4sII", 16 + len(alias), b"dref", 0, 1) + alias
+    for box in (b"moov", b"trak", b"mdia", b"minf", b"dinf"):
+        at = content.index(box) - 4
+        (length,) = struct.unpack_from(">I", content, at)
+        struct.pack_into(">I", content, at, length - size + 16 + len(alias))
+    path.write_bytes(content)
+    return path
+
+
 def write_tone(path: Path, codec: str, seconds: float = 1.0, rate: int = 48000) -> Path:
     """Write a tone of 440 Hz at a quarter of full scale, mono."""
     tone = np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate) / 4

@@ -19,6 +19,7 @@ from PIL import Image
 
 from golden_preprocessing import GOLDEN, measure
 from media_files import (
+    refer_to,
     wave_pixels,
     write_frames,
     write_heic,
@@ -352,6 +353,19 @@ def test_video_truncated_yields_its_readable_frames(tmp_path: Path) -> None:
     assert [read_number(frame) for frame in read_video_frames(path, choose)] == expected
     assert 2 < len(expected) < 10  # of the 12 in the complete file
     assert load_views("video", path).shape == SHAPES["video"]
+
+
+def test_video_whose_samples_lie_in_another_file_is_not_followed(tmp_path: Path) -> None:
+    write_video(tmp_path / "secret.mp4", "mpeg4", 9)
+    path = refer_to(write_video(tmp_path / "v.mp4", "mpeg4", 9), "secret.mp4")
+    with av.open(str(path), options={"enable_drefs": "1"}) as followed:  # by default it is off
+        assert len([*followed.decode(video=0)]) == 9
+    for read in (
+        lambda: read_video_frames(path, lambda count, rate: [0]),
+        lambda: find_by_content(path),
+    ):
+        with pytest.raises(MediaError, match=r"v\.mp4"):
+            read()
 
 
 # --- sounds
