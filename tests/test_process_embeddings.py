@@ -228,6 +228,23 @@ def test_embedding_store_read_error_names_file_and_shapes(tmp_path: Path) -> Non
     assert read_embedding(path, (3,)).dtype == torch.float32
 
 
+def test_embedding_that_is_no_array_of_its_shape_is_refused_without_reading_it(
+    tmp_path: Path,
+) -> None:
+    shape = (4, 1 << 40)  # 8 terabytes, in a file of 200 bytes
+    path = tmp_path / "lying.npy"
+    with path.open("wb") as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(100))
+    np.savez(tmp_path / "archive", np.zeros(3))
+    np.save(tmp_path / "words.npy", np.array(["a", "b", "c"]))
+    (tmp_path / "archive.npz").rename(tmp_path / "archive.npy")
+    for name, expected in (("lying", shape), ("archive", (3,)), ("words", (3,))):
+        with pytest.raises(MediaError, match=rf"{name}\.npy: cannot load"):
+            read_embedding(tmp_path / f"{name}.npy", expected)
+
+
 def test_process_embeddings_accepts_course_arguments_and_launcher_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

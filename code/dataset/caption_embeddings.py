@@ -32,17 +32,18 @@ def read_embedding(path: Path, shape: tuple[int, ...]) -> Tensor:
         UserError: its shape is not `shape`: it belongs to another decoder.
     """
     try:
-        array = np.load(path, allow_pickle=False)
+        # A map: a header may claim more than the file holds, or than fits in memory.
+        array = np.lib.format.open_memmap(path, mode="r")
+        if array.shape != shape:
+            raise UserError(
+                f"{path}: shape {array.shape}, expected {shape}. Run process_embeddings.py with "
+                "the decoder of the configuration, or set its prompt_embeds_shape"
+            )
+        return torch.from_numpy(np.array(array, dtype=np.float32))
     except (OSError, ValueError, EOFError) as error:
         raise MediaError(
             f"{path}: cannot load the caption embedding (run process_embeddings.py): {error}"
         ) from error
-    if array.shape != shape:
-        raise UserError(
-            f"{path}: shape {array.shape}, expected {shape}. Run process_embeddings.py with the "
-            "decoder of the configuration, or set its prompt_embeds_shape"
-        )
-    return torch.from_numpy(array.astype(np.float32))
 
 
 class EmbeddingMaker(NamedTuple):
