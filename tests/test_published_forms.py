@@ -21,9 +21,15 @@ from nextgpt.conversation.messages import ContentPart, Conversation, Media, Text
 from nextgpt.dataset.caption_embeddings import read_captions
 from nextgpt.dataset.catalog import CATALOG, DatasetSource, resolve_entry
 from nextgpt.dataset.conversations import ConversationDataset
-from nextgpt.dataset.interleaved_forms import DROPPED_TAGS, KEPT_INPUTS, MISSING_INPUTS
+from nextgpt.dataset.interleaved_forms import (
+    DROPPED_TAGS,
+    KEPT_INPUTS,
+    MISSING_INPUTS,
+    read_tagged,
+)
 from nextgpt.dataset.left_out import UnusableRow
 from nextgpt.dataset.readers import FORMS, iter_captions, read_record
+from nextgpt.dataset.record_fields import RowContext
 from nextgpt.tools.embed_captions import embed_captions
 from nextgpt.tools.validate_data import check_datasets
 from test_training import media as pair_media
@@ -518,3 +524,11 @@ def test_row_without_its_listed_media_is_unusable() -> None:
         with pytest.raises(UnusableRow) as raised:
             read_record(record, "instruction", FILE, 0)
         assert raised.value.cause == cause
+
+
+def test_unclosed_tags_are_read_in_linear_time() -> None:
+    turn = {"from": "human", "value": "<Image>a " * 100_000 + "<image>lost.jpg</Image> b"}
+    context = RowContext(0)
+    (found,) = read_tagged({"conversation": [turn]}, context)  # minutes, if quadratic
+    assert found.parts == (Text("a" * 100_000 + " b"),)
+    assert context.notes == {DROPPED_TAGS: 100_001}

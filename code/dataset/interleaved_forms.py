@@ -126,5 +126,10 @@ def _plain(text: str, context: RowContext) -> list[Text]:
 
 
 def _tags() -> re.Pattern[str]:
-    """Pattern of a pair of tags and its content; `re` caches it."""
-    return re.compile(rf"<({'|'.join(MODALITIES)})>(.*?)</\1>", re.IGNORECASE | re.DOTALL)
+    """Pattern of a pair of tags and its content, which has no such tags; `re` caches it.
+
+    Tags in the content end the search for the pair's second one: else unclosed tags would take
+    quadratic time.
+    """
+    names = "|".join(MODALITIES)
+    return re.compile(rf"<({names})>((?:[^<]++|<(?!/?(?:{names})>))*+)</\1>", re.IGNORECASE)
