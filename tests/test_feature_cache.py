@@ -17,7 +17,7 @@ from nextgpt.config.loader import load_config
 from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.shard_members import medium_state
 from nextgpt.media.transforms import PREPROCESSING_VERSIONS
-from nextgpt.training.media_features import FeatureCaches
+from nextgpt.training.feature_caches import FeatureCaches
 from tiny_components import tiny_overrides, write_tiny_components
 
 WIDTH = 8

@@ -139,6 +139,19 @@ def test_help_of_the_entries_loads_no_heavy_library() -> None:
     assert subprocess.check_output(command, text=True).strip() == ""
 
 
+LOADER = """
+import sys
+import nextgpt.training.data, nextgpt.training.feature_caches
+heavy = {"transformers.modeling_utils", "peft", "diffusers", "bitsandbytes", "deepspeed"}
+print(*sys.modules.keys() & heavy)
+"""
+
+
+def test_loader_processes_load_no_library_of_models() -> None:
+    command = [sys.executable, "-c", LOADER]  # each process would have 160 MB more
+    assert subprocess.check_output(command, text=True).strip() == ""
+
+
 @pytest.mark.parametrize(
     ("file", "statement", "imported"),
     [

@@ -15,7 +15,8 @@ from nextgpt.generation.settings import GenerationSettings
 from nextgpt.model.build import build_model, build_prompt_builder
 from nextgpt.model.trainable import set_trainable
 from nextgpt.serving.sampling_settings import setting_specs
-from nextgpt.training.media_features import BatchEncoder, FeatureCaches
+from nextgpt.training.feature_caches import FeatureCaches
+from nextgpt.training.media_features import BatchEncoder
 from tiny_components import favour, tiny_overrides
 from tiny_decoders import tiny_decoder
 

@@ -9,20 +9,22 @@ import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from nextgpt.common.device import choose_device
 from nextgpt.common.errors import MissingFileError, UserError, shorten
 from nextgpt.common.json_io import read_json
 from nextgpt.common.paths import project_path
+
+if TYPE_CHECKING:  # they take seconds, and loader processes need none
+    from transformers import BitsAndBytesConfig, PreTrainedModel
 
 disable_progress_bar()  # models load in seconds, and a bar for each hides other output
 
@@ -121,8 +123,8 @@ def load_pretrained(
     subfolder: str = "",
     *,
     on_meta: bool = False,
-    quantization: BitsAndBytesConfig | None = None,
-) -> PreTrainedModel:
+    quantization: "BitsAndBytesConfig | None" = None,
+) -> "PreTrainedModel":
     """Load a model of transformers or diffusers; a missing weight is an error, not initialised.
 
     Args:

@@ -25,8 +25,9 @@ from nextgpt.dataset.conversations import ConversationDataset, open_conversation
 from nextgpt.media.feature_cache import FeatureCache
 from nextgpt.media.transforms import VIEWS
 from nextgpt.training.data import check_skipped, load_medium
+from nextgpt.training.feature_caches import FeatureCaches
 from nextgpt.training.loader import load_in_processes
-from nextgpt.training.media_features import FeatureCaches, MediaEncoder
+from nextgpt.training.media_features import MediaEncoder
 
 _CHUNK_VIEWS = 16  # decoded by a process at a time: 18 MB at most
 

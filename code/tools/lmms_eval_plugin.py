@@ -177,7 +177,7 @@ def _file_medium(path: Path) -> Media:
 
 
 def _sound(item: Any) -> Sound | None:
-    """Audio of Hugging Face's data sets: samples, a file's bytes, or torchcodec's decoder."""
+    """Audio of Hugging Face's data sets: samples, or torchcodec's decoder."""
     if hasattr(item, "get_all_samples"):
         decoded = item.get_all_samples()
         return Sound(decoded.data.mean(dim=0).numpy().astype(np.float32), decoded.sample_rate)

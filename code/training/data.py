@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -39,8 +39,10 @@ from nextgpt.media.decode_worker import DEFAULT_LIMITS
 from nextgpt.media.feature_cache import DecodedMedium, FeatureCache
 from nextgpt.media.shard_members import medium_exists
 from nextgpt.media.transforms import load_views
-from nextgpt.training.denoising import TargetLatents
 from nextgpt.training.loader import load_in_processes, report_progress
+
+if TYPE_CHECKING:  # it would cost each loader process 160 MB of libraries
+    from nextgpt.training.denoising import TargetLatents
 
 _MIN_SAMPLES = 1000  # below which the fraction of skipped samples is not checked
 # Other ranks wait for a sample, and their collectives time out after ten minutes.
@@ -73,7 +75,7 @@ class ExampleDataset(Dataset[Example]):
     prompt_embeds_shapes: dict[Modality, tuple[int, ...]] | None
     wrong_rows: Mapping[str, set[int]]
     rows: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    target_latents: Mapping[Modality, TargetLatents] = field(default_factory=dict)
+    target_latents: Mapping[Modality, "TargetLatents"] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -15,40 +15,15 @@ from torch import Tensor
 
 from nextgpt.common.device import autocast_to, choose_dtype
 from nextgpt.common.errors import UserError
-from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.modality import Modality
-from nextgpt.common.paths import project_path
 from nextgpt.config.schema import Config
 from nextgpt.conversation.batch import Batch, TargetMedium, UnencodedMedium
 from nextgpt.decoders.text_encoders import TextEncoder
-from nextgpt.media.feature_cache import FeatureCache
-from nextgpt.media.transforms import PREPROCESSING_VERSIONS
 from nextgpt.model.build import build_media_encoder
-from nextgpt.model.imagebind import ImageBind, fingerprint
+from nextgpt.model.imagebind import ImageBind
 from nextgpt.model.loading import resolve_model_path
 from nextgpt.training.denoising import TargetLatents
-
-
-class FeatureCaches(dict[Modality, FeatureCache]):
-    """A feature cache per modality: a video file's audio has another feature than its frames.
-
-    Features of another precision (`data.feature_precision`) are others too.
-    Each is opened on first use, which raises a `UserError` where the encoder is missing: a stage
-    without media needs none.
-    """
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.config = config
-
-    def __missing__(self, modality: Modality) -> FeatureCache:
-        folder = project_path(self.config.data.cache_dir)
-        encoder = fingerprint(project_path(self.config.encoder.path), DigestCache(folder))
-        precision = self.config.data.feature_precision
-        suffix = f"-{precision}" if precision else ""
-        name = f"{encoder}-{modality}-{PREPROCESSING_VERSIONS[modality]}{suffix}"
-        self[modality] = FeatureCache(folder, name, self.config.encoder.width)
-        return self[modality]
+from nextgpt.training.feature_caches import FeatureCaches
 
 
 class MediaEncoder:

@@ -45,8 +45,9 @@ from nextgpt.training.engine import (
     read_deepspeed_config,
     split_by_modality,
 )
+from nextgpt.training.feature_caches import FeatureCaches
 from nextgpt.training.flops import count_flops, peak_flops
-from nextgpt.training.media_features import BatchEncoder, FeatureCaches
+from nextgpt.training.media_features import BatchEncoder
 from nextgpt.training.metrics import MetricsLogger
 from nextgpt.training.run_inputs import (
     RunInputs,
