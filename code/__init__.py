@@ -31,6 +31,10 @@ os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 # peft imports it: it warns of a missing kernel on every CPU, and of a cast from bf16 to fp16 for
 # every 8-bit matrix.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# On every machine without a GPU.
+logging.getLogger("DeepSpeed").addFilter(
+    lambda record: "Setting accelerator to CPU" not in record.getMessage()
+)
 
 _EXPORTS = {
     "Assistant": "nextgpt.generation.assistant",

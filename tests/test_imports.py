@@ -139,6 +139,12 @@ def test_help_of_the_entries_loads_no_heavy_library() -> None:
     assert subprocess.check_output(command, text=True).strip() == ""
 
 
+def test_importing_the_libraries_of_training_prints_nothing() -> None:
+    command = [sys.executable, "-c", "import nextgpt.training.engine, nextgpt.decoders.pipelines"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 LOADER = """
 import sys
 import nextgpt.training.data, nextgpt.training.feature_caches
