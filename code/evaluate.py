@@ -62,7 +62,7 @@ def _evaluate_mini_world(config: Config, arguments: argparse.Namespace) -> None:
     if arguments.data or arguments.sample_only or arguments.score_only:
         raise UserError(
             f"--data, --sample-only and --score-only need --protocol {', '.join(PROTOCOLS)}: the "
-            "mini world renders its data, and its judge sees media as they are decoded"
+            "mini world renders its data, and judges media as they are decoded, in a second or two"
         )
     if _several_processes():
         raise UserError(f"the protocol {MINI_WORLD} runs in one process: start it without torchrun")

@@ -34,6 +34,7 @@ from nextgpt.mini_world.request_templates import (
     REVERSE_REQUESTS,
     VISUAL_REQUESTS,
 )
+from nextgpt.mini_world.scoreboard import scoreboard
 from nextgpt.mini_world.scoreboard.items import (
     CASES,
     CELLS,
@@ -52,12 +53,18 @@ from nextgpt.mini_world.scoreboard.items import (
 from nextgpt.mini_world.scoreboard.judge import judge
 from nextgpt.mini_world.scoreboard.plain_talk import perplexity, plain_questions
 from nextgpt.mini_world.scoreboard.report import format_table
-from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, measure
+from nextgpt.mini_world.scoreboard.samples import read_medium
+from nextgpt.mini_world.scoreboard.scoreboard import EvaluationSettings, Scoreboard, measure
 from nextgpt.mini_world.scoreboard.scoring import chance_level, score_answer, summarize
 from nextgpt.mini_world.scoreboard.unsupported import summarize_unsupported, unsupported_requests
 from nextgpt.mini_world.unsupported_requests import sample_unsupported
 from nextgpt.mini_world.words import TemplateSet
 from tiny_components import tiny_overrides, write_tiny_components
+
+
+def request_of(item: Item) -> str:
+    """The text of the last human turn."""
+    return next(part.text for part in item.rounds[-1].parts if isinstance(part, Text))
 
 
 def items_of(*cells: str, samples: int = 24, split: Split = "validation") -> list[Item]:
@@ -165,13 +172,14 @@ def test_requests_use_templates_of_their_split(split: Split) -> None:
         allowed |= {template.split("{")[0].strip(" .?") for template in own}
     beginnings = {b for b in beginnings if len(b.split()) > 2}
     for item in items_of(*CELLS, samples=12, split=split):
-        began = [b for b in beginnings if item.request.startswith(b)]
-        assert not began or any(item.request.startswith(a) for a in allowed if a), item.request
+        request = request_of(item)
+        began = [b for b in beginnings if request.startswith(b)]
+        assert not began or any(request.startswith(a) for a in allowed if a), request
 
 
 def test_expectations_include_audio_count_only_if_given() -> None:
     for item in items_of("I→A", "V→A", "T+I→T+A"):
-        counted = any(word in item.request for word in ("once", "twice", "time", "thrice"))
+        counted = any(word in request_of(item) for word in ("once", "twice", "time", "thrice"))
         assert ("count" in item.expected[-1].attributes) == counted
     for item in items_of("T→A", "A→A", "T→T+I+V+A"):
         assert "count" in item.expected[-1].attributes
@@ -360,30 +368,92 @@ def test_ceilings_are_decoded_from_verbatim_captions(tiny_folder: Path) -> None:
     assert not torch.equal(embedded, decoder.text_encoder.encode([clean_caption(written)]))
 
 
+def evaluate_tiny(folder: Path, out: Path, cells: str, *arguments: str) -> None:
+    """Evaluate the tiny components by the command line."""
+    settings = [word for override in overrides_of(folder) for word in ("--set", override)]
+    line = ["evaluate.py", "--config", "7b", *settings, "--samples", "2", "--seed", "4"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", [*line, "--cells", cells, "--out", str(out), *arguments])
+        run_cli(entry.main)
+
+
+def samples_of(folder: Path) -> list[dict]:
+    with (folder / "samples.jsonl").open(encoding="utf-8") as lines:
+        return list(map(json.loads, lines))
+
+
+def test_evaluate_continues_after_an_interruption_and_adds_cells(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_tiny(tiny_folder, tmp_path / "whole", "T-T,T-I,A-T")
+
+    def interrupt(assistant: Assistant, settings: EvaluationSettings, folder: Path) -> Scoreboard:
+        if settings.cells == ("T→I",):
+            raise KeyboardInterrupt
+        return measure(assistant, settings, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scoreboard, "measure", interrupt)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            evaluate_tiny(tiny_folder, tmp_path / "parts", "T-T,T-I")
+        assert len(samples_of(tmp_path / "parts")) == 2
+        evaluate_tiny(tiny_folder, tmp_path / "parts", "T-T,A-T")  # T→I is not asked
+    capsys.readouterr()
+    evaluate_tiny(tiny_folder, tmp_path / "parts", "T-I")
+    printed = capsys.readouterr().out
+    assert "holds T→T, A→T already" in printed and "mean of the" not in printed
+    whole, parts = (
+        json.loads((tmp_path / name / "scoreboard.json").read_text()) for name in ("whole", "parts")
+    )
+    assert parts["cells"] == whole["cells"] and parts["seconds"].keys() == whole["seconds"].keys()
+    assert samples_of(tmp_path / "parts") == samples_of(tmp_path / "whole")
+    media = [sorted(p.name for p in (tmp_path / n / "media").iterdir()) for n in ("whole", "parts")]
+    assert media[0] == media[1]
+
+
+def test_evaluate_replaces_an_evaluation_of_something_else(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_tiny(tiny_folder, tmp_path, "T-I,I-I")
+    guidance = ("--set", "decoders.image.guidance_scale=1", "--samples", "1")
+    evaluate_tiny(tiny_folder, tmp_path, "T-I", *guidance)
+    assert "another evaluation (decoding, samples), which is replaced" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "scoreboard.json").read_text())["cells"]) == ["T→I"]
+    (sample,) = samples_of(tmp_path)
+    files = {file for _, file in sample["media"]["made"]}
+    assert {f"media/{file.name}" for file in (tmp_path / "media").iterdir()} == files
+    (tmp_path / "scoreboard.json").write_text("[]")
+    with pytest.raises(SystemExit):
+        evaluate_tiny(tiny_folder, tmp_path, "T-I")
+    assert "scoreboard.json is damaged" in capsys.readouterr().err
+
+
 def test_evaluate_writes_json_and_plots(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = [word for override in overrides_of(tiny_folder) for word in ("--set", override)]
-    line = ["evaluate.py", "--config", "7b", *settings, "--samples", "2", "--seed", "4"]
-    line += ["--cells", "T-T,I-I,A->V,T+V-T+A,second,plain,unsupported"]
-    line += ["--out", str(tmp_path / "board")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", line)
-        run_cli(entry.main)
+    evaluate_tiny(tiny_folder, tmp_path / "board", "T-T,I-I,A->V,T+V-T+A,second,plain,unsupported")
     written = json.loads((tmp_path / "board" / "scoreboard.json").read_text())
     assert (written["samples"], written["seed"]) == (2, 4)
     assert len(written["fingerprint"]) == 16 and written["delta"].endswith("delta.safetensors")
-    assert len(written["items"]) == 10
-    lines = (tmp_path / "board" / "samples.jsonl").read_text().splitlines()
-    samples = [json.loads(line) for line in lines]
-    assert [sample["right"] for sample in samples] == [item["right"] for item in written["items"]]
-    for sample, item in zip(samples, written["items"], strict=True):
+    samples = samples_of(tmp_path / "board")
+    assert [one["doc_id"] for one in samples] == [
+        2 * CELLS.index(cell) + number
+        for cell in ("T→T", "I→I", "A→V", "T+V→T+A", SECOND)
+        for number in range(2)
+    ]
+    for sample in samples:
         (response,) = sample["filtered_resps"]
         answer = json.loads(response) if response.startswith("{") else {"text": response}
-        assert answer.pop("text") == item["answers"][-1].strip()
+        assert answer.pop("text") == sample["answers"][-1].strip()
         files = [file for several in answer.values() for file in several]
-        assert len(files) == len(item["seen"])
-        assert all((tmp_path / "board" / file).is_file() for file in files)
+        assert sorted(files) == sorted(file for _, file in sample["media"]["made"])
+        assert len(files) == len(sample["judged"])
+        shown = sample["doc"]["shown"]
+        assert [kind for kind, _ in sample["media"]["given"]] == ([shown[0]] if shown else []) or (
+            sample["doc"]["cell"] == SECOND
+        )
+        for modality, file in sample["media"]["given"] + sample["media"]["made"]:
+            read_medium(modality, tmp_path / "board" / file)
     assert set(written["cells"]) == {"T→T", "I→I", "A→V", "T+V→T+A", SECOND}
     assert written["plain"]["n"] == 100 and written["plain"]["ratio"] > 0
     unsupported = written["unsupported"]
@@ -425,7 +495,7 @@ def test_unsupported_requests_are_a_hundred_per_split_and_not_trained_on() -> No
     validation, test = (set(unsupported_requests(split)) for split in ("validation", "test"))
     assert len(validation) == len(test) == 100 and not validation & test
     rng = np.random.default_rng(0)
-    trained = {sample_unsupported(rng)[0] for _ in range(5000)}
+    trained = {sample_unsupported(rng)[0] for _ in range(5000)}  # some would be among them
     assert not (validation | test) & trained
 
 

@@ -5,6 +5,7 @@ cat. The answers name what was asked for and list what there is.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -174,7 +175,20 @@ Pair = tuple[str, str]  # request, answer
 
 
 def sample_unsupported(rng: np.random.Generator) -> Pair:
-    """Sample a first request without media, and its answer."""
+    """Sample a first request without media, none of those of the scoreboard, and its answer."""
+    pair = _sample(rng)
+    while pair[0] in _evaluated_requests():
+        pair = _sample(rng)
+    return pair
+
+
+@lru_cache
+def _evaluated_requests() -> frozenset[str]:
+    files = Path(__file__).with_name("scoreboard").glob("unsupported_requests_*.txt")
+    return frozenset(line for file in files for line in file.read_text("utf-8").splitlines())
+
+
+def _sample(rng: np.random.Generator) -> Pair:
     modality: Modality = choose(rng, tuple(MODALITIES))
     kind = choose(rng, ("thing", "thing", "thing with attributes", "attribute"))
     if kind == "thing":

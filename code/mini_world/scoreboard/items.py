@@ -86,11 +86,6 @@ class Item:
     seed: int
     shown: tuple[Modality, WorldObject, Path] | None
 
-    @property
-    def request(self) -> str:
-        """The text of the last human turn."""
-        return next(part.text for part in self.rounds[-1].parts if isinstance(part, Text))
-
 
 def parse_cells(names: str) -> tuple[str, ...]:
     """Parse a comma-separated list of cells; `T-I` and `T->I` mean `T→I`.

@@ -14,10 +14,9 @@ from PIL import Image
 
 from nextgpt.common.io import atomic_write
 from nextgpt.media.writing import Frames, Output, Sound
-from nextgpt.mini_world.media_set import render_medium
 from nextgpt.mini_world.scoreboard.items import CASES, LETTERS, MATRIX, SECOND
 from nextgpt.mini_world.scoreboard.report import format_interval, percent
-from nextgpt.mini_world.scoreboard.runner import Result
+from nextgpt.mini_world.scoreboard.samples import Record, read_medium
 
 KINDS = {"text": "words", "image": "a picture", "video": "a video", "audio": "a sound"}
 _GOOD, _BAD = "#1a7f37", "#c62828"
@@ -72,15 +71,15 @@ def _draw_cells(axes: Axes, cells: Mapping[str, dict[str, Any]], grid: list[list
             axes.text(x, y + 0.24, media, fontsize=8, **style)
 
 
-def draw_contact_sheet(results: Sequence[Result], seed: int, path: Path) -> None:
+def draw_contact_sheet(records: Sequence[Record], folder: Path, path: Path) -> None:
     """Draw the first two examples of each cell: input media and text, output media and text.
 
     Args:
-        seed: of the rendered media.
+        folder: of the records' media.
     """
-    first: dict[str, list[Result]] = {}
-    for result in results:
-        first.setdefault(result.item.cell, []).append(result)
+    first: dict[str, list[Record]] = {}
+    for record in records:
+        first.setdefault(record["doc"]["cell"], []).append(record)
     matrix = [[c for c in MATRIX if c.startswith(f"{given}→") and c in first] for given in LETTERS]
     others = [cell for cell in (*CASES, SECOND) if cell in first]
     across = max(*map(len, matrix), 2)  # cells of the matrix, or two examples of another
@@ -97,11 +96,11 @@ def draw_contact_sheet(results: Sequence[Result], seed: int, path: Path) -> None
             name = "second rounds: what they lean on, and what came" if cell == SECOND else cell
             place = ((0.12 + column * _WIDTH) / wide, (top + 0.06) / high)
             figure.text(*place, name, fontsize=12, weight="bold")
-            for number, result in enumerate(first[cell][:2]):
+            for number, record in enumerate(first[cell][:2]):
                 column, row = (column, number) if cell in MATRIX else (number, 0)
                 width = _WIDTH if cell in MATRIX else across * _WIDTH / 2
                 below = top - (row + 1) * _HEIGHT
-                _Example(figure, 0.2 + column * width, below, width).draw(result, seed)
+                _Example(figure, 0.2 + column * width, below, width).draw(record, folder)
         top -= line * _HEIGHT
     _save(figure, path, dpi=90)
 
@@ -115,24 +114,22 @@ class _Example:
         panel = self._place(-0.08, 0, self.width, _HEIGHT - _GAP)
         figure.add_artist(Rectangle(*panel, facecolor=_PANEL, zorder=-1))  # behind the media
 
-    def draw(self, result: Result, seed: int) -> None:
+    def draw(self, record: Record, folder: Path) -> None:
         """Draw the request, input and output media, and the answer's text."""
-        item, last = result.item, result.answers[-1]
-        given: list[Output] = []
-        if item.cell == SECOND:
-            given = list(result.answers[0].outputs)
-        elif item.shown:
-            modality, obj, path = item.shown
-            given = [render_medium(path.name, modality, obj, seed)]
-        request = f"“{item.request}”" + ("  (held-out pair)" if item.held_out else "")
+        given, made = (
+            [read_medium(modality, folder / file) for modality, file in record["media"][name]]
+            for name in ("given", "made")
+        )
+        held_out = "  (held-out pair)" if record["doc"]["held_out"] else ""
+        request = f"“{record['arguments'][-1]}”{held_out}"
         self._text(0, _HEIGHT - 0.27, request, size=9.5, colour=_ASKED)
         edge = self._media(given, 0, "#9ca3af")
-        mark, colour = ("✓", _GOOD) if result.score.right else ("✗", _BAD)
-        if last.outputs:
+        mark, colour = ("✓", _GOOD) if record["right"] else ("✗", _BAD)
+        if made:
             self._text(edge + 0.03, _MEDIA / 2 + 0.42, "→", size=13)
-            self._media(last.outputs, edge + 0.3, colour)
-        words = f"{mark} {last.text}".replace("\n", " ")
-        self._text(0, 0.22 if last.outputs or given else 0.9, words, size=9.5, colour=colour)
+            self._media(made, edge + 0.3, colour)
+        words = f"{mark} {record['answers'][-1]}".replace("\n", " ")
+        self._text(0, 0.22 if made or given else 0.9, words, size=9.5, colour=colour)
 
     def _media(self, media: Sequence[Output], left: float, colour: str) -> float:
         """Draw `media` side by side from `left`; return the right edge."""
