@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nextgpt.common.errors import UserError
+from nextgpt.common.errors import MissingFileError, UserError
 from nextgpt.common.file_digests import DigestCache
 from nextgpt.common.io import atomic_write
 from nextgpt.common.json_io import append_json_lines, read_json, to_json
@@ -203,8 +203,11 @@ def _describe(assistant: Assistant, delta: Path, settings: EvaluationSettings) -
 
 
 def _digest(path: str, digests: DigestCache) -> str:
-    """The content of a component's file or folder; the name of one in the hub."""
-    found = Path(resolve_model_path(path))
+    """The content of a component's file or folder; the name of one in the hub, or missing."""
+    try:
+        found = Path(resolve_model_path(path))
+    except MissingFileError:  # the cells may not need it
+        return path
     if found.is_dir():
         files = [file for file in found.rglob("*") if file.is_file()]
         return digests.digest_files({str(file.relative_to(found)): file for file in files})[:16]
