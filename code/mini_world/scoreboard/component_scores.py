@@ -93,7 +93,7 @@ def _score_decoder(
     settings = GenerationSettings.from_config(config).decode[modality]
     cases = _sample_captioned(samples, modality, seed, split)
     outputs: list[Output] = []
-    with tqdm(total=samples, desc=f"{modality} decoder") as bar:
+    with tqdm(total=samples, desc=f"{modality} decoder", disable=None) as bar:
         for batch in batched(cases):
             embeddings = decoder.text_encoder.encode([text for _, text in batch])
             seeds = tuple(range(seed + len(outputs), seed + len(outputs) + len(batch)))
@@ -129,9 +129,9 @@ def _score_encoder(config: Config, samples: int, seed: int, split: Split) -> dic
         rng = np.random.default_rng([seed, 9])
         rights = []
         with TemporaryDirectory() as folder_name, torch.no_grad():
-            for number, (obj, text) in enumerate(
-                tqdm(_sample_captioned(samples, modality, seed, split), f"encoder, {modality}")
-            ):
+            captioned = _sample_captioned(samples, modality, seed, split)
+            bar = tqdm(captioned, f"encoder, {modality}", disable=None)
+            for number, (obj, text) in enumerate(bar):
                 path = Path(folder_name) / f"{split}_{number:06d}{MODALITIES[modality].suffix}"
                 write_medium(path, modality, obj, seed + 1)
                 feature_D = imagebind.encode(modality, load_views(modality, path)[None])[0]
