@@ -17,7 +17,7 @@ python -m nextgpt.mini_world.write_data --out data/mini_world
 bash scripts/embed_mini.sh
 python -m nextgpt.mini_world.write_data --out data/tuning/mini_world --scale 10 --seed 11 --unsupported 300
 # Without unnamed colours: a model trained on them for long omits colours that it never saw on a shape.
-# A third of it plain text: with less, one plain question in a hundred is answered with a medium.
+# Three tenths of it plain text: with little, plain questions are answered with media.
 python -m nextgpt.mini_world.write_data --out data/finishing/mini_world --scale 2 --seed 14 \
     --unnamed_colours 0 --plain_talk 7000 --unsupported 3000
 

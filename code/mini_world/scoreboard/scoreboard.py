@@ -5,6 +5,7 @@ each item (`samples.jsonl`) and their media. Both files are written after each c
 evaluation is continued, one of further cells added to, and one of anything else replaced.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -46,6 +47,7 @@ from nextgpt.model.delta import read_delta
 from nextgpt.model.loading import resolve_model_path
 
 SCOREBOARD, MATRIX_PLOT, CONTACT_SHEET = "scoreboard.json", "matrix.png", "contact_sheet.png"
+CODE = Path(__file__).resolve().parents[2]
 _TEXTS = 100  # plain questions, and unsupported requests
 _TEXT_CELLS = (PLAIN, UNSUPPORTED)
 _RESULTS = ("cells", "plain", "unsupported", "seconds")
@@ -107,6 +109,8 @@ class _Saved:
         compared = header.keys() - {"delta"}  # which may have moved
         if changed := sorted(key for key in compared if before.get(key) != header[key]):
             print(f"{out} holds another evaluation ({', '.join(changed)}), which is replaced")
+            for name in (SCOREBOARD, SAMPLES):
+                (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / MEDIA, ignore_errors=True)
             return
         self.board = before
@@ -181,7 +185,7 @@ def evaluate(config: Config, delta: Path, settings: EvaluationSettings, out: Pat
 
 
 def _describe(assistant: Assistant, delta: Path, settings: EvaluationSettings) -> dict[str, Any]:
-    """What the answers depend on: configuration, components and parameters by content, items."""
+    """What the results depend on: components, parameters and code by content, settings, items."""
     config, source = assistant.config, read_delta(delta).source
     digests = DigestCache(project_path(config.data.cache_dir))
     generation = _greedy(assistant)
@@ -191,6 +195,7 @@ def _describe(assistant: Assistant, delta: Path, settings: EvaluationSettings) -
         "config": config.name,
         "delta": os.path.relpath(source, PROJECT_ROOT),
         "fingerprint": digests.digest(source)[:16],
+        "code": _digest_code(),
         "components": {name: _digest(path, digests) for name, path in paths.items()},
         "dtype": str(assistant.model.language_model.dtype),
         "max_new_tokens": generation.max_new_tokens,
@@ -212,6 +217,14 @@ def _digest(path: str, digests: DigestCache) -> str:
         files = [file for file in found.rglob("*") if file.is_file()]
         return digests.digest_files({str(file.relative_to(found)): file for file in files})[:16]
     return digests.digest(found)[:16] if found.is_file() else path
+
+
+def _digest_code() -> str:
+    """The content of the package: answers and their judge are of it."""
+    digest = hashlib.sha256()
+    for file in sorted(CODE.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _greedy(assistant: Assistant) -> GenerationSettings:
